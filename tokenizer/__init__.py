@@ -1,0 +1,8 @@
+"""Text to token ids and back, for Mixtral's sentencepiece models: plain, streamed and as conversations."""
+
+from tokenizer.chat import ChatVersion, Message
+from tokenizer.errors import TokenizerError
+from tokenizer.stream import StreamDecoder
+from tokenizer.tokenizer import Tokenizer
+
+__all__ = ["ChatVersion", "Message", "StreamDecoder", "Tokenizer", "TokenizerError"]

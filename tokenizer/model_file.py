@@ -1,0 +1,70 @@
+"""Finding and reading the `tokenizer.model` of a checkpoint."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from tokenizer.errors import TokenizerError
+
+NAME = "tokenizer.model"
+MAX_BYTES = 64 << 20  # Mixtral's are half a megabyte; this only keeps us from swallowing a weights file
+
+
+def find_model(path: str | PathLike[str]) -> Path:
+    """Return the tokenizer file that `path` means: the file itself, or the one in a checkpoint folder.
+
+    In a folder `tokenizer.model` comes first, then `tokenizer.model.*` if there is one only: Mistral also
+    names its files `tokenizer.model.v3` and the like.
+
+    Raises:
+        TokenizerError: There is none, or there are several and no telling which.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise TokenizerError(f"{path}: no such file or folder; give a checkpoint folder or its {NAME}")
+    if (path / NAME).is_file():
+        return path / NAME
+    found = sorted(p for p in path.glob(NAME + ".*") if p.is_file())
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(p.name for p in found)
+        raise TokenizerError(
+            f"{path}: holds {len(found)} tokenizers ({names}); give the path of one, or name it {NAME}"
+        )
+    if (path / "tokenizer.json").is_file():
+        raise TokenizerError(
+            f"{path}: holds tokenizer.json only, and this runtime reads sentencepiece; "
+            f"copy {NAME} from the original checkpoint"
+        )
+    raise TokenizerError(f"{path}: holds no {NAME}; copy it from the original checkpoint")
+
+
+def read_model(file: Path) -> bytes:
+    """Read a tokenizer file whole.
+
+    Raises:
+        TokenizerError: It cannot be read, is empty, far too large, or the stand-in that Git LFS leaves.
+    """
+    try:
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            raise TokenizerError(
+                f"{file}: {size} bytes is too large for a sentencepiece model (limit {MAX_BYTES}); "
+                "give the path of tokenizer.model"
+            )
+        data = file.read_bytes()
+    except OSError as error:
+        raise TokenizerError(
+            f"{file}: cannot be read ({error.strerror}); check the file and its permissions"
+        ) from None
+    if not data:
+        raise TokenizerError(f"{file}: is empty (0 bytes); download it again")
+    if data.startswith(b"version https://git-lfs"):
+        raise TokenizerError(
+            f"{file}: is a Git LFS pointer ({len(data)} bytes), not the file; run `git lfs pull`"
+        )
+    return data

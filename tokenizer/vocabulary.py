@@ -1,0 +1,127 @@
+"""What a sentencepiece model file says about its pieces, as a table that decoding can index.
+
+Guarantees: every id from 0 to `len(decoded) - 1` is described; `safe_model` is the model in which no text
+whatever encodes to a control id.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+from tokenizer.wire import LENGTH_DELIMITED, VARINT, WireError, fields, read_varint
+
+SPACE = "\u2581"  # how a piece spells a space
+
+# A user-defined piece that is a marker of a chat format, such as <|im_start|>, </s> or [INST].
+MARKER = re.compile(r"<\|[^<>|]*\|>|</?s>|\[/?[A-Z][A-Z_]*\]")
+
+
+class Kind(IntEnum):
+    """The kinds of pieces, numbered as in the file."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What each id decodes to, and how text begins.
+
+    decoded     per id: a piece's text, in which SPACE stands for a space ("" for a control piece), or, for a
+                byte-fallback piece, the byte's value
+    control     the control pieces: name -> id
+    strip_first drop one SPACE at the start of a text: the encoder had put it there
+    strip_all   drop every SPACE at the start of a text, since the encoder squeezes runs of spaces
+    """
+
+    decoded: tuple[str | int, ...]
+    control: Mapping[str, int]
+    strip_first: bool
+    strip_all: bool
+
+
+def parse_model(data: bytes) -> tuple[Vocabulary, bytes]:
+    """Read the vocabulary of a serialised sentencepiece model; return it with a safe copy of the model.
+
+    Sentencepiece finds user-defined pieces in plain text and turns them into their ids. Where such a piece is
+    a marker of a chat format, anybody's text could speak for the system. In the safe copy these are control
+    pieces, which text never matches: the same number of bytes, the kind overwritten in place.
+
+    Raises:
+        WireError: The bytes are not a sentencepiece model.
+    """
+    safe = bytearray(data)
+    pieces: list[tuple[str, Kind]] = []
+    unknown_surface = " \u2047 "  # sentencepiece's own default
+    dummy_prefix = squeeze = True  # the format's defaults
+
+    for number, wire_type, start, end in fields(data, 0, len(data)):
+        if wire_type != LENGTH_DELIMITED:
+            continue
+        if number == 1:
+            name, kind, kind_at = _piece(data, start, end, len(pieces))
+            if kind is Kind.USER_DEFINED and MARKER.fullmatch(name):
+                kind = Kind.CONTROL
+                safe[kind_at] = Kind.CONTROL
+            pieces.append((name, kind))
+        elif number == 2:  # trainer_spec
+            for field, field_type, at, stop in fields(data, start, end):
+                if field == 44 and field_type == LENGTH_DELIMITED:
+                    unknown_surface = data[at:stop].decode("utf-8", "replace")
+        elif number == 3:  # normalizer_spec
+            for field, field_type, at, stop in fields(data, start, end):
+                if field == 3 and field_type == VARINT:
+                    dummy_prefix = bool(read_varint(data, at, stop)[0])
+                elif field == 4 and field_type == VARINT:
+                    squeeze = bool(read_varint(data, at, stop)[0])
+    if not pieces:
+        raise WireError("holds no pieces")
+
+    vocabulary = Vocabulary(
+        decoded=tuple(_decoded(name, kind, unknown_surface) for name, kind in pieces),
+        control={name: i for i, (name, kind) in enumerate(pieces) if kind is Kind.CONTROL},
+        strip_first=dummy_prefix or squeeze,
+        strip_all=squeeze,
+    )
+    return vocabulary, bytes(safe)
+
+
+def _piece(data: bytes, start: int, end: int, index: int) -> tuple[str, Kind, int]:
+    """Read one piece: name, kind, and where in the file the kind is written (-1: nowhere, it is NORMAL)."""
+    name, kind, kind_at = "", Kind.NORMAL, -1
+    for number, wire_type, at, stop in fields(data, start, end):
+        if number == 1 and wire_type == LENGTH_DELIMITED:
+            try:
+                name = data[at:stop].decode()
+            except UnicodeDecodeError:
+                raise WireError(f"spells piece {index} in broken UTF-8") from None
+        elif number == 3 and wire_type == VARINT:
+            value = read_varint(data, at, stop)[0]
+            if not Kind.NORMAL <= value <= Kind.BYTE:
+                raise WireError(f"gives piece {index} the unknown kind {value}")
+            kind, kind_at = Kind(value), at
+    if not name:
+        raise WireError(f"leaves piece {index} without a name")
+    if kind is Kind.BYTE and not re.fullmatch("<0x[0-9A-F]{2}>", name):
+        raise WireError(f"calls piece {index} a byte, but its name is {name!r}")
+    return name, kind, kind_at
+
+
+def _decoded(name: str, kind: Kind, unknown_surface: str) -> str | int:
+    """What a piece decodes to.
+
+    >>> [_decoded(*p, "?") for p in (("<0x0A>", Kind.BYTE), ("</s>", Kind.CONTROL), ("day", Kind.NORMAL))]
+    [10, '', 'day']
+    """
+    if kind is Kind.BYTE:
+        return int(name[3:5], 16)
+    if kind is Kind.CONTROL:
+        return ""
+    return unknown_surface if kind is Kind.UNKNOWN else name
