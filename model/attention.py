@@ -1,0 +1,61 @@
+"""Grouped-query attention (arXiv 2305.13245): H query heads share G heads of keys and values."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.kv_cache import LayerCache
+from model.rope import Rope
+
+
+class Attention(nn.Module):
+    """Attention over a cache that belongs to the caller; without one, over the tokens at hand.
+
+    The query, key and value projections are one matrix, rows in that order: one product instead of three, and one
+    rotation for queries and keys together.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        qkv = (config.heads + 2 * config.kv_heads) * config.head_dim
+        out = config.heads * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden, qkv, bias=False, dtype=dtype, device=device)
+        self.o_proj = nn.Linear(out, config.hidden, bias=False, dtype=dtype, device=device)
+
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: LayerCache | None, past: int
+    ) -> Tensor:  # x [B, T, D] -> [B, T, D]
+        B, T, _ = x.shape
+        H, G = self.heads, self.kv_heads
+        qkv = self.qkv_proj(x).view(B, T, H + 2 * G, self.head_dim).transpose(1, 2)  # [B, H + 2G, T, K]
+        qk = rope(qkv[:, : H + G])  # [B, H + G, T, K]
+        q, k, v = qk[:, :H], qk[:, H:], qkv[:, H + G :]  # [B, H, T, K], [B, G, T, K], [B, G, T, K]
+        if cache is not None:
+            k, v = cache.append(k, v, past)  # [B, G, past + T, K]
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, H * self.head_dim))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # q [B, H, T, K]; k, v [B, G, S, K]
+    """Causal attention of the last T of S tokens: [B, H, T, K].
+
+    `mask` [T, S], true where a token may look, is needed only when 1 < T < S: a single token sees everything, and
+    T = S is the plain triangle.
+    """
+    B, H, T, K = q.shape
+    if T == 1:  # the H/G queries of a group are rows against the same keys: nothing is repeated
+        G = k.shape[1]
+        return F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v).view(B, H, T, K)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor | None:
+    """Which of S tokens each of the last T may look at: [T, S] bool, or None where `attend` needs none.
+
+    >>> causal_mask(2, 4, torch.device("cpu")).int().tolist()
+    [[1, 1, 1, 0], [1, 1, 1, 1]]
+    """
+    if T == 1 or T == S:
+        return None
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)

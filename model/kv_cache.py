@@ -1,0 +1,60 @@
+"""The keys and values of the tokens seen so far: allocated once, owned by the caller, cut back at will."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+
+class LayerCache:
+    """One layer's keys and values, [B, G, C, K] each for a context of C tokens."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k = k
+        self.v = v
+
+    def append(self, k: Tensor, v: Tensor, past: int) -> tuple[Tensor, Tensor]:  # [B, G, T, K] each
+        """Store T tokens behind the first `past`, and return views of all of them: [B, G, past + T, K] each."""
+        end = past + k.shape[2]
+        self.k[:, :, past:end] = k
+        self.v[:, :, past:end] = v
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+@dataclass
+class KVCache:
+    """All layers' caches and how many tokens they hold. `length` moves once per forward, behind the last layer."""
+
+    layers: list[LayerCache]
+    batch: int
+    capacity: int
+    length: int = 0
+
+    @staticmethod
+    def allocate(
+        config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> "KVCache":
+        shape = (batch, config.kv_heads, capacity, config.head_dim)
+
+        def empty() -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return KVCache([LayerCache(empty(), empty()) for _ in range(config.layers)], batch, capacity)
+
+    @staticmethod
+    def bytes(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:
+        """What `allocate` takes of the device's memory."""
+        return 2 * config.layers * batch * config.kv_heads * capacity * config.head_dim * dtype.itemsize
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from position `length` on.
+
+        >>> cache = KVCache([], batch=1, capacity=8, length=5)
+        >>> cache.truncate(3); cache.length
+        3
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
+        self.length = length

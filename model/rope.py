@@ -1,0 +1,36 @@
+"""Rotary position embedding (arXiv 2104.09864) in the rotate-half layout of HF checkpoints."""
+
+import torch
+from torch import Tensor
+
+
+class Rope:
+    """Rotations by position, for every position a model can have; a forward takes the slice it needs.
+
+    Dimension i of a head turns together with dimension i + K/2, by `position * theta^(-2i/K)`:
+
+        out[i]       = x[i]       * cos - x[i + K/2] * sin
+        out[i + K/2] = x[i + K/2] * cos + x[i]       * sin
+
+    Rolling a head by K/2 pairs each dimension with its partner, and the minus is kept in the table, so a rotation
+    is `x * cos + roll(x) * sin`.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:  # [T, K] each, sin negated in its first half
+        self.cos = cos
+        self.sin = sin
+
+    @staticmethod
+    def table(positions: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> "Rope":
+        """Angles are taken in float32, then rounded to `dtype` once."""
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim  # [K/2]
+        angles = torch.outer(torch.arange(positions, device=device).float(), theta**-exponents)  # [T, K/2]
+        cos, sin = angles.cos(), angles.sin()
+        return Rope(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
+
+    def at(self, start: int, stop: int) -> "Rope":
+        """The rotations of positions start..stop-1."""
+        return Rope(self.cos[start:stop], self.sin[start:stop])
+
+    def __call__(self, x: Tensor) -> Tensor:  # [B, H, T, K] -> the same
+        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)

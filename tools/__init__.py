@@ -1,0 +1,1 @@
+"""Commands around the runtime: each is `python -m tools.NAME`."""

@@ -1,0 +1,291 @@
+"""Train the demo checkpoint: a small Mixtral on the standard library's source, with the network of `model/`.
+
+    python -m tools.train_demo OUT --minutes 100
+
+Writes plain HF Mixtral layout (`config.json`, `model.safetensors` in bf16, `tokenizer.model`). The state of training is
+kept beside it in `OUT/training.pt` every few minutes, and the same command goes on from there. Prints loss, speed, how
+evenly the experts are used and the held-out bits per byte.
+"""
+
+import argparse
+import dataclasses
+import functools
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.config import ModelConfig, to_hf
+from model.mixtral import Mixtral
+from model.moe import Router
+from tools.corpus import Corpus, standard_library
+from tools.held_out import bits_per_byte
+
+DEMO = ModelConfig(
+    vocab=2048, hidden=256, layers=8, heads=4, kv_heads=2, head_dim=64, ffn=128, experts=8, experts_per_token=2,
+    context=1024, rope_theta=10000.0, norm_eps=1e-5,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train. Lengths and rates follow the share of `minutes` that has gone by, so that any machine ends on time."""
+
+    minutes: float = 100.0
+    seed: int = 0
+    tokens_per_step: int = 8192
+    tokens_per_pass: int = 4096
+    lengths: tuple[tuple[float, int], ...] = ((0.5, 256), (0.85, 512), (1.0, 1024))  # (until, tokens per sequence)
+    matrix_rate: float = 0.02  # Muon, for the matrices of the layers
+    other_rate: float = 3e-3  # AdamW, for embeddings, head, gates and norms
+    warmup: float = 0.01
+    decay_from: float = 0.4  # constant until here, then linearly to zero
+    balance: float = 0.02  # weight of the router balancing loss
+    evaluate_every: float = 600.0  # seconds
+    save_every: float = 300.0  # seconds
+
+    def length(self, progress: float) -> int:
+        return next(length for until, length in self.lengths if progress < until)
+
+    def rate(self, progress: float) -> float:
+        return min(progress / self.warmup, (1 - progress) / (1 - self.decay_from), 1.0)
+
+
+def train_tokenizer(texts: list[str], vocab: int) -> bytes:
+    """A sentencepiece BPE with Mixtral's settings: byte fallback, dummy prefix, split digits, spaces kept."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab,
+        byte_fallback=True,
+        add_dummy_prefix=True,
+        split_digits=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        max_sentence_length=1 << 16,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def initialise(model: Mixtral) -> None:
+    """Normal weights of width 1/sqrt(inputs), and of 0.02 for embeddings; residual branches start at zero."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.ones_(parameter)
+        elif name.endswith(("o_proj.weight", "w2.weight")):
+            torch.nn.init.zeros_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5)
+
+
+def optimizers(model: Mixtral, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest. Each group remembers its full rate as `peak`."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        inner = name.startswith("layers.") and parameter.dim() == 2 and not name.endswith("gate.weight")
+        (matrices if inner else others).append(parameter)
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=recipe.matrix_rate, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return made
+
+
+class Balance:
+    """Watches every router: the balancing loss of a pass, and how the load spreads over the experts."""
+
+    def __init__(self, model: Mixtral) -> None:
+        self.losses: list[Tensor] = []
+        self.loads = torch.zeros(model.config.layers, model.config.experts)  # assignments seen since `busiest`
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        for layer, router in enumerate(routers):
+            router.register_forward_hook(functools.partial(self.watch, layer))
+
+    @torch.autocast("cpu", enabled=False)
+    def watch(self, layer: int, router: Router, inputs: tuple[Tensor], chosen: tuple[Tensor, Tensor]) -> None:
+        """Switch Transformer's loss (arXiv 2101.03961, eq. 4): E times the sum of each expert's load times its
+        mean probability, which is 1 when all are alike."""
+        E = router.weight.shape[0]
+        probability = router.logits(inputs[0]).softmax(-1).mean(0)  # [E]
+        load = torch.bincount(chosen[0].flatten(), minlength=E)  # [E]
+        self.losses.append(E * (load / load.sum() * probability).sum())
+        self.loads[layer] += load.cpu()
+
+    def loss(self) -> Tensor:
+        """The balancing loss of the pass just made, averaged over layers."""
+        loss = torch.stack(self.losses).mean()
+        self.losses.clear()
+        return loss
+
+    def busiest(self) -> float:
+        """The busiest expert's load over the mean, in the worst layer, since this was last asked."""
+        share = self.loads / self.loads.sum(1, keepdim=True)
+        self.loads.zero_()
+        self.losses.clear()
+        return (share.max() * share.shape[1]).item()
+
+
+def batches(tokens: Tensor, generator: torch.Generator, tokens_per_step: int) -> Iterator[Tensor]:
+    """Endless batches [B, T + 1] from shuffled places, every token once a pass. `send` sets T for those to come."""
+    T = yield torch.empty(0)
+    while True:
+        offset = int(torch.randint(T, (1,), generator=generator))
+        starts = torch.arange(offset, len(tokens) - T - 1, T)
+        starts = starts[torch.randperm(len(starts), generator=generator)]
+        for places in starts.split(tokens_per_step // T):
+            length = yield torch.stack([tokens[start : start + T + 1] for start in places.tolist()])
+            if length != T:
+                T = length
+                break
+
+
+@dataclasses.dataclass
+class Training:
+    """All that changes while training, so that it can be put down and taken up again."""
+
+    model: Mixtral
+    optimizers: list[torch.optim.Optimizer]
+    elapsed: float = 0.0  # seconds
+    step: int = 0
+    tokens: int = 0
+
+    def save(self, path: Path) -> None:
+        state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+        counts = {"elapsed": self.elapsed, "step": self.step, "tokens": self.tokens}
+        torch.save(state | counts, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+
+    def restore(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.model.embed_tokens.weight.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.elapsed, self.step, self.tokens = state["elapsed"], state["step"], state["tokens"]
+
+
+def take_step(training: Training, ids: Tensor, balance: Balance, recipe: Recipe) -> float:
+    """One step on ids [B, T + 1]. Returns the loss in nats per token."""
+    rate = recipe.rate(training.elapsed / (recipe.minutes * 60))
+    loss = 0.0
+    parts = ids.split(recipe.tokens_per_pass // (ids.shape[1] - 1))
+    for part in parts:  # gradients add up over passes small enough for the caches
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            logits = training.model(part[:, :-1])
+        part_loss = F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten()) * (len(part) / len(ids))
+        (part_loss + recipe.balance * balance.loss() * (len(part) / len(ids))).backward()
+        loss += part_loss.item()
+    torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
+    for optimizer in training.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        optimizer.step()
+        optimizer.zero_grad()
+    training.step += 1
+    training.tokens += ids[:, 1:].numel()
+    return loss
+
+
+def train(out: Path, recipe: Recipe, corpus: Corpus) -> None:
+    torch.manual_seed(recipe.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not (out / "tokenizer.model").exists():
+        (out / "tokenizer.model").write_bytes(train_tokenizer(corpus.train, DEMO.vocab))
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    bos, eos = DEMO.bos_id, DEMO.eos_ids[0]
+    tokens = torch.tensor([i for text in corpus.train for i in (bos, *tokenizer.encode(text), eos)])
+    held_out = [[bos, *tokenizer.encode(text)] for text in corpus.held_out]
+    sample_bytes = sum(len(text.encode()) for text in corpus.held_out[::4])
+    print(f"{len(tokens):,} tokens to train on, {len(corpus.held_out_bytes):,} bytes held out", flush=True)
+
+    model = Mixtral(DEMO, torch.float32, device)
+    initialise(model)
+    training = Training(model, optimizers(model, recipe))
+    state = out / "training.pt"
+    if state.exists():
+        training.restore(state)
+        print(f"going on from step {training.step}, {training.elapsed / 60:.1f} minutes", flush=True)
+    balance = Balance(model)
+    source = batches(tokens, torch.Generator().manual_seed(recipe.seed + training.step), recipe.tokens_per_step)
+    next(source)
+    reported = evaluated = saved = training.elapsed
+    while training.elapsed < recipe.minutes * 60:
+        began = time.monotonic()
+        ids = source.send(recipe.length(training.elapsed / (recipe.minutes * 60))).to(device)
+        loss = take_step(training, ids, balance, recipe)
+        seconds = time.monotonic() - began
+        training.elapsed += seconds
+        if training.elapsed - reported > 20:
+            reported = training.elapsed
+            print(
+                f"{reported / 60:6.1f} min  step {training.step:5d}  {training.tokens / 1e6:6.2f} M tokens  "
+                f"T {ids.shape[1] - 1:4d}  loss {loss:.3f}  busiest {balance.busiest():.2f}  "
+                f"{ids.shape[0] * (ids.shape[1] - 1) / seconds:,.0f} tokens/s",
+                flush=True,
+            )
+        if training.elapsed - evaluated > recipe.evaluate_every:
+            evaluated = training.elapsed
+            balance.busiest()
+            bits = bits_per_byte(model, held_out[::4], sample_bytes)
+            print(f"a quarter of the held-out: {bits:.3f} bits per byte, busiest {balance.busiest():.2f}", flush=True)
+        if training.elapsed - saved > recipe.save_every:
+            saved = training.elapsed
+            training.save(state)
+            write_checkpoint(model, out)
+
+    write_checkpoint(model, out)
+    balance.busiest()
+    model.to(torch.bfloat16).float()  # judge what was written
+    bits = bits_per_byte(model, held_out, len(corpus.held_out_bytes))
+    print(f"held out: {bits:.4f} bits per byte, busiest expert {balance.busiest():.2f} times the mean", flush=True)
+    state.unlink(missing_ok=True)
+
+
+def write_checkpoint(model: Mixtral, out: Path) -> None:
+    """The model in HF's names and layout, in bfloat16."""
+    tensors = {}
+    for name, parameter in model.state_dict().items():
+        value = parameter.to("cpu", torch.bfloat16)
+        if name.endswith("qkv_proj.weight"):
+            rows = [model.config.heads * model.config.head_dim] + [model.config.kv_heads * model.config.head_dim] * 2
+            for part, piece in zip("qkv", value.split(rows), strict=True):
+                tensors["model." + name.replace("qkv_proj", f"{part}_proj")] = piece.clone()
+        elif name.endswith("w13.weight"):
+            for part, piece in zip(("w1", "w3"), value.chunk(2), strict=True):
+                tensors["model." + name.replace("w13", part)] = piece.clone()
+        else:
+            tensors[name if name.startswith("lm_head") else "model." + name] = value
+    save_file(tensors, out / "model.part", metadata={"format": "pt"})
+    os.replace(out / "model.part", out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(to_hf(model.config), indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=Recipe.minutes)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    train(args.out, Recipe(minutes=args.minutes, seed=args.seed), standard_library())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
