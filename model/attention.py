@@ -6,14 +6,15 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.kv_cache import LayerCache
+from model.linear import Linear
 from model.rope import Rope
 
 
 class Attention(nn.Module):
     """Attention over a cache that belongs to the caller; without one, over the tokens at hand.
 
-    The query, key and value projections are one matrix, rows in that order: one product instead of three, and one
-    rotation for queries and keys together.
+    The query, key and value projections are one matrix, rows in that order: one product instead of three, and
+    one rotation for queries and keys together.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -21,8 +22,8 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         qkv = (config.heads + 2 * config.kv_heads) * config.head_dim
         out = config.heads * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden, qkv, bias=False, dtype=dtype, device=device)
-        self.o_proj = nn.Linear(out, config.hidden, bias=False, dtype=dtype, device=device)
+        self.qkv_proj = Linear(config.hidden, qkv, dtype, device)
+        self.o_proj = Linear(out, config.hidden, dtype, device)
 
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None, cache: LayerCache | None, past: int
@@ -37,16 +38,19 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, H * self.head_dim))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # q [B, H, T, K]; k, v [B, G, S, K]
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> Tensor:  # q [B, H, T, K]; k, v [B, G, S, K]
     """Causal attention of the last T of S tokens: [B, H, T, K].
 
-    `mask` [T, S], true where a token may look, is needed only when 1 < T < S: a single token sees everything, and
-    T = S is the plain triangle.
+    `mask` [T, S], true where a token may look, is needed only when 1 < T < S: a single token sees everything,
+    and T = S is the plain triangle.
     """
     B, H, T, K = q.shape
     if T == 1:  # the H/G queries of a group are rows against the same keys: nothing is repeated
         G = k.shape[1]
-        return F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v).view(B, H, T, K)
+        return F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v).reshape(B, H, T, K)
+    assert mask is not None or k.shape[2] == T, "is_causal would line the triangle up with the first keys"
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
 

@@ -35,11 +35,23 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
-        for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "experts", "context"):
+        for name in (
+            "vocab",
+            "hidden",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "ffn",
+            "experts",
+            "context",
+        ):
             if getattr(self, name) < 1:
                 raise ModelError(f"config: {name} is {getattr(self, name)}, and must be at least 1")
         if self.heads % self.kv_heads:
-            raise ModelError(f"config: {self.heads} query heads are not a multiple of {self.kv_heads} kv heads")
+            raise ModelError(
+                f"config: {self.heads} query heads are not a multiple of {self.kv_heads} kv heads"
+            )
         if self.head_dim % 2:
             raise ModelError(f"config: head_dim {self.head_dim} is odd, and rotary embedding needs pairs")
         if not 1 <= self.experts_per_token <= self.experts:
@@ -57,7 +69,9 @@ class ModelConfig:
             return from_hf(config, read_json(generation) if generation.is_file() else {})
         if (folder / "params.json").is_file():
             return from_mistral(read_json(folder / "params.json"))
-        raise ModelError(f"{folder}: no config.json (HF) and no params.json (Mistral), so this is not a checkpoint")
+        raise ModelError(
+            f"{folder}: no config.json (HF) and no params.json (Mistral), so this is not a checkpoint"
+        )
 
 
 def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -70,12 +84,18 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
     """
     get = Fields("config.json", config)
     if config.get("model_type") != "mixtral":
-        raise ModelError(f"config.json: model_type is {config.get('model_type')!r}; only 'mixtral' is supported")
+        raise ModelError(
+            f"config.json: model_type is {config.get('model_type')!r}; only 'mixtral' is supported"
+        )
     if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "unknown")
-        raise ModelError(f"config.json: weights are quantised by {method!r}; start from the 16-bit checkpoint instead")
+        method = section(config, "quantization_config").get("quant_method", "unknown")
+        raise ModelError(
+            f"config.json: weights are quantised by {method!r}; start from the 16-bit checkpoint instead"
+        )
     if config.get("tie_word_embeddings"):
-        raise ModelError("config.json: tie_word_embeddings is true; Mixtral's embeddings and head are separate")
+        raise ModelError(
+            "config.json: tie_word_embeddings is true; Mixtral's embeddings and head are separate"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(f"config.json: hidden_act is {config['hidden_act']!r}; Mixtral's is 'silu'")
     heads, hidden = get.int("num_attention_heads"), get.int("hidden_size")
@@ -147,12 +167,12 @@ def to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
 
 def hf_rope_theta(config: Mapping[str, Any]) -> float:
     """The rotary base, from either spelling: `rope_theta`, or `rope_parameters` in newer files."""
-    nested = config.get("rope_parameters") or {}
-    scaling = dict(nested) | dict(config.get("rope_scaling") or {})
+    nested = section(config, "rope_parameters")
+    scaling = nested | section(config, "rope_scaling")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
         raise ModelError(f"config.json: rope_type is {kind!r}; Mixtral's is 'default' (unscaled)")
-    return Fields("config.json", {"rope_theta": 1e6} | dict(config) | dict(nested)).float("rope_theta")
+    return Fields("config.json", dict(config) | nested).float("rope_theta", 1e6)
 
 
 def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -162,6 +182,14 @@ def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ModelError(f"config.json: eos_token_id is {value!r}, and must be a token id or a list of them")
     return tuple(ids)
+
+
+def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object inside the configuration; empty if it is absent or null."""
+    value = config.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ModelError(f"config.json: {name} is {value!r}, and must be an object")
+    return dict(value)
 
 
 class Fields:
@@ -183,7 +211,7 @@ class Fields:
         value = self.values.get(name)
         if value is None and default is not None:
             return default
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e300:
             raise ModelError(f"{self.source}: {name} is {value!r}, and must be a positive number")
         return float(value)
 
@@ -191,11 +219,12 @@ class Fields:
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object from a file. Raises `ModelError` naming the file."""
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ModelError(f"{path}: {path.stat().st_size} bytes, too large for a configuration file")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        size = path.stat().st_size
+        value = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_CONFIG_BYTES else None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, endless numbers
         raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
+    if size > MAX_CONFIG_BYTES:
+        raise ModelError(f"{path}: {size} bytes, too large for a configuration file")
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds a {type(value).__name__} where an object was expected")
     return value

@@ -1,4 +1,5 @@
-"""What can be wrong with a model's files: one exception, whose message names the thing, the number and the remedy."""
+"""What can be wrong with a model's files: one exception, whose message names the thing, the number and the
+remedy."""
 
 
 class ModelError(ValueError):

@@ -16,7 +16,7 @@ class LayerCache:
         self.v = v
 
     def append(self, k: Tensor, v: Tensor, past: int) -> tuple[Tensor, Tensor]:  # [B, G, T, K] each
-        """Store T tokens behind the first `past`, and return views of all of them: [B, G, past + T, K] each."""
+        """Store T tokens behind the first `past`; return views of them all, [B, G, past + T, K] each."""
         end = past + k.shape[2]
         self.k[:, :, past:end] = k
         self.v[:, :, past:end] = v
@@ -25,7 +25,8 @@ class LayerCache:
 
 @dataclass
 class KVCache:
-    """All layers' caches and how many tokens they hold. `length` moves once per forward, behind the last layer."""
+    """All layers' caches and how many tokens they hold. `length` moves once per forward, behind the last
+    layer."""
 
     layers: list[LayerCache]
     batch: int

@@ -10,11 +10,13 @@ Letters used for shapes, here and everywhere:
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Attention, causal_mask
 from model.config import ModelConfig
 from model.kv_cache import KVCache, LayerCache
+from model.linear import Linear
 from model.moe import Experts, ResidentExperts, SparseMoE
 from model.rope import Rope
 
@@ -28,14 +30,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.hidden, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 class Block(nn.Module):
     """One layer: attention, then experts, each on a normed copy that is added back."""
 
-    def __init__(self, config: ModelConfig, experts: Experts, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, experts: Experts, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config, dtype, device)
         self.self_attn = Attention(config, dtype, device)
@@ -52,10 +55,11 @@ class Block(nn.Module):
 class Mixtral(nn.Module):
     """Token ids to logits.
 
-    Parameters are named as in HF checkpoints, less the leading `model.`, and with two fusions: q, k, v are rows of
-    `qkv_proj`; w1, w3 are rows of `w13`. `model.checkpoint.layout` holds the table.
+    Parameters are named as in HF checkpoints, less the leading `model.`, and with two fusions: q, k, v are
+    rows of `qkv_proj`; w1, w3 are rows of `w13`. `model.checkpoint.layout` holds the table.
 
-    `experts(layer)` provides a layer's experts; by default they are parameters of this module.
+    `experts(layer)` provides a layer's experts; by default they are parameters of this module. Weights are
+    left as memory happens to be: whoever makes a model fills it.
     """
 
     def __init__(
@@ -69,21 +73,24 @@ class Mixtral(nn.Module):
         device = torch.device(device)
         self.config = config
         provide = experts or (lambda layer: ResidentExperts(config, dtype, device))
-        self.embed_tokens = nn.Embedding(config.vocab, config.hidden, dtype=dtype, device=device)
+        embeddings = torch.empty(config.vocab, config.hidden, dtype=dtype, device=device)
+        self.embed_tokens = nn.Embedding(config.vocab, config.hidden, _weight=embeddings)
         self.layers = nn.ModuleList(
             Block(config, provide(layer), dtype, device) for layer in range(config.layers)
         )
         self.norm = RMSNorm(config, dtype, device)
-        self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False, dtype=dtype, device=device)
+        self.lm_head = Linear(config.hidden, config.vocab, dtype, device)
         self.rope = Rope.table(config.context, config.head_dim, config.rope_theta, dtype, device)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:
         """Logits [B, T, V] for ids [B, T]; only the last token's, [B, 1, V], with `last`.
 
-        With a cache the ids follow the tokens that it holds, and are added to it; without, they are the whole text.
-        Raises `ValueError` if they do not fit.
+        With a cache the ids follow the tokens that it holds, and are added to it; without, they are the whole
+        text. Raises `ValueError` if they do not fit.
         """
         B, T = ids.shape
+        if cache is not None and cache.batch != B:
+            raise ValueError(f"a batch of {B} for a cache of {cache.batch}")
         past = cache.length if cache else 0
         end = past + T
         limit = min(cache.capacity, self.config.context) if cache else self.config.context

@@ -1,7 +1,7 @@
 """Sparse mixture of experts: a router chooses A of E experts for each token, and somebody provides them.
 
-Who that is, is behind `Experts`: here `ResidentExperts`, whose weights are ordinary parameters. A provider that keeps
-only some experts on the device has the same contract and must give the same bits.
+Who that is, is behind `Experts`: here `ResidentExperts`, whose weights are ordinary parameters. A provider
+that keeps only some experts on the device has the same contract and must give the same bits.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.linear import Linear
 
 
 class Experts(Protocol):
@@ -20,18 +21,19 @@ class Experts(Protocol):
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Sum of the chosen experts' outputs, weighted.
 
-        x [N, D] in the model's dtype; ids [N, A] int64, the experts of each token, all different; weights [N, A]
-        float32, adding up to 1. Returns [N, D] in x's dtype. A token's contributions are added in ascending order of
-        expert id, so the result does not depend on the order in which weights became available.
+        x [N, D] in the model's dtype; ids [N, A] int64, the experts of each token, all different; weights [N,
+        A] float32, adding up to 1. Returns [N, D] in x's dtype. A token's contributions are added in
+        ascending order of expert id, so the result does not depend on the order in which weights became
+        available.
         """
         ...
 
 
 class Router(nn.Module):
-    """Chooses experts: the A largest of E gate logits, softmax over those, in float32 throughout.
+    """Chooses experts: the A largest of E gate logits, softmax over those, in float32 (outside of autocast).
 
-    The softmax of the chosen logits is the softmax over all E, cut to the chosen and renormalised to 1: the factor
-    that renormalising divides out is common to all (arXiv 2401.04088, section 2.1).
+    The softmax of the chosen logits is the softmax over all E, cut to the chosen and renormalised to 1: the
+    factor that renormalising divides out is common to all (arXiv 2401.04088, section 2.1).
 
     >>> _ = torch.manual_seed(0); logits = torch.randn(1, 8)
     >>> over_all = logits.softmax(-1).topk(2).values
@@ -42,7 +44,9 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         super().__init__()
         self.experts_per_token = config.experts_per_token
-        self.weight = nn.Parameter(torch.empty(config.experts, config.hidden, dtype=torch.float32, device=device))
+        self.weight = nn.Parameter(
+            torch.empty(config.experts, config.hidden, dtype=torch.float32, device=device)
+        )
 
     def logits(self, x: Tensor) -> Tensor:  # [N, D] -> [N, E]
         return F.linear(x.float(), self.weight)
@@ -57,8 +61,8 @@ class Expert(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.w13 = nn.Linear(config.hidden, 2 * config.ffn, bias=False, dtype=dtype, device=device)
-        self.w2 = nn.Linear(config.ffn, config.hidden, bias=False, dtype=dtype, device=device)
+        self.w13 = Linear(config.hidden, 2 * config.ffn, dtype, device)
+        self.w2 = Linear(config.ffn, config.hidden, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, D] -> [N, D]
         gate, up = self.w13(x).chunk(2, -1)  # [N, F] each
@@ -84,7 +88,9 @@ class ResidentExperts(nn.Module):
             out.index_add_(0, rows, contribution)
         return out
 
-    def one_token(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # [1, D], [1, A], [1, A] -> [1, D]
+    def one_token(
+        self, x: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:  # [1, D], [1, A], [1, A] -> [1, D]
         """The same sums without gathering or scattering: decoding spends its time here."""
         chosen = sorted(zip(ids[0].tolist(), weights[0].unbind(), strict=True), key=lambda pair: pair[0])
         contributions = [self.experts[e](x) * weight for e, weight in chosen]
@@ -96,7 +102,7 @@ def by_expert(ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]
 
     `rows` are the tokens that chose it, ascending, and `choice` says as which of their A choices.
 
-    >>> ids = torch.tensor([[2, 0], [2, 1]])              # token 0 chose experts 2 and 0, token 1 chose 2 and 1
+    >>> ids = torch.tensor([[2, 0], [2, 1]])  # token 0 chose experts 2 and 0, token 1 chose 2 and 1
     >>> [(e, rows.tolist(), choice.tolist()) for e, rows, choice in by_expert(ids, 4)]
     [(0, [0], [1]), (1, [1], [1]), (2, [0, 1], [0, 0])]
     """
@@ -104,9 +110,11 @@ def by_expert(ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]
     flat = ids.flatten()  # [N * A]
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=experts).tolist()
-    for e, places in enumerate(order.split(counts)):
-        if len(places):
-            yield e, places // A, places % A
+    for e, (rows, choice) in enumerate(
+        zip((order // A).split(counts), (order % A).split(counts), strict=True)
+    ):
+        if counts[e]:
+            yield e, rows, choice
 
 
 class SparseMoE(nn.Module):

@@ -12,8 +12,8 @@ class Rope:
         out[i]       = x[i]       * cos - x[i + K/2] * sin
         out[i + K/2] = x[i + K/2] * cos + x[i]       * sin
 
-    Rolling a head by K/2 pairs each dimension with its partner, and the minus is kept in the table, so a rotation
-    is `x * cos + roll(x) * sin`.
+    Rolling a head by K/2 pairs each dimension with its partner, and the minus is kept in the table, so a
+    rotation is `x * cos + roll(x) * sin`.
     """
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:  # [T, K] each, sin negated in its first half
@@ -21,10 +21,13 @@ class Rope:
         self.sin = sin
 
     @staticmethod
-    def table(positions: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> "Rope":
+    def table(
+        positions: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+    ) -> "Rope":
         """Angles are taken in float32, then rounded to `dtype` once."""
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim  # [K/2]
-        angles = torch.outer(torch.arange(positions, device=device).float(), theta**-exponents)  # [T, K/2]
+        frequencies = 1.0 / theta**exponents  # [K/2]; theta**-exponents rounds otherwise than in training
+        angles = torch.outer(torch.arange(positions, device=device).float(), frequencies)  # [T, K/2]
         cos, sin = angles.cos(), angles.sin()
         return Rope(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
 

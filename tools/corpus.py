@@ -1,4 +1,5 @@
-"""The text that every Python carries, its own standard library: what the demo checkpoint is trained and judged on."""
+"""The text that every Python carries, its own standard library: what the demo checkpoint is trained and
+judged on."""
 
 import sysconfig
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ HELD_OUT_EVERY = 20
 
 @dataclass(frozen=True)
 class Corpus:
-    """Whole files, decoded: those to train on, and those held out, which are every twentieth, the first included."""
+    """Whole files, decoded: those to train on, and those held out, which are every twentieth, the first
+    included."""
 
     train: list[str]
     held_out: list[str]

@@ -12,8 +12,8 @@ from model.mixtral import Mixtral
 def negative_log_likelihood(model: Mixtral, ids: list[int], window: int, stride: int) -> float:
     """Sum over ids[1:] of -ln p(id | those before it), in nats, with at most `window` tokens in view.
 
-    Windows start `stride` tokens apart, and each scores only the tokens that the one before did not reach, so all but
-    the first window's have at least `window - stride` tokens of context.
+    Windows start `stride` tokens apart, and each scores only the tokens that the one before did not reach, so
+    all but the first window's have at least `window - stride` tokens of context.
     """
     device = model.embed_tokens.weight.device
     total, scored = 0.0, 1

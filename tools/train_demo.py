@@ -2,49 +2,52 @@
 
     python -m tools.train_demo OUT --minutes 100
 
-Writes plain HF Mixtral layout (`config.json`, `model.safetensors` in bf16, `tokenizer.model`). The state of training is
-kept beside it in `OUT/training.pt` every few minutes, and the same command goes on from there. Prints loss, speed, how
-evenly the experts are used and the held-out bits per byte.
+Writes plain HF Mixtral layout (`config.json`, `model.safetensors` in bf16, `tokenizer.model`). The state of
+training is kept beside it in `OUT/training.pt` every few minutes, and the same command goes on from there.
+Prints loss, speed, how evenly the experts are used and the held-out bits per byte.
 """
 
 import argparse
 import dataclasses
 import functools
 import io
-import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.config import ModelConfig, to_hf
+from model.checkpoint import save_hf
+from model.config import ModelConfig
 from model.mixtral import Mixtral
 from model.moe import Router
 from tools.corpus import Corpus, standard_library
 from tools.held_out import bits_per_byte
 
 DEMO = ModelConfig(
-    vocab=2048, hidden=256, layers=8, heads=4, kv_heads=2, head_dim=64, ffn=128, experts=8, experts_per_token=2,
-    context=1024, rope_theta=10000.0, norm_eps=1e-5,
+    vocab=2048, hidden=256, layers=8, heads=4, kv_heads=2, head_dim=64, ffn=128,
+    experts=8, experts_per_token=2, context=1024, rope_theta=10000.0, norm_eps=1e-5,
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to train. Lengths and rates follow the share of `minutes` that has gone by, so that any machine ends on time."""
+    """How to train. Lengths and rates follow the share of `minutes` that has gone by, so that any machine
+    ends on time."""
 
     minutes: float = 100.0
     seed: int = 0
     tokens_per_step: int = 8192
     tokens_per_pass: int = 4096
-    lengths: tuple[tuple[float, int], ...] = ((0.5, 256), (0.85, 512), (1.0, 1024))  # (until, tokens per sequence)
+    lengths: tuple[tuple[float, int], ...] = (
+        (0.5, 256),
+        (0.85, 512),
+        (1.0, 1024),
+    )  # (until, tokens per sequence)
     matrix_rate: float = 0.02  # Muon, for the matrices of the layers
     other_rate: float = 3e-3  # AdamW, for embeddings, head, gates and norms
     warmup: float = 0.01
@@ -94,7 +97,8 @@ def initialise(model: Mixtral) -> None:
 
 def optimizers(model: Mixtral, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the rest. Each group remembers its full rate as `peak`."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inner = name.startswith("layers.") and parameter.dim() == 2 and not name.endswith("gate.weight")
         (matrices if inner else others).append(parameter)
@@ -113,15 +117,17 @@ class Balance:
 
     def __init__(self, model: Mixtral) -> None:
         self.losses: list[Tensor] = []
-        self.loads = torch.zeros(model.config.layers, model.config.experts)  # assignments seen since `busiest`
+        self.loads = torch.zeros(
+            model.config.layers, model.config.experts
+        )  # assignments seen since `busiest`
         routers = [module for module in model.modules() if isinstance(module, Router)]
         for layer, router in enumerate(routers):
             router.register_forward_hook(functools.partial(self.watch, layer))
 
     @torch.autocast("cpu", enabled=False)
     def watch(self, layer: int, router: Router, inputs: tuple[Tensor], chosen: tuple[Tensor, Tensor]) -> None:
-        """Switch Transformer's loss (arXiv 2101.03961, eq. 4): E times the sum of each expert's load times its
-        mean probability, which is 1 when all are alike."""
+        """Switch Transformer's loss (arXiv 2101.03961, eq. 4): E times the sum of each expert's load times
+        its mean probability, which is 1 when all are alike."""
         E = router.weight.shape[0]
         probability = router.logits(inputs[0]).softmax(-1).mean(0)  # [E]
         load = torch.bincount(chosen[0].flatten(), minlength=E)  # [E]
@@ -142,18 +148,24 @@ class Balance:
         return (share.max() * share.shape[1]).item()
 
 
-def batches(tokens: Tensor, generator: torch.Generator, tokens_per_step: int) -> Iterator[Tensor]:
-    """Endless batches [B, T + 1] from shuffled places, every token once a pass. `send` sets T for those to come."""
-    T = yield torch.empty(0)
-    while True:
-        offset = int(torch.randint(T, (1,), generator=generator))
-        starts = torch.arange(offset, len(tokens) - T - 1, T)
-        starts = starts[torch.randperm(len(starts), generator=generator)]
-        for places in starts.split(tokens_per_step // T):
-            length = yield torch.stack([tokens[start : start + T + 1] for start in places.tolist()])
-            if length != T:
-                T = length
-                break
+class Batches:
+    """Batches from shuffled places of the corpus, every token once a pass."""
+
+    def __init__(self, tokens: Tensor, tokens_per_step: int, seed: int) -> None:
+        self.tokens = tokens
+        self.tokens_per_step = tokens_per_step
+        self.generator = torch.Generator().manual_seed(seed)
+        self.length = 0
+        self.pending: list[Tensor] = []  # where the sequences of each batch to come begin
+
+    def take(self, T: int) -> Tensor:  # -> [B, T + 1]
+        """The next batch, of sequences of T tokens and the one behind."""
+        if self.length != T or not self.pending:
+            offset = int(torch.randint(T, (1,), generator=self.generator))
+            starts = torch.arange(offset, len(self.tokens) - T - 1, T)
+            starts = starts[torch.randperm(len(starts), generator=self.generator)]
+            self.length, self.pending = T, list(starts.split(self.tokens_per_step // T))[::-1]
+        return torch.stack([self.tokens[start : start + T + 1] for start in self.pending.pop().tolist()])
 
 
 @dataclasses.dataclass
@@ -188,9 +200,10 @@ def take_step(training: Training, ids: Tensor, balance: Balance, recipe: Recipe)
     for part in parts:  # gradients add up over passes small enough for the caches
         with torch.autocast(ids.device.type, torch.bfloat16):
             logits = training.model(part[:, :-1])
-        part_loss = F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten()) * (len(part) / len(ids))
-        (part_loss + recipe.balance * balance.loss() * (len(part) / len(ids))).backward()
-        loss += part_loss.item()
+        part_loss = F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten())
+        share = len(part) / len(ids)
+        ((part_loss + recipe.balance * balance.loss()) * share).backward()
+        loss += part_loss.item() * share
     torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
     for optimizer in training.optimizers:
         for group in optimizer.param_groups:
@@ -222,12 +235,11 @@ def train(out: Path, recipe: Recipe, corpus: Corpus) -> None:
         training.restore(state)
         print(f"going on from step {training.step}, {training.elapsed / 60:.1f} minutes", flush=True)
     balance = Balance(model)
-    source = batches(tokens, torch.Generator().manual_seed(recipe.seed + training.step), recipe.tokens_per_step)
-    next(source)
+    batches = Batches(tokens, recipe.tokens_per_step, recipe.seed + training.step)
     reported = evaluated = saved = training.elapsed
     while training.elapsed < recipe.minutes * 60:
         began = time.monotonic()
-        ids = source.send(recipe.length(training.elapsed / (recipe.minutes * 60))).to(device)
+        ids = batches.take(recipe.length(training.elapsed / (recipe.minutes * 60))).to(device)
         loss = take_step(training, ids, balance, recipe)
         seconds = time.monotonic() - began
         training.elapsed += seconds
@@ -243,41 +255,30 @@ def train(out: Path, recipe: Recipe, corpus: Corpus) -> None:
             evaluated = training.elapsed
             balance.busiest()
             bits = bits_per_byte(model, held_out[::4], sample_bytes)
-            print(f"a quarter of the held-out: {bits:.3f} bits per byte, busiest {balance.busiest():.2f}", flush=True)
+            print(
+                f"a quarter of the held-out: {bits:.3f} bits per byte, busiest {balance.busiest():.2f}",
+                flush=True,
+            )
         if training.elapsed - saved > recipe.save_every:
             saved = training.elapsed
             training.save(state)
-            write_checkpoint(model, out)
+            save_hf(model, out)
 
-    write_checkpoint(model, out)
+    save_hf(model, out)
     balance.busiest()
     model.to(torch.bfloat16).float()  # judge what was written
     bits = bits_per_byte(model, held_out, len(corpus.held_out_bytes))
-    print(f"held out: {bits:.4f} bits per byte, busiest expert {balance.busiest():.2f} times the mean", flush=True)
+    print(
+        f"held out: {bits:.4f} bits per byte, busiest expert {balance.busiest():.2f} times the mean",
+        flush=True,
+    )
     state.unlink(missing_ok=True)
 
 
-def write_checkpoint(model: Mixtral, out: Path) -> None:
-    """The model in HF's names and layout, in bfloat16."""
-    tensors = {}
-    for name, parameter in model.state_dict().items():
-        value = parameter.to("cpu", torch.bfloat16)
-        if name.endswith("qkv_proj.weight"):
-            rows = [model.config.heads * model.config.head_dim] + [model.config.kv_heads * model.config.head_dim] * 2
-            for part, piece in zip("qkv", value.split(rows), strict=True):
-                tensors["model." + name.replace("qkv_proj", f"{part}_proj")] = piece.clone()
-        elif name.endswith("w13.weight"):
-            for part, piece in zip(("w1", "w3"), value.chunk(2), strict=True):
-                tensors["model." + name.replace("w13", part)] = piece.clone()
-        else:
-            tensors[name if name.startswith("lm_head") else "model." + name] = value
-    save_file(tensors, out / "model.part", metadata={"format": "pt"})
-    os.replace(out / "model.part", out / "model.safetensors")
-    (out / "config.json").write_text(json.dumps(to_hf(model.config), indent=2) + "\n")
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=Recipe.minutes)
     parser.add_argument("--seed", type=int, default=Recipe.seed)

@@ -1,0 +1,104 @@
+"""Which files of a folder are the checkpoint's weights. What is in them is not judged here."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from model.config import read_json
+from model.errors import ModelError
+
+STEMS = ("model", "consolidated")  # HF's, Mistral's. A folder with both holds the same weights twice
+SHARD = re.compile(r"(?P<stem>[a-z]+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint in `folder`, in the order of their names.
+
+    For each stem, in order: one whole file, the shards that an index lists, or numbered shards without an
+    index. Raises `ModelError` if a shard is missing, or there are no weights that can be read.
+    """
+    check_folder(folder)
+    for stem in STEMS:
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+        if (folder / f"{stem}.safetensors.index.json").is_file():
+            return indexed_shards(folder / f"{stem}.safetensors.index.json")
+        if shards := numbered_shards(folder, stem):
+            return shards
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise ModelError(
+            f"{folder}: the weights are pickles ({some(pickles)}), which run code when opened and are "
+            "never read; download or convert to safetensors"
+        )
+    raise ModelError(
+        f"{folder}: no weights (model.safetensors or consolidated.safetensors, whole or in shards)"
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `ModelError` unless `folder` is a folder, with something in it."""
+    if not folder.exists():
+        raise ModelError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: a file; a checkpoint is a folder with a configuration and weights in it")
+    if not any(folder.iterdir()):
+        raise ModelError(f"{folder}: empty; a checkpoint is a folder with a configuration and weights in it")
+
+
+def indexed_shards(index: Path) -> list[Path]:
+    """Every shard that an index's `weight_map` {tensor: file} lists; all must be there, beside the index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}: no weight_map of tensors to files")
+    for tensor, name in weight_map.items():
+        if not is_plain_name(name):
+            raise ModelError(f"{index}: tensor {tensor!r} is in {str(name)[:80]!r}, which is not a file name")
+    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise ModelError(
+            f"{index}: {len(missing)} of {len(shards)} shards missing ({some(missing)}); download again"
+        )
+    return shards
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether this names a safetensors file in the same folder, and nothing elsewhere.
+
+    >>> is_plain_name("model-00001-of-00002.safetensors")
+    True
+    >>> any(map(is_plain_name, ["../a.safetensors", "/a.safetensors", "b\\\\a.safetensors", "", ".", 3]))
+    False
+    """
+    return isinstance(name, str) and re.fullmatch(r"[\w.+-]+\.safetensors", name, re.ASCII) is not None
+
+
+def numbered_shards(folder: Path, stem: str) -> list[Path]:
+    """`stem-00001-of-00003.safetensors` and its sisters: all of them, or none if there are none at all."""
+    found = {path: match for path in folder.iterdir() if (match := SHARD.fullmatch(path.name))}
+    found = {path: match for path, match in found.items() if match["stem"] == stem}
+    counts = {int(match["count"]) for match in found.values()}
+    if len(counts) > 1:
+        raise ModelError(
+            f"{folder}: shards of different exports, of {some([str(n) for n in sorted(counts)])} files"
+        )
+    for count in counts:
+        names = (f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+        missing = [name for name in names if folder / name not in found]
+        if missing:
+            raise ModelError(
+                f"{folder}: {len(missing)} of {count} shards missing ({some(missing)}); download again"
+            )
+    return sorted(found)
+
+
+def some(names: list[str], limit: int = 3) -> str:
+    """The first few of many names, for a message.
+
+    >>> some(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,164 @@
+"""Headers against tables: every tensor of the files is accounted for, or the checkpoint is refused.
+
+What comes out is a list of byte ranges, each with the parameter rows that it fills: all that loading needs to
+know.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.checkpoint.files import some
+from model.checkpoint.names import IGNORED, SPELLINGS, Rows, Table, stored_tensors
+from model.checkpoint.safetensors import DTYPES, Header, TensorEntry
+from model.config import ModelConfig
+from model.errors import ModelError
+
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+MAX_EXPERTS = 1 << 20  # over all layers; a sane bound for what a configuration may claim
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of a file, from `offset`, that fill `rows`. They belong to `tensor`, which messages name."""
+
+    path: Path
+    tensor: str
+    offset: int
+    dtype: torch.dtype
+    rows: Rows
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.rows.shape) * self.dtype.itemsize
+
+    def split(self, limit: int) -> list["Piece"]:
+        """The same in pieces of whole rows (interleaved: whole heads), of up to `limit` bytes if possible.
+
+        >>> whole = Piece(Path("f"), "t", 100, torch.float32, Rows("p", 8, (5, 4)))
+        >>> [(piece.offset, piece.rows.start, piece.rows.shape) for piece in whole.split(2 * 16)]
+        [(100, 8, (2, 4)), (132, 10, (2, 4)), (164, 12, (1, 4))]
+        """
+        total, *row = self.rows.shape
+        row_bytes = math.prod(row) * self.dtype.itemsize
+        unit = self.rows.head_dim or 1
+        step = max(limit // (row_bytes * unit), 1) * unit
+        return [
+            dataclasses.replace(
+                self,
+                offset=self.offset + first * row_bytes,
+                rows=dataclasses.replace(
+                    self.rows, start=self.rows.start + first, shape=(min(step, total - first), *row)
+                ),
+            )
+            for first in range(0, total, step)
+        ]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A whole checkpoint: its spelling's name, its pieces in the order of the files and of their bytes."""
+
+    spelling: str
+    pieces: tuple[Piece, ...]
+    shapes: Mapping[str, tuple[int, ...]]  # of all parameters, each filled exactly once
+
+
+def match(folder: Path, headers: Mapping[Path, Header], config: ModelConfig) -> Layout:
+    """The layout of the checkpoint in `folder`, whose files have these headers.
+
+    Raises `ModelError` naming the tensors that are missing, unexpected, in two files, or of the wrong shape
+    or dtype.
+    """
+    if config.layers * config.experts > MAX_EXPERTS:
+        raise ModelError(
+            f"{folder}: the configuration claims {config.layers} layers of {config.experts} experts"
+        )
+    found: dict[str, tuple[Path, TensorEntry]] = {}
+    for path, header in headers.items():
+        for name, entry in header.tensors.items():
+            if name in found:
+                raise ModelError(
+                    f"{folder}: tensor {name!r} is in {found[name][0].name} and again in {path.name}"
+                )
+            if not name.endswith(IGNORED):
+                found[name] = (path, entry)
+    spelling = recognise(found)
+    expected = stored_tensors(SPELLINGS[spelling], config)
+    check_names(folder, expected, found)
+    pieces = []
+    for name, stored in expected.items():
+        path, entry = found[name]
+        check_tensor(path, name, entry, stored.shape)
+        offset = entry.offset
+        for rows in stored.fills:
+            piece = Piece(path, name, offset, DTYPES[entry.dtype], rows)
+            pieces.append(piece)
+            offset += piece.bytes
+        assert offset == entry.offset + entry.bytes, name
+    order = {path: place for place, path in enumerate(headers)}
+    pieces.sort(key=lambda piece: (order[piece.path], piece.offset))
+    return Layout(spelling, tuple(pieces), coverage(piece.rows for piece in pieces))
+
+
+def recognise(names: Iterable[str]) -> str:
+    """The spelling that shares most names with these, judged by the first layer and expert of each."""
+    present = set(names)
+
+    def shared(table: Table) -> int:
+        return sum(source.format(n=0, e=0) in present for sources in table.values() for source in sources)
+
+    return max(SPELLINGS, key=lambda spelling: shared(SPELLINGS[spelling]))
+
+
+def check_names(folder: Path, expected: Iterable[str], found: Iterable[str]) -> None:
+    """Raises `ModelError` listing what is missing and what does not belong."""
+    present, wanted = set(found), set(expected)
+    missing = [repr(name) for name in expected if name not in present]
+    unexpected = [repr(name) for name in found if name not in wanted]
+    faults = [
+        f"{len(names)} tensor{'s' * (len(names) > 1)} {what} ({some(names)})"
+        for names, what in ((missing, "missing"), (unexpected, "unexpected"))
+        if names
+    ]
+    if faults:
+        raise ModelError(
+            f"{folder}: {'; '.join(faults)}; the files are incomplete or not those of this configuration"
+        )
+
+
+def check_tensor(path: Path, name: str, entry: TensorEntry, shape: tuple[int, ...]) -> None:
+    """Raises `ModelError` for a wrong shape, or a dtype that weights cannot be loaded from."""
+    if entry.shape != shape:
+        raise ModelError(
+            f"{path}: tensor {name!r} has shape {list(entry.shape)}, where {list(shape)} was expected"
+        )
+    if entry.dtype not in WEIGHT_DTYPES:
+        raise ModelError(
+            f"{path}: tensor {name!r} is {entry.dtype}, and weights must be {', '.join(WEIGHT_DTYPES)}; "
+            "start from the 16-bit checkpoint instead"
+        )
+
+
+def coverage(fills: Iterable[Rows]) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter that these rows make up, each exactly once: anything else is our mistake.
+
+    >>> coverage([Rows("p", 3, (2, 4)), Rows("p", 0, (3, 4))])
+    {'p': (5, 4)}
+    """
+    by_parameter: dict[str, list[Rows]] = {}
+    for rows in fills:
+        by_parameter.setdefault(rows.parameter, []).append(rows)
+    shapes = {}
+    for parameter, parts in by_parameter.items():
+        parts.sort(key=lambda rows: rows.start)
+        end = 0
+        for rows in parts:
+            assert rows.start == end, f"{parameter}: row {end} is followed by row {rows.start}"
+            end += rows.shape[0]
+        shapes[parameter] = (end, *parts[0].shape[1:])
+    return shapes

@@ -1,0 +1,153 @@
+"""What exporters call Mixtral's tensors: tables, and the function that spells them out for a configuration.
+
+A table's left side is a parameter of `model.mixtral.Mixtral`, `{n}` its layer and `{e}` its expert. On the
+right are the tensors that hold it, one below the other. Where the left side has an `{e}` and the right has
+none, one tensor holds all experts, stacked: [E, rows, columns].
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+
+Table = Mapping[str, tuple[str, ...]]
+
+HF_TRUNK: Table = {
+    "embed_tokens.weight": ("model.embed_tokens.weight",),
+    "norm.weight": ("model.norm.weight",),
+    "lm_head.weight": ("lm_head.weight",),
+    "layers.{n}.input_layernorm.weight": ("model.layers.{n}.input_layernorm.weight",),
+    "layers.{n}.self_attn.qkv_proj.weight": (
+        "model.layers.{n}.self_attn.q_proj.weight",
+        "model.layers.{n}.self_attn.k_proj.weight",
+        "model.layers.{n}.self_attn.v_proj.weight",
+    ),
+    "layers.{n}.self_attn.o_proj.weight": ("model.layers.{n}.self_attn.o_proj.weight",),
+    "layers.{n}.post_attention_layernorm.weight": ("model.layers.{n}.post_attention_layernorm.weight",),
+}
+HF: Table = {  # Transformers' files since 2023
+    **HF_TRUNK,
+    "layers.{n}.block_sparse_moe.gate.weight": ("model.layers.{n}.block_sparse_moe.gate.weight",),
+    "layers.{n}.block_sparse_moe.experts.{e}.w13.weight": (
+        "model.layers.{n}.block_sparse_moe.experts.{e}.w1.weight",
+        "model.layers.{n}.block_sparse_moe.experts.{e}.w3.weight",
+    ),
+    "layers.{n}.block_sparse_moe.experts.{e}.w2.weight": (
+        "model.layers.{n}.block_sparse_moe.experts.{e}.w2.weight",
+    ),
+}
+HF_STACKED: Table = {  # Transformers 5, saved in its own in-memory form
+    **HF_TRUNK,
+    "layers.{n}.block_sparse_moe.gate.weight": ("model.layers.{n}.mlp.gate.weight",),
+    "layers.{n}.block_sparse_moe.experts.{e}.w13.weight": ("model.layers.{n}.mlp.experts.gate_up_proj",),
+    "layers.{n}.block_sparse_moe.experts.{e}.w2.weight": ("model.layers.{n}.mlp.experts.down_proj",),
+}
+MISTRAL: Table = {  # consolidated.safetensors, as mistral-inference reads it
+    "embed_tokens.weight": ("tok_embeddings.weight",),
+    "norm.weight": ("norm.weight",),
+    "lm_head.weight": ("output.weight",),
+    "layers.{n}.input_layernorm.weight": ("layers.{n}.attention_norm.weight",),
+    "layers.{n}.self_attn.qkv_proj.weight": (
+        "layers.{n}.attention.wq.weight",
+        "layers.{n}.attention.wk.weight",
+        "layers.{n}.attention.wv.weight",
+    ),
+    "layers.{n}.self_attn.o_proj.weight": ("layers.{n}.attention.wo.weight",),
+    "layers.{n}.post_attention_layernorm.weight": ("layers.{n}.ffn_norm.weight",),
+    "layers.{n}.block_sparse_moe.gate.weight": ("layers.{n}.feed_forward.gate.weight",),
+    "layers.{n}.block_sparse_moe.experts.{e}.w13.weight": (
+        "layers.{n}.feed_forward.experts.{e}.w1.weight",
+        "layers.{n}.feed_forward.experts.{e}.w3.weight",
+    ),
+    "layers.{n}.block_sparse_moe.experts.{e}.w2.weight": ("layers.{n}.feed_forward.experts.{e}.w2.weight",),
+}
+SPELLINGS: Mapping[str, Table] = {"HF": HF, "HF, experts stacked": HF_STACKED, "Mistral": MISTRAL}
+
+INTERLEAVED = {
+    "layers.{n}.attention.wq.weight",
+    "layers.{n}.attention.wk.weight",
+}  # rows: see `load.rotate_half_order`
+IGNORED = (
+    ".rotary_emb.inv_freq",
+)  # endings of tensors that old exports carry and that follow from the config
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start` to `start + shape[0]` of a parameter; `shape` is theirs alone. A norm's rows are elements.
+
+    Where `head_dim` is not 0, the file has the rows of each head, that many, in interleaved order.
+    """
+
+    parameter: str
+    start: int
+    shape: tuple[int, ...]
+    head_dim: int = 0
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a file should hold it, and the rows that its bytes fill, one after the other."""
+
+    shape: tuple[int, ...]
+    fills: tuple[Rows, ...]
+
+
+def parameter_rows(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """For each parameter, the rows of the tensors fused in it, and one row's shape: (D,), or () in a norm."""
+    V, D, F, E, K = config.vocab, config.hidden, config.ffn, config.experts, config.head_dim
+    H, G = config.heads, config.kv_heads
+    return {
+        "embed_tokens.weight": ((V,), (D,)),
+        "norm.weight": ((D,), ()),
+        "lm_head.weight": ((V,), (D,)),
+        "layers.{n}.input_layernorm.weight": ((D,), ()),
+        "layers.{n}.self_attn.qkv_proj.weight": ((H * K, G * K, G * K), (D,)),
+        "layers.{n}.self_attn.o_proj.weight": ((D,), (H * K,)),
+        "layers.{n}.post_attention_layernorm.weight": ((D,), ()),
+        "layers.{n}.block_sparse_moe.gate.weight": ((E,), (D,)),
+        "layers.{n}.block_sparse_moe.experts.{e}.w13.weight": ((F, F), (D,)),
+        "layers.{n}.block_sparse_moe.experts.{e}.w2.weight": ((D,), (F,)),
+    }
+
+
+def instances(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
+    """Every parameter as (template, layer, expert): a layer's parameters together, and in it an expert's."""
+    templates = list(HF)
+    yield from ((t, 0, 0) for t in templates if "{n}" not in t)
+    for n in range(config.layers):
+        yield from ((t, n, 0) for t in templates if "{n}" in t and "{e}" not in t)
+        for e in range(config.experts):
+            yield from ((t, n, e) for t in templates if "{e}" in t)
+
+
+def stored_tensors(table: Table, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint in this spelling, an expert's next to each other.
+
+    >>> tiny = ModelConfig(vocab=9, hidden=4, layers=1, heads=2, kv_heads=1, head_dim=2, ffn=3, experts=2,
+    ...                    experts_per_token=1, context=8, rope_theta=1e4, norm_eps=1e-5)
+    >>> hf = stored_tensors(HF, tiny)
+    >>> hf["model.layers.0.self_attn.k_proj.weight"].fills[0]  # below the 2 * 2 rows of q
+    Rows(parameter='layers.0.self_attn.qkv_proj.weight', start=4, shape=(2, 4), head_dim=0)
+    >>> stacked = stored_tensors(HF_STACKED, tiny)["model.layers.0.mlp.experts.gate_up_proj"]
+    >>> stacked.shape, [rows.parameter.removeprefix("layers.0.block_sparse_moe.") for rows in stacked.fills]
+    ((2, 6, 4), ['experts.0.w13.weight', 'experts.1.w13.weight'])
+    """
+    shapes = parameter_rows(config)
+    fills: dict[str, list[Rows]] = {}
+    stacked = set()
+    for template, n, e in instances(config):
+        blocks, row = shapes[template]
+        sources = table[template]
+        start = 0
+        for source, rows in zip(sources, blocks if len(sources) > 1 else (sum(blocks),), strict=True):
+            name = source.format(n=n, e=e)
+            head_dim = config.head_dim if source in INTERLEAVED else 0
+            fills.setdefault(name, []).append(Rows(template.format(n=n, e=e), start, (rows, *row), head_dim))
+            start += rows
+            if "{e}" in template and "{e}" not in source:
+                stacked.add(name)
+    return {
+        name: StoredTensor((len(rows), *rows[0].shape) if name in stacked else rows[0].shape, tuple(rows))
+        for name, rows in fills.items()
+    }

@@ -1,0 +1,197 @@
+"""The safetensors format, read with suspicion.
+
+A file is 8 bytes, an unsigned little-endian integer N; N bytes of JSON, the header; and the tensors' bytes:
+
+    {"__metadata__": {"format": "pt"},
+     "norm.weight": {"dtype": "BF16", "shape": [4096], "data_offsets": [0, 8192]}, ...}
+
+Offsets count from the end of the header. The format (huggingface.co/docs/safetensors) demands that tensors
+neither overlap nor leave holes, and `read_header` that they end exactly where the file does. So in a header
+that passes, every size and place is true of the file, and can be used without further checks.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.errors import ModelError
+
+MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+MAX_ELEMENTS = 1 << 60
+MAX_DIMENSIONS = 64  # torch's limit
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+OTHER_DTYPE_BITS = {  # known to the format; nothing here computes with them
+    "C64": 64, "U64": 64, "U32": 32, "U16": 16,
+    "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+DTYPE_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | OTHER_DTYPE_BITS
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: `bytes` bytes from absolute position `offset`, row-major, little-endian."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file holds. `tensors` are in the order of their bytes."""
+
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, every claim in it checked against the file's size.
+
+    Raises `ModelError` naming the file, and the tensor if it is one tensor's fault.
+    """
+    try:
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file")
+        with path.open("rb") as file:
+            file_bytes = path.stat().st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8:
+                raise ModelError(
+                    f"{path}: {file_bytes} bytes, too short for a safetensors file; download it again"
+                )
+            if length > MAX_HEADER_BYTES:
+                raise ModelError(
+                    f"{path}: not a safetensors file (its first 8 bytes promise {length} of header)"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(text) < length:
+        raise ModelError(
+            f"{path}: {file_bytes} bytes, its header alone {length}; it is cut short or not safetensors"
+        )
+    entries = parse_json(path, text)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ModelError(f"{path}: __metadata__ is not a map of strings")
+    start = 8 + length
+    tensors = [(name, parse_entry(path, name, entry, start)) for name, entry in entries.items()]
+    tensors.sort(key=lambda item: (item[1].offset, item[1].bytes))
+    check_extent(path, tensors, start, file_bytes)
+    return Header(dict(tensors), metadata)
+
+
+def parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    """The header's JSON object; a name that occurs twice makes it ambiguous, and is refused."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise ModelError(f"{path}: the header names {twice!r} twice")
+        return values
+
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except ModelError:
+        raise
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long, brackets too deep
+        raise ModelError(
+            f"{path}: the header is not valid JSON; the file is damaged or not safetensors"
+        ) from error
+    if not isinstance(entries, dict):
+        raise ModelError(
+            f"{path}: the header is a {type(entries).__name__}, not an object; not a safetensors file"
+        )
+    return entries
+
+
+def parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorEntry:
+    """One tensor's entry, its size checked against its shape. The file's tensors begin at byte `start`."""
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ModelError(f"{where} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ModelError(f"{where} has the unknown dtype {str(dtype)[:40]!r}")
+    if not is_sizes(shape) or len(shape) > MAX_DIMENSIONS or math.prod(shape) > MAX_ELEMENTS:
+        raise ModelError(f"{where} has the impossible shape {str(shape)[:80]}")
+    if not is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ModelError(f"{where} has the impossible data_offsets {str(offsets)[:80]}")
+    begin, end = offsets
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (end - begin):
+        raise ModelError(f"{where} has {end - begin} bytes, but {dtype} {shape} takes {bits // 8}")
+    return TensorEntry(dtype, tuple(shape), start + begin, end - begin)
+
+
+def is_sizes(values: Any) -> bool:
+    """Whether this is a list of sizes: integers from 0 to 2^60.
+
+    >>> is_sizes([2, 0]), is_sizes([-1]), is_sizes([True]), is_sizes("ab"), is_sizes([1 << 61])
+    (True, False, False, False, False)
+    """
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value <= MAX_ELEMENTS for value in values
+    )
+
+
+def check_extent(path: Path, tensors: list[tuple[str, TensorEntry]], start: int, file_bytes: int) -> None:
+    """Tensors, sorted by place, must lie end to end from `start` to the end of the file."""
+    end = start
+    for name, entry in tensors:
+        if entry.offset < end:
+            raise ModelError(
+                f"{path}: tensor {name!r} overlaps the one before it by {end - entry.offset} bytes"
+            )
+        if entry.offset > end:
+            raise ModelError(f"{path}: {entry.offset - end} bytes before tensor {name!r} belong to no tensor")
+        end += entry.bytes
+    if file_bytes < end:
+        raise ModelError(
+            f"{path} is {readable(file_bytes)}, its header promises {readable(end)}: the last "
+            f"{end - file_bytes} bytes are missing; download it again"
+        )
+    if file_bytes > end:
+        raise ModelError(f"{path}: {file_bytes - end} bytes follow the last tensor; the file is damaged")
+
+
+def readable(size: int) -> str:
+    """
+    >>> readable(512), readable(999_999), readable(4_900_000_000)
+    ('512 bytes', '1.0 MB', '4.9 GB')
+    """
+    if size < 1000:
+        return f"{size} bytes"
+    value, units = size / 1000, ["kB", "MB", "GB", "TB", "PB", "EB"]
+    while value >= 999.95 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.1f} {units[0]}"
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU: its own memory, to read into or write from."""
+    return tensor.view(-1).view(torch.uint8).numpy().data

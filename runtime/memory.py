@@ -1,0 +1,53 @@
+"""How much memory this machine can still give."""
+
+import os
+from pathlib import Path
+
+import torch
+
+HOST_MARGIN = 512 << 20  # left to the rest of the machine
+DEVICE_MARGIN = 512 << 20  # left to the CUDA context and to fragmentation
+
+
+def free_host_bytes() -> int | None:
+    """Bytes of host memory that can be taken without swapping, or None where the system does not tell.
+
+    The smaller of what the kernel calls available and what this process's control group still allows (a
+    container's limit is not in the former).
+    """
+    limits = [available_bytes(), cgroup_bytes()]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def available_bytes() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def cgroup_bytes() -> int | None:
+    """What the control group's limit leaves. Files in its page cache count as used there, and are given up
+    when memory is asked for: a checkpoint that has just been read must not seem to fill the machine."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(limit - used + int(counters["inactive_file"]), 0)
+    except (OSError, ValueError, KeyError):  # no such group, or its limit is "max"
+        return None
+
+
+def free_device_bytes(device: torch.device) -> int | None:
+    """Bytes of `device`'s memory that this process can take, less a margin; None if that cannot be told."""
+    if device.type == "cuda":
+        return max(torch.cuda.mem_get_info(device)[0] - DEVICE_MARGIN, 0)
+    free = free_host_bytes()
+    return None if free is None else max(free - HOST_MARGIN, 0)

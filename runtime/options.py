@@ -1,0 +1,103 @@
+"""What can be asked of an engine and of a request. Every field is also a flag of the command line."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from runtime.errors import OptionError
+from runtime.units import parse_bytes
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def option(default: Any, help: str, parse: Callable[[str], Any] = str, **argparse_words: Any) -> Any:
+    """A dataclass field that knows how to be a command-line flag."""
+    return dataclasses.field(default=default, metadata={"help": help, "type": parse} | argparse_words)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How a model is held in memory and computed. `None` leaves the choice to the machine.
+
+    Raises `OptionError` when a value makes no sense; whether this machine can honour it shows at
+    `Engine.load`.
+    """
+
+    device: str | None = option(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
+    dtype: str | None = option(None, "what to compute in (default: by device)", choices=DTYPES)
+    vram: str | None = option(
+        None, "device memory to use at most, like 11GiB or 90%% (default: what is free)"
+    )
+    ram: str | None = option(None, "host memory to use at most, like 20GiB or 90%% (default: what is free)")
+    context: int | None = option(
+        None, "tokens of KV cache (default: 4096, or the model's limit if smaller)", int
+    )
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise OptionError(f"dtype is {self.dtype!r}, and must be one of {', '.join(DTYPES)}")
+        for name in ("vram", "ram"):
+            if (size := getattr(self, name)) is not None:
+                try:
+                    enough = parse_bytes(size, whole=1 << 60) >= 1
+                except OptionError as error:
+                    raise OptionError(f"{name}: {error}") from None
+                require(enough, name, size, "at least 1 byte; leave it out to use what is free")
+        if self.context is not None and self.context < 2:
+            raise OptionError(f"context is {self.context}, and must hold at least 2 tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen from the logits, and when to stop.
+
+    The filters apply in this order: repetition penalty, logit bias, temperature, top-k, top-p, min-p.
+    Raises `OptionError` when a value makes no sense.
+    """
+
+    max_new_tokens: int = option(256, "stop after this many tokens", int)
+    temperature: float = option(0.7, "0 takes the likeliest token; higher is more varied", float)
+    top_k: int = option(0, "consider only the K likeliest tokens; 0 is all", int)
+    top_p: float = option(
+        1.0, "consider only the likeliest tokens that together reach this probability", float
+    )
+    min_p: float = option(0.0, "consider only tokens at least this times as likely as the likeliest", float)
+    repetition_penalty: float = option(1.0, "above 1 makes tokens that already occurred less likely", float)
+    logit_bias: Mapping[int, float] = option(
+        (), "add BIAS to a token's logit", lambda text: parse_bias(text), nargs="+", metavar="ID=BIAS"
+    )
+    seed: int | None = option(None, "the same seed gives the same text (default: a new one each time)", int)
+    stop: tuple[str, ...] = option((), "end before any of these texts", nargs="+", metavar="TEXT")
+    ignore_eos: bool = option(False, "go on past the model's end-of-sequence token", action="store_true")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        require(
+            0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0"
+        )
+        require(all(self.stop), "stop", self.stop, "texts that are not empty")
+        for token, bias in self.logit_bias.items():
+            require(token >= 0 and not math.isnan(bias) and bias < math.inf, "logit_bias", f"{token}={bias}",
+                    "a token id and a number (-inf forbids the token)")  # fmt: skip
+        require(self.seed is None or 0 <= self.seed < 1 << 63, "seed", self.seed, "from 0 to 2**63 - 1")
+
+
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise OptionError(f"{name} is {value!r}, and must be {expected}")
+
+
+def parse_bias(text: str) -> tuple[int, float]:
+    """
+    >>> parse_bias("13=-inf")
+    (13, -inf)
+    """
+    token, _, bias = text.partition("=")
+    return int(token), float(bias)

@@ -1,0 +1,19 @@
+"""Progress on stderr for work that takes more than a second."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+@contextmanager
+def byte_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes done, rate and time left. Gives the function to call with each increment."""
+    with tqdm(
+        total=total, desc="loading", unit="B", unit_scale=True, unit_divisor=1024, delay=1, leave=False
+    ) as bar:
+        yield lambda done: void(bar.update(done))
+
+
+def void(_: object) -> None:
+    """Drop a result."""

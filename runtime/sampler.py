@@ -1,0 +1,87 @@
+"""From logits to a token: pure functions of one row of logits, [V] float32 throughout.
+
+Filters set to -inf what must not be chosen. Their definitions are those of the field (top-p: arXiv
+1904.09751, min-p: arXiv 2407.01082, repetition penalty: arXiv 1909.05858), so that settings carry over from
+other runtimes.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from runtime.errors import RequestError
+from runtime.options import SamplingParams
+
+
+def choose(
+    logits: Tensor, params: SamplingParams, seen: Tensor | None, generator: torch.Generator | None
+) -> int:
+    """The next token's id. `seen` [V] bool marks ids that already occurred; `generator` lives on logits'
+    device.
+
+    Raises `RequestError` if `params` leave nothing to choose from: every token forbidden, or numbers beyond
+    float32's range.
+    """
+    if seen is not None and params.repetition_penalty != 1:
+        logits = penalise_repetition(logits, seen, params.repetition_penalty)
+    if params.logit_bias:
+        logits = add_bias(logits, params.logit_bias)
+    if params.temperature > 0:
+        logits = logits / params.temperature
+    largest, likeliest = logits.max(0)
+    if not math.isfinite(largest):
+        raise RequestError(
+            f"no token can be chosen, the largest logit is {float(largest)}; "
+            f"allow some in logit_bias, or take less extreme sampling options"
+        )
+    if params.temperature == 0:
+        return int(likeliest)
+    if 0 < params.top_k < len(logits):
+        logits = keep_top_k(logits, params.top_k)
+    if params.top_p < 1:
+        logits = keep_top_p(logits, params.top_p)
+    if params.min_p > 0:
+        logits = keep_min_p(logits, params.min_p)
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide the positive logits of tokens already seen by `penalty`, multiply the negative ones.
+
+    >>> penalise_repetition(torch.tensor([2.0, -2.0, 2.0]), torch.tensor([True, True, False]), 2.0).tolist()
+    [1.0, -4.0, 2.0]
+    """
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalised, logits)
+
+
+def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
+    ids = torch.tensor(list(bias), device=logits.device)
+    return logits.index_add(
+        0, ids, torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
+    )
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Keep the k largest, and what equals the smallest of them."""
+    return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the fewest of the likeliest tokens whose probabilities add up to p or more.
+
+    >>> probabilities = torch.tensor([0.5, 0.1, 0.4])
+    >>> keep_top_p(probabilities.log(), 0.6).isfinite().tolist()
+    [True, False, True]
+    """
+    ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
+    reached = ordered.cumsum(-1) - ordered >= p  # those before it already add up to p
+    return logits.masked_fill(torch.empty_like(reached).scatter_(0, order, reached), -torch.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Keep tokens at least p times as likely as the likeliest."""
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < p * probabilities.max(), -torch.inf)

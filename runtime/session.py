@@ -1,0 +1,223 @@
+"""One conversation: its KV cache, the ids that are in it, and the loop that makes new ones."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from runtime.errors import PromptTooLong, RequestError
+from runtime.options import SamplingParams
+from runtime.sampler import choose
+from runtime.stop import StopScanner
+from tokenizer import StreamDecoder, TokenizerError
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+
+Finish = Literal["eos", "stop", "length", "context"]
+DEFAULT_PARAMS = SamplingParams()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.
+
+    `text` is what can be shown now: the tokens' texts joined are the whole answer, though one of them may be
+    empty (half a character, perhaps the start of a stop string). `logprob` is the token's log-probability
+    before any sampling option. The last token says why it is the last: the model ended the text, a stop
+    string was found, `max_new_tokens` were made, or the context is full.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    finish: Finish | None = None
+
+
+class Session:
+    """A conversation with one engine. It keeps its KV cache between turns and computes only what is new.
+
+        session = engine.session(system="Be brief.")
+        session.send("What is 6 times 7?")
+        answer = "".join(token.text for token in session.generate())
+
+    A session is for one thread at a time; different sessions of an engine may be used from different threads.
+    """
+
+    def __init__(self, engine: Engine, system: str | None = None) -> None:
+        self.engine = engine
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        self.ids: list[int] = []  # whose keys and values are in the cache
+        self.cache = engine.take_cache()
+        self.requests = 0
+        self.closed = False
+
+    def send(self, content: str) -> None:
+        """Add the user's next message. Raises `RequestError` if the one before has not been answered."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            raise RequestError("the last message has not been answered; call generate before sending another")
+        self.messages.append({"role": "user", "content": content})
+
+    def generate(self, params: SamplingParams = DEFAULT_PARAMS) -> Iterator[Token]:
+        """Answer the message that was sent.
+
+        However far the iterator is taken, what it gave becomes the assistant's message. If the request cannot
+        be served (`RequestError`), the user's message is taken back.
+        """
+        if not self.messages or self.messages[-1]["role"] != "user":
+            raise RequestError("there is no message to answer; call send first")
+        try:
+            ids = self.engine.tokenizer.encode_chat(self.messages)
+            tokens = self.run(ids, params, self.engine.tokenizer.stream())
+        except (TokenizerError, RequestError) as error:
+            self.messages.pop()
+            raise error if isinstance(error, RequestError) else RequestError(str(error)) from error
+        return self.record(tokens)
+
+    def record(self, tokens: Iterator[Token]) -> Iterator[Token]:
+        answer: list[str] = []
+        try:
+            for token in tokens:
+                answer.append(token.text)
+                yield token
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(answer)})
+
+    def complete(
+        self, prompt: str | Sequence[int], params: SamplingParams = DEFAULT_PARAMS
+    ) -> Iterator[Token]:
+        """Continue a text or token ids as they stand, apart from any conversation.
+
+        What the prompt shares with the text before it, from the beginning on, is not computed again.
+        Raises `RequestError` if the prompt is empty, too long, or holds ids that the model does not have.
+        """
+        try:
+            ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            self.engine.check_ids(ids)
+            return self.run(ids, params, self.engine.tokenizer.stream(prefix=ids))
+        except TokenizerError as error:
+            raise RequestError(str(error)) from error
+
+    def run(self, ids: list[int], params: SamplingParams, decoder: StreamDecoder) -> Iterator[Token]:
+        """Check a request at once; serve it as the iterator that comes back is taken."""
+        self.engine.check_open()
+        self.check_current(self.requests)
+        self.engine.check_bias(params)
+        room = self.cache.capacity - len(ids)
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens and the context holds {self.cache.capacity}, "
+                f"with room for at least 1 new one; shorten the prompt or raise --context"
+            )
+        return self.decode_loop(ids, params, decoder, room)
+
+    def decode_loop(
+        self, ids: list[int], params: SamplingParams, decoder: StreamDecoder, room: int
+    ) -> Iterator[Token]:
+        engine, stats = self.engine, self.engine.counters
+        scanner = StopScanner(params.stop)
+        generator = new_generator(params, engine.device)
+        ends = () if params.ignore_eos else engine.eos_ids
+        limit = min(params.max_new_tokens, room)
+        began = time.perf_counter()
+        self.requests += 1
+        request = self.requests
+        self.check_current(request)
+        logits = self.prefill(ids)  # [V]
+        stats.requests += 1
+        seen = mark_seen(ids, logits) if params.repetition_penalty != 1 else None
+        for made in range(1, limit + 1):
+            total = float(logits.logsumexp(-1))  # waits for the device, so that times are of work done
+            if not math.isfinite(total):
+                raise RequestError("the model computed NaN; try --dtype float32, or check the checkpoint")
+            token = choose(logits, params, seen, generator)
+            logprob = float(logits[token]) - total
+            seconds = time.perf_counter() - began
+            if made == 1:
+                stats.prompt_seconds += seconds
+                stats.first_token_seconds = seconds
+            else:
+                stats.decode_seconds += seconds
+                stats.decoded_tokens += 1
+            stats.new_tokens += 1
+
+            text = "" if token in ends else scanner.push(decoder.push(token))
+            finish: Finish | None = None
+            if token in ends:
+                finish = "eos"
+            elif scanner.found:
+                finish = "stop"
+            elif made == limit:
+                finish = "length" if made == params.max_new_tokens else "context"
+            if finish:
+                text += scanner.push(decoder.flush()) + scanner.flush()
+            yield Token(token, text, logprob, finish)
+            if finish:
+                return
+            self.check_current(request)
+            began = time.perf_counter()
+            logits = self.step(token)
+            if seen is not None:
+                seen[token] = True
+
+    def check_current(self, request: int) -> None:
+        """Raises `RequestError` if the cache is no longer that of `request`."""
+        if self.closed:
+            raise RequestError("the session is closed; open another")
+        if request != self.requests:
+            raise RequestError("the session has begun another request since; take one at a time")
+
+    def prefill(self, ids: list[int]) -> Tensor:  # -> [V] float32
+        """Bring the cache to hold exactly `ids`, computing those it does not hold yet, and the last in any
+        case."""
+        reused = min(common_prefix(self.ids, ids), len(ids) - 1)
+        self.cache.truncate(reused)
+        del self.ids[reused:]
+        logits = self.engine.forward(ids[reused:], self.cache)
+        self.ids = list(ids)
+        self.engine.counters.prompt_tokens += len(ids) - reused
+        self.engine.counters.reused_tokens += reused
+        return logits
+
+    def step(self, token: int) -> Tensor:  # -> [V] float32
+        logits = self.engine.forward([token], self.cache)
+        self.ids.append(token)
+        return logits
+
+    def close(self) -> None:
+        """Give the KV cache back to the engine, for the next session. The session ends with it."""
+        if not self.closed:
+            self.closed = True
+            self.engine.give_cache(self.cache)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """
+    >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def mark_seen(ids: list[int], logits: Tensor) -> Tensor:  # -> [V] bool
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    seen[ids] = True
+    return seen
+
+
+def new_generator(params: SamplingParams, device: torch.device) -> torch.Generator | None:
+    """The request's own source of chance: nothing else in the process draws from it, or moves it."""
+    if params.temperature == 0:
+        return None
+    generator = torch.Generator(device)
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed)
+    return generator

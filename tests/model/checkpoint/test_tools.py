@@ -1,0 +1,34 @@
+"""The tools that write and load random checkpoints."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import open_checkpoint
+from model.mixtral import Mixtral
+from tools import bench, random_checkpoint
+from tools.benchmarks.load import load_once
+from tools.random_checkpoint import shape_of_size
+
+
+@pytest.mark.parametrize("size", [2_000_000])
+def test_random_checkpoint_is_sane_and_about_that_size(tmp_path: Path, size: int) -> None:
+    assert random_checkpoint.main([str(tmp_path), "--bytes", str(size), "--experts", "8"]) == 0
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config == shape_of_size(size)
+    assert abs(checkpoint.bytes / size - 1) < 0.25
+    model = Mixtral(checkpoint.config)
+    checkpoint.load(model)
+    with torch.no_grad():
+        logits = model(torch.arange(10).view(2, 5))
+    assert logits.isfinite().all() and 0.1 < logits.std() < 10
+    result = load_once(tmp_path, torch.float32)
+    assert result["model_bytes"] == sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("arguments", [["load", "no/such/folder"], ["load", "--bytes", "many"]])
+def test_bench_says_what_is_wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1

@@ -1,0 +1,417 @@
+"""Configurations: what is read from which spelling, and what is refused, by name."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, MixtralConfig
+
+from model.config import MAX_CONFIG_BYTES, ModelConfig, from_hf, from_mistral, read_json, to_hf
+from model.errors import ModelError
+from tests.model.reference import GEOMETRIES, TINY
+
+# What mistralai/Mixtral-8x7B-Instruct-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1 publish.
+MIXTRAL_8X7B: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+EXPECTED_8X7B = ModelConfig(
+    vocab=32000, hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, experts=8,
+    experts_per_token=2, context=32768, rope_theta=1e6, norm_eps=1e-5, bos_id=1, eos_ids=(2,),
+)  # fmt: skip
+MIXTRAL_8X22B = MIXTRAL_8X7B | {
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "max_position_embeddings": 65536,
+    "num_attention_heads": 48,
+    "num_hidden_layers": 56,
+    "vocab_size": 32768,
+}
+PARAMS_8X7B: dict[str, Any] = {
+    "dim": 4096,
+    "n_layers": 32,
+    "head_dim": 128,
+    "hidden_dim": 14336,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "norm_eps": 1e-05,
+    "vocab_size": 32000,
+    "moe": {"num_experts_per_tok": 2, "num_experts": 8},
+}
+
+
+def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_published_files() -> None:
+    assert from_hf(MIXTRAL_8X7B) == EXPECTED_8X7B
+    assert from_hf(MIXTRAL_8X22B) == replace(
+        EXPECTED_8X7B, vocab=32768, hidden=6144, layers=56, heads=48, ffn=16384, context=65536
+    )
+    assert from_mistral(PARAMS_8X7B) == EXPECTED_8X7B
+
+
+@pytest.mark.parametrize(
+    ("change", "theta"),
+    [
+        ({"rope_theta": 5e5}, 5e5),
+        ({"rope_theta": 10000}, 1e4),
+        ({"rope_theta": None}, 1e6),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5),
+        ({"rope_parameters": {"rope_theta": 5e5}}, 5e5),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5),
+        ({"rope_theta": 5e5, "rope_parameters": None, "rope_scaling": None}, 5e5),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}}, 5e5),
+        ({}, 1e6),
+    ],
+)
+def test_rope_spellings(change: dict[str, Any], theta: float) -> None:
+    assert from_hf(without(MIXTRAL_8X7B, "rope_theta") | change).rope_theta == theta
+
+
+@pytest.mark.parametrize("window", [4096, None])
+def test_sliding_window_is_ignored(window: int | None) -> None:
+    assert from_hf(MIXTRAL_8X7B | {"sliding_window": window}) == EXPECTED_8X7B
+
+
+def test_head_dim() -> None:
+    assert from_hf(MIXTRAL_8X7B | {"head_dim": None}).head_dim == 128
+    assert from_hf(MIXTRAL_8X7B | {"head_dim": 96}).head_dim == 96
+    assert from_hf(MIXTRAL_8X22B).head_dim == 128
+
+
+def test_kv_heads_default_to_heads() -> None:
+    assert from_hf(without(MIXTRAL_8X7B, "num_key_value_heads")).kv_heads == 32
+    assert from_hf(MIXTRAL_8X7B | {"num_key_value_heads": None}).kv_heads == 32
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({}, None, (2,)),
+        ({}, {}, (2,)),
+        ({"eos_token_id": 7}, None, (7,)),
+        ({"eos_token_id": [7, 9]}, None, (7, 9)),
+        ({"eos_token_id": None}, None, ()),
+        ({"eos_token_id": []}, None, ()),
+        ({"eos_token_id": 7}, {"bos_token_id": 1}, (7,)),
+        ({"eos_token_id": 7}, {"eos_token_id": 9}, (9,)),
+        ({"eos_token_id": 7}, {"eos_token_id": [2, 32000]}, (2, 32000)),
+    ],
+)
+def test_end_of_sequence(
+    config: dict[str, Any], generation: dict[str, Any] | None, expected: tuple[int, ...]
+) -> None:
+    assert from_hf(MIXTRAL_8X7B | {"vocab_size": 32002} | config, generation).eos_ids == expected
+
+
+def test_end_of_sequence_defaults() -> None:
+    assert from_hf(without(MIXTRAL_8X7B, "eos_token_id", "bos_token_id")) == EXPECTED_8X7B
+
+
+INTEGERS = [
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+]
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, "bos_token_id"])
+@pytest.mark.parametrize("value", ["32", 32.0, True, [32], {}])
+def test_what_is_no_integer_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=rf"config\.json: {name} is .*integer"):
+        from_hf(MIXTRAL_8X7B | {name: value})
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "rms_norm_eps"])
+@pytest.mark.parametrize("value", ["1e6", True, 0, -1.0, float("nan"), float("inf"), 10**400, [1.0]])
+def test_what_is_no_positive_number_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=rf"config\.json: {name} is .*positive number"):
+        from_hf(MIXTRAL_8X7B | {name: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+)
+def test_what_is_missing_is_named(name: str) -> None:
+    with pytest.raises(ModelError, match=rf"config\.json: {name} is None"):
+        from_hf(without(MIXTRAL_8X7B, name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, r"model_type is 'llama'"),
+        ({"model_type": None}, r"model_type is None"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantised by 'awq'"),
+        ({"quantization_config": {"bits": 4}}, r"quantised by 'unknown'"),
+        ({"tie_word_embeddings": True}, r"tie_word_embeddings is true"),
+        ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_type is 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, r"rope_type is 'dynamic'"),
+        ({"rope_parameters": "default"}, r"rope_parameters is 'default'"),
+        ({"rope_scaling": [1]}, r"rope_scaling is \[1\]"),
+        ({"quantization_config": "awq"}, r"quantization_config is 'awq'"),
+        ({"eos_token_id": "2"}, r"eos_token_id is '2'"),
+        ({"eos_token_id": [2, None]}, r"eos_token_id is \[2, None\]"),
+        ({"eos_token_id": True}, r"eos_token_id is True"),
+    ],
+)
+def test_what_is_not_mixtral_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        from_hf(MIXTRAL_8X7B | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({name: 0}, f"{name} is 0")
+            for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim")
+        ),
+        *(({name: -3}, f"{name} is -3") for name in ("ffn", "experts", "context", "heads")),
+        ({"heads": 6, "kv_heads": 4}, "6 query heads .* 4 kv heads"),
+        ({"head_dim": 7}, "head_dim 7"),
+        ({"experts_per_token": 0}, "0 experts per token out of 4"),
+        ({"experts_per_token": 5}, "5 experts per token out of 4"),
+    ],
+)
+def test_impossible_shapes_are_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        replace(TINY, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", ["dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size"]
+)
+def test_params_json_refusals(name: str) -> None:
+    for broken in (without(PARAMS_8X7B, name), PARAMS_8X7B | {name: "8"}):
+        with pytest.raises(ModelError, match=rf"params\.json: {name} is"):
+            from_mistral(broken)
+
+
+def test_params_json_without_experts() -> None:
+    for moe in (None, [8, 2]):
+        with pytest.raises(ModelError, match="'moe'"):
+            from_mistral(PARAMS_8X7B | {"moe": moe})
+    for name in ("num_experts", "num_experts_per_tok"):
+        with pytest.raises(ModelError, match=rf"params\.json moe: {name} is None"):
+            from_mistral(PARAMS_8X7B | {"moe": without(PARAMS_8X7B["moe"], name)})
+
+
+def test_params_json_rope_theta() -> None:
+    assert from_mistral(PARAMS_8X7B | {"rope_theta": 5e5}).rope_theta == 5e5
+    assert from_mistral(PARAMS_8X7B | {"rope_theta": None}).rope_theta == 1e6
+
+
+def test_read_hf(tmp_path: Path) -> None:
+    write(tmp_path / "config.json", MIXTRAL_8X7B)
+    assert ModelConfig.read(tmp_path) == EXPECTED_8X7B
+    write(tmp_path / "generation_config.json", {"eos_token_id": [2, 5]})
+    assert ModelConfig.read(tmp_path) == replace(EXPECTED_8X7B, eos_ids=(2, 5))
+
+
+def test_read_mistral(tmp_path: Path) -> None:
+    write(tmp_path / "params.json", PARAMS_8X7B)
+    assert ModelConfig.read(tmp_path) == EXPECTED_8X7B
+    write(tmp_path / "config.json", MIXTRAL_8X7B | {"num_hidden_layers": 3})  # HF's goes before Mistral's
+    assert ModelConfig.read(tmp_path).layers == 3
+
+
+def test_read_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json .* no params\.json"):
+        ModelConfig.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read as JSON"),
+        (b'{"model_type": "mixtral"', "cannot be read as JSON"),
+        (b'{"model_type": "\xff"}', "cannot be read as JSON"),
+        (b"[" * 200_000, "cannot be read as JSON"),
+        (b'{"vocab_size": ' + b"1" * 5000 + b"}", "cannot be read as JSON"),
+        (b"[1, 2]", "holds a list"),
+        (b"null", "holds a NoneType"),
+        (b" " * (MAX_CONFIG_BYTES + 1), f"{MAX_CONFIG_BYTES + 1} bytes, too large"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "params.json"])
+def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=rf"{name}: .*{message}"):
+        ModelConfig.read(tmp_path)
+
+
+def test_read_json_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="absent"):
+        read_json(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_transformers_reads_what_we_write(name: str) -> None:
+    config = replace(GEOMETRIES[name], bos_id=3, eos_ids=(4, 5))
+    theirs = MixtralConfig(**to_hf(config, "float16"))
+    assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": config.rope_theta}
+    assert (theirs.vocab_size, theirs.hidden_size, theirs.num_hidden_layers) == (
+        config.vocab,
+        config.hidden,
+        config.layers,
+    )
+    assert (
+        theirs.num_attention_heads,
+        theirs.num_key_value_heads,
+        theirs.head_dim,
+        theirs.intermediate_size,
+    ) == (
+        config.heads,
+        config.kv_heads,
+        config.head_dim,
+        config.ffn,
+    )
+    assert (theirs.num_local_experts, theirs.num_experts_per_tok) == (
+        config.experts,
+        config.experts_per_token,
+    )
+    assert (theirs.max_position_embeddings, theirs.rms_norm_eps) == (config.context, config.norm_eps)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (3, [4, 5])
+    assert theirs.sliding_window is None and not theirs.tie_word_embeddings
+    assert str(theirs.dtype) == "torch.float16" and theirs.architectures == ["MixtralForCausalLM"]
+
+
+@pytest.mark.parametrize("head_dim", [None, 24])
+@pytest.mark.parametrize("eos", [2, [2, 32]])
+def test_we_read_what_transformers_writes(tmp_path: Path, head_dim: int | None, eos: int | list[int]) -> None:
+    MixtralConfig(
+        vocab_size=101,
+        hidden_size=64,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        max_position_embeddings=777,
+        rms_norm_eps=1e-6,
+        bos_token_id=11,
+        eos_token_id=eos,
+        rope_parameters={"rope_type": "default", "rope_theta": 12345.0},
+    ).save_pretrained(tmp_path)
+    expected = ModelConfig(
+        vocab=101, hidden=64, layers=3, heads=4, kv_heads=2, head_dim=head_dim or 16, ffn=80, experts=6,
+        experts_per_token=3, context=777, rope_theta=12345.0, norm_eps=1e-6, bos_id=11,
+        eos_ids=(2,) if eos == 2 else (2, 32),
+    )  # fmt: skip
+    assert ModelConfig.read(tmp_path) == expected
+    GenerationConfig(eos_token_id=[7, 8]).save_pretrained(tmp_path)
+    assert ModelConfig.read(tmp_path) == replace(expected, eos_ids=(7, 8))
+
+
+def test_we_read_what_transformers_writes_by_default(tmp_path: Path) -> None:
+    MixtralConfig().save_pretrained(tmp_path)
+    assert replace(ModelConfig.read(tmp_path), context=32768) == EXPECTED_8X7B
+
+
+sizes = st.integers(1, 1 << 17)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> ModelConfig:
+    kv_heads, experts = draw(st.integers(1, 64)), draw(st.integers(1, 64))
+    vocab = draw(st.integers(2, 1 << 17))
+    tokens = st.integers(0, vocab - 1)
+    return ModelConfig(
+        vocab=vocab,
+        hidden=draw(sizes),
+        layers=draw(sizes),
+        heads=kv_heads * draw(st.integers(1, 16)),
+        kv_heads=kv_heads,
+        head_dim=2 * draw(st.integers(1, 128)),
+        ffn=draw(sizes),
+        experts=experts,
+        experts_per_token=draw(st.integers(1, experts)),
+        context=draw(sizes),
+        rope_theta=draw(st.floats(1.0, 1e9)),
+        norm_eps=draw(st.floats(1e-12, 1.0)),
+        bos_id=draw(tokens),
+        eos_ids=tuple(draw(st.lists(tokens, unique=True, max_size=3))),
+    )
+
+
+@settings(deadline=None)
+@given(configs())
+def test_round_trip(config: ModelConfig) -> None:
+    assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 40), 1 << 40) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(
+        [
+            "eos_token_id",
+            "rope_theta",
+            "rope_parameters",
+            "rope_scaling",
+            "rms_norm_eps",
+            "model_type",
+            *INTEGERS,
+        ]
+    ),
+    json_values,
+)
+def test_any_value_is_read_or_refused(name: str, value: Any) -> None:
+    """Nothing but `ModelError` comes out, whatever is in a field."""
+    try:
+        config = from_hf(MIXTRAL_8X7B | {name: value})
+    except ModelError as error:
+        assert "\n" not in str(error)
+    else:
+        assert config.experts_per_token <= config.experts and config.rope_theta > 0
