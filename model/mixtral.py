@@ -10,7 +10,6 @@ Letters used for shapes, here and everywhere:
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Attention, causal_mask
@@ -26,11 +25,14 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(config.hidden, dtype=dtype, device=device))
+        self.eps = torch.tensor([config.norm_eps], dtype=torch.float32, device=device)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # cheaper to call than a mean of squares
+        inverse = torch.addcmul(self.eps, norm, norm, value=1 / x.shape[-1]).rsqrt()  # 1 / root mean square
+        return (wide * inverse).to(x.dtype) * self.weight
 
 
 class Block(nn.Module):

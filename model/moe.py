@@ -92,7 +92,7 @@ class ResidentExperts(nn.Module):
         self, x: Tensor, ids: Tensor, weights: Tensor
     ) -> Tensor:  # [1, D], [1, A], [1, A] -> [1, D]
         """The same sums without gathering or scattering: decoding spends its time here."""
-        chosen = sorted(zip(ids[0].tolist(), weights[0].unbind(), strict=True), key=lambda pair: pair[0])
+        chosen = sorted(zip(ids.tolist()[0], weights.unbind(1), strict=True), key=lambda pair: pair[0])
         contributions = [self.experts[e](x) * weight for e, weight in chosen]
         return sum(contributions[1:], contributions[0])
 

@@ -8,9 +8,10 @@ with Engine.load("path/to/checkpoint") as engine:
 """
 
 import dataclasses
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from model.errors import ModelError
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from runtime.device import choose_device, choose_dtype
-from runtime.errors import DeviceError, LoadError, OptionError, RequestError
+from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, RequestError
 from runtime.memory import free_device_bytes
 from runtime.options import EngineOptions, SamplingParams
 from runtime.planner import PREFILL_CHUNK, Plan, check_budget, plan
@@ -82,15 +83,12 @@ class Engine:
                     f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} ids and the model "
                     f"{checkpoint.config.vocab}; they do not belong together"
                 )
-            model = Mixtral(checkpoint.config, dtype, device).requires_grad_(False)
-            with progress(checkpoint.bytes) if progress else nullcontext(None) as advance:
+            bar = progress(checkpoint.bytes) if progress else nullcontext(None)
+            with out_of_memory(DeviceError), bar as advance:
+                model = Mixtral(checkpoint.config, dtype, device).requires_grad_(False)
                 checkpoint.load(model, advance)
         except (ModelError, TokenizerError) as error:
             raise LoadError(str(error)) from error
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                f"out of device memory while loading; lower --context or free the GPU ({error})"
-            ) from error
         return Engine(model, tokenizer, planned, dtype)
 
     def generate(
@@ -116,60 +114,82 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """The logits behind each of `ids`, computed as a prompt is: [T, V] float32."""
         self.check_open()
-        self.check_ids(ids)
+        ids = self.check_ids(ids)
         if len(ids) > self.plan.context:
             raise RequestError(
                 f"{len(ids)} ids are more than the context of {self.plan.context}; raise --context"
             )
         cache = self.take_cache()
         try:
-            with self.lock, torch.inference_mode():
-                chunks = torch.tensor([list(ids)], device=self.device).split(PREFILL_CHUNK, dim=1)
+            with self.lock, out_of_memory(RequestError), torch.no_grad():
+                chunks = torch.tensor([ids], device=self.device).split(PREFILL_CHUNK, dim=1)
                 return torch.cat([self.model(chunk, cache)[0].float() for chunk in chunks])
         finally:
             self.give_cache(cache)
 
     def forward(self, ids: list[int], cache: KVCache) -> Tensor:
-        """Add `ids` to the cache; return the logits that follow the last, for ids that are tokens: [V]
-        float32."""
-        with self.lock, torch.inference_mode():
+        """Add `ids` to the cache; return the logits behind the last, [V] float32 for the tokenizer's V ids.
+
+        Fine-tunes may have padded the model's vocabulary beyond the tokenizer's: such ids mean nothing.
+        """
+        with self.lock, out_of_memory(RequestError), torch.inference_mode():
             self.check_open()
             for start in range(0, len(ids), PREFILL_CHUNK):
                 chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]], device=self.device)
                 logits = self.model(chunk, cache, last=True)  # [1, 1, V]
-            return logits[
-                0, 0, : self.tokenizer.vocab_size
-            ].float()  # fine-tunes may pad V: such ids mean nothing
+            return logits[0, 0, : self.tokenizer.vocab_size].float()
 
     def stats(self) -> Stats:
         """A copy of the counters."""
-        return dataclasses.replace(self.counters)
+        with self.lock:
+            return dataclasses.replace(self.counters)
+
+    def count_prompt(self, computed: int, reused: int) -> None:
+        with self.lock:
+            self.counters.requests += 1
+            self.counters.prompt_tokens += computed
+            self.counters.reused_tokens += reused
+
+    def count_token(self, seconds: float, first: bool) -> None:
+        """Count a new token; the first of a request took all of its prompt's time."""
+        with self.lock:
+            self.counters.new_tokens += 1
+            if first:
+                self.counters.prompt_seconds += seconds
+                self.counters.first_token_seconds = seconds
+            else:
+                self.counters.decoded_tokens += 1
+                self.counters.decode_seconds += seconds
 
     def take_cache(self) -> KVCache:
         """An empty KV cache of the planned context, re-used from an earlier session if there is one."""
         with self.lock:
             cache = self.idle_caches.pop() if self.idle_caches else None
         if cache is None:
-            return KVCache.allocate(self.config, 1, self.plan.context, self.dtype, self.device)
+            with out_of_memory(RequestError):
+                return KVCache.allocate(self.config, 1, self.plan.context, self.dtype, self.device)
         cache.truncate(0)
         return cache
 
     def give_cache(self, cache: KVCache) -> None:
-        if not self.closed:
-            self.idle_caches.append(cache)
+        """Keep a cache for the next session; one, which is what the plan counts."""
+        with self.lock:
+            if not self.closed and not self.idle_caches:
+                self.idle_caches.append(cache)
 
     def check_open(self) -> None:
         if self.closed:
             raise RequestError("the engine is closed; load it again")
 
-    def check_ids(self, ids: Sequence[int]) -> None:
-        """Raises `RequestError` unless ids are one or more of the model's."""
+    def check_ids(self, ids: Sequence[int]) -> list[int]:
+        """The ids as plain integers. Raises `RequestError` unless they are one or more of the model's."""
         if not len(ids):
             raise RequestError("the prompt is empty; give at least one token")
         V = self.config.vocab
         for i in ids:
-            if not isinstance(i, int) or not 0 <= i < V:
+            if not hasattr(i, "__index__") or not 0 <= i < V:
                 raise RequestError(f"the prompt holds {i!r}, and token ids are integers from 0 to {V - 1}")
+        return [operator.index(i) for i in ids]
 
     def check_bias(self, params: SamplingParams) -> None:
         last = self.tokenizer.vocab_size - 1
@@ -205,12 +225,28 @@ def make_plan(config: ModelConfig, options: EngineOptions) -> tuple[Plan, torch.
             f"context is {options.context}, and this model was made for at most {config.context}"
         )
     planned = plan(config, dtype, options.context or min(DEFAULT_CONTEXT, config.context))
+    if options.vram and device.type == "cpu":
+        raise OptionError(f"vram is {options.vram}, and the device is the CPU; limit it with --ram")
+    flag, wish = ("--vram", options.vram) if device.type == "cuda" else ("--ram", options.ram)
     free = free_device_bytes(device)
-    name, limit = ("vram", options.vram) if device.type == "cuda" else ("ram", options.ram)
-    budget = parse_bytes(limit, whole=free) if limit else free
-    if budget is not None:
-        check_budget(planned, budget, f"memory on {device}" + (f" under --{name} {limit}" if limit else ""))
+    limit = parse_bytes(wish, whole=free) if wish else None
+    if limit is not None and (free is None or limit < free):
+        check_budget(planned, limit, f"memory on {device} under {flag} {wish}")
+    elif free is not None:
+        check_budget(planned, free, f"memory on {device}")
     return planned, device, dtype
+
+
+@contextmanager
+def out_of_memory(kind: type[MixtralError]) -> Iterator[None]:
+    """Raise memory running out, on either device, as an error of this family."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises it plain
+        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+            reason = str(error).splitlines()[0]
+            raise kind(f"out of memory ({reason}); lower --context or free some") from error
+        raise
 
 
 def closing(session: Session, tokens: Iterator[Token]) -> Iterator[Token]:

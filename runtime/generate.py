@@ -61,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m runtime.generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)"

@@ -16,6 +16,16 @@ def option(default: Any, help: str, parse: Callable[[str], Any] = str, **argpars
     return dataclasses.field(default=default, metadata={"help": help, "type": parse} | argparse_words)
 
 
+def parse_bias(text: str) -> tuple[int, float]:
+    """A token id and what to add to its logit, as the command line writes them.
+
+    >>> parse_bias("13=-inf")
+    (13, -inf)
+    """
+    token, _, bias = text.partition("=")
+    return int(token), float(bias)
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
     """How a model is held in memory and computed. `None` leaves the choice to the machine.
@@ -39,6 +49,7 @@ class EngineOptions:
             raise OptionError(f"dtype is {self.dtype!r}, and must be one of {', '.join(DTYPES)}")
         for name in ("vram", "ram"):
             if (size := getattr(self, name)) is not None:
+                object.__setattr__(self, name, size := str(size))  # a plain number is bytes
                 try:
                     enough = parse_bytes(size, whole=1 << 60) >= 1
                 except OptionError as error:
@@ -65,7 +76,7 @@ class SamplingParams:
     min_p: float = option(0.0, "consider only tokens at least this times as likely as the likeliest", float)
     repetition_penalty: float = option(1.0, "above 1 makes tokens that already occurred less likely", float)
     logit_bias: Mapping[int, float] = option(
-        (), "add BIAS to a token's logit", lambda text: parse_bias(text), nargs="+", metavar="ID=BIAS"
+        (), "add BIAS to a token's logit", parse_bias, nargs="+", metavar="ID=BIAS"
     )
     seed: int | None = option(None, "the same seed gives the same text (default: a new one each time)", int)
     stop: tuple[str, ...] = option((), "end before any of these texts", nargs="+", metavar="TEXT")
@@ -74,6 +85,13 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) or (name == "seed" and value is None), name, value, "a whole number"
+            )
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            require(isinstance(getattr(self, name), (int, float)), name, getattr(self, name), "a number")
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
         require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
@@ -92,12 +110,3 @@ class SamplingParams:
 def require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise OptionError(f"{name} is {value!r}, and must be {expected}")
-
-
-def parse_bias(text: str) -> tuple[int, float]:
-    """
-    >>> parse_bias("13=-inf")
-    (13, -inf)
-    """
-    token, _, bias = text.partition("=")
-    return int(token), float(bias)

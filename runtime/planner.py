@@ -38,7 +38,7 @@ def plan(config: ModelConfig, dtype: torch.dtype, context: int) -> Plan:
     ...     vocab=32000, hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, experts=8,
     ...     experts_per_token=2, context=32768, rope_theta=1e6, norm_eps=1e-5)
     >>> print(plan(mixtral, torch.bfloat16, context=4096))
-    87.7 GiB: trunk 3.0 GiB, experts 84.0 GiB, kv 512.0 MiB, workspace 171.6 MiB; context 4096 tokens
+    87.6 GiB: trunk 3.0 GiB, experts 84.0 GiB, kv 512.0 MiB, workspace 98.5 MiB; context 4096 tokens
     """
     c, wide = config, dtype.itemsize
     qkv = (c.heads + 2 * c.kv_heads) * c.head_dim

@@ -78,16 +78,9 @@ class Session:
         except (TokenizerError, RequestError) as error:
             self.messages.pop()
             raise error if isinstance(error, RequestError) else RequestError(str(error)) from error
-        return self.record(tokens)
-
-    def record(self, tokens: Iterator[Token]) -> Iterator[Token]:
-        answer: list[str] = []
-        try:
-            for token in tokens:
-                answer.append(token.text)
-                yield token
-        finally:
-            self.messages.append({"role": "assistant", "content": "".join(answer)})
+        answer = {"role": "assistant", "content": ""}
+        self.messages.append(answer)
+        return record(tokens, answer)
 
     def complete(
         self, prompt: str | Sequence[int], params: SamplingParams = DEFAULT_PARAMS
@@ -98,8 +91,8 @@ class Session:
         Raises `RequestError` if the prompt is empty, too long, or holds ids that the model does not have.
         """
         try:
-            ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            self.engine.check_ids(ids)
+            ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            ids = self.engine.check_ids(ids)
             return self.run(ids, params, self.engine.tokenizer.stream(prefix=ids))
         except TokenizerError as error:
             raise RequestError(str(error)) from error
@@ -120,41 +113,27 @@ class Session:
     def decode_loop(
         self, ids: list[int], params: SamplingParams, decoder: StreamDecoder, room: int
     ) -> Iterator[Token]:
-        engine, stats = self.engine, self.engine.counters
-        scanner = StopScanner(params.stop)
+        engine, scanner = self.engine, StopScanner(params.stop)
+        request = self.begin_request()
         generator = new_generator(params, engine.device)
         ends = () if params.ignore_eos else engine.eos_ids
         limit = min(params.max_new_tokens, room)
         began = time.perf_counter()
-        self.requests += 1
-        request = self.requests
-        self.check_current(request)
         logits = self.prefill(ids)  # [V]
-        stats.requests += 1
         seen = mark_seen(ids, logits) if params.repetition_penalty != 1 else None
         for made in range(1, limit + 1):
-            total = float(logits.logsumexp(-1))  # waits for the device, so that times are of work done
-            if not math.isfinite(total):
-                raise RequestError("the model computed NaN; try --dtype float32, or check the checkpoint")
-            token = choose(logits, params, seen, generator)
-            logprob = float(logits[token]) - total
-            seconds = time.perf_counter() - began
-            if made == 1:
-                stats.prompt_seconds += seconds
-                stats.first_token_seconds = seconds
-            else:
-                stats.decode_seconds += seconds
-                stats.decoded_tokens += 1
-            stats.new_tokens += 1
-
-            text = "" if token in ends else scanner.push(decoder.push(token))
+            token, logprob = pick(logits, params, seen, generator)
+            engine.count_token(time.perf_counter() - began, first=made == 1)
+            text: str = ""
             finish: Finish | None = None
             if token in ends:
                 finish = "eos"
-            elif scanner.found:
-                finish = "stop"
-            elif made == limit:
-                finish = "length" if made == params.max_new_tokens else "context"
+            else:
+                text = scanner.push(decoder.push(token))
+                if scanner.found:
+                    finish = "stop"
+                elif made == limit:
+                    finish = "length" if made == params.max_new_tokens else "context"
             if finish:
                 text += scanner.push(decoder.flush()) + scanner.flush()
             yield Token(token, text, logprob, finish)
@@ -166,6 +145,11 @@ class Session:
             if seen is not None:
                 seen[token] = True
 
+    def begin_request(self) -> int:
+        self.check_current(self.requests)
+        self.requests += 1
+        return self.requests
+
     def check_current(self, request: int) -> None:
         """Raises `RequestError` if the cache is no longer that of `request`."""
         if self.closed:
@@ -174,15 +158,13 @@ class Session:
             raise RequestError("the session has begun another request since; take one at a time")
 
     def prefill(self, ids: list[int]) -> Tensor:  # -> [V] float32
-        """Bring the cache to hold exactly `ids`, computing those it does not hold yet, and the last in any
-        case."""
+        """Bring the cache to hold exactly `ids`, computing what it does not hold yet, and always the last."""
         reused = min(common_prefix(self.ids, ids), len(ids) - 1)
         self.cache.truncate(reused)
         del self.ids[reused:]
         logits = self.engine.forward(ids[reused:], self.cache)
         self.ids = list(ids)
-        self.engine.counters.prompt_tokens += len(ids) - reused
-        self.engine.counters.reused_tokens += reused
+        self.engine.count_prompt(len(ids) - reused, reused)
         return logits
 
     def step(self, token: int) -> Tensor:  # -> [V] float32
@@ -195,6 +177,30 @@ class Session:
         if not self.closed:
             self.closed = True
             self.engine.give_cache(self.cache)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def record(tokens: Iterator[Token], answer: dict[str, str]) -> Iterator[Token]:
+    """Pass tokens on, and keep the answer's message up with what was taken of them."""
+    for token in tokens:
+        answer["content"] += token.text
+        yield token
+
+
+def pick(
+    logits: Tensor, params: SamplingParams, seen: Tensor | None, generator: torch.Generator | None
+) -> tuple[int, float]:
+    """The next token and its log-probability before any sampling option. Waits for the device."""
+    total = float(logits.logsumexp(-1))
+    if not math.isfinite(total):
+        raise RequestError("the model computed NaN; try --dtype float32, or check the checkpoint")
+    token = choose(logits, params, seen, generator)
+    return token, float(logits[token]) - total
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import io
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -52,6 +53,7 @@ class Recipe:
     other_rate: float = 3e-3  # AdamW, for embeddings, head, gates and norms
     warmup: float = 0.01
     decay_from: float = 0.4  # constant until here, then linearly to zero
+    loose_words: float = 0.03  # share of words that are parted from the space before them
     balance: float = 0.02  # weight of the router balancing loss
     evaluate_every: float = 600.0  # seconds
     save_every: float = 300.0  # seconds
@@ -82,6 +84,33 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+def encode_corpus(
+    texts: list[str], tokenizer: sentencepiece.SentencePieceProcessor, recipe: Recipe
+) -> Tensor:  # -> [tokens]
+    """Every text between its begin and end ids, with a few words cut loose from the space before them.
+
+    The tokenizer joins a space to the word behind it, so a text that ends in a space ends in a token that
+    no word ever follows: after the prompt "def " a model trained on whole words alone is lost.
+    """
+    space, marker = tokenizer.piece_to_id("▁"), len(tokenizer.encode("\n"))
+    loose = {}  # id of "▁word" -> ids of "▁", "word"
+    for i in range(tokenizer.vocab_size()):
+        piece = tokenizer.id_to_piece(i)
+        if piece.startswith("▁") and piece.strip("▁") and not piece.startswith("▁▁"):
+            loose[i] = [space, *tokenizer.encode("\n" + piece[1:])[marker:]]
+    chance = random.Random(recipe.seed)
+    ids: list[int] = []
+    for text in texts:
+        ids.append(DEMO.bos_id)
+        for i in tokenizer.encode(text):
+            if i in loose and chance.random() < recipe.loose_words:
+                ids += loose[i]
+            else:
+                ids.append(i)
+        ids.append(DEMO.eos_ids[0])
+    return torch.tensor(ids)
 
 
 def initialise(model: Mixtral) -> None:
@@ -221,9 +250,8 @@ def train(out: Path, recipe: Recipe, corpus: Corpus) -> None:
     if not (out / "tokenizer.model").exists():
         (out / "tokenizer.model").write_bytes(train_tokenizer(corpus.train, DEMO.vocab))
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
-    bos, eos = DEMO.bos_id, DEMO.eos_ids[0]
-    tokens = torch.tensor([i for text in corpus.train for i in (bos, *tokenizer.encode(text), eos)])
-    held_out = [[bos, *tokenizer.encode(text)] for text in corpus.held_out]
+    tokens = encode_corpus(corpus.train, tokenizer, recipe)
+    held_out = [[DEMO.bos_id, *tokenizer.encode(text)] for text in corpus.held_out]
     sample_bytes = sum(len(text.encode()) for text in corpus.held_out[::4])
     print(f"{len(tokens):,} tokens to train on, {len(corpus.held_out_bytes):,} bytes held out", flush=True)
 

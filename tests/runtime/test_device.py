@@ -1,0 +1,120 @@
+"""Choosing device and dtype, and telling free memory, on machines this one is not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime import DeviceError, EngineOptions, OptionError, device, memory
+from runtime.device import choose_device, choose_dtype
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+GIB = 1 << 30
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs of compute capability 7.5 (turing) and 8.0 (ampere)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((7, 5), (8, 0))[device.index])
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_with_gpus() -> None:
+    assert choose_device(None) == choose_device("cuda") == choose_device("cuda:0") == CUDA
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device("cpu") == CPU
+    with pytest.raises(DeviceError, match=r"cuda:2: there are 2"):
+        choose_device("cuda:2")
+    with pytest.raises(DeviceError, match=r"cuda:256"):  # torch.device would make this cuda:0
+        choose_device("cuda:256")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_gpus() -> None:
+    assert choose_device(None) == choose_device("cpu") == CPU
+    with pytest.raises(DeviceError, match=r"device cuda: .*use --device cpu"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "gpu", "CPU", "cuda:", "cuda:-1", "cuda:x", "cpu:1", "meta", "mps", "cuda:0 "]
+)
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(OptionError, match="device is") as caught:
+        choose_device(name)
+    assert repr(name) in str(caught.value)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_dtype_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_dtype(None, CUDA) is torch.float16
+    assert choose_dtype(None, torch.device("cuda", 1)) is torch.bfloat16
+    for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("runtime.device.cpu_multiplies_bfloat16", lambda fast=fast: fast)
+        assert choose_dtype(None, CPU) is expected
+    for name in ("float32", "bfloat16", "float16"):
+        assert choose_dtype(EngineOptions(dtype=name).dtype, CUDA) is getattr(torch, name)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root folder for what the system tells about memory."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(
+        "MemTotal: 9999999 kB\nMemAvailable:    8388608 kB\nBuffers: 1 kB\n"
+    )
+    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / path.lstrip("/"))
+    return tmp_path
+
+
+def write_cgroup(machine: Path, limit: object, used: int, cached: int) -> None:
+    folder = machine / "sys/fs/cgroup"
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\nfile {cached + 7}\ninactive_file {cached}\n")
+
+
+def test_free_memory_is_what_the_kernel_calls_available(machine: Path) -> None:
+    assert memory.free_host_bytes() == 8 * GIB
+    assert memory.free_device_bytes(CPU) == 8 * GIB - memory.HOST_MARGIN
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "cached", "free"),
+    [
+        (4 * GIB, GIB, 0, 3 * GIB),
+        (4 * GIB, 4 * GIB, 3 * GIB, 3 * GIB),  # the page cache is given up when it is asked for
+        (2 * GIB, 3 * GIB, 0, 0),
+        (64 * GIB, GIB, 0, 8 * GIB),
+        ("max", GIB, 0, 8 * GIB),
+    ],
+)
+def test_a_containers_limit_counts(machine: Path, limit: object, used: int, cached: int, free: int) -> None:
+    write_cgroup(machine, limit, used, cached)
+    assert memory.free_host_bytes() == free
+    assert memory.free_device_bytes(CPU) == max(free - memory.HOST_MARGIN, 0)
+
+
+def test_bfloat16_is_fast_where_the_processor_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for flags, fast in (
+        ("fpu avx512f avx512_bf16 sse", True),
+        ("fpu amx_bf16", True),
+        ("fp asimd bf16 i8mm", True),
+        ("fpu avx512f avx2", False),
+        ("fpu xbf16y", False),
+    ):
+        (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+        monkeypatch.setattr(device, "Path", lambda path: tmp_path / "cpuinfo")
+        assert device.cpu_multiplies_bfloat16() is fast, flags
+    monkeypatch.setattr(device, "Path", lambda path: tmp_path / "none")
+    assert device.cpu_multiplies_bfloat16() is False

@@ -1,0 +1,193 @@
+"""Options: defaults, refusals that name field and value, and the same fields as flags."""
+
+import argparse
+import dataclasses
+import math
+import shlex
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime import EngineOptions, OptionError, SamplingParams
+from runtime.arguments import add_flags, flag, from_flags
+
+
+def test_defaults() -> None:
+    assert dataclasses.asdict(EngineOptions()) == dict.fromkeys(("device", "dtype", "vram", "ram", "context"))
+    assert dataclasses.asdict(SamplingParams()) == {
+        "max_new_tokens": 256,
+        "temperature": 0.7,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "logit_bias": {},
+        "seed": None,
+        "stop": (),
+        "ignore_eos": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dtype", "int8"),
+        ("dtype", ""),
+        ("vram", "much"),
+        ("vram", "0"),
+        ("vram", "0%"),
+        ("vram", "150%"),
+        ("ram", "-1GiB"),
+        ("ram", ""),
+        ("context", 1),
+        ("context", 0),
+        ("context", -5),
+    ],
+)
+def test_engine_options_refuse(field: str, value: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        EngineOptions(**{field: value})
+    assert field in str(caught.value) and repr(value) in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", -1),
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("min_p", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", math.inf),
+        ("repetition_penalty", math.nan),
+        ("seed", -1),
+        ("seed", 1 << 63),
+        ("stop", ("a", "")),
+    ],
+)
+def test_sampling_params_refuse(field: str, value: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        SamplingParams(**{field: value})
+    assert str(caught.value).startswith(f"{field} is {value!r}, and must be ")
+
+
+@pytest.mark.parametrize("bias", [{-1: 0.0}, {3: math.inf}, {3: math.nan}])
+def test_logit_bias_refuses(bias: dict[int, float]) -> None:
+    with pytest.raises(OptionError) as caught:
+        SamplingParams(logit_bias=bias)
+    ((token, value),) = bias.items()
+    assert "logit_bias" in str(caught.value) and f"{token}={value}" in str(caught.value)
+
+
+def test_the_borders_of_what_is_allowed() -> None:
+    SamplingParams(
+        max_new_tokens=1, temperature=0, top_p=1e-9, min_p=1, seed=(1 << 63) - 1, logit_bias={0: -math.inf}
+    )
+    EngineOptions(context=2, ram="100%", vram="1B")
+
+
+def test_options_are_frozen_and_own_what_they_were_given() -> None:
+    bias, stop = {1: 2.0}, ["x"]
+    params = SamplingParams(logit_bias=bias, stop=stop)  # type: ignore[arg-type]
+    bias[1], stop[0] = 9.0, "y"
+    assert (params.logit_bias, params.stop) == ({1: 2.0}, ("x",))
+    assert SamplingParams(stop="one text").stop == ("one text",)  # type: ignore[arg-type]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.top_k = 3  # type: ignore[misc]
+
+
+def parse(options: type, words: list[str]) -> Any:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, options)
+    return from_flags(options, parser.parse_args(words))
+
+
+@pytest.mark.parametrize("options", [EngineOptions, SamplingParams])
+def test_no_flags_give_the_defaults(options: type) -> None:
+    assert parse(options, []) == options()
+
+
+def test_each_field_is_a_flag() -> None:
+    assert parse(
+        EngineOptions, shlex.split("--device cuda:1 --dtype float16 --vram 90% --ram 20GiB --context 512")
+    ) == EngineOptions(device="cuda:1", dtype="float16", vram="90%", ram="20GiB", context=512)
+    assert parse(
+        SamplingParams,
+        shlex.split(
+            "--max-new-tokens 5 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 "
+            "--logit-bias 3=-inf 4=1.5 --logit-bias 5=-2 --seed 7 --stop END '\n' --stop x --ignore-eos"
+        ),
+    ) == SamplingParams(
+        max_new_tokens=5,
+        temperature=0.5,
+        top_k=3,
+        top_p=0.9,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        logit_bias={3: -math.inf, 4: 1.5, 5: -2.0},
+        seed=7,
+        stop=("END", "\n", "x"),
+        ignore_eos=True,
+    )
+
+
+@given(
+    st.builds(
+        SamplingParams,
+        max_new_tokens=st.integers(1, 9999),
+        temperature=st.floats(0, 5),
+        top_k=st.integers(0, 99),
+        top_p=st.floats(0, 1, exclude_min=True),
+        min_p=st.floats(0, 1),
+        repetition_penalty=st.floats(0.1, 5),
+        logit_bias=st.dictionaries(st.integers(0, 99), st.floats(-100, 100), max_size=3),
+        seed=st.none() | st.integers(0, (1 << 63) - 1),
+        stop=st.lists(st.text(min_size=1), max_size=3),
+        ignore_eos=st.booleans(),
+    )
+)
+def test_params_survive_being_written_as_flags(params: SamplingParams) -> None:
+    words: list[str] = []
+    for name, value in dataclasses.asdict(params).items():
+        if name == "logit_bias":
+            words += [f"--logit-bias={token}={bias!r}" for token, bias in value.items()]
+        elif name == "stop":
+            words += [f"--stop={text}" for text in value]
+        elif value is True:
+            words.append(flag(name))
+        elif value is not None and value is not False:
+            words.append(f"{flag(name)}={value!r}")
+    assert parse(SamplingParams, words) == params
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--top-k x",
+        "--seed 1.5",
+        "--temperature",
+        "--logit-bias 5",
+        "--logit-bias x=1",
+        "--dtype int8",
+        "--stop",
+    ],
+)
+def test_malformed_flags_are_usage_errors_that_name_the_flag(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(EngineOptions if "dtype" in words else SamplingParams, words.split())
+    assert caught.value.code == 2
+    assert f"argument {words.split()[0]}" in capsys.readouterr().err

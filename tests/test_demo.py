@@ -1,0 +1,77 @@
+"""The demo checkpoint that comes with the package, as it must be, and as Transformers reads it."""
+
+import contextlib
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from model.checkpoint import open_checkpoint
+from runtime import Engine, EngineOptions, SamplingParams
+from runtime.engine import DEMO
+from tools.corpus import standard_library
+from tools.held_out import negative_log_likelihood
+from tools.train_demo import Balance
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.load(options=EngineOptions(device="cpu", dtype="float32"))
+
+
+def test_layout_and_size() -> None:
+    assert {path.name for path in DEMO.iterdir()} == {"config.json", "model.safetensors", "tokenizer.model"}
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 24_000_000
+    checkpoint = open_checkpoint(DEMO)
+    config = checkpoint.config
+    assert checkpoint.dtype == torch.bfloat16
+    assert (config.layers, config.experts, config.experts_per_token) == (8, 8, 2)
+    assert all(size % 64 == 0 for size in (config.hidden, config.ffn, config.heads * config.head_dim))
+
+
+def test_equals_transformers(engine: Engine, record_property: Any) -> None:
+    peer = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    ids = engine.tokenizer.encode(Path(contextlib.__file__).read_text())[:300]
+    with torch.no_grad():
+        expected = peer(torch.tensor([ids])).logits[0]
+    difference = (engine.logits(ids) - expected).abs().max().item()
+    prompt = engine.tokenizer.encode("def ")
+    greedy = peer.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=64, eos_token_id=None, pad_token_id=0
+    )[0, len(prompt) :].tolist()
+    params = SamplingParams(max_new_tokens=64, temperature=0, ignore_eos=True)
+    ours = [token.id for token in engine.generate(prompt, params)]
+    record_property("logit_difference", difference)
+    record_property("ids_equal", (sum(a == b for a, b in zip(ours, greedy, strict=True)), len(greedy)))
+    assert difference < 1e-4
+    assert ours == greedy
+
+
+def test_writes_what_looks_like_python(engine: Engine) -> None:
+    params = SamplingParams(max_new_tokens=60, temperature=0)
+    text = "def " + "".join(token.text for token in engine.generate("def ", params))
+    head, _, body = text.partition("\n")
+    assert "(" in head and head.rstrip().endswith((":", ",", "("))
+    assert body.startswith("    ")
+
+
+def test_has_learnt_and_balances_its_experts(engine: Engine) -> None:
+    """Some of what was held out (on the Python that trained it): well under gzip's 2.4 bits per byte, and
+    no expert with more than 2.5 times the mean load."""
+    balance = Balance(engine.model)
+    nats, size = 0.0, 0
+    for text in standard_library().held_out[::7]:
+        ids = engine.tokenizer.encode(text[:6000])
+        nats += negative_log_likelihood(engine.model, ids, window=1024, stride=512)
+        size += len(text[:6000].encode())
+    assert nats / math.log(2) / size < 1.9
+    assert 1 <= balance.busiest() <= 2.5
+
+
+def test_the_tokenizer_keeps_text_whole(engine: Engine) -> None:
+    source = Path(io.__file__).read_text()
+    assert engine.tokenizer.decode(engine.tokenizer.encode(source)) == source
