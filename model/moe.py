@@ -61,12 +61,13 @@ class Expert(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        self.ffn = config.ffn
         self.w13 = Linear(config.hidden, 2 * config.ffn, dtype, device)
         self.w2 = Linear(config.ffn, config.hidden, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, D] -> [N, D]
-        gate, up = self.w13(x).chunk(2, -1)  # [N, F] each
-        return self.w2(F.silu(gate) * up)
+        h = self.w13(x)  # [N, 2F]
+        return self.w2(F.silu(h[:, : self.ffn]) * h[:, self.ffn :])
 
 
 class ResidentExperts(nn.Module):

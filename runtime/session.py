@@ -196,11 +196,11 @@ def pick(
     logits: Tensor, params: SamplingParams, seen: Tensor | None, generator: torch.Generator | None
 ) -> tuple[int, float]:
     """The next token and its log-probability before any sampling option. Waits for the device."""
-    total = float(logits.logsumexp(-1))
-    if not math.isfinite(total):
+    logprobs = logits.log_softmax(-1)
+    if math.isnan(logprobs[0]):  # one NaN or infinity among the logits makes all of these NaN
         raise RequestError("the model computed NaN; try --dtype float32, or check the checkpoint")
     token = choose(logits, params, seen, generator)
-    return token, float(logits[token]) - total
+    return token, float(logprobs[token])
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from model.checkpoint import open_checkpoint
 from runtime import Engine, EngineOptions, SamplingParams
 from runtime.engine import DEMO
+from tools.balance import Balance
 from tools.corpus import standard_library
 from tools.held_out import negative_log_likelihood
-from tools.train_demo import Balance
 
 
 @pytest.fixture(scope="module")

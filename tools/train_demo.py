@@ -9,7 +9,6 @@ Prints loss, speed, how evenly the experts are used and the held-out bits per by
 
 import argparse
 import dataclasses
-import functools
 import io
 import os
 import random
@@ -17,17 +16,18 @@ import sys
 import time
 from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor as Processor
+from sentencepiece import SentencePieceTrainer
 from torch import Tensor, nn
 
 from model.checkpoint import save_hf
 from model.config import ModelConfig
 from model.mixtral import Mixtral
-from model.moe import Router
+from tools.balance import Balance
 from tools.corpus import Corpus, standard_library
-from tools.held_out import bits_per_byte
+from tools.held_out import judge
 
 DEMO = ModelConfig(
     vocab=2048, hidden=256, layers=8, heads=4, kv_heads=2, head_dim=64, ffn=128,
@@ -68,7 +68,7 @@ class Recipe:
 def train_tokenizer(texts: list[str], vocab: int) -> bytes:
     """A sentencepiece BPE with Mixtral's settings: byte fallback, dummy prefix, split digits, spaces kept."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
+    SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n") if line),
         model_writer=model,
         model_type="bpe",
@@ -86,9 +86,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
     return model.getvalue()
 
 
-def encode_corpus(
-    texts: list[str], tokenizer: sentencepiece.SentencePieceProcessor, recipe: Recipe
-) -> Tensor:  # -> [tokens]
+def encode_corpus(texts: list[str], tokenizer: Processor, recipe: Recipe) -> Tensor:  # -> [tokens]
     """Every text between its begin and end ids, with a few words cut loose from the space before them.
 
     The tokenizer joins a space to the word behind it, so a text that ends in a space ends in a token that
@@ -139,42 +137,6 @@ def optimizers(model: Mixtral, recipe: Recipe) -> list[torch.optim.Optimizer]:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return made
-
-
-class Balance:
-    """Watches every router: the balancing loss of a pass, and how the load spreads over the experts."""
-
-    def __init__(self, model: Mixtral) -> None:
-        self.losses: list[Tensor] = []
-        self.loads = torch.zeros(
-            model.config.layers, model.config.experts
-        )  # assignments seen since `busiest`
-        routers = [module for module in model.modules() if isinstance(module, Router)]
-        for layer, router in enumerate(routers):
-            router.register_forward_hook(functools.partial(self.watch, layer))
-
-    @torch.autocast("cpu", enabled=False)
-    def watch(self, layer: int, router: Router, inputs: tuple[Tensor], chosen: tuple[Tensor, Tensor]) -> None:
-        """Switch Transformer's loss (arXiv 2101.03961, eq. 4): E times the sum of each expert's load times
-        its mean probability, which is 1 when all are alike."""
-        E = router.weight.shape[0]
-        probability = router.logits(inputs[0]).softmax(-1).mean(0)  # [E]
-        load = torch.bincount(chosen[0].flatten(), minlength=E)  # [E]
-        self.losses.append(E * (load / load.sum() * probability).sum())
-        self.loads[layer] += load.cpu()
-
-    def loss(self) -> Tensor:
-        """The balancing loss of the pass just made, averaged over layers."""
-        loss = torch.stack(self.losses).mean()
-        self.losses.clear()
-        return loss
-
-    def busiest(self) -> float:
-        """The busiest expert's load over the mean, in the worst layer, since this was last asked."""
-        share = self.loads / self.loads.sum(1, keepdim=True)
-        self.loads.zero_()
-        self.losses.clear()
-        return (share.max() * share.shape[1]).item()
 
 
 class Batches:
@@ -244,15 +206,27 @@ def take_step(training: Training, ids: Tensor, balance: Balance, recipe: Recipe)
     return loss
 
 
+class Every:
+    """True once every so many seconds."""
+
+    def __init__(self, seconds: float, now: float) -> None:
+        self.seconds = seconds
+        self.last = now
+
+    def __call__(self, now: float) -> bool:
+        due = now - self.last >= self.seconds
+        if due:
+            self.last = now
+        return due
+
+
 def train(out: Path, recipe: Recipe, corpus: Corpus) -> None:
     torch.manual_seed(recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not (out / "tokenizer.model").exists():
         (out / "tokenizer.model").write_bytes(train_tokenizer(corpus.train, DEMO.vocab))
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    tokenizer = Processor(model_file=str(out / "tokenizer.model"))
     tokens = encode_corpus(corpus.train, tokenizer, recipe)
-    held_out = [[DEMO.bos_id, *tokenizer.encode(text)] for text in corpus.held_out]
-    sample_bytes = sum(len(text.encode()) for text in corpus.held_out[::4])
     print(f"{len(tokens):,} tokens to train on, {len(corpus.held_out_bytes):,} bytes held out", flush=True)
 
     model = Mixtral(DEMO, torch.float32, device)
@@ -264,42 +238,32 @@ def train(out: Path, recipe: Recipe, corpus: Corpus) -> None:
         print(f"going on from step {training.step}, {training.elapsed / 60:.1f} minutes", flush=True)
     balance = Balance(model)
     batches = Batches(tokens, recipe.tokens_per_step, recipe.seed + training.step)
-    reported = evaluated = saved = training.elapsed
+    reporting, evaluating, saving = (
+        Every(seconds, training.elapsed) for seconds in (20, recipe.evaluate_every, recipe.save_every)
+    )
     while training.elapsed < recipe.minutes * 60:
         began = time.monotonic()
         ids = batches.take(recipe.length(training.elapsed / (recipe.minutes * 60))).to(device)
         loss = take_step(training, ids, balance, recipe)
         seconds = time.monotonic() - began
         training.elapsed += seconds
-        if training.elapsed - reported > 20:
-            reported = training.elapsed
+        if reporting(training.elapsed):
             print(
-                f"{reported / 60:6.1f} min  step {training.step:5d}  {training.tokens / 1e6:6.2f} M tokens  "
-                f"T {ids.shape[1] - 1:4d}  loss {loss:.3f}  busiest {balance.busiest():.2f}  "
-                f"{ids.shape[0] * (ids.shape[1] - 1) / seconds:,.0f} tokens/s",
+                f"{training.elapsed / 60:6.1f} min  step {training.step:5d}  "
+                f"{training.tokens / 1e6:6.2f} M tokens  T {ids.shape[1] - 1:4d}  loss {loss:.3f}  "
+                f"busiest {balance.busiest():.2f}  {ids[:, 1:].numel() / seconds:,.0f} tokens/s",
                 flush=True,
             )
-        if training.elapsed - evaluated > recipe.evaluate_every:
-            evaluated = training.elapsed
-            balance.busiest()
-            bits = bits_per_byte(model, held_out[::4], sample_bytes)
-            print(
-                f"a quarter of the held-out: {bits:.3f} bits per byte, busiest {balance.busiest():.2f}",
-                flush=True,
-            )
-        if training.elapsed - saved > recipe.save_every:
-            saved = training.elapsed
+        if evaluating(training.elapsed):
+            sample = corpus.held_out[::4]
+            print(f"a quarter of the held-out: {judge(model, balance, tokenizer, sample)}", flush=True)
+        if saving(training.elapsed):
             training.save(state)
             save_hf(model, out)
 
     save_hf(model, out)
-    balance.busiest()
     model.to(torch.bfloat16).float()  # judge what was written
-    bits = bits_per_byte(model, held_out, len(corpus.held_out_bytes))
-    print(
-        f"held out: {bits:.4f} bits per byte, busiest expert {balance.busiest():.2f} times the mean",
-        flush=True,
-    )
+    print(f"held out: {judge(model, balance, tokenizer, corpus.held_out)}", flush=True)
     state.unlink(missing_ok=True)
 
 

@@ -1,0 +1,45 @@
+"""How evenly a model's routers use their experts."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from model.mixtral import Mixtral
+from model.moe import Router
+
+
+class Balance:
+    """Watches every router: the balancing loss of a pass, and how the load spreads over the experts."""
+
+    def __init__(self, model: Mixtral) -> None:
+        self.losses: list[Tensor] = []
+        self.loads = torch.zeros(
+            model.config.layers, model.config.experts
+        )  # assignments seen since `busiest`
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        for layer, router in enumerate(routers):
+            router.register_forward_hook(functools.partial(self.watch, layer))
+
+    @torch.autocast("cpu", enabled=False)
+    def watch(self, layer: int, router: Router, inputs: tuple[Tensor], chosen: tuple[Tensor, Tensor]) -> None:
+        """Switch Transformer's loss (arXiv 2101.03961, eq. 4): E times the sum of each expert's load times
+        its mean probability, which is 1 when all are alike."""
+        E = router.weight.shape[0]
+        probability = router.logits(inputs[0]).softmax(-1).mean(0)  # [E]
+        load = torch.bincount(chosen[0].flatten(), minlength=E)  # [E]
+        self.losses.append(E * (load / load.sum() * probability).sum())
+        self.loads[layer] += load.cpu()
+
+    def loss(self) -> Tensor:
+        """The balancing loss of the pass just made, averaged over layers."""
+        loss = torch.stack(self.losses).mean()
+        self.losses.clear()
+        return loss
+
+    def busiest(self) -> float:
+        """The busiest expert's load over the mean, in the worst layer, since this was last asked."""
+        share = self.loads / self.loads.sum(1, keepdim=True)
+        self.loads.zero_()
+        self.losses.clear()
+        return (share.max() * share.shape[1]).item()
