@@ -12,6 +12,7 @@ import dataclasses
 import io
 import os
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -53,7 +54,9 @@ class Recipe:
     other_rate: float = 3e-3  # AdamW, for embeddings, head, gates and norms
     warmup: float = 0.01
     decay_from: float = 0.4  # constant until here, then linearly to zero
-    loose_words: float = 0.03  # share of words that are parted from the space before them
+    snippets: float = 0.3  # share of top-level functions and classes that begin a text of their own
+    loose_words: float = 0.06  # share of words that are parted from the space before them
+    loose_second_word: float = 0.5  # the same for a text's second word, where prompts end most
     balance: float = 0.02  # weight of the router balancing loss
     evaluate_every: float = 600.0  # seconds
     save_every: float = 300.0  # seconds
@@ -86,8 +89,25 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
     return model.getvalue()
 
 
+def cut_snippets(texts: list[str], share: float, chance: random.Random) -> list[str]:
+    """Cut files before some of their top-level functions and classes: what people begin a prompt with.
+
+    >>> cut_snippets(["import os\\n\\ndef f():\\n    pass\\n"], 1.0, random.Random(0))
+    ['import os\\n\\n', 'def f():\\n    pass\\n']
+    """
+    snippets = []
+    for text in texts:
+        begin = 0
+        for match in re.finditer(r"^(?=def |class )", text, re.MULTILINE):
+            if match.start() > begin and chance.random() < share:
+                snippets.append(text[begin : match.start()])
+                begin = match.start()
+        snippets.append(text[begin:])
+    return snippets
+
+
 def encode_corpus(texts: list[str], tokenizer: Processor, recipe: Recipe) -> Tensor:  # -> [tokens]
-    """Every text between its begin and end ids, with a few words cut loose from the space before them.
+    """Files and snippets between begin and end ids, with a few words cut loose from the space before them.
 
     The tokenizer joins a space to the word behind it, so a text that ends in a space ends in a token that
     no word ever follows: after the prompt "def " a model trained on whole words alone is lost.
@@ -100,10 +120,11 @@ def encode_corpus(texts: list[str], tokenizer: Processor, recipe: Recipe) -> Ten
             loose[i] = [space, *tokenizer.encode("\n" + piece[1:])[marker:]]
     chance = random.Random(recipe.seed)
     ids: list[int] = []
-    for text in texts:
+    for text in cut_snippets(texts, recipe.snippets, chance):
         ids.append(DEMO.bos_id)
-        for i in tokenizer.encode(text):
-            if i in loose and chance.random() < recipe.loose_words:
+        for place, i in enumerate(tokenizer.encode(text)):
+            share = recipe.loose_second_word if place == 1 else recipe.loose_words
+            if i in loose and chance.random() < share:
                 ids += loose[i]
             else:
                 ids.append(i)
