@@ -1,0 +1,51 @@
+"""How many bytes a model takes in given formats, as a function of its configuration alone."""
+
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+from model.quant.layout import EXPERT, expert_fields, matrix_fields
+from model.quant.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Bytes of a model's tensors, in a native checkpoint and, but for the gates, in memory as well.
+
+    A gate is 16-bit in files, as in every published Mixtral, and float32 in memory.
+    """
+
+    embeddings: int  # of tokens, and the head
+    norms: int
+    gates: int
+    attention: int
+    expert: int  # one expert's blob
+    experts: int  # all of them
+
+    @property
+    def trunk(self) -> int:
+        """All that every token needs."""
+        return self.embeddings + self.norms + self.gates + self.attention
+
+    @property
+    def total(self) -> int:
+        return self.trunk + self.experts
+
+
+def model_size(config: ModelConfig, attention: QuantSpec, experts: QuantSpec) -> ModelSize:
+    """Raises `ModelError`, naming the tensor, where a format does not fit the configuration.
+
+    A file adds its header to this: see `model.checkpoint.writer.encode_header`.
+    """
+    D, L, V, K = config.hidden, config.layers, config.vocab, config.head_dim
+    H, G = config.heads, config.kv_heads
+    qkv = matrix_fields("layers.0.self_attn.qkv_proj", ((H + 2 * G) * K, D), attention)
+    o = matrix_fields("layers.0.self_attn.o_proj", (D, H * K), attention)
+    expert = expert_fields(config, experts, EXPERT.format(n=0, e=0))[-1].end
+    return ModelSize(
+        embeddings=2 * (2 * V * D),
+        norms=2 * (2 * L + 1) * D,
+        gates=2 * L * config.experts * D,
+        attention=L * (qkv[-1].end + o[-1].end),
+        expert=expert,
+        experts=L * config.experts * expert,
+    )

@@ -1,0 +1,108 @@
+"""A weight format, as users write it: `4`, `3g128`, `16`."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from model.errors import ModelError
+
+DEFAULTS = {  # bits: (group size, scales per step)
+    16: (0, 0),
+    8: (64, 256),  # ours: the groups of 4 bits, so that a model that takes one takes the other
+    4: (64, 256),  # these three as in arXiv 2312.17238
+    3: (64, 128),
+    2: (16, 128),
+}
+MIN_GROUP, MAX_GROUP = 16, 4096
+ROWS = 16  # a quantised matrix has a multiple of these, so every stream of it is a multiple of 16 bytes
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a matrix [N, K] is stored: `bits` per weight, and groups of `group_size` weights along a row, each
+    with an 8-bit scale and an 8-bit zero. `meta_group_size` consecutive scales, counted row by row through
+    the whole matrix, share a step; the last step may serve fewer. With 16 bits there are no groups.
+
+    A size of 0 stands for the default of that many bits.
+
+    >>> QuantSpec(4)
+    QuantSpec(bits=4, group_size=64, meta_group_size=256)
+    >>> QuantSpec(2, group_size=64)
+    QuantSpec(bits=2, group_size=64, meta_group_size=128)
+    """
+
+    bits: int
+    group_size: int = 0
+    meta_group_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits not in DEFAULTS:
+            raise ModelError(f"{self.bits} bits per weight are not supported; choose 16, 8, 4, 3 or 2")
+        if self.bits == 16:
+            if self.group_size or self.meta_group_size:
+                raise ModelError("16 bits are not quantised and have no groups; write 16 alone")
+            return
+        default_group, default_meta = DEFAULTS[self.bits]
+        for name, what, default in (
+            ("group_size", "group size", default_group),
+            ("meta_group_size", "number of scales per step", default_meta),
+        ):
+            value = getattr(self, name) or default
+            if not MIN_GROUP <= value <= MAX_GROUP or value & (value - 1):
+                raise ModelError(
+                    f"{what} {value} is not a power of two from {MIN_GROUP} to {MAX_GROUP}; "
+                    f"the default for {self.bits} bits is {default}"
+                )
+            object.__setattr__(self, name, value)
+
+    @staticmethod
+    def parse(text: str) -> "QuantSpec":
+        """From `4` (the defaults), `4g128` (a group size), `4g128m64` (and scales per step), or `16`.
+
+        >>> QuantSpec.parse("3g128"), str(QuantSpec.parse("4g64"))
+        (QuantSpec(bits=3, group_size=128, meta_group_size=128), '4')
+        """
+        match = re.fullmatch(r"([0-9]{1,2})(?:g([1-9][0-9]{0,5}))?(?:m([1-9][0-9]{0,5}))?", text)
+        if match is None:
+            raise ModelError(
+                f"{text!r} is not a weight format: write 16, 8, 4, 3 or 2, or with a group size, as in 3g128"
+            )
+        return QuantSpec(*(int(part or 0) for part in match.groups()))
+
+    def __str__(self) -> str:
+        """The shortest text that `parse` reads back as this."""
+        group, meta = DEFAULTS[self.bits]
+        return (
+            f"{self.bits}"
+            + f"g{self.group_size}" * (self.group_size != group)
+            + f"m{self.meta_group_size}" * (self.meta_group_size != meta)
+        )
+
+    @property
+    def quantised(self) -> bool:
+        return self.bits < 16
+
+    @property
+    def bits_per_weight(self) -> float:
+        """What a weight costs with its share of scale, zero and step.
+
+        >>> QuantSpec(2, 64).bits_per_weight  # 2 + (8 + 8) / 64 + 32 / (64 * 128)
+        2.25390625
+        """
+        if not self.quantised:
+            return 16.0
+        return self.bits + 16 / self.group_size + 32 / (self.group_size * self.meta_group_size)
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Raises `ModelError`, naming the tensor, if this format cannot store a matrix of this shape."""
+        if not self.quantised:
+            return
+        if len(shape) != 2 or min(shape) < 1:
+            raise ModelError(f"{name}: shape {list(shape)} is not a matrix, and only matrices are quantised")
+        N, K = shape
+        if K % self.group_size:
+            fits = K & -K  # the largest power of two that divides K
+            remedy = f"use {self.bits}g{min(fits, MAX_GROUP)}" if fits >= MIN_GROUP else "leave it at 16 bits"
+            raise ModelError(f"{name}: {K} inputs do not divide into groups of {self.group_size}; {remedy}")
+        if N % ROWS:
+            raise ModelError(f"{name}: {N} rows are not a multiple of {ROWS}; leave it at 16 bits")

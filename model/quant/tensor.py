@@ -1,0 +1,92 @@
+"""A quantised matrix: its streams, and what they mean."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.quant.layout import matrix_fields
+from model.quant.packing import unpack
+from model.quant.spec import QuantSpec
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedTensor:
+    """A matrix [N, K] in the streams of `model.quant.layout`; J = K / group_size groups to a row.
+
+    Of a weight with code q, in a group with scale byte s and zero byte z, under the step t:
+
+        w = (q - z / 2 ** (8 - bits)) * (s * t)
+
+    A zero lies among the codes, in steps of 1/16 of a code at 4 bits, 1/64 at 2, and whole codes at 8. So it
+    needs no scale of its own, and q - zero is exact even in bfloat16.
+
+    >>> spec = QuantSpec(4, group_size=16)
+    >>> fill = lambda value, *shape: torch.full(shape, value, dtype=torch.uint8)
+    >>> w = QuantisedTensor(spec, (16, 16), codes=fill(0xF5, 16, 8), codes_high=None, scales=fill(100, 16, 1),
+    ...                     zeros=fill(120, 16, 1), steps=torch.tensor([0.01, 0, 0, 0]))
+    >>> w.dequantise()[0, [0, 15]]  # (5 - 120/16) * (100 * 0.01) and (15 - 120/16) * 1.0
+    tensor([-2.5000,  7.5000])
+    """
+
+    spec: QuantSpec
+    shape: tuple[int, int]
+    codes: Tensor  # [N, K * bits / 8] uint8; at 3 bits the low plane, [N, K / 4]
+    codes_high: Tensor | None  # [N, K / 8] uint8, at 3 bits only
+    scales: Tensor  # [N, J] uint8
+    zeros: Tensor  # [N, J] uint8
+    steps: Tensor  # [one for meta_group_size scales, row by row; zeros up to a multiple of 4] float32
+
+    def __post_init__(self) -> None:
+        expected = {f.name: (f.dtype, f.shape) for f in matrix_fields("", self.shape, self.spec)}
+        given = {f".{name}": (t.dtype, tuple(t.shape)) for name, t in self.streams().items()}
+        assert given == expected, (given, expected)
+
+    @staticmethod
+    def of(spec: QuantSpec, shape: tuple[int, int], streams: Mapping[str, Tensor]) -> "QuantisedTensor":
+        """From streams by name, as `streams` returns them."""
+        high = streams.get("codes_high")
+        return QuantisedTensor(
+            spec, shape, streams["codes"], high, streams["scales"], streams["zeros"], streams["steps"]
+        )
+
+    def streams(self) -> dict[str, Tensor]:
+        """The tensors to store, by name and in the order of the layout."""
+        high = {} if self.codes_high is None else {"codes_high": self.codes_high}
+        return {
+            "codes": self.codes, **high, "scales": self.scales, "zeros": self.zeros, "steps": self.steps,
+        }  # fmt: skip
+
+    def unpack(self) -> Tensor:
+        """The codes, one to a byte [N, K]."""
+        planes = [self.codes] if self.codes_high is None else [self.codes, self.codes_high]
+        return unpack(planes, self.spec.bits, self.spec.group_size)
+
+    def group_scales(self) -> Tensor:
+        """Every group's scale s * t, as numbers [N, J] float32."""
+        return scale_values(self.scales, self.steps, self.spec)
+
+    def group_zeros(self) -> Tensor:
+        """Every group's zero z / 2 ** (8 - bits), as numbers [N, J] float32: the code that stands for 0."""
+        return zero_values(self.zeros, self.spec)
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix [N, K], computed in float32 and rounded to `dtype`. A reference, and slow."""
+        N, K = self.shape
+        codes = self.unpack().view(N, -1, self.spec.group_size).float()  # [N, J, group_size]
+        centred = codes - self.group_zeros()[..., None]  # [N, J, group_size]
+        return (centred * self.group_scales()[..., None]).view(N, K).to(dtype)
+
+
+def scale_values(scales: Tensor, steps: Tensor, spec: QuantSpec) -> Tensor:  # [N, J] uint8 -> float32
+    """
+    >>> scale_values(torch.tensor([[9] * 20], dtype=torch.uint8), torch.tensor([1.0, 2.0]), QuantSpec(4, 16, 16))[0, 14:18]
+    tensor([ 9.,  9., 18., 18.])
+    """  # noqa: E501
+    each = steps.repeat_interleave(spec.meta_group_size)[: scales.numel()]
+    return scales * each.view(scales.shape)
+
+
+def zero_values(zeros: Tensor, spec: QuantSpec) -> Tensor:  # [N, J] uint8 -> float32
+    return zeros.float() / 2 ** (8 - spec.bits)
