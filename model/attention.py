@@ -38,10 +38,8 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, H * self.head_dim))
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-) -> Tensor:  # q [B, H, T, K]; k, v [B, G, S, K]
-    """Causal attention of the last T of S tokens: [B, H, T, K].
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention of the last T of S tokens: q [B, H, T, K], k and v [B, G, S, K] -> [B, H, T, K].
 
     `mask` [T, S], true where a token may look, is needed only when 1 < T < S: a single token sees everything,
     and T = S is the plain triangle.

@@ -35,17 +35,8 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab",
-            "hidden",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "ffn",
-            "experts",
-            "context",
-        ):
+        sizes = ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "experts", "context")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ModelError(f"config: {name} is {getattr(self, name)}, and must be at least 1")
         if self.heads % self.kv_heads:

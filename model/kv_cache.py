@@ -25,8 +25,7 @@ class LayerCache:
 
 @dataclass
 class KVCache:
-    """All layers' caches and how many tokens they hold. `length` moves once per forward, behind the last
-    layer."""
+    """All layers' caches; the `length` of what they hold moves once per forward, behind the last layer."""
 
     layers: list[LayerCache]
     batch: int
@@ -39,10 +38,10 @@ class KVCache:
     ) -> "KVCache":
         shape = (batch, config.kv_heads, capacity, config.head_dim)
 
-        def empty() -> Tensor:
+        def zeros() -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        return KVCache([LayerCache(empty(), empty()) for _ in range(config.layers)], batch, capacity)
+        return KVCache([LayerCache(zeros(), zeros()) for _ in range(config.layers)], batch, capacity)
 
     @staticmethod
     def bytes(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:

@@ -89,9 +89,7 @@ class ResidentExperts(nn.Module):
             out.index_add_(0, rows, contribution)
         return out
 
-    def one_token(
-        self, x: Tensor, ids: Tensor, weights: Tensor
-    ) -> Tensor:  # [1, D], [1, A], [1, A] -> [1, D]
+    def one_token(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # N = 1
         """The same sums without gathering or scattering: decoding spends its time here."""
         chosen = sorted(zip(ids.tolist()[0], weights.unbind(1), strict=True), key=lambda pair: pair[0])
         contributions = [self.experts[e](x) * weight for e, weight in chosen]

@@ -9,7 +9,7 @@ Options = TypeVar("Options")
 
 def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
     """Add a flag for each field of the dataclass `options`, in a group of its own."""
-    group = parser.add_argument_group(f"{options.__name__}")
+    group = parser.add_argument_group(options.__name__)
     for field in dataclasses.fields(options):
         words: dict[str, Any] = dict(field.metadata)
         if words.get("action") == "store_true":

@@ -9,8 +9,9 @@ with Engine.load("path/to/checkpoint") as engine:
 
 import dataclasses
 import operator
+import reprlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
@@ -28,7 +29,7 @@ from runtime.device import choose_device, choose_dtype
 from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, RequestError
 from runtime.memory import free_device_bytes
 from runtime.options import EngineOptions, SamplingParams
-from runtime.planner import PREFILL_CHUNK, Plan, check_budget, plan
+from runtime.planner import PREFILL_CHUNK, Plan, check_budget, count_weights, plan
 from runtime.session import DEFAULT_PARAMS, Session, Token
 from runtime.stats import Stats
 from runtime.units import parse_bytes
@@ -54,6 +55,7 @@ class Engine:
         self.dtype = dtype
         self.device = model.embed_tokens.weight.device
         self.eos_ids = frozenset(model.config.eos_ids or (tokenizer.eos_id,))
+        self.unused = unused_ids(self.config.vocab, tokenizer.vocab_size, self.eos_ids, self.device)
         self.counters = Stats()
         self.lock = threading.Lock()
         self.idle_caches: list[KVCache] = []
@@ -122,22 +124,21 @@ class Engine:
         cache = self.take_cache()
         try:
             with self.lock, out_of_memory(RequestError), torch.no_grad():
+                self.check_open()
                 chunks = torch.tensor([ids], device=self.device).split(PREFILL_CHUNK, dim=1)
                 return torch.cat([self.model(chunk, cache)[0].float() for chunk in chunks])
         finally:
             self.give_cache(cache)
 
     def forward(self, ids: list[int], cache: KVCache) -> Tensor:
-        """Add `ids` to the cache; return the logits behind the last, [V] float32 for the tokenizer's V ids.
-
-        Fine-tunes may have padded the model's vocabulary beyond the tokenizer's: such ids mean nothing.
-        """
+        """Add `ids` to the cache; return the logits behind the last, [V] float32."""
         with self.lock, out_of_memory(RequestError), torch.inference_mode():
             self.check_open()
             for start in range(0, len(ids), PREFILL_CHUNK):
                 chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]], device=self.device)
                 logits = self.model(chunk, cache, last=True)  # [1, 1, V]
-            return logits[0, 0, : self.tokenizer.vocab_size].float()
+            row = logits[0, 0].float()
+            return row if self.unused is None else row.masked_fill(self.unused, -torch.inf)
 
     def stats(self) -> Stats:
         """A copy of the counters."""
@@ -183,13 +184,22 @@ class Engine:
 
     def check_ids(self, ids: Sequence[int]) -> list[int]:
         """The ids as plain integers. Raises `RequestError` unless they are one or more of the model's."""
-        if not len(ids):
-            raise RequestError("the prompt is empty; give at least one token")
         V = self.config.vocab
+        if isinstance(ids, bytes) or not hasattr(ids, "__iter__"):
+            raise RequestError(f"the prompt is of type {type(ids).__name__}; give a str or token ids")
+        checked = []
         for i in ids:
-            if not hasattr(i, "__index__") or not 0 <= i < V:
-                raise RequestError(f"the prompt holds {i!r}, and token ids are integers from 0 to {V - 1}")
-        return [operator.index(i) for i in ids]
+            try:
+                index = operator.index(i)
+            except TypeError:  # a fraction, a word, a row of a matrix
+                index = -1
+            if not 0 <= index < V:
+                shown = reprlib.repr(i)
+                raise RequestError(f"the prompt holds {shown}, and token ids are integers from 0 to {V - 1}")
+            checked.append(index)
+        if not checked:
+            raise RequestError("the prompt is empty; give at least one token")
+        return checked
 
     def check_bias(self, params: SamplingParams) -> None:
         last = self.tokenizer.vocab_size - 1
@@ -219,7 +229,7 @@ def make_plan(config: ModelConfig, options: EngineOptions) -> tuple[Plan, torch.
     Raises `DeviceError` if that is more than there is, or than the options allow.
     """
     device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
+    dtype = choose_dtype(options.dtype, device, sum(count_weights(config)))
     if options.context is not None and options.context > config.context:
         raise OptionError(
             f"context is {options.context}, and this model was made for at most {config.context}"
@@ -235,6 +245,20 @@ def make_plan(config: ModelConfig, options: EngineOptions) -> tuple[Plan, torch.
     elif free is not None:
         check_budget(planned, free, f"memory on {device}")
     return planned, device, dtype
+
+
+def unused_ids(model: int, tokenizer: int, used: Iterable[int], device: torch.device) -> Tensor | None:
+    """Which of the model's ids mean nothing, [V] bool: those that the tokenizer lacks, where a fine-tune
+    padded the vocabulary. Ids in `used` do mean something: an end that only the configuration names.
+
+    >>> unused_ids(6, 3, {2, 4}, torch.device("cpu")).tolist()
+    [False, False, False, True, False, True]
+    """
+    if model == tokenizer:
+        return None
+    unused = torch.arange(model, device=device) >= tokenizer
+    unused[[i for i in used if i < model]] = False
+    return unused
 
 
 @contextmanager

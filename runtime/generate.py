@@ -48,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         drop_unwritable()
         if isinstance(error, BrokenPipeError):  # whoever reads has had enough
             return DONE
-        print(f"error: {error}", file=sys.stderr)
+        reason = str(error)
+        if isinstance(error, OSError) and error.filename:
+            reason = f"{error.filename}: {error.strerror}"
+        print(f"error: {reason}", file=sys.stderr)
         return USAGE if isinstance(error, OptionError) else FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -166,6 +169,8 @@ def read_prompt(text: str | None, file: Path | None) -> str:
     if text is not None:
         return text
     source = str(file) if file else "stdin"
+    if not file and sys.stdin.isatty():
+        print("Write the text to continue; Ctrl-D on a new line ends it.", file=sys.stderr)
     data = file.read_bytes() if file else sys.stdin.buffer.read()
     if not data:
         raise RequestError(f"{source} is empty; give a prompt (--prompt '' lets the model begin by itself)")

@@ -7,6 +7,10 @@ import torch
 
 HOST_MARGIN = 512 << 20  # left to the rest of the machine
 DEVICE_MARGIN = 512 << 20  # left to the CUDA context and to fragmentation
+CGROUPS = (  # versions 2 and 1: folder, limit, use, and what of it is page cache that nobody is using
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def free_host_bytes() -> int | None:
@@ -36,13 +40,15 @@ def available_bytes() -> int | None:
 def cgroup_bytes() -> int | None:
     """What the control group's limit leaves. Files in its page cache count as used there, and are given up
     when memory is asked for: a checkpoint that has just been read must not seem to fill the machine."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-        counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return max(limit - used + int(counters["inactive_file"]), 0)
-    except (OSError, ValueError, KeyError):  # no such group, or its limit is "max"
-        return None
+    for place, limit_file, used_file, cached in CGROUPS:
+        folder = Path(place)
+        try:
+            limit, used = (int((folder / name).read_text()) for name in (limit_file, used_file))
+            counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return max(limit - used + int(counters[cached]), 0)
+        except (OSError, ValueError, KeyError):  # no such group, or its limit is "max"
+            continue
+    return None
 
 
 def free_device_bytes(device: torch.device) -> int | None:

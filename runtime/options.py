@@ -34,19 +34,27 @@ class EngineOptions:
     `Engine.load`.
     """
 
-    device: str | None = option(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
+    device: str | None = option(None, "cpu, cuda or cuda:N (default: cuda if there is one)", metavar="NAME")
     dtype: str | None = option(None, "what to compute in (default: by device)", choices=DTYPES)
     vram: str | None = option(
-        None, "device memory to use at most, like 11GiB or 90%% (default: what is free)"
+        None,
+        "device memory to use at most, like 11GiB, or 90%% of what is free (default: all of it)",
+        metavar="SIZE",
     )
-    ram: str | None = option(None, "host memory to use at most, like 20GiB or 90%% (default: what is free)")
+    ram: str | None = option(
+        None,
+        "host memory to use at most, like 20GiB, or 90%% of what is free (default: all of it)",
+        metavar="SIZE",
+    )
     context: int | None = option(
-        None, "tokens of KV cache (default: 4096, or the model's limit if smaller)", int
+        None, "tokens of KV cache (default: 4096, or the model's limit if smaller)", int, metavar="N"
     )
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise OptionError(f"dtype is {self.dtype!r}, and must be one of {', '.join(DTYPES)}")
+        if self.device is not None:
+            object.__setattr__(self, "device", str(self.device))  # a torch.device will do
         for name in ("vram", "ram"):
             if (size := getattr(self, name)) is not None:
                 object.__setattr__(self, name, size := str(size))  # a plain number is bytes
@@ -55,8 +63,8 @@ class EngineOptions:
                 except OptionError as error:
                     raise OptionError(f"{name}: {error}") from None
                 require(enough, name, size, "at least 1 byte; leave it out to use what is free")
-        if self.context is not None and self.context < 2:
-            raise OptionError(f"context is {self.context}, and must hold at least 2 tokens")
+        enough = self.context is None or (isinstance(self.context, int) and self.context >= 2)
+        require(enough, "context", self.context, "a whole number of tokens, at least 2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +75,24 @@ class SamplingParams:
     Raises `OptionError` when a value makes no sense.
     """
 
-    max_new_tokens: int = option(256, "stop after this many tokens", int)
-    temperature: float = option(0.7, "0 takes the likeliest token; higher is more varied", float)
-    top_k: int = option(0, "consider only the K likeliest tokens; 0 is all", int)
+    max_new_tokens: int = option(256, "stop after this many tokens", int, metavar="N")
+    temperature: float = option(0.7, "0 takes the likeliest token; higher is more varied", float, metavar="T")
+    top_k: int = option(0, "consider only the K likeliest tokens; 0 is all", int, metavar="K")
     top_p: float = option(
-        1.0, "consider only the likeliest tokens that together reach this probability", float
+        1.0, "consider only the likeliest tokens that together reach probability P", float, metavar="P"
     )
-    min_p: float = option(0.0, "consider only tokens at least this times as likely as the likeliest", float)
-    repetition_penalty: float = option(1.0, "above 1 makes tokens that already occurred less likely", float)
+    min_p: float = option(
+        0.0, "consider only tokens at least P times as likely as the likeliest", float, metavar="P"
+    )
+    repetition_penalty: float = option(
+        1.0, "above 1 makes tokens that already occurred less likely", float, metavar="R"
+    )
     logit_bias: Mapping[int, float] = option(
         (), "add BIAS to a token's logit", parse_bias, nargs="+", metavar="ID=BIAS"
     )
-    seed: int | None = option(None, "the same seed gives the same text (default: a new one each time)", int)
+    seed: int | None = option(
+        None, "the same seed gives the same text (default: a new one each time)", int, metavar="S"
+    )
     stop: tuple[str, ...] = option((), "end before any of these texts", nargs="+", metavar="TEXT")
     ignore_eos: bool = option(False, "go on past the model's end-of-sequence token", action="store_true")
 
@@ -100,10 +114,12 @@ class SamplingParams:
         require(
             0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0"
         )
-        require(all(self.stop), "stop", self.stop, "texts that are not empty")
+        require(all(isinstance(text, str) and text for text in self.stop), "stop", self.stop,
+                "texts that are not empty")  # fmt: skip
         for token, bias in self.logit_bias.items():
-            require(token >= 0 and not math.isnan(bias) and bias < math.inf, "logit_bias", f"{token}={bias}",
-                    "a token id and a number (-inf forbids the token)")  # fmt: skip
+            numbers = isinstance(token, int) and isinstance(bias, (int, float))
+            require(numbers and token >= 0 and not math.isnan(bias) and bias < math.inf, "logit_bias",
+                    f"{token}={bias}", "a token id and a number (-inf forbids the token)")  # fmt: skip
         require(self.seed is None or 0 <= self.seed < 1 << 63, "seed", self.seed, "from 0 to 2**63 - 1")
 
 

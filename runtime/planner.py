@@ -31,6 +31,14 @@ class Plan:
         return f"{format_bytes(self.total)}: {', '.join(terms)}; context {self.context} tokens"
 
 
+def count_weights(config: ModelConfig) -> tuple[int, int]:
+    """How many weights the trunk has, less the gates, and how many all experts have."""
+    c = config
+    attention = 2 * (c.heads + c.kv_heads) * c.head_dim * c.hidden
+    trunk = 2 * c.vocab * c.hidden + c.hidden + c.layers * (2 * c.hidden + attention)
+    return trunk, c.layers * c.experts * 3 * c.ffn * c.hidden
+
+
 def plan(config: ModelConfig, dtype: torch.dtype, context: int) -> Plan:
     """The bytes of a model whose experts are all resident.
 
@@ -41,11 +49,11 @@ def plan(config: ModelConfig, dtype: torch.dtype, context: int) -> Plan:
     87.6 GiB: trunk 3.0 GiB, experts 84.0 GiB, kv 512.0 MiB, workspace 98.5 MiB; context 4096 tokens
     """
     c, wide = config, dtype.itemsize
-    qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
-    layer = 2 * c.hidden + qkv * c.hidden + c.hidden * c.heads * c.head_dim
-    trunk = (2 * c.vocab * c.hidden + c.hidden + c.layers * layer) * wide
+    trunk_weights, expert_weights = count_weights(c)
+    trunk = trunk_weights * wide
     trunk += c.layers * c.experts * c.hidden * 4  # gates are float32
     trunk += 2 * c.context * c.head_dim * wide
+    qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
     N = min(PREFILL_CHUNK, context)
     # The widest moment of a layer: the residual stream, its norm in float32 and back, and either q, k, v
     # turned and attended, or an expert's rows through w13; and the mask, as bool and as the kernel's dtype.
@@ -55,7 +63,7 @@ def plan(config: ModelConfig, dtype: torch.dtype, context: int) -> Plan:
     return Plan(
         context=context,
         trunk=trunk,
-        experts=c.layers * c.experts * 3 * c.ffn * c.hidden * wide,
+        experts=expert_weights * wide,
         kv=KVCache.bytes(c, 1, context, dtype),
         workspace=workspace,
     )

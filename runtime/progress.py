@@ -12,8 +12,8 @@ def byte_bar(total: int) -> Iterator[Callable[[int], None]]:
     with tqdm(
         total=total, desc="loading", unit="B", unit_scale=True, unit_divisor=1024, delay=1, leave=False
     ) as bar:
-        yield lambda done: void(bar.update(done))
 
+        def advance(done: int) -> None:
+            bar.update(done)
 
-def void(_: object) -> None:
-    """Drop a result."""
+        yield advance

@@ -68,7 +68,7 @@ class Session:
         """Answer the message that was sent.
 
         However far the iterator is taken, what it gave becomes the assistant's message. If the request cannot
-        be served (`RequestError`), the user's message is taken back.
+        be served (`RequestError`, here or before the first token), the user's message is taken back.
         """
         if not self.messages or self.messages[-1]["role"] != "user":
             raise RequestError("there is no message to answer; call send first")
@@ -80,7 +80,7 @@ class Session:
             raise error if isinstance(error, RequestError) else RequestError(str(error)) from error
         answer = {"role": "assistant", "content": ""}
         self.messages.append(answer)
-        return record(tokens, answer)
+        return record(tokens, answer, self.messages)
 
     def complete(
         self, prompt: str | Sequence[int], params: SamplingParams = DEFAULT_PARAMS
@@ -100,7 +100,7 @@ class Session:
     def run(self, ids: list[int], params: SamplingParams, decoder: StreamDecoder) -> Iterator[Token]:
         """Check a request at once; serve it as the iterator that comes back is taken."""
         self.engine.check_open()
-        self.check_current(self.requests)
+        self.check_open()
         self.engine.check_bias(params)
         room = self.cache.capacity - len(ids)
         if room < 1:
@@ -129,7 +129,7 @@ class Session:
             if token in ends:
                 finish = "eos"
             else:
-                text = scanner.push(decoder.push(token))
+                text = scanner.push(decoder.push(token)) if token < engine.tokenizer.vocab_size else ""
                 if scanner.found:
                     finish = "stop"
                 elif made == limit:
@@ -146,14 +146,17 @@ class Session:
                 seen[token] = True
 
     def begin_request(self) -> int:
-        self.check_current(self.requests)
+        self.check_open()
         self.requests += 1
         return self.requests
 
-    def check_current(self, request: int) -> None:
-        """Raises `RequestError` if the cache is no longer that of `request`."""
+    def check_open(self) -> None:
         if self.closed:
             raise RequestError("the session is closed; open another")
+
+    def check_current(self, request: int) -> None:
+        """Raises `RequestError` if the cache is no longer that of `request`."""
+        self.check_open()
         if request != self.requests:
             raise RequestError("the session has begun another request since; take one at a time")
 
@@ -185,11 +188,21 @@ class Session:
         self.close()
 
 
-def record(tokens: Iterator[Token], answer: dict[str, str]) -> Iterator[Token]:
-    """Pass tokens on, and keep the answer's message up with what was taken of them."""
-    for token in tokens:
-        answer["content"] += token.text
-        yield token
+def record(
+    tokens: Iterator[Token], answer: dict[str, str], messages: list[dict[str, str]]
+) -> Iterator[Token]:
+    """Pass tokens on, and keep the answer up with what was taken of them. If the first cannot be had, take
+    answer and question back from the end of `messages`."""
+    begun = False
+    try:
+        for token in tokens:
+            begun = True
+            answer["content"] += token.text
+            yield token
+    except RequestError:
+        if not begun and messages[-1] is answer:
+            del messages[-2:]
+        raise
 
 
 def pick(
@@ -197,7 +210,7 @@ def pick(
 ) -> tuple[int, float]:
     """The next token and its log-probability before any sampling option. Waits for the device."""
     logprobs = logits.log_softmax(-1)
-    if math.isnan(logprobs[0]):  # one NaN or infinity among the logits makes all of these NaN
+    if math.isnan(logprobs[0]):  # one NaN or +infinity among the logits makes all of these NaN
         raise RequestError("the model computed NaN; try --dtype float32, or check the checkpoint")
     token = choose(logits, params, seen, generator)
     return token, float(logprobs[token])

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from model.mixtral import Mixtral
-from runtime import Engine, EngineOptions
+from runtime import Engine, EngineOptions, MixtralError
 from runtime.engine import DEMO
 from tools.balance import Balance
 from tools.corpus import standard_library
@@ -70,8 +70,12 @@ def main(argv: list[str] | None = None) -> int:
     data = corpus.held_out_bytes
     print(f"{len(corpus.held_out)} files, {len(data):,} bytes, Python {sys.version.split()[0]}")
     print(f"xz -9    {len(lzma.compress(data, preset=9)) * 8 / len(data):.4f} bits per byte", flush=True)
-    with Engine.load(args.model, EngineOptions(dtype="float32")) as engine:
-        print(f"model    {judge(engine.model, Balance(engine.model), engine.tokenizer, corpus.held_out)}")
+    try:
+        engine = Engine.load(args.model, EngineOptions(dtype="float32"))
+    except MixtralError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"model    {judge(engine.model, Balance(engine.model), engine.tokenizer, corpus.held_out)}")
     return 0
 
 

@@ -63,13 +63,10 @@ MISTRAL: Table = {  # consolidated.safetensors, as mistral-inference reads it
 }
 SPELLINGS: Mapping[str, Table] = {"HF": HF, "HF, experts stacked": HF_STACKED, "Mistral": MISTRAL}
 
-INTERLEAVED = {
-    "layers.{n}.attention.wq.weight",
-    "layers.{n}.attention.wk.weight",
-}  # rows: see `load.rotate_half_order`
-IGNORED = (
-    ".rotary_emb.inv_freq",
-)  # endings of tensors that old exports carry and that follow from the config
+# Tensors whose rows are in another order than ours: see `load.rotate_half_order`.
+INTERLEAVED = {"layers.{n}.attention.wq.weight", "layers.{n}.attention.wk.weight"}
+# Endings of tensors that old exports carry and that follow from the configuration.
+IGNORED = (".rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)

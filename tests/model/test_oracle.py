@@ -1,12 +1,14 @@
 """The network computes what Transformers' Mixtral computes: logits, greedy text, gradients."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.mixtral import Mixtral
 from tests.model.oracle import from_oracle, random_oracle, to_oracle, to_their_names
@@ -34,6 +36,21 @@ def test_logits(config: ModelConfig, source: str, record_property: Record) -> No
     record_property("logit_difference", difference)
     assert ours.shape == (B, T, config.vocab)
     assert ours.std() > 0.1, "logits too flat to tell models apart"
+    assert difference < 1e-4
+
+
+@geometries
+def test_logits_from_saved_shards(config: ModelConfig, tmp_path: Path, record_property: Record) -> None:
+    oracle = random_oracle(config, seed=2)
+    oracle.save_pretrained(tmp_path, max_shard_size=sum(p.nbytes for p in oracle.parameters()) // 3)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.files > 1
+    model = Mixtral(config)
+    checkpoint.load(model)
+    ids = random_ids(config, B, T)
+    with torch.inference_mode():
+        difference = (model(ids) - oracle(ids).logits).abs().max().item()
+    record_property("logit_difference", difference)
     assert difference < 1e-4
 
 

@@ -54,13 +54,14 @@ def test_other_names_are_refused(name: str) -> None:
 
 @pytest.mark.usefixtures("gpus")
 def test_dtype_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_dtype(None, CUDA) is torch.float16
-    assert choose_dtype(None, torch.device("cuda", 1)) is torch.bfloat16
+    assert choose_dtype(None, CUDA, 1) is torch.float16
+    assert choose_dtype(None, torch.device("cuda", 1), 1) is torch.bfloat16
     for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr("runtime.device.cpu_multiplies_bfloat16", lambda fast=fast: fast)
-        assert choose_dtype(None, CPU) is expected
+        assert choose_dtype(None, CPU, 46_700_000_000) is expected
+        assert choose_dtype(None, CPU, 8_900_000) is torch.float32
     for name in ("float32", "bfloat16", "float16"):
-        assert choose_dtype(EngineOptions(dtype=name).dtype, CUDA) is getattr(torch, name)
+        assert choose_dtype(EngineOptions(dtype=name).dtype, CUDA, 1) is getattr(torch, name)
 
 
 @pytest.fixture

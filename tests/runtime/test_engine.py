@@ -404,6 +404,15 @@ def test_ids_beyond_the_tokenizers_are_never_generated(
         engine.generate(PROMPT, greedy(logit_bias={400: 1.0}))
 
 
+def test_an_end_that_only_the_configuration_names_ends_the_text(
+    load: Callable[..., Engine], variant: Callable[..., Path]
+) -> None:
+    engine = load(variant(vocab=600, eos_ids=(500,)))
+    made = list(engine.generate(PROMPT, SamplingParams(2000, temperature=100, seed=0)))
+    assert made[-1].finish == "eos" and made[-1].id == 500
+    assert max(token.id for token in made[:-1]) < 400
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(
     load: Callable[..., Engine], variant: Callable[..., Path]
 ) -> None:

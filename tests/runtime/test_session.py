@@ -1,5 +1,6 @@
 """Conversations: the KV cache kept between turns changes the cost and nothing else."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,12 @@ def test_turns_must_alternate(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("message", "params"),
-    [("x" * 3000, greedy()), ("\ud800", greedy()), ("fine", SamplingParams(logit_bias={400: 0.0}))],
+    [
+        ("x" * 3000, greedy()),
+        ("\ud800", greedy()),
+        ("fine", SamplingParams(logit_bias={400: 0.0})),
+        ("fine", SamplingParams(logit_bias=dict.fromkeys(range(400), -math.inf))),
+    ],
 )
 def test_a_message_that_cannot_be_answered_is_taken_back(
     engine: Engine, message: str, params: SamplingParams
@@ -124,7 +130,7 @@ def test_a_message_that_cannot_be_answered_is_taken_back(
             messages = list(session.messages)
             session.send(message)
             with pytest.raises(RequestError):
-                session.generate(params)
+                list(session.generate(params))
             assert session.messages == messages
         session.send("and beta?")
         return ids_of(session.generate(greedy())), session
