@@ -22,6 +22,7 @@ from model.checkpoint.names import HF, StoredTensor, stored_tensors
 from model.checkpoint.save import write_hf
 from model.config import ModelConfig
 from model.errors import ModelError
+from runtime.engine import DEMO
 from runtime.errors import MixtralError
 from runtime.units import parse_bytes
 
@@ -30,7 +31,7 @@ SMALL = ModelConfig(  # a quarter of Mixtral-8x7B's width, in its proportions
     experts_per_token=2, context=4096, rope_theta=1e6, norm_eps=1e-5,
 )  # fmt: skip
 POOL = (1 << 22) + 1  # elements
-DEMO_TOKENIZER = Path(__file__).parent.parent / "runtime" / "demo" / "tokenizer.model"
+DEMO_TOKENIZER = DEMO / "tokenizer.model"
 
 
 def stored_bytes(config: ModelConfig) -> int:

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the model in memory (default: as stored)")
     parser.add_argument(
-        "--runs", type=int, default=3, help="per measurement; the fastest counts (default: 3)"
+        "--runs",
+        type=at_least_one,
+        default=3,
+        help="per measurement; the fastest counts (default: 3)",
     )
 
 
@@ -44,6 +47,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         random_checkpoint(shape_of_size(parse_bytes(args.bytes)), Path(folder))
         return measure_all(Path(folder), args.dtype, args.runs)
+
+
+def at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}, and must be at least 1")
+    return value
 
 
 def measure_all(folder: Path, dtype: str | None, runs: int) -> dict[str, Any]:
