@@ -79,7 +79,7 @@ class SamplingParams:
     temperature: float = option(0.7, "0 takes the likeliest token; higher is more varied", float, metavar="T")
     top_k: int = option(0, "consider only the K likeliest tokens; 0 is all", int, metavar="K")
     top_p: float = option(
-        1.0, "consider only the likeliest tokens that together reach probability P", float, metavar="P"
+        0.95, "consider only the likeliest tokens that together reach probability P", float, metavar="P"
     )
     min_p: float = option(
         0.0, "consider only tokens at least P times as likely as the likeliest", float, metavar="P"

@@ -20,7 +20,7 @@ def test_defaults() -> None:
         "max_new_tokens": 256,
         "temperature": 0.7,
         "top_k": 0,
-        "top_p": 1.0,
+        "top_p": 0.95,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "logit_bias": {},

@@ -197,7 +197,7 @@ def test_equal_logits_are_all_kept_by_top_k_and_the_first_by_top_p() -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_come_as_often_as_their_probabilities_say(temperature: float) -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
-    params = SamplingParams(temperature=temperature)
+    params = SamplingParams(temperature=temperature, top_p=1.0)
     source, n = generator(5), 4000
     counts = torch.bincount(
         torch.tensor([choose(logits, params, None, source) for _ in range(n)]), minlength=5
