@@ -119,7 +119,8 @@ class Engine:
         ids = self.check_ids(ids)
         if len(ids) > self.plan.context:
             raise RequestError(
-                f"{len(ids)} ids are more than the context of {self.plan.context}; raise --context"
+                f"{len(ids)} ids are more than the context of {self.plan.context}; "
+                f"give fewer{self.more_context(' or ')}"
             )
         cache = self.take_cache()
         try:
@@ -177,6 +178,10 @@ class Engine:
         with self.lock:
             if not self.closed and not self.idle_caches:
                 self.idle_caches.append(cache)
+
+    def more_context(self, before: str) -> str:
+        """The remedy for a full context, behind `before`; nothing if the model was made for no more."""
+        return f"{before}raise --context" if self.plan.context < self.config.context else ""
 
     def check_open(self) -> None:
         if self.closed:

@@ -150,7 +150,8 @@ def show(tokens: Iterator[Token], engine: Engine) -> None:
         print(flush=True)
     if finish == "context":
         print(
-            f"warning: stopped early, the context of {engine.plan.context} tokens is full; raise --context",
+            f"warning: stopped early, the context of {engine.plan.context} tokens is full"
+            + engine.more_context("; "),
             file=sys.stderr,
         )
 

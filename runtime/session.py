@@ -106,7 +106,7 @@ class Session:
         if room < 1:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens and the context holds {self.cache.capacity}, "
-                f"with room for at least 1 new one; shorten the prompt or raise --context"
+                f"with room for at least 1 new one; shorten the prompt{self.engine.more_context(' or ')}"
             )
         return self.decode_loop(ids, params, decoder, room)
 
