@@ -1,12 +1,13 @@
 """Grouped-query attention (arXiv 2305.13245): H query heads share G heads of keys and values."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.kv_cache import LayerCache
-from model.linear import Linear
 from model.rope import Rope
 
 
@@ -17,13 +18,14 @@ class Attention(nn.Module):
     one rotation for queries and keys together.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, linear: Callable[[int, int], nn.Module]) -> None:
+        """`linear(inputs, outputs)` makes a projection."""
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         qkv = (config.heads + 2 * config.kv_heads) * config.head_dim
         out = config.heads * config.head_dim
-        self.qkv_proj = Linear(config.hidden, qkv, dtype, device)
-        self.o_proj = Linear(out, config.hidden, dtype, device)
+        self.qkv_proj = linear(config.hidden, qkv)
+        self.o_proj = linear(out, config.hidden)
 
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None, cache: LayerCache | None, past: int

@@ -9,6 +9,7 @@ from typing import Any
 from model.errors import ModelError
 
 MAX_CONFIG_BYTES = 1 << 20
+NATIVE = "mixtral-runtime"  # the quant_method of our own checkpoints: see `model.checkpoint.native`
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
         raise ModelError(
             f"config.json: model_type is {config.get('model_type')!r}; only 'mixtral' is supported"
         )
-    if config.get("quantization_config"):
-        method = section(config, "quantization_config").get("quant_method", "unknown")
+    method = section(config, "quantization_config").get("quant_method", "unknown")
+    if config.get("quantization_config") and method != NATIVE:
         raise ModelError(
             f"config.json: weights are quantised by {method!r}; start from the 16-bit checkpoint instead"
         )

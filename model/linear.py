@@ -18,3 +18,39 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
         return F.linear(x, self.weight)
+
+
+class PackedLinear(nn.Module):
+    """The same product from a bfloat16 weight in oneDNN's own order, on a CPU: the same bits, sooner.
+
+    A row-major weight is brought into that order anew for every product. With one row of x that takes as long
+    as the product: 32000 x 4096 took 20 ms, and from packed weights 12 (two cores).
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+def pack(module: nn.Module) -> nn.Module:
+    """`module`, or where it is a `Linear` that this processor has use for packing, one that is packed."""
+    if isinstance(module, Linear) and packs(module.weight):
+        return PackedLinear(module.weight.detach())
+    return module
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether this build of PyTorch can pack this weight, and its processor multiplies bfloat16.
+
+    >>> packs(torch.zeros(2, 2))
+    False
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
+    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    return all(hasattr(torch.ops.mkldnn, name) for name in names) and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )

@@ -8,6 +8,7 @@ Letters used for shapes, here and everywhere:
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,16 @@ class Block(nn.Module):
     """One layer: attention, then experts, each on a normed copy that is added back."""
 
     def __init__(
-        self, config: ModelConfig, experts: Experts, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        linear: Callable[[int, int], nn.Module],
+        experts: Experts,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config, dtype, device)
-        self.self_attn = Attention(config, dtype, device)
+        self.self_attn = Attention(config, linear)
         self.post_attention_layernorm = RMSNorm(config, dtype, device)
         self.block_sparse_moe = SparseMoE(config, experts, device)
 
@@ -60,8 +66,9 @@ class Mixtral(nn.Module):
     Parameters are named as in HF checkpoints, less the leading `model.`, and with two fusions: q, k, v are
     rows of `qkv_proj`; w1, w3 are rows of `w13`. `model.checkpoint.layout` holds the table.
 
-    `experts(layer)` provides a layer's experts; by default they are parameters of this module. Weights are
-    left as memory happens to be: whoever makes a model fills it.
+    `experts(layer)` provides a layer's experts, and `linear(inputs, outputs)` makes attention's projections;
+    by default all of these are parameters of this module. Weights are left as memory happens to be: whoever
+    makes a model fills it.
     """
 
     def __init__(
@@ -70,18 +77,20 @@ class Mixtral(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         experts: Callable[[int], Experts] | None = None,
+        linear: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         device = torch.device(device)
         self.config = config
         provide = experts or (lambda layer: ResidentExperts(config, dtype, device))
+        linear = linear or partial(Linear, dtype=dtype, device=device)
         embeddings = torch.empty(config.vocab, config.hidden, dtype=dtype, device=device)
         self.embed_tokens = nn.Embedding(config.vocab, config.hidden, _weight=embeddings)
         self.layers = nn.ModuleList(
-            Block(config, provide(layer), dtype, device) for layer in range(config.layers)
+            Block(config, linear, provide(layer), dtype, device) for layer in range(config.layers)
         )
         self.norm = RMSNorm(config, dtype, device)
-        self.lm_head = Linear(config.hidden, config.vocab, dtype, device)
+        self.lm_head: nn.Module = Linear(config.hidden, config.vocab, dtype, device)  # packed, perhaps
         self.rope = Rope.table(config.context, config.head_dim, config.rope_theta, dtype, device)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:

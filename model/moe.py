@@ -4,7 +4,7 @@ Who that is, is behind `Experts`: here `ResidentExperts`, whose weights are ordi
 that keeps only some experts on the device has the same contract and must give the same bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.linear import Linear
+
+Product = Callable[[Tensor], Tensor]  # x [N, inputs] -> [N, outputs]
 
 
 class Experts(Protocol):
@@ -56,18 +58,22 @@ class Router(nn.Module):
         return ids, chosen.softmax(-1)
 
 
+def gated(x: Tensor, w13: Product) -> Tensor:  # [N, D] -> [N, F]
+    """An expert's inner values, `silu(w1 x) * w3 x` (arXiv 2002.05202), with w1 above w3 in one matrix."""
+    gate, up = w13(x).chunk(2, dim=-1)  # [N, F] each
+    return F.silu(gate) * up
+
+
 class Expert(nn.Module):
-    """SwiGLU (arXiv 2002.05202): `w2(silu(w1 x) * w3 x)`, with w1 above w3 in one matrix."""
+    """One expert, its weights parameters: SwiGLU, `w2(silu(w1 x) * w3 x)`."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.ffn = config.ffn
         self.w13 = Linear(config.hidden, 2 * config.ffn, dtype, device)
         self.w2 = Linear(config.ffn, config.hidden, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, D] -> [N, D]
-        h = self.w13(x)  # [N, 2F]
-        return self.w2(F.silu(h[:, : self.ffn]) * h[:, self.ffn :])
+        return self.w2(gated(x, self.w13))
 
 
 class ResidentExperts(nn.Module):
@@ -80,20 +86,26 @@ class ResidentExperts(nn.Module):
             self.add_module(str(e), expert)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # as `Experts`
-        weights = weights.to(x.dtype)
-        if x.shape[0] == 1:
-            return self.one_token(x, ids, weights)
-        out = torch.zeros_like(x)  # [N, D]
-        for e, rows, choice in by_expert(ids, len(self.experts)):
-            contribution = self.experts[e](x[rows]) * weights[rows, choice, None]  # [n, D]
-            out.index_add_(0, rows, contribution)
-        return out
+        return mix(self.experts, x, ids, weights)
 
-    def one_token(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # N = 1
-        """The same sums without gathering or scattering: decoding spends its time here."""
-        chosen = sorted(zip(ids.tolist()[0], weights.unbind(1), strict=True), key=lambda pair: pair[0])
-        contributions = [self.experts[e](x) * weight for e, weight in chosen]
-        return sum(contributions[1:], contributions[0])
+
+def mix(experts: Sequence[Product], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """What `Experts` promises, where all experts of a layer are at hand."""
+    weights = weights.to(x.dtype)
+    if x.shape[0] == 1:
+        return mix_one(experts, x, ids, weights)
+    out = torch.zeros_like(x)  # [N, D]
+    for e, rows, choice in by_expert(ids, len(experts)):
+        contribution = experts[e](x[rows]) * weights[rows, choice, None]  # [n, D]
+        out.index_add_(0, rows, contribution)
+    return out
+
+
+def mix_one(experts: Sequence[Product], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # N = 1
+    """The same sums without gathering or scattering: decoding spends its time here."""
+    chosen = sorted(zip(ids.tolist()[0], weights.unbind(1), strict=True), key=lambda pair: pair[0])
+    contributions = [experts[e](x) * weight for e, weight in chosen]
+    return sum(contributions[1:], contributions[0])
 
 
 def by_expert(ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:  # ids [N, A]

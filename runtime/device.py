@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from model.quant.backends.int4pack import kernel_block
 from runtime.errors import DeviceError, OptionError
 
 
@@ -34,17 +35,22 @@ def choose_device(name: str | None) -> torch.device:
 SMALL_MODEL = 1 << 28  # weights: 1 GiB in float32
 
 
-def choose_dtype(name: str | None, device: torch.device, weights: int) -> torch.dtype:
+def choose_dtype(
+    name: str | None, device: torch.device, weights: int, quantised: bool = False
+) -> torch.dtype:
     """The dtype called `name`, or what suits the device and a model of so many weights.
 
     bfloat16 has float32's range, so it is the first choice wherever hardware multiplies it: CUDA from compute
     capability 8.0, CPUs with AVX-512 BF16 or AMX. Older GPUs get float16, other CPUs float32, and so do small
     models on any CPU: a bfloat16 product of one row costs a CPU some 20 us before it begins, float32's half.
+    Quantised weights have a fast product on a CPU, and that is in bfloat16.
     """
     if name is not None:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if quantised and kernel_block():
+        return torch.bfloat16
     return torch.bfloat16 if weights > SMALL_MODEL and cpu_multiplies_bfloat16() else torch.float32
 
 

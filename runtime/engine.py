@@ -16,20 +16,26 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from model.checkpoint import open_checkpoint
-from model.config import ModelConfig
+from model.checkpoint import Checkpoint, open_checkpoint
 from model.errors import ModelError
 from model.kv_cache import KVCache
-from model.mixtral import Mixtral
+from model.mixtral import Block, Mixtral
+from model.quant.expert import ExpertFormat
+from model.quant.linear import scratch_bytes
 from runtime.device import choose_device, choose_dtype
 from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, RequestError
+from runtime.experts.cache import ExpertCache
+from runtime.experts.lookahead import Lookahead
+from runtime.experts.trace import Header, TraceWriter
+from runtime.loader import attention_bytes, load_model, load_resident
 from runtime.memory import free_device_bytes
 from runtime.options import EngineOptions, SamplingParams
-from runtime.planner import PREFILL_CHUNK, Plan, check_budget, count_weights, plan
+from runtime.planner import Plan, count_weights, plan
 from runtime.session import DEFAULT_PARAMS, Session, Token
 from runtime.stats import Stats
 from runtime.units import parse_bytes
@@ -47,12 +53,22 @@ class Engine:
     Sessions may be used from several threads at once; their forwards take turns.
     """
 
-    def __init__(self, model: Mixtral, tokenizer: Tokenizer, plan: Plan, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: Mixtral,
+        tokenizer: Tokenizer,
+        plan: Plan,
+        dtype: torch.dtype,
+        options: EngineOptions,
+        cache: ExpertCache | None = None,
+    ) -> None:
+        self.options = options
         self.model = model
         self.tokenizer = tokenizer
         self.plan = plan
         self.config = model.config
         self.dtype = dtype
+        self.cache = cache  # of experts, where they do not all stay on the device
         self.device = model.embed_tokens.weight.device
         self.eos_ids = frozenset(model.config.eos_ids or (tokenizer.eos_id,))
         self.unused = unused_ids(self.config.vocab, tokenizer.vocab_size, self.eos_ids, self.device)
@@ -78,7 +94,7 @@ class Engine:
         options = options or EngineOptions()
         try:
             checkpoint = open_checkpoint(DEMO if path is None else Path(path))
-            planned, device, dtype = make_plan(checkpoint.config, options)
+            setup = make_plan(checkpoint, options)
             tokenizer = Tokenizer.load(checkpoint.folder)
             if tokenizer.vocab_size > checkpoint.config.vocab:
                 raise LoadError(
@@ -87,11 +103,10 @@ class Engine:
                 )
             bar = progress(checkpoint.bytes) if progress else nullcontext(None)
             with out_of_memory(DeviceError), bar as advance:
-                model = Mixtral(checkpoint.config, dtype, device).requires_grad_(False)
-                checkpoint.load(model, advance)
+                model, cache = load(checkpoint, setup, options, advance)
         except (ModelError, TokenizerError) as error:
             raise LoadError(str(error)) from error
-        return Engine(model, tokenizer, planned, dtype)
+        return Engine(model, tokenizer, setup.plan, setup.dtype, options, cache)
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams = DEFAULT_PARAMS
@@ -126,7 +141,7 @@ class Engine:
         try:
             with self.lock, out_of_memory(RequestError), torch.no_grad():
                 self.check_open()
-                chunks = torch.tensor([ids], device=self.device).split(PREFILL_CHUNK, dim=1)
+                chunks = torch.tensor([ids], device=self.device).split(self.plan.chunk, dim=1)
                 return torch.cat([self.model(chunk, cache)[0].float() for chunk in chunks])
         finally:
             self.give_cache(cache)
@@ -135,16 +150,48 @@ class Engine:
         """Add `ids` to the cache; return the logits behind the last, [V] float32."""
         with self.lock, out_of_memory(RequestError), torch.inference_mode():
             self.check_open()
-            for start in range(0, len(ids), PREFILL_CHUNK):
-                chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]], device=self.device)
+            for start in range(0, len(ids), self.plan.chunk):
+                chunk = torch.tensor([ids[start : start + self.plan.chunk]], device=self.device)
                 logits = self.model(chunk, cache, last=True)  # [1, 1, V]
             row = logits[0, 0].float()
             return row if self.unused is None else row.masked_fill(self.unused, -torch.inf)
 
+    @contextmanager
+    def recording(self, path: str | PathLike[str]) -> Iterator[None]:
+        """While inside, write what becomes of experts to a trace (`runtime.experts.trace`), for
+        `python -m tools.trace`.
+
+        Raises `OptionError` if all experts are resident: then nothing does. Raises `TraceError` if the file
+        cannot be written, at the latest on leaving.
+        """
+        if self.cache is None:
+            raise OptionError("all experts are resident, so there is nothing to trace; use --offload always")
+        header = Header(
+            layers=self.config.layers,
+            experts=self.config.experts,
+            experts_per_token=self.config.experts_per_token,
+            slots=self.plan.slots_per_layer,
+            spares=self.plan.spares,
+            policy=self.options.policy,
+            seed=0,
+            expert_bytes=self.plan.blob,
+            options={"lookahead": self.options.lookahead, "prefetch": self.options.prefetch},
+        )
+        writer = TraceWriter.open(path, header)
+        with self.lock:
+            self.cache.record(writer)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.cache.record(None)
+            writer.close()
+
     def stats(self) -> Stats:
         """A copy of the counters."""
         with self.lock:
-            return dataclasses.replace(self.counters)
+            cached = dataclasses.asdict(self.cache.count()) if self.cache else {}
+            return dataclasses.replace(self.counters, **cached)
 
     def count_prompt(self, computed: int, reused: int) -> None:
         with self.lock:
@@ -214,10 +261,14 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the weights and caches. Sessions of a closed engine raise `RequestError`."""
+        self.closed = True
+        if self.cache:
+            self.cache.copies.close()  # a request that waits for one gets an error, and gives the lock back
         with self.lock:
-            self.closed = True
             self.idle_caches.clear()
             self.__dict__.pop("model", None)
+            if self.cache:
+                self.cache.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -228,28 +279,88 @@ class Engine:
         self.close()
 
 
-def make_plan(config: ModelConfig, options: EngineOptions) -> tuple[Plan, torch.device, torch.dtype]:
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is decided before anything is allocated."""
+
+    plan: Plan
+    device: torch.device
+    dtype: torch.dtype
+    form: ExpertFormat
+
+
+def make_plan(checkpoint: Checkpoint, options: EngineOptions) -> Setup:
     """What an engine with these options takes, where and in which dtype.
 
-    Raises `DeviceError` if that is more than there is, or than the options allow.
+    Raises `DeviceError` if that is more than there is, or than the options allow, `OptionError` for options
+    that do not fit the model or the device.
     """
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device, sum(count_weights(config)))
+    config, device = checkpoint.config, choose_device(options.device)
+    on_cpu = device.type == "cpu"
+    quantised = checkpoint.attention.quantised or checkpoint.experts.quantised
+    dtype = choose_dtype(options.dtype, device, sum(count_weights(config)), quantised)
     if options.context is not None and options.context > config.context:
         raise OptionError(
             f"context is {options.context}, and this model was made for at most {config.context}"
         )
-    planned = plan(config, dtype, options.context or min(DEFAULT_CONTEXT, config.context))
-    if options.vram and device.type == "cpu":
+    if options.vram and on_cpu:
         raise OptionError(f"vram is {options.vram}, and the device is the CPU; limit it with --ram")
-    flag, wish = ("--vram", options.vram) if device.type == "cuda" else ("--ram", options.ram)
+    if options.link_gbps and not on_cpu:
+        raise OptionError(f"link_gbps is {options.link_gbps}, and only a CPU's copies can be slowed down")
+    form = ExpertFormat.choose(config, checkpoint.experts, dtype, device)
+    host = budget(torch.device("cpu"), "--ram", options.ram)
+    limit, place = host if on_cpu else budget(device, "--vram", options.vram)
+    planned = plan(
+        config,
+        dtype,
+        options.context or min(DEFAULT_CONTEXT, config.context),
+        attention_bytes(config, checkpoint.attention, dtype, device),
+        form.blob_bytes,
+        scratch_bytes(device, max(config.hidden, config.ffn)) if quantised else 0,
+        budget=limit,
+        place=place,
+        host_budget=None if on_cpu else host[0],
+        host_place=host[1],
+        shared=on_cpu,
+        slots=options.slots,
+        lookahead=options.lookahead,
+        prefetch=options.prefetch,
+        offload=options.offload,
+    )
+    return Setup(planned, device, dtype, form)
+
+
+def budget(device: torch.device, flag: str, wish: str | None) -> tuple[int | None, str]:
+    """How many bytes of a device may be used, if that is known, and what to call them."""
     free = free_device_bytes(device)
     limit = parse_bytes(wish, whole=free) if wish else None
     if limit is not None and (free is None or limit < free):
-        check_budget(planned, limit, f"memory on {device} under {flag} {wish}")
-    elif free is not None:
-        check_budget(planned, free, f"memory on {device}")
-    return planned, device, dtype
+        return limit, f"memory on {device} under {flag} {wish}"
+    return free, f"memory on {device}"
+
+
+def load(
+    checkpoint: Checkpoint,
+    setup: Setup,
+    options: EngineOptions,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Mixtral, ExpertCache | None]:
+    """The model, and the cache of its experts if they are not all resident."""
+    form, dtype, device = setup.form, setup.dtype, setup.device
+    if setup.plan.resident:
+        return load_resident(checkpoint, form, dtype, device, progress), None
+    cache = ExpertCache.make(
+        setup.plan, form, device, checkpoint.config.experts,
+        options.policy, options.prefetch, options.link_gbps,
+    )  # fmt: skip
+    try:
+        model = load_model(checkpoint, form, dtype, device, cache.layer, cache.arena.blob, progress)
+        if options.lookahead and options.prefetch:
+            cache.lookahead = Lookahead([cast(Block, block) for block in model.layers], options.lookahead)
+    except BaseException:
+        cache.close()
+        raise
+    return model, cache
 
 
 def unused_ids(model: int, tokenizer: int, used: Iterable[int], device: torch.device) -> Tensor | None:

@@ -13,8 +13,11 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -43,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     except OptionError as error:
         parser.error(str(error))
     try:
-        run(args, options, params)
+        with one_line_warnings():
+            run(args, options, params)
     except (MixtralError, OSError) as error:
         drop_unwritable()
         if isinstance(error, BrokenPipeError):  # whoever reads has had enough
@@ -86,6 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--stats-file", type=Path, metavar="FILE", help="write the statistics there too, as JSON"
     )
     parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write what becomes of experts there (see tools.trace)"
+    )
+    parser.add_argument(
         "--quiet", action="store_true", help="no plan, progress or statistics, only warnings and errors"
     )
     return parser
@@ -98,23 +105,44 @@ def run(args: argparse.Namespace, options: EngineOptions, params: SamplingParams
             checkpoint = open_checkpoint(args.model or DEMO)
         except ModelError as error:
             raise LoadError(str(error)) from error
-        planned, device, dtype = make_plan(checkpoint.config, options)
-        print(f"{checkpoint.description}, in {dtype_name(dtype)} on {device}: {planned}", file=sys.stderr)
+        setup = make_plan(checkpoint, options)
+        where = f"in {dtype_name(setup.dtype)} on {setup.device}"
+        print(f"{checkpoint.description}, {where}: {setup.plan}", file=sys.stderr)
         return
     by_turns = args.chat and args.prompt is None and args.prompt_file is None and sys.stdin.isatty()
     prompt = "" if by_turns else read_prompt(args.prompt, args.prompt_file)
     with Engine.load(args.model, options, progress=None if args.quiet else byte_bar) as engine:
         if not args.quiet:
             print(f"{dtype_name(engine.dtype)} on {engine.device}: {engine.plan}", file=sys.stderr)
-        if by_turns:
-            converse(engine.session(args.system), params)
-        elif args.chat:
-            session = engine.session(args.system)
-            session.send(prompt)
-            show(session.generate(params), engine)
-        else:
-            show(engine.generate(prompt, params), engine)
+        with engine.recording(args.trace) if args.trace else nullcontext():
+            if by_turns:
+                converse(engine.session(args.system), params)
+            elif args.chat:
+                session = engine.session(args.system)
+                session.send(prompt)
+                show(session.generate(params), engine)
+            else:
+                show(engine.generate(prompt, params), engine)
         report(engine, args)
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Show warnings, ours and others', as `warning: ...`, without the line of code that they come from."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -192,6 +220,7 @@ def report(engine: Engine, args: argparse.Namespace) -> None:
     """Statistics to stderr as asked, and to a file if one was named."""
     stats = engine.stats()
     rates = {"prompt_tokens_per_s": stats.prompt_rate, "decode_tokens_per_s": stats.decode_rate}
+    rates |= {"hit_ratio": stats.hit_ratio, "lookahead_recall": stats.recall}
     as_json = json.dumps(dataclasses.asdict(stats) | rates | {"plan": dataclasses.asdict(engine.plan)})
     if args.stats == "json":
         print(as_json, file=sys.stderr)

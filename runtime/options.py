@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from runtime.errors import OptionError
+from runtime.experts.policy import POLICIES
 from runtime.units import parse_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
+OFFLOAD = ("auto", "never", "always")
 
 
 def option(default: Any, help: str, parse: Callable[[str], Any] = str, **argparse_words: Any) -> Any:
@@ -50,6 +52,20 @@ class EngineOptions:
         None, "tokens of KV cache (default: 4096, or the model's limit if smaller)", int, metavar="N"
     )
 
+    offload: str = option(
+        "auto", "keep experts in host memory: if they do not all fit the device, never, or always (a study)",
+        choices=OFFLOAD,
+    )  # fmt: skip
+    slots: int | None = option(
+        None, "experts of each layer on the device (default: as many as fit)", int, metavar="N"
+    )
+    policy: str = option("lru", "which expert leaves when another needs its slot", choices=tuple(POLICIES))
+    lookahead: int = option(1, "layers to look ahead for experts to copy early: 0, 1 or 2", int, metavar="N")
+    prefetch: int = option(1, "experts to copy early for each of these layers", int, metavar="N")
+    link_gbps: float | None = option(
+        None, "GB/s to copy experts at, at most: to study a slower link (CPU only)", float, metavar="G"
+    )
+
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise OptionError(f"dtype is {self.dtype!r}, and must be one of {', '.join(DTYPES)}")
@@ -65,6 +81,15 @@ class EngineOptions:
                 require(enough, name, size, "at least 1 byte; leave it out to use what is free")
         enough = self.context is None or (isinstance(self.context, int) and self.context >= 2)
         require(enough, "context", self.context, "a whole number of tokens, at least 2")
+        for name, choices in (("offload", OFFLOAD), ("policy", tuple(POLICIES))):
+            value = getattr(self, name)
+            require(value in choices, name, value, f"one of {', '.join(choices)}")
+        for name, least, most in (("slots", 1, 1 << 20), ("lookahead", 0, 2), ("prefetch", 0, 64)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+            require(whole or (name == "slots" and value is None), name, value, f"from {least} to {most}")
+        number = isinstance(self.link_gbps, (int, float)) and 0 < self.link_gbps < math.inf
+        require(number or self.link_gbps is None, "link_gbps", self.link_gbps, "a number above 0")
 
 
 @dataclasses.dataclass(frozen=True)

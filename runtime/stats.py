@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from runtime.units import format_bytes
+
 
 @dataclass
 class Stats:
@@ -15,6 +17,16 @@ class Stats:
     new_tokens: int = 0
     decoded_tokens: int = 0  # new tokens less each request's first, which the prompt pays for
     decode_seconds: float = 0.0
+    # Of experts that do not all stay on the device: see `runtime.experts.cache.Counters`.
+    hits: int = 0
+    misses: int = 0
+    guesses: int = 0
+    used_guesses: int = 0
+    recalled: int = 0
+    recallable: int = 0
+    stall_seconds: float = 0.0
+    copied_bytes: int = 0
+    wasted_bytes: int = 0
 
     @property
     def prompt_rate(self) -> float:
@@ -26,10 +38,27 @@ class Stats:
         """Decoded tokens per second."""
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
+    @property
+    def hit_ratio(self) -> float:
+        """Of the experts that layers needed, those that were in a slot."""
+        return self.hits / (self.hits + self.misses) if self.misses else 1.0
+
+    @property
+    def recall(self) -> float:
+        """Of the experts that decoded tokens chose, those that the layer before ranked that high."""
+        return self.recalled / self.recallable if self.recallable else 0.0
+
     def __str__(self) -> str:
+        cached = ""
+        if self.hits or self.misses:
+            cached = (
+                f"\nexperts: hit ratio {self.hit_ratio:.2f}, lookahead recall {self.recall:.2f}; "
+                f"{format_bytes(self.copied_bytes)} copied, {format_bytes(self.wasted_bytes)} in vain; "
+                f"waited {self.stall_seconds:.2f} s for copies"
+            )
         reused = f" and {self.reused_tokens} re-used" if self.reused_tokens else ""
         return (
             f"first token {self.first_token_seconds:.2f} s; "
             f"prompt {self.prompt_tokens} tokens{reused}, {self.prompt_rate:.1f} tokens/s; "
-            f"decode {self.decoded_tokens} tokens, {self.decode_rate:.1f} tokens/s"
+            f"decode {self.decoded_tokens} tokens, {self.decode_rate:.1f} tokens/s{cached}"
         )

@@ -17,7 +17,7 @@ from runtime import Engine, EngineOptions, SamplingParams
 from runtime.engine import DEMO
 from tools.balance import Balance
 from tools.corpus import standard_library
-from tools.held_out import negative_log_likelihood
+from tools.perplexity import negative_log_likelihood
 
 
 @pytest.fixture(scope="module")

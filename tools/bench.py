@@ -1,6 +1,10 @@
 """Benchmarks, one per subcommand:
 
     python -m tools.bench load MODEL | --bytes 2GB    seconds per GB, and peak memory over the model's size
+    python -m tools.bench quantize                    seconds per matrix, against hqq on the whole matrix
+    python -m tools.bench quality                     size and held-out perplexity in 21 pairs of formats
+    python -m tools.bench decode MODEL | --shape S    tokens per second, against what memory bandwidth allows
+    python -m tools.bench offload MODEL | --shape S   the expert cache with and without each of its parts
 
 What was measured goes to stdout with the machine it was measured on, as text or, with --json, as JSON.
 """
@@ -13,10 +17,10 @@ from typing import Any
 
 from model.errors import ModelError
 from runtime.errors import MixtralError
-from tools.benchmarks import load
+from tools.benchmarks import decode, load, offload, quality, quantize
 from tools.benchmarks.machine import machine
 
-SUBCOMMANDS = {"load": load}
+SUBCOMMANDS = {"load": load, "quantize": quantize, "quality": quality, "decode": decode, "offload": offload}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(report, indent=2) if args.json else as_text(report))
+    show = getattr(SUBCOMMANDS[args.subcommand], "as_text", as_text)
+    print(json.dumps(report, indent=2) if args.json else show(report))
     return 0
 
 

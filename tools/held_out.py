@@ -14,39 +14,18 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
-import torch
-import torch.nn.functional as F
-
 from model.mixtral import Mixtral
 from runtime import Engine, EngineOptions, MixtralError
 from runtime.engine import DEMO
 from tools.balance import Balance
 from tools.corpus import standard_library
+from tools.perplexity import negative_log_likelihood
 
 
 class Encoder(Protocol):
     """What turns text into ids: our tokenizer, or sentencepiece's own."""
 
     def encode(self, text: str) -> list[int]: ...
-
-
-@torch.inference_mode()
-def negative_log_likelihood(model: Mixtral, ids: list[int], window: int, stride: int) -> float:
-    """Sum over ids[1:] of -ln p(id | those before it), in nats, with at most `window` tokens in view.
-
-    Windows start `stride` tokens apart, and each scores only the tokens that the one before did not reach, so
-    all but the first window's have at least `window - stride` tokens of context.
-    """
-    device = model.embed_tokens.weight.device
-    total, scored = 0.0, 1
-    for start in range(0, len(ids), stride):
-        end = min(start + window, len(ids))
-        if end > scored:
-            view = torch.tensor(ids[start:end], device=device)
-            logits = model(view[None, :-1])[0, scored - start - 1 :].float()  # [end - scored, V]
-            total += F.cross_entropy(logits, view[scored - start :], reduction="sum").item()
-            scored = end
-    return total
 
 
 def judge(model: Mixtral, balance: Balance, encoder: Encoder, texts: list[str]) -> str:

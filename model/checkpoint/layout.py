@@ -24,13 +24,17 @@ MAX_EXPERTS = 1 << 20  # over all layers; a sane bound for what a configuration 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of a file, from `offset`, that fill `rows`. They belong to `tensor`, which messages name."""
+    """Bytes of a file, from `offset`, that fill `rows`. They belong to `tensor`, which messages name.
+
+    Where they are `exact` they mean something in their own dtype only, and are never converted.
+    """
 
     path: Path
     tensor: str
     offset: int
     dtype: torch.dtype
     rows: Rows
+    exact: bool = False
 
     @property
     def bytes(self) -> int:
@@ -66,6 +70,22 @@ class Layout:
     spelling: str
     pieces: tuple[Piece, ...]
     shapes: Mapping[str, tuple[int, ...]]  # of all parameters, each filled exactly once
+    places: Mapping[str, tuple[int, ...]]  # in `pieces`, of those that fill a parameter
+
+    @staticmethod
+    def of(spelling: str, pieces: Iterable[Piece], files: Iterable[Path]) -> "Layout":
+        """From pieces in any order, and all files in theirs."""
+        order = {path: place for place, path in enumerate(files)}
+        ordered = tuple(sorted(pieces, key=lambda piece: (order[piece.path], piece.offset)))
+        places: dict[str, list[int]] = {}
+        for place, piece in enumerate(ordered):
+            places.setdefault(piece.rows.parameter, []).append(place)
+        shapes = coverage(piece.rows for piece in ordered)
+        return Layout(spelling, ordered, shapes, {name: tuple(of) for name, of in places.items()})
+
+    def filling(self, parameters: Iterable[str]) -> list[Piece]:
+        """The pieces that fill these parameters, in the order of the files and of their bytes."""
+        return [self.pieces[place] for place in sorted(i for name in parameters for i in self.places[name])]
 
 
 def match(folder: Path, headers: Mapping[Path, Header], config: ModelConfig) -> Layout:
@@ -74,10 +94,36 @@ def match(folder: Path, headers: Mapping[Path, Header], config: ModelConfig) -> 
     Raises `ModelError` naming the tensors that are missing, unexpected, in two files, or of the wrong shape
     or dtype.
     """
+    check_size(folder, config)
+    found = collect(folder, headers)
+    spelling = recognise(found)
+    expected = stored_tensors(SPELLINGS[spelling], config)
+    check_names(folder, expected, found)
+    pieces = []
+    for name, stored in expected.items():
+        path, entry = found[name]
+        check_tensor(
+            path, name, entry, stored.shape, WEIGHT_DTYPES, "start from the 16-bit checkpoint instead"
+        )
+        offset = entry.offset
+        for rows in stored.fills:
+            piece = Piece(path, name, offset, DTYPES[entry.dtype], rows)
+            pieces.append(piece)
+            offset += piece.bytes
+        assert offset == entry.offset + entry.bytes, name
+    return Layout.of(spelling, pieces, headers)
+
+
+def check_size(folder: Path, config: ModelConfig) -> None:
+    """Raises `ModelError` where the names alone of what a configuration claims would fill the memory."""
     if config.layers * config.experts > MAX_EXPERTS:
         raise ModelError(
             f"{folder}: the configuration claims {config.layers} layers of {config.experts} experts"
         )
+
+
+def collect(folder: Path, headers: Mapping[Path, Header]) -> dict[str, tuple[Path, TensorEntry]]:
+    """All tensors of all files, by name. Raises `ModelError` for one that is in two."""
     found: dict[str, tuple[Path, TensorEntry]] = {}
     for path, header in headers.items():
         for name, entry in header.tensors.items():
@@ -87,22 +133,7 @@ def match(folder: Path, headers: Mapping[Path, Header], config: ModelConfig) -> 
                 )
             if not name.endswith(IGNORED):
                 found[name] = (path, entry)
-    spelling = recognise(found)
-    expected = stored_tensors(SPELLINGS[spelling], config)
-    check_names(folder, expected, found)
-    pieces = []
-    for name, stored in expected.items():
-        path, entry = found[name]
-        check_tensor(path, name, entry, stored.shape)
-        offset = entry.offset
-        for rows in stored.fills:
-            piece = Piece(path, name, offset, DTYPES[entry.dtype], rows)
-            pieces.append(piece)
-            offset += piece.bytes
-        assert offset == entry.offset + entry.bytes, name
-    order = {path: place for place, path in enumerate(headers)}
-    pieces.sort(key=lambda piece: (order[piece.path], piece.offset))
-    return Layout(spelling, tuple(pieces), coverage(piece.rows for piece in pieces))
+    return found
 
 
 def recognise(names: Iterable[str]) -> str:
@@ -131,16 +162,18 @@ def check_names(folder: Path, expected: Iterable[str], found: Iterable[str]) -> 
         )
 
 
-def check_tensor(path: Path, name: str, entry: TensorEntry, shape: tuple[int, ...]) -> None:
-    """Raises `ModelError` for a wrong shape, or a dtype that weights cannot be loaded from."""
+def check_tensor(
+    path: Path, name: str, entry: TensorEntry, shape: tuple[int, ...], dtypes: tuple[str, ...], remedy: str
+) -> None:
+    """Raises `ModelError` for a wrong shape, or a dtype that is none of `dtypes`."""
     if entry.shape != shape:
         raise ModelError(
             f"{path}: tensor {name!r} has shape {list(entry.shape)}, where {list(shape)} was expected"
         )
-    if entry.dtype not in WEIGHT_DTYPES:
+    if entry.dtype not in dtypes:
+        what = "weights" if dtypes == WEIGHT_DTYPES else "it"
         raise ModelError(
-            f"{path}: tensor {name!r} is {entry.dtype}, and weights must be {', '.join(WEIGHT_DTYPES)}; "
-            "start from the 16-bit checkpoint instead"
+            f"{path}: tensor {name!r} is {entry.dtype}, and {what} must be {', '.join(dtypes)}; {remedy}"
         )
 
 

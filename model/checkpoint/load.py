@@ -8,8 +8,8 @@ faults, while the other reads.
 
 import queue
 from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,23 +18,36 @@ from torch import Tensor
 
 from model.checkpoint.files import check_folder, weight_files
 from model.checkpoint.layout import Layout, Piece, match
+from model.checkpoint.native import native_layout, read_format
 from model.checkpoint.safetensors import byte_view, read_header, readable
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.mixtral import Mixtral
+from model.quant.spec import QuantSpec
 
 CHUNK_BYTES = 16 << 20
 READERS = 2
+UNQUANTISED = QuantSpec(16)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose headers have been read and checked, and whose weights have not been touched yet."""
+    """A checkpoint whose headers have been read and checked, and whose weights have not been touched yet.
+
+    `attention` and `experts` are the formats that these matrices are stored in.
+    """
 
     folder: Path
     config: ModelConfig
     layout: Layout
     files: int
+    attention: QuantSpec = UNQUANTISED
+    experts: QuantSpec = UNQUANTISED
+
+    @property
+    def native(self) -> bool:
+        """Whether what it fills are streams of `model.quant.layout`, and not parameters of `Mixtral`."""
+        return self.layout.spelling == "native"
 
     @property
     def bytes(self) -> int:
@@ -43,17 +56,20 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most bytes are stored in."""
+        """The dtype that most bytes are stored in, of those that are not quantised."""
         sizes: Counter[torch.dtype] = Counter()
         for piece in self.layout.pieces:
-            sizes[piece.dtype] += piece.bytes
+            if not piece.exact:
+                sizes[piece.dtype] += piece.bytes
         return sizes.most_common(1)[0][0]
 
     @property
     def description(self) -> str:
-        """For people: `HF, 19 files, bfloat16, 93.4 GB`."""
+        """For people: `HF, 19 files, bfloat16, 93 GB`, `native, 9 files, attention 4, experts 3, 5 MB`."""
         files = f"{self.files} file{'s' * (self.files > 1)}"
         dtype = str(self.dtype).removeprefix("torch.")
+        if self.native:
+            dtype = f"attention {self.attention}, experts {self.experts}"
         return f"{self.layout.spelling}, {files}, {dtype}, {readable(self.bytes)}"
 
     def load(self, model: Mixtral, progress: Callable[[int], None] | None = None) -> None:
@@ -62,33 +78,81 @@ class Checkpoint:
         `progress` is called from this thread with the bytes read since the last call. Raises `ModelError` if
         a file cannot be read or is no longer what its header said; the model's weights are then undefined.
         """
-        self.fill(dict(model.named_parameters()), progress)
+        parameters = dict(model.named_parameters())
+        for name in self.layout.shapes.keys() - parameters.keys():
+            raise ModelError(f"{self.folder}: parameter {name!r} is only in the checkpoint")
+        self.fill(parameters, progress)
 
-    def fill(self, parameters: Mapping[str, Tensor], progress: Callable[[int], None] | None = None) -> None:
-        """As `load`, into tensors by the names and shapes of Mixtral's parameters, wherever they are kept."""
-        check_parameters(self.folder, parameters, self.layout.shapes)
-        pinned = any(tensor.is_cuda for tensor in parameters.values())
-        largest = max(chunk.bytes for piece in self.layout.pieces for chunk in piece.split(CHUNK_BYTES))
+    def fill(
+        self,
+        tensors: Mapping[str, Tensor],
+        progress: Callable[[int], None] | None = None,
+        pool: Executor | None = None,
+    ) -> None:
+        """Read into some tensors, or all, wherever they are kept: by the names and shapes of Mixtral's
+        parameters, or in a native checkpoint of the streams in `model.quant.layout`.
+
+        Parameters are converted to the dtype of their tensor. Streams are not, and must have their own.
+        `progress` is as for `load`. What is more than one piece of `CHUNK_BYTES` is read by the threads of
+        `pool`, which this must not be called from, or where there is none by two that are started for it.
+
+        An expert into its blob, for any checkpoint, with `name` like `layers.0.block_sparse_moe.experts.3.`:
+
+            checkpoint.fill({field.name: field.view(blob) for field in expert_fields(config, spec, name)})
+
+        Raises `ModelError` for a name, shape or dtype that the checkpoint does not have, before anything is
+        read; and as `load`.
+        """
+        check_tensors(self.folder, tensors, self.layout)
+        pieces = self.layout.filling(tensors)
+        chunks = [chunk for piece in pieces for chunk in piece.split(CHUNK_BYTES)]
+        indirect = [c.bytes for c in chunks if not reads_in_place(c, tensors[c.rows.parameter])]
+        pinned = any(tensor.is_cuda for tensor in tensors.values())
         buffers: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        for _ in range(READERS):
-            buffers.put(torch.empty(largest, dtype=torch.uint8, pin_memory=pinned))
+        for _ in range(min(READERS, len(indirect))):
+            buffers.put(torch.empty(max(indirect), dtype=torch.uint8, pin_memory=pinned))
 
         def read(chunk: Piece) -> int:
+            tensor = tensors[chunk.rows.parameter]
+            if reads_in_place(chunk, tensor):
+                read_piece(chunk, tensor, None)
+                return chunk.bytes
             buffer = buffers.get()
             try:
-                read_piece(chunk, parameters[chunk.rows.parameter], buffer)
+                read_piece(chunk, tensor, buffer)
             finally:
                 buffers.put(buffer)
             return chunk.bytes
 
-        pool = ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint")
-        try:
-            chunks = (chunk for piece in self.layout.pieces for chunk in piece.split(CHUNK_BYTES))
-            for size in pool.map(read, chunks):
-                if progress:
-                    progress(size)
-        finally:  # an error, or Ctrl-C: what has not begun is dropped
-            pool.shutdown(cancel_futures=True)
+        if sum(chunk.bytes for chunk in chunks) <= CHUNK_BYTES:
+            report(map(read, chunks), progress)
+        elif pool:
+            read_in(pool, read, chunks, progress)
+        else:
+            with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint") as own:
+                read_in(own, read, chunks, progress)
+
+
+def read_in(
+    pool: Executor,
+    read: Callable[[Piece], int],
+    chunks: Iterable[Piece],
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Read chunks in the threads of a pool. When this returns or raises, none of them is still at it."""
+    futures = [pool.submit(read, chunk) for chunk in chunks]
+    try:
+        report((future.result() for future in futures), progress)
+    finally:  # an error, or Ctrl-C: what has not begun is dropped
+        for future in futures:
+            future.cancel()
+        wait(futures)
+
+
+def report(sizes: Iterable[int], progress: Callable[[int], None] | None) -> None:
+    for size in sizes:
+        if progress:
+            progress(size)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -98,34 +162,43 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         check_folder(folder)
-        config = ModelConfig.read(folder)
+        config, native = ModelConfig.read(folder), read_format(folder)
         files = weight_files(folder)
-        layout = match(folder, {path: read_header(path) for path in files}, config)
+        headers = {path: read_header(path) for path in files}
     except OSError as error:
         raise ModelError(f"{folder}: cannot be read ({error.strerror})") from error
-    return Checkpoint(folder, config, layout, len(files))
+    if native is None:
+        return Checkpoint(folder, config, match(folder, headers, config), len(files))
+    layout = native_layout(folder, headers, config, native)
+    return Checkpoint(folder, config, layout, len(files), native.attention, native.experts)
 
 
-def check_parameters(
-    folder: Path, parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raises `ModelError` unless the parameters are exactly those that the checkpoint fills."""
-    for name in parameters.keys() ^ shapes.keys():
-        raise ModelError(
-            f"{folder}: parameter {name!r} is only in the {'model' if name in parameters else 'checkpoint'}"
-        )
-    for name, shape in shapes.items():
-        given = tuple(parameters[name].shape)
-        if given != shape:
-            raise ModelError(f"{folder}: parameter {name!r} is {list(shape)}, and {list(given)} in the model")
+def check_tensors(folder: Path, tensors: Mapping[str, Tensor], layout: Layout) -> None:
+    """Raises `ModelError` unless the checkpoint has all of these, in these shapes; streams in their dtype."""
+    for name, tensor in tensors.items():
+        shape = layout.shapes.get(name)
+        if shape is None:
+            raise ModelError(f"{folder}: parameter {name!r} is only in the model")
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"{folder}: parameter {name!r} is {list(shape)}, and {list(tensor.shape)} in the model"
+            )
+        piece = layout.pieces[layout.places[name][0]]
+        if piece.exact and tensor.dtype != piece.dtype:
+            raise ModelError(f"{folder}: {name!r} is {piece.dtype} and not converted to {tensor.dtype}")
+
+
+def reads_in_place(piece: Piece, tensor: Tensor) -> bool:
+    """Whether the file's bytes are the tensor's."""
+    as_stored = tensor.device.type == "cpu" and tensor.dtype == piece.dtype and tensor.is_contiguous()
+    return as_stored and not piece.rows.head_dim
 
 
 @torch.inference_mode()
-def read_piece(piece: Piece, parameter: Tensor, buffer: Tensor) -> None:
-    """Read one piece into its rows of the parameter, by way of `buffer` (bytes) where they differ in kind."""
+def read_piece(piece: Piece, parameter: Tensor, buffer: Tensor | None) -> None:
+    """Read one piece into its rows of the parameter, by way of `buffer` (bytes) if there is one."""
     rows = parameter[piece.rows.start : piece.rows.start + piece.rows.shape[0]]
-    in_place = rows.device.type == "cpu" and rows.dtype == piece.dtype and rows.is_contiguous()
-    if in_place and not piece.rows.head_dim:
+    if buffer is None:
         read_bytes(piece, rows)
         return
     raw = buffer[: piece.bytes]

@@ -5,10 +5,11 @@ right are the tensors that hold it, one below the other. Where the left side has
 none, one tensor holds all experts, stacked: [E, rows, columns].
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from model.config import ModelConfig
+from model.parameters import instances, parameter_rows
 
 Table = Mapping[str, tuple[str, ...]]
 
@@ -88,34 +89,6 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     fills: tuple[Rows, ...]
-
-
-def parameter_rows(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """For each parameter, the rows of the tensors fused in it, and one row's shape: (D,), or () in a norm."""
-    V, D, F, E, K = config.vocab, config.hidden, config.ffn, config.experts, config.head_dim
-    H, G = config.heads, config.kv_heads
-    return {
-        "embed_tokens.weight": ((V,), (D,)),
-        "norm.weight": ((D,), ()),
-        "lm_head.weight": ((V,), (D,)),
-        "layers.{n}.input_layernorm.weight": ((D,), ()),
-        "layers.{n}.self_attn.qkv_proj.weight": ((H * K, G * K, G * K), (D,)),
-        "layers.{n}.self_attn.o_proj.weight": ((D,), (H * K,)),
-        "layers.{n}.post_attention_layernorm.weight": ((D,), ()),
-        "layers.{n}.block_sparse_moe.gate.weight": ((E,), (D,)),
-        "layers.{n}.block_sparse_moe.experts.{e}.w13.weight": ((F, F), (D,)),
-        "layers.{n}.block_sparse_moe.experts.{e}.w2.weight": ((D,), (F,)),
-    }
-
-
-def instances(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
-    """Every parameter as (template, layer, expert): a layer's parameters together, and in it an expert's."""
-    templates = list(HF)
-    yield from ((t, 0, 0) for t in templates if "{n}" not in t)
-    for n in range(config.layers):
-        yield from ((t, n, 0) for t in templates if "{n}" in t and "{e}" not in t)
-        for e in range(config.experts):
-            yield from ((t, n, e) for t in templates if "{e}" in t)
 
 
 def stored_tensors(table: Table, config: ModelConfig) -> dict[str, StoredTensor]:

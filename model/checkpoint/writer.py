@@ -81,8 +81,10 @@ class Writer:
                 self.file.close()
                 put_in_place(self.part, self.path)
         finally:
-            self.file.close()
-            self.part.unlink(missing_ok=True)
+            try:
+                self.file.close()  # may have to write, and fail
+            finally:
+                self.part.unlink(missing_ok=True)
 
 
 def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.checkpoint.names import instances, parameter_rows
 from model.config import ModelConfig
+from model.parameters import instances, parameter_rows
 from model.quant.packing import PLANES
 from model.quant.spec import QuantSpec
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}  # widths of the planes, the lowest bits first
 
 
@@ -79,14 +80,17 @@ def pack_plane(codes: Tensor, width: int, group_size: int) -> Tensor:  # [N, K] 
 
 
 def unpack_plane(packed: Tensor, width: int, group_size: int) -> Tensor:  # [N, K * width / 8] -> [N, K]
+    """As many bytes at a time as a part of a group has, up to 8: fewer and longer loops."""
     N, K = packed.shape[0], packed.shape[1] * 8 // width
     parts = 8 // width
     assert packed.dtype == torch.uint8 and K % group_size == 0 and group_size % parts == 0
-    grouped = packed.reshape(N, K // group_size, group_size // parts)
-    codes = packed.new_empty(N, K // group_size, parts, group_size // parts)
+    word = WORDS[min(group_size // parts, 8)]
+    masks = int.from_bytes(bytes([mask(width)]) * word.itemsize, "little", signed=True)  # one in every byte
+    grouped = packed.contiguous().view(word).view(N, K // group_size, -1)
+    codes = packed.new_empty(N, K).view(word).view(N, K // group_size, parts, -1)
     for part in range(parts):
-        torch.bitwise_and(grouped >> part * width, mask(width), out=codes[:, :, part])
-    return codes.view(N, K)
+        torch.bitwise_and(grouped >> part * width, masks, out=codes[:, :, part])
+    return codes.view(N, -1).view(torch.uint8)
 
 
 def mask(width: int) -> int:

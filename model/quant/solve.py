@@ -1,14 +1,15 @@
 """HQQ (mobiusml.github.io/hqq_blog): a matrix of floats into the nearest the format has.
 
-The hqq package's solver chooses each group's scale and zero. It is fed a few rows at a time: it goes over its
-temporaries some twenty times, which costs several times less while they stay in the cache, and it solves for
-each group by itself, except that it stops when the mean error over all that it was given no longer falls.
-Its scales and zeros are then rounded to what the format can store, and every weight takes the code that is
-nearest under these, so that their rounding costs next to nothing.
+A group's scale spans from its lowest to its highest weight; the hqq package's solver chooses its zero. It is
+fed a few rows at a time: it goes over its temporaries some ten times, which costs several times less while
+they stay in the cache, and it solves for each group by itself, except that it stops when the mean error over
+all that it was given no longer falls. Scales and zeros are then rounded to what the format can store, and
+every weight takes the code that is nearest under these, so that their rounding costs next to nothing.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,47 +22,60 @@ from model.quant.tensor import QuantisedTensor, scale_values, zero_values
 
 CPU_SLICE = 1 << 17  # weights: with the solver's temporaries, a few megabytes
 GPU_SLICE = 1 << 24  # large enough to keep one busy, small enough for any
-FLAT = 1e-4  # a group with a narrower range is given up by hqq
-SMALL = 2.0**-6  # hqq caps the inverse of scales at 20000, which hurts matrices of a smaller root mean square
+LEAST, MOST = 2.0**-100, 2.0**100  # a group whose range is not between these takes the plain zero
+NORM = {"lp_norm": 1, "beta": 1e1, "kappa": 1.01, "iters": 20}  # hqq's own, but for lp_norm: see `solve`
+
+Result = TypeVar("Result")
 
 
-@torch.no_grad()
-def quantise(weight: Tensor, spec: QuantSpec, name: str = "matrix") -> tuple[QuantisedTensor, float]:
+def quantise(
+    weight: Tensor, spec: QuantSpec, name: str = "matrix", pool: Executor | None = None
+) -> tuple[QuantisedTensor, float]:
     """`weight` [N, K] in this format, on its device, and the error of that: |W - W'| / |W|, Frobenius norms.
 
-    The same input gives the same bytes on the same machine. `name` is for messages. Raises `ModelError` if
-    the format does not take the shape, or for weights that are not finite.
+    Slices of rows are worked on by `pool`, whose workers have to be threads; best with
+    `torch.set_num_threads(1)`, so that each keeps to a core. The same input gives the same bytes on the same
+    machine, with any number of workers and without a pool. `name` is for messages. Raises `ModelError` if the
+    format does not take the shape, or for weights that are not finite.
     """
     assert spec.quantised, spec
     spec.check(name, weight.shape)
     N, K = weight.shape
     J = K // spec.group_size
+    weight = weight.detach()
     scales = torch.empty(N, J, dtype=torch.float32, device=weight.device)
     zeros = torch.empty(N, J, dtype=torch.uint8, device=weight.device)
-    for rows in slices(weight):
-        w = weight[rows].float()
-        if not bool(w.isfinite().all()):
-            raise ModelError(f"{name}: has weights that are not finite numbers; the source is damaged")
-        scales[rows], zeros[rows] = solve(w, spec)
+
+    def first(rows: slice) -> None:
+        scales[rows], zeros[rows] = solve(weight[rows].float(), spec, name)
+
+    every(first, slices(weight), pool)
     scale_bytes, steps = quantise_scales(scales, spec)
-    scales = scale_values(scale_bytes, steps, spec)
-    zero = zero_values(zeros, spec)
+    scale, zero = scale_values(scale_bytes, steps, spec)[..., None], zero_values(zeros, spec)[..., None]
     planes = {
         stream: torch.empty(N, K * width // 8, dtype=torch.uint8, device=weight.device)
         for stream, width in zip(CODES, PLANES[spec.bits], strict=False)
     }
-    squares = torch.zeros(2, dtype=torch.float64, device=weight.device)  # of the differences, of the weights
-    for rows in slices(weight):
+
+    def second(rows: slice) -> Tensor:  # norms of the difference and of the weights [2]
         w = weight[rows].float().view(-1, J, spec.group_size)
-        codes = nearest(w, scales[rows, :, None], zero[rows, :, None], spec)
-        difference = (codes - zero[rows, :, None]) * scales[rows, :, None] - w
-        squares += torch.stack([t.square().sum(dtype=torch.float64) for t in (difference, w)])
+        codes = nearest(w, scale[rows], zero[rows], spec)
         packed = pack(codes.to(torch.uint8).view(-1, K), spec.bits, spec.group_size)
         for plane, part in zip(planes.values(), packed, strict=True):
             plane[rows] = part
+        difference = codes.sub_(zero[rows]).mul_(scale[rows]).sub_(w)
+        return torch.stack([torch.linalg.vector_norm(t) for t in (difference, w)])
+
+    norms = torch.stack(every(second, slices(weight), pool)).double()  # [slices, 2]
+    lost, whole = norms.square().sum(0).sqrt().tolist()
     streams = {**planes, "scales": scale_bytes, "zeros": zeros, "steps": steps}
-    lost, whole = squares.tolist()
-    return QuantisedTensor.of(spec, (N, K), streams), math.sqrt(lost / whole) if whole else 0.0
+    return QuantisedTensor.of(spec, (N, K), streams), lost / whole if whole else 0.0
+
+
+def every(work: Callable[[slice], Result], parts: Iterable[slice], pool: Executor | None) -> list[Result]:
+    """The results of all parts, in order. Gradients are off, which is a setting of each thread."""
+    without_gradients = torch.no_grad()(work)
+    return list((pool.map if pool else map)(without_gradients, parts))
 
 
 def slices(weight: Tensor) -> Iterator[slice]:
@@ -75,43 +89,49 @@ def slices(weight: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + step, N)) for start in range(0, N, step))
 
 
-def solve(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:  # w [n, K] float32
-    """Each group's scale [n, J] float32, and its zero as the format stores it [n, J] uint8."""
-    from hqq.core.quantize import Quantizer  # slow to import, and wanted by nobody who only runs a model
+def solve(w: Tensor, spec: QuantSpec, name: str) -> tuple[Tensor, Tensor]:  # w [n, K] float32
+    """Each group's scale [n, J] float32, and its zero as the format stores it [n, J] uint8.
 
-    lift = power_of_two(w)
-    groups = (w * lift).view(-1, spec.group_size)
-    _, meta = Quantizer.quantize(
-        groups,
-        nbits=spec.bits,
-        group_size=spec.group_size,
-        axis=1,
-        bitpack=False,
-        compute_dtype=torch.float32,
-        device=str(w.device),
-    )
-    scale, zero = meta["scale"].float(), meta["zero"].float()  # [groups, 1]
+    hqq's thresholds are absolute: it caps the inverse of scales at 20000, gives up groups narrower than
+    0.0001, and its iteration first shrinks residuals, of which those below a threshold become 0. Here every
+    group is scaled by a power of two to a range of 1/32 to 1/16, so that none of these acts, and weights of
+    all sizes fare alike. No residual exceeds the range: hqq's next zero is a mean of `code - w / scale`,
+    which puts the lowest weight at code 0 or above and the highest at the last or below. Residuals up to
+    1 / (beta kappa^19) = 0.083 are shrunk to 0 whatever the norm, so the iteration is that of hqq's own 0.7
+    with the norm at 1, which costs no powers.
+    """
+    from hqq.core.optimize import optimize_weights_proximal_legacy  # slow to import; only solving needs it
+
     top, units = 2**spec.bits - 1, 2 ** (8 - spec.bits)
-    low, high = groups.aminmax(dim=1, keepdim=True)
+    groups = w.view(-1, spec.group_size)
+    low, high = groups.aminmax(dim=1, keepdim=True)  # [groups, 1]
+    spread = high - low
+    if not bool(spread.isfinite().all()):
+        raise ModelError(f"{name}: has weights that are not finite numbers; the source is damaged")
 
-    # A group on one side of 0 has its zero outside of the codes, and a nearly constant one got no scale of
-    # its own: both take the plain scale from lowest to highest, 0 included.
-    plain = (high.clamp(min=0) - low.clamp(max=0)) / top
-    plain_zero = torch.where(plain > 0, -low.clamp(max=0) / plain, 0)
-    odd = (low > 0) | (high < 0) | (high - low <= FLAT)
-    scale, zero = torch.where(odd, plain, scale), torch.where(odd, plain_zero, zero)
+    # A group on one side of 0 would have its zero outside of the codes: it spans from 0.
+    scale = (high.clamp(min=0) - low.clamp(max=0)) / top
+    zero = torch.where(scale > 0, -low.clamp(max=0) / scale, 0)
+    solved = (low <= 0) & (high >= 0) & (spread > LEAST) & (spread < MOST)
+    lift = torch.where(solved, lifting(spread), 0)
+    inverse = torch.where(solved, top / (spread * lift), 1)
+    _, _, optimal = optimize_weights_proximal_legacy(
+        groups * lift, inverse, zero, [0, top], axis=1, device=str(w.device), opt_params=NORM
+    )
+    zero = torch.where(solved, optimal.float(), zero)
     zero_bytes = (zero * units).round().clamp(0, 255).to(torch.uint8)
-    return (scale / lift).view(w.shape[0], -1), zero_bytes.view(w.shape[0], -1)
+    return scale.view(w.shape[0], -1), zero_bytes.view(w.shape[0], -1)
 
 
-def power_of_two(w: Tensor) -> float:
-    """What to multiply small weights by, so that hqq's absolute thresholds do not touch them; exact to undo.
+def lifting(spread: Tensor) -> Tensor:
+    """The power of two that takes each spread, from 2^-100 to 2^100, to at least 1/32 and below 1/16.
 
-    >>> power_of_two(torch.full((2, 2), 0.02)), power_of_two(torch.full((2, 2), 0.003)), power_of_two(torch.zeros(2, 2))
-    (1.0, 8.0, 1.0)
-    """  # noqa: E501
-    size = w.double().square().mean().sqrt().item()
-    return 2.0 ** min(math.ceil(math.log2(SMALL / size)), 100) if 0 < size < SMALL else 1.0
+    >>> spread = torch.tensor([0.05, 0.0625, 3.0, 1e-20])
+    >>> lifting(spread), spread * lifting(spread)
+    (tensor([1.0000e+00, 5.0000e-01, 1.5625e-02, 4.6117e+18]), tensor([0.0500, 0.0312, 0.0469, 0.0461]))
+    """
+    exponent = -4 - torch.frexp(spread).exponent.clamp(-100, 101)  # spread = mantissa 2^exponent
+    return ((exponent + 127) << 23).view(torch.float32)  # by its bits: rounding is not left to a library
 
 
 def quantise_scales(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:  # [N, J] float32

@@ -58,10 +58,13 @@ class QuantisedTensor:
             "codes": self.codes, **high, "scales": self.scales, "zeros": self.zeros, "steps": self.steps,
         }  # fmt: skip
 
+    def planes(self) -> list[Tensor]:
+        """The streams of codes, the low plane first."""
+        return [self.codes] if self.codes_high is None else [self.codes, self.codes_high]
+
     def unpack(self) -> Tensor:
         """The codes, one to a byte [N, K]."""
-        planes = [self.codes] if self.codes_high is None else [self.codes, self.codes_high]
-        return unpack(planes, self.spec.bits, self.spec.group_size)
+        return unpack(self.planes(), self.spec.bits, self.spec.group_size)
 
     def group_scales(self) -> Tensor:
         """Every group's scale s * t, as numbers [N, J] float32."""

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from model.attention import Attention, attend, causal_mask
+from model.linear import Linear
 from model.rope import Rope
 from tests.model.reference import CPU, GEOMETRIES, TINY, random_ids, random_model
 
@@ -81,7 +83,7 @@ def test_module_without_cache() -> None:
     """Projections, rotation and heads put together, against separate q, k, v."""
     config = replace(TINY, heads=6, kv_heads=2, head_dim=10)
     B, T, H, G, K = 2, 7, 6, 2, 10
-    module = Attention(config, torch.float32, CPU)
+    module = Attention(config, partial(Linear, dtype=torch.float32, device=CPU))
     torch.nn.init.normal_(module.qkv_proj.weight, std=0.3)
     torch.nn.init.normal_(module.o_proj.weight, std=0.3)
     rope = Rope.table(20, K, 1e4, torch.float32, CPU).at(3, 3 + T)

@@ -1,15 +1,20 @@
 """The solver against the hqq package on the whole matrix, against known errors, and with odd weights."""
 
+import random
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from model.errors import ModelError
-from model.quant.solve import CPU_SLICE, quantise
+from model.quant import solve as solver
+from model.quant.solve import CPU_SLICE, NORM, lifting, quantise, slices
 from model.quant.spec import QuantSpec
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,6 +53,63 @@ def test_as_good_as_hqq_on_the_whole_matrix(text: str) -> None:
     made, error = quantise(weight, spec)
     assert error == pytest.approx(relative_error(weight, made.dequantise()), rel=1e-4)
     assert error == pytest.approx(relative_error(weight, hqq(weight, spec)), rel=5e-3)
+
+
+@pytest.mark.parametrize("text", ["4", "3", "2"])
+@pytest.mark.parametrize("kind", ["wide", "tails", "wide tails"])
+def test_no_worse_where_hqqs_own_shrinking_acts(text: str, kind: str) -> None:
+    """There residuals are above its threshold, as they never are once groups have been scaled."""
+    weight = gaussian(64, 4096, std=0.1 if "wide" in kind else 0.02)
+    if "tails" in kind:
+        generator = torch.Generator().manual_seed(3)
+        weight = weight / torch.randn(6, 64, 4096, generator=generator).square().mean(0).sqrt()
+    spec = QuantSpec.parse(text)
+    assert quantise(weight, spec)[1] < 1.005 * relative_error(weight, hqq(weight, spec))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_scaled_groups_make_hqqs_norm_indifferent(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its own norm of 0.7 it finds the same bytes, for weights of any kind: residuals shrink to 0."""
+    weight = gaussian(64, 1024)
+    weight[:16] = weight[:16].sign() * weight[:16].abs() ** 3 * 2000
+    weight[16:24] *= 2.0**90
+    weight[24:32] *= 2.0**-90
+    weight[32:40, ::64] *= 1000
+    weight[40:48] -= weight[40:48].amin(1, keepdim=True)
+    first = quantise(weight, QuantSpec(bits))[0].streams()
+    monkeypatch.setattr(solver, "NORM", {**NORM, "lp_norm": 0.7})
+    second = quantise(weight, QuantSpec(bits))[0].streams()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_lifting_is_exact_over_its_range() -> None:
+    spread = torch.cat([torch.rand(10_000) * 2.0**power for power in range(-90, 100, 10)])
+    spread = spread[(spread > solver.LEAST) & (spread < solver.MOST)]
+    lifted = spread * lifting(spread)
+    assert lifted.min() >= 1 / 32 and lifted.max() < 1 / 16
+    assert torch.equal(lifted / lifting(spread), spread)
+    assert torch.equal(torch.frexp(lifting(spread)).mantissa, torch.full_like(spread, 0.5))
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_workers_change_nothing(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the order in which they finish."""
+    weight = gaussian(160, 4096, std=0.03)
+    assert len(list(slices(weight))) == 5
+    alone, error = quantise(weight, QuantSpec(bits))
+    solve = solver.solve
+
+    def dawdling(*args: Any) -> tuple[Tensor, Tensor]:
+        time.sleep(random.random() / 50)
+        return solve(*args)
+
+    monkeypatch.setattr(solver, "solve", dawdling)
+    for workers in (1, 2, 5):
+        with ThreadPoolExecutor(workers) as pool:
+            made, same = quantise(weight, QuantSpec(bits), pool=pool)
+        assert same == error
+        streams = alone.streams()
+        assert all(torch.equal(stream, streams[name]) for name, stream in made.streams().items())
 
 
 def test_eight_bits_are_a_little_worse_than_hqq_with_float_zeros() -> None:

@@ -1,0 +1,213 @@
+"""Our own checkpoints of quantised weights: which file holds which streams, and how they say what they are.
+
+One file for the trunk's tensors that belong to no layer, then one for each layer. In a layer's file every
+expert's tensors are one directly after the other, in the order of `model.quant.layout.expert_fields`: an
+expert is one byte range. Formats are in `config.json` and again in every file's metadata, and are believed
+only where these agree.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint.layout import Layout, Piece, check_names, check_size, check_tensor, collect
+from model.checkpoint.names import Rows
+from model.checkpoint.safetensors import DTYPES, NAMES, Header
+from model.checkpoint.writer import TensorSpec
+from model.config import NATIVE, Fields, ModelConfig, read_json, section
+from model.errors import ModelError
+from model.parameters import instances, parameter_rows
+from model.quant.layout import ATTENTION, EXPERT, matrix_fields
+from model.quant.spec import MAX_GROUP, QuantSpec
+
+VERSION = 1
+AGAIN = "make it again with tools.quantize"
+SIXTEEN = ("BF16", "F16")
+
+
+@dataclass(frozen=True)
+class NativeFormat:
+    """What a native checkpoint says about itself; `source` is the name of the folder it was made from."""
+
+    attention: QuantSpec
+    experts: QuantSpec
+    source: str
+
+    def section(self) -> dict[str, Any]:
+        """As `config.json` has it, under `quantization_config`."""
+        return {
+            "quant_method": NATIVE,
+            "version": VERSION,
+            "attention": spec_fields(self.attention),
+            "experts": spec_fields(self.experts),
+            "source": self.source,
+        }
+
+    def metadata(self) -> dict[str, str]:
+        """As every file's header has it, where values are strings.
+
+        >>> NativeFormat(QuantSpec(16), QuantSpec(2, 64), "Mixtral-8x7B").metadata()["experts"]
+        '2g64m128'
+        """
+        return {
+            "format": "pt",
+            "quant_method": NATIVE,
+            "version": str(VERSION),
+            "attention": in_full(self.attention),
+            "experts": in_full(self.experts),
+            "source": self.source,
+        }
+
+
+def spec_fields(spec: QuantSpec) -> dict[str, int]:
+    """
+    >>> spec_fields(QuantSpec(4))
+    {'bits': 4, 'group_size': 64, 'meta_group_size': 256}
+    """
+    return {"bits": spec.bits, "group_size": spec.group_size, "meta_group_size": spec.meta_group_size}
+
+
+def in_full(spec: QuantSpec) -> str:
+    """A format with nothing left to defaults."""
+    return f"{spec.bits}g{spec.group_size}m{spec.meta_group_size}" if spec.quantised else f"{spec.bits}"
+
+
+def read_format(folder: Path) -> NativeFormat | None:
+    """What `config.json` says of a native checkpoint; None where it, or its absence, speaks of another.
+
+    Raises `ModelError` for a version that is not ours, or formats that make no sense.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    found = section(read_json(path), "quantization_config")
+    return parse_format(found) if found.get("quant_method") == NATIVE else None
+
+
+def parse_format(found: Mapping[str, Any]) -> NativeFormat:
+    """From the contents of `quantization_config`."""
+    where = "config.json quantization_config"
+    version = Fields(where, found).int("version")
+    if version != VERSION:
+        raise ModelError(
+            f"{where}: version {version}, and this program reads version {VERSION}; {AGAIN}, "
+            "or use the program that wrote it"
+        )
+    source = found.get("source")
+    if not isinstance(source, str):
+        raise ModelError(f"{where}: source is {str(source)[:80]!r}, and must be a text")
+    return NativeFormat(parse_spec(where, found, "attention"), parse_spec(where, found, "experts"), source)
+
+
+def parse_spec(where: str, found: Mapping[str, Any], name: str) -> QuantSpec:
+    """One format, all three numbers of it written out."""
+    fields = Fields(f"{where} {name}", section(found, name))
+    numbers = [fields.int(key) for key in ("bits", "group_size", "meta_group_size")]
+    if max(numbers) > MAX_GROUP:
+        raise ModelError(f"{fields.source}: a size is above {MAX_GROUP}; {AGAIN}")
+    try:
+        spec = QuantSpec(*numbers)
+    except ModelError as error:
+        raise ModelError(f"{fields.source}: {error}") from error
+    if list(spec_fields(spec).values()) != numbers:
+        raise ModelError(f"{fields.source}: sizes are not written out; {AGAIN}")
+    return spec
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """A parameter of the network, and the tensors that it is stored as."""
+
+    name: str
+    spec: QuantSpec
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def matrix(self) -> str:
+        """The part of the name that its tensors share."""
+        return self.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file, and what goes into it, in order."""
+
+    name: str
+    parameters: tuple[StoredParameter, ...]
+
+    @property
+    def tensors(self) -> list[TensorSpec]:
+        return [tensor for parameter in self.parameters for tensor in parameter.tensors]
+
+
+def native_shards(
+    config: ModelConfig, attention: QuantSpec, experts: QuantSpec, dtype: torch.dtype
+) -> list[Shard]:
+    """Every file of a native checkpoint, the trunk's first. What is not quantised is stored in `dtype`.
+
+    Raises `ModelError`, naming the tensor, where a format does not fit.
+    """
+    by_file: list[list[StoredParameter]] = [[] for _ in range(config.layers + 1)]
+    for layer, parameter in stored_parameters(config, attention, experts, dtype):
+        by_file[layer + 1].append(parameter)
+    count = len(by_file)
+    return [
+        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(parameters))
+        for number, parameters in enumerate(by_file, start=1)
+    ]
+
+
+def stored_parameters(
+    config: ModelConfig, attention: QuantSpec, experts: QuantSpec, dtype: torch.dtype
+) -> Iterator[tuple[int, StoredParameter]]:
+    """Every parameter with its layer, -1 for those of none."""
+    shapes = parameter_rows(config)
+    for template, n, e in instances(config):
+        spec = QuantSpec(16)
+        if template.startswith(EXPERT):
+            spec = experts
+        elif template in ATTENTION:
+            spec = attention
+        rows, row = shapes[template]
+        name = template.format(n=n, e=e)
+        fields = matrix_fields(name.removesuffix(".weight"), (sum(rows), *row), spec, dtype=dtype)
+        tensors = tuple(TensorSpec(field.name, field.dtype, field.shape) for field in fields)
+        yield n if "{n}" in template else -1, StoredParameter(name, spec, tensors)
+
+
+def native_layout(
+    folder: Path, headers: Mapping[Path, Header], config: ModelConfig, native: NativeFormat
+) -> Layout:
+    """As `layout.match`: every tensor stands for itself, and quantised ones have one possible dtype.
+
+    Raises `ModelError` naming what is missing, unexpected, of the wrong shape or dtype, or in a file of
+    another checkpoint.
+    """
+    check_size(folder, config)
+    for path, header in headers.items():
+        for key, value in native.metadata().items():
+            said = header.metadata.get(key)
+            if said != value:
+                raise ModelError(
+                    f"{path}: its metadata says {key} {said and said[:80]!r}, and config.json "
+                    f"{value[:80]!r}; the files are of different checkpoints, {AGAIN}"
+                )
+    found = collect(folder, headers)
+    expected = {
+        tensor.name: (tensor, parameter.spec)
+        for _, parameter in stored_parameters(config, native.attention, native.experts, torch.bfloat16)
+        for tensor in parameter.tensors
+    }
+    check_names(folder, expected, found)
+    pieces = []
+    for name, (tensor, spec) in expected.items():
+        path, entry = found[name]
+        check_tensor(
+            path, name, entry, tensor.shape, (NAMES[tensor.dtype],) if spec.quantised else SIXTEEN, AGAIN
+        )
+        rows = Rows(name, 0, tensor.shape)
+        pieces.append(Piece(path, name, entry.offset, DTYPES[entry.dtype], rows, exact=spec.quantised))
+    return Layout.of("native", pieces, headers)

@@ -1,0 +1,36 @@
+"""Names and shapes of the network's parameters, in the order that checkpoints are written in.
+
+A name with an `{n}` in it stands for one parameter of each layer, with an `{e}` for one of each expert.
+"""
+
+from collections.abc import Iterator
+
+from model.config import ModelConfig
+
+
+def parameter_rows(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """For each parameter, the rows of the tensors fused in it, and one row's shape: (D,), or () in a norm."""
+    V, D, F, E, K = config.vocab, config.hidden, config.ffn, config.experts, config.head_dim
+    H, G = config.heads, config.kv_heads
+    return {
+        "embed_tokens.weight": ((V,), (D,)),
+        "norm.weight": ((D,), ()),
+        "lm_head.weight": ((V,), (D,)),
+        "layers.{n}.input_layernorm.weight": ((D,), ()),
+        "layers.{n}.self_attn.qkv_proj.weight": ((H * K, G * K, G * K), (D,)),
+        "layers.{n}.self_attn.o_proj.weight": ((D,), (H * K,)),
+        "layers.{n}.post_attention_layernorm.weight": ((D,), ()),
+        "layers.{n}.block_sparse_moe.gate.weight": ((E,), (D,)),
+        "layers.{n}.block_sparse_moe.experts.{e}.w13.weight": ((F, F), (D,)),
+        "layers.{n}.block_sparse_moe.experts.{e}.w2.weight": ((D,), (F,)),
+    }
+
+
+def instances(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
+    """Every parameter as (template, layer, expert): a layer's parameters together, and in it an expert's."""
+    templates = list(parameter_rows(config))
+    yield from ((t, 0, 0) for t in templates if "{n}" not in t)
+    for n in range(config.layers):
+        yield from ((t, n, 0) for t in templates if "{n}" in t and "{e}" not in t)
+        for e in range(config.experts):
+            yield from ((t, n, e) for t in templates if "{e}" in t)

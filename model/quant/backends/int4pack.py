@@ -1,0 +1,200 @@
+"""A CPU's fast way: PyTorch's kernel for 4-bit weights, which reads codes from memory and never expands them.
+
+`torch.ops.aten._weight_int4pack_mm_for_cpu(x, nibbles, group, pairs)` computes `x @ W.T` with
+
+    w = (q - 8) * pairs[group of k, n, 0] + pairs[group of k, n, 1]
+
+from codes q of up to 4 bits, in groups of 32, 64, 128 or 256 along K, with x and pairs in bfloat16. Codes of
+2 and 3 bits are moved to the middle of the nibble's range: then `(middle - zero) * scale`, which takes the
+place of a format's zero, is small, and so is what rounding it to bfloat16 costs. Formats that the kernel
+does not know are sums of those that it knows:
+
+    groups of 16       even groups of 16 and odd ones apart, in groups of 32: x is 0 where the other ones are
+    groups above 256   the same scale several times
+    8 bits             16 * high nibble + low nibble
+
+The kernel takes longer the more rows x has; from `FEW` rows on it pays to expand a block of W once.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from model.quant.layout import Field
+from model.quant.spec import QuantSpec
+from model.quant.tensor import QuantisedTensor
+
+KERNEL_GROUPS = (32, 64, 128, 256)
+FEW = 48  # rows of x, measured at 14336 x 4096
+ROWS = 64  # the kernel's own blocks have 64 rows, or 32 with AVX2
+EXPANDED = 512  # rows of W expanded at a time
+SIXTEEN = "where memory allows, leave them at 16 bits"
+
+
+class Int4Pack:
+    """A matrix as one or two sets of codes and (scale, zero) pairs, each a product of its own; y is their
+    sum."""
+
+    def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
+        self.spec, self.shape = spec, shape
+        self.halves = spec.group_size < KERNEL_GROUPS[0]  # even and odd groups apart
+        self.group = kernel_group(spec)
+        self.nibbles = memory["nibbles"]  # [planes, N, K / 2] uint8, in the kernel's order
+        self.pairs = memory["pairs"]  # [products, K / group, N, 2] bfloat16
+        self.few = FEW // self.pairs.shape[0]
+
+    def __call__(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N] bfloat16
+        if x.shape[0] >= self.few:
+            return self.expand_and_multiply(x)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu
+        if self.pairs.shape[0] == 1:
+            return product(x.contiguous(), self.nibbles[0], self.group, self.pairs[0])
+        first, second = self.parts(x)
+        return product(first, self.nibbles[0], self.group, self.pairs[0]) + product(
+            second, self.nibbles[-1], self.group, self.pairs[1]
+        )
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What each of the two products multiplies with: all of x, or its even and its odd groups."""
+        if not self.halves:
+            return x.contiguous(), x.contiguous()
+        M, K = x.shape
+        even, odd = (x.clone(memory_format=torch.contiguous_format) for _ in range(2))
+        pairs = (M, K // (2 * self.spec.group_size), 2, self.spec.group_size)
+        even.view(pairs)[:, :, 1] = 0
+        odd.view(pairs)[:, :, 0] = 0
+        return even, odd
+
+    def expand_and_multiply(self, x: Tensor) -> Tensor:
+        """The same for many rows: W.T in blocks of columns, in bfloat16, each followed by a plain product."""
+        N, _ = self.shape
+        out = x.new_empty(x.shape[0], N)
+        for start in range(0, N, EXPANDED):
+            rows = slice(start, min(start + EXPANDED, N))
+            torch.mm(x, self.expand(rows), out=out[:, rows])
+        return out
+
+    def expand(self, rows: slice) -> Tensor:
+        """Some rows of W, which begin and end with the kernel's blocks, transposed: [K, n] bfloat16."""
+        K, n = self.shape[1], rows.stop - rows.start
+        block = kernel_block()
+        codes = [codes_of(plane, rows, block) for plane in self.nibbles]  # [K, n] each
+        if self.halves:
+            values = codes[0].view(-1, 2, self.spec.group_size, n)
+            for half in (0, 1):
+                self.apply(values[:, half], half, rows)
+            return codes[0]
+        for i, plane in enumerate(codes):
+            self.apply(plane.view(-1, self.group, n), i, rows)
+        return functools.reduce(Tensor.add_, codes).view(K, n)
+
+    def apply(self, values: Tensor, product: int, rows: slice) -> None:
+        """Codes less 8, [groups, weights of a group, n], into weights, in place."""
+        scales, zeros = self.pairs[product, :, rows].unbind(-1)  # [groups, n]
+        torch.addcmul(zeros.contiguous()[:, None], values, scales.contiguous()[:, None], out=values)
+
+    @staticmethod
+    def fields(name: str, shape: Sequence[int], spec: QuantSpec, offset: int = 0) -> list[Field]:
+        N, K = shape
+        planes = 2 if spec.bits == 8 else 1
+        products = 2 if spec.bits == 8 or spec.group_size < KERNEL_GROUPS[0] else 1
+        nibbles = Field(f"{name}.nibbles", torch.uint8, (planes, N, K // 2), offset)
+        pairs = (products, K // kernel_group(spec), N, 2)
+        return [nibbles, Field(f"{name}.pairs", torch.bfloat16, pairs, nibbles.end)]
+
+    @staticmethod
+    def store(matrix: QuantisedTensor, memory: Mapping[str, Tensor]) -> None:
+        spec, codes = matrix.spec, matrix.unpack()
+        scales, zeros = matrix.group_scales(), matrix.group_zeros()  # [N, J]
+        repeats = max(spec.group_size // KERNEL_GROUPS[-1], 1)
+        products = []  # (scale, zero as the kernel wants it), [N, groups]
+        if spec.bits == 8:
+            pack_nibbles(codes >> 4, memory["nibbles"][0])
+            pack_nibbles(codes & 15, memory["nibbles"][1])
+            high = (zeros / 16).round()  # z = 16 * high + low, |low| <= 8
+            products = [(16 * scales, (8 - high) * 16 * scales), (scales, (8 - zeros + 16 * high) * scales)]
+        else:
+            middle = 1 << spec.bits - 1
+            pack_nibbles(codes + (8 - middle), memory["nibbles"][0])
+            shifted = (middle - zeros) * scales
+            halves = 2 if spec.group_size < KERNEL_GROUPS[0] else 1
+            products = [(scales[:, i::halves], shifted[:, i::halves]) for i in range(halves)]
+        for pairs, values in zip(memory["pairs"], products, strict=True):
+            pairs.copy_(torch.stack(values, dim=-1).repeat_interleave(repeats, dim=1).transpose(0, 1))
+
+
+def unsupported(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve a matrix on this CPU, and what to do about it; None if it can."""
+    N, K = shape
+    if kernel_block() == 0:
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"needs a CPU with AVX2 or AVX-512, and PyTorch found {capability}; {SIXTEEN}"
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        return f"computes in bfloat16, not {name}; choose the dtype bfloat16"
+    if N % ROWS or K % kernel_group(spec):
+        inputs = kernel_group(spec)
+        return f"takes rows in multiples of {ROWS} and inputs of {inputs}, not {N} x {K}; {SIXTEEN}"
+    if spec.bits == 8 and spec.group_size < KERNEL_GROUPS[0]:
+        return f"takes 8 bits in groups of 32 or more, not {spec.group_size}; quantise them to 8g32"
+    return None
+
+
+def kernel_group(spec: QuantSpec) -> int:
+    return min(max(spec.group_size, KERNEL_GROUPS[0]), KERNEL_GROUPS[-1])
+
+
+@functools.cache
+def kernel_block() -> int:
+    """How many rows the kernel keeps together on this CPU, found by asking it to pack one marked code; 0 if
+    it keeps them in no order that `pack_nibbles` knows.
+
+    64 rows of AVX-512, 32 of AVX2: byte j of column k has row j in its low and row j + block / 2 in its high
+    nibble.
+    """
+    codes = (torch.arange(ROWS * 64) % 13).view(ROWS, 64).to(torch.uint8)
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    except (AttributeError, RuntimeError):
+        return 0
+    for block in (64, 32):
+        ours = torch.empty_like(packed)
+        pack_in_blocks(codes, ours, block)
+        if torch.equal(ours, packed):
+            return block
+    return 0
+
+
+def pack_nibbles(codes: Tensor, out: Tensor) -> None:  # [N, K] uint8 -> [N, K / 2]
+    pack_in_blocks(codes, out, kernel_block())
+
+
+def pack_in_blocks(codes: Tensor, out: Tensor, block: int) -> None:
+    """Two rows, half a block apart, in one byte; then a block's columns one after the other.
+
+    What `_convert_weight_to_int4pack_for_cpu` does, but from bytes, where that wants int32, and four times as
+    fast. Row 1 and row 3 of a block of four:
+
+    >>> out = torch.empty(4, 1, dtype=torch.uint8)
+    >>> pack_in_blocks(torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]], dtype=torch.uint8), out, 4)
+    >>> [f"{byte:02x}" for byte in out.flatten().tolist()]
+    ['51', '73', '62', '84']
+    """
+    N, K = codes.shape
+    halves = codes.view(N // block, 2, block // 2, K)
+    both = halves[:, 1] << 4
+    both |= halves[:, 0]  # [N / block, block / 2, K]
+    for packed, pair in zip(out.view(N // block, K, block // 2), both, strict=True):
+        packed.copy_(pair.t())  # one matrix after the other: PyTorch transposes those in tiles
+
+
+def codes_of(nibbles: Tensor, rows: slice, block: int) -> Tensor:
+    """Codes of some rows less 8, transposed: [K, n] bfloat16, from a plane [N, K / 2]."""
+    K = nibbles.shape[1] * 2
+    packed = nibbles[rows].view(-1, K, block // 2)  # [n / block, K, block / 2]
+    values = nibbles.new_empty(K, packed.shape[0], 2, block // 2, dtype=torch.bfloat16)
+    for half, codes in enumerate((packed & 15, packed >> 4)):
+        values[:, :, half] = codes.sub_(8).view(torch.int8).transpose(0, 1)
+    return values.view(K, -1)

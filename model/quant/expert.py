@@ -1,0 +1,117 @@
+"""An expert as one run of bytes, its blob: how long it is, how it is filled, and how it is computed from
+there.
+
+All experts of a model are alike. So memory is bound to a computation once, and from then on computes whatever
+expert has been put there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.moe import Product, gated, mix
+from model.quant.backends import Backend
+from model.quant.layout import Field, expert_fields
+from model.quant.linear import choose_backend
+from model.quant.spec import QuantSpec
+from model.quant.tensor import QuantisedTensor
+
+ALIGNMENT = 64  # bytes: a cache line, and enough for every kernel
+
+
+@dataclass(frozen=True)
+class ExpertFormat:
+    """One expert in files (`stored`) and in memory (`kept`): the tensors of two runs of bytes.
+
+    `stored` has the names that follow `layers.{n}.block_sparse_moe.experts.{e}.` in a checkpoint; `kept` is
+    what the fastest way to compute on the device wants, which may be the same. `remark` is as
+    `choose_backend` gives it.
+    """
+
+    spec: QuantSpec
+    shapes: dict[str, tuple[int, int]]  # of the matrices, by name
+    stored: tuple[Field, ...]
+    kept: tuple[Field, ...]
+    backends: dict[str, type[Backend]]  # by matrix; empty at 16 bits
+    remark: str | None
+
+    @staticmethod
+    def choose(
+        config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device
+    ) -> "ExpertFormat":
+        """For a model that computes in `dtype`. Raises `ModelError` for dimensions that the spec does not
+        divide."""
+        shapes = {"w13": (2 * config.ffn, config.hidden), "w2": (config.hidden, config.ffn)}
+        stored = tuple(expert_fields(config, spec, dtype=dtype))
+        if not spec.quantised:
+            return ExpertFormat(spec, shapes, stored, stored, {}, None)
+        chosen = {name: choose_backend(spec, shape, dtype, device) for name, shape in shapes.items()}
+        kept: list[Field] = []
+        for name, (backend, _) in chosen.items():
+            kept += backend.fields(name, shapes[name], spec, kept[-1].end if kept else 0)
+        remarks = [remark for _, remark in chosen.values() if remark]
+        backends = {name: backend for name, (backend, _) in chosen.items()}
+        return ExpertFormat(spec, shapes, stored, tuple(kept), backends, remarks[0] if remarks else None)
+
+    @property
+    def blob_bytes(self) -> int:
+        """From one blob in memory to the next."""
+        return -(-self.kept[-1].end // ALIGNMENT) * ALIGNMENT
+
+    def store(self, stored: Tensor, blob: Tensor) -> None:
+        """Fill a blob from the bytes [uint8] of an expert as files have it."""
+        if self.stored == self.kept:
+            blob[: self.stored[-1].end].copy_(stored)
+            return
+        for name, backend in self.backends.items():
+            matrix = QuantisedTensor.of(self.spec, self.shapes[name], views(self.stored, name, stored))
+            backend.store(matrix, views(self.kept, name, blob))
+
+    @property
+    def first_bytes(self) -> int:
+        """How much of a blob w13 takes: with that, computing can begin."""
+        return max(field.end for field in self.kept if field.name.startswith("w13."))
+
+    def bind(self, blob: Tensor) -> "BoundExpert":
+        """The expert in `blob` [blob_bytes] uint8, whichever it is at the time."""
+        products: list[Product] = []
+        for name, shape in self.shapes.items():
+            memory = views(self.kept, name, blob)
+            if self.spec.quantised:
+                products.append(self.backends[name](self.spec, shape, memory))
+            else:
+                products.append(partial(F.linear, weight=memory["weight"]))
+        return BoundExpert(*products)
+
+
+@dataclass(frozen=True)
+class BoundExpert:
+    """An expert that is computed from a blob: as a function of x, or in two steps, as its bytes arrive."""
+
+    w13: Product
+    w2: Product
+
+    def __call__(self, x: Tensor) -> Tensor:  # [N, D] -> [N, D]
+        return self.w2(gated(x, self.w13))
+
+
+def views(fields: Sequence[Field], matrix: str, memory: Tensor) -> dict[str, Tensor]:
+    """The tensors of one matrix in `memory`, by the last part of their names."""
+    prefix = matrix + "."
+    return {f.name.removeprefix(prefix): f.view(memory) for f in fields if f.name.startswith(prefix)}
+
+
+class BlobExperts:
+    """All experts of a layer, each computed from its blob: `model.moe.Experts`."""
+
+    def __init__(self, form: ExpertFormat, count: int, device: torch.device) -> None:
+        self.blobs = torch.empty(count, form.blob_bytes, dtype=torch.uint8, device=device)
+        self.experts = [form.bind(blob) for blob in self.blobs]
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # as `Experts`
+        return mix(self.experts, x, ids, weights)

@@ -1,0 +1,54 @@
+"""The matrix product of the network with a quantised matrix, and the choice of how it is computed."""
+
+import torch
+from torch import Tensor, nn
+
+from model.quant.backends import Backend, blocks, int4pack
+from model.quant.backends.blocks import Blocks
+from model.quant.backends.int4pack import Int4Pack
+from model.quant.spec import QuantSpec
+from model.quant.tensor import QuantisedTensor
+
+
+def choose_backend(
+    spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[type[Backend], str | None]:
+    """The fastest way to multiply a matrix of this format on this device; and, where that is not the device's
+    fast way, why not and what to do about it: the end of a sentence that begins with "the fast product".
+
+    float32 is the reference: it is computed plainly, and that is nothing to remark on.
+    """
+    if device.type != "cpu" or dtype == torch.float32:
+        return Blocks, None
+    reason = int4pack.unsupported(spec, shape, dtype)
+    return (Blocks, reason) if reason else (Int4Pack, None)
+
+
+def scratch_bytes(device: torch.device, inputs: int) -> int:
+    """At least what a product takes for expanded weights, for matrices of up to so many inputs."""
+    block = max(blocks.CPU_BLOCK if device.type == "cpu" else blocks.GPU_BLOCK, int4pack.EXPANDED * inputs)
+    return block * (4 + 2 + 2)  # as float32, as x's dtype, as codes
+
+
+class QuantisedLinear(nn.Module):
+    """`x @ W.T` without bias, with W [outputs, inputs] in a quantised format.
+
+    `store` fills it; until then its memory is as it happens to be.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, spec: QuantSpec, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.spec, self.shape = spec, (outputs, inputs)
+        self.backend, self.remark = choose_backend(spec, self.shape, dtype, device)
+        fields = self.backend.fields("", self.shape, spec)
+        memory = torch.empty(fields[-1].end, dtype=torch.uint8, device=device)
+        self.memory = {field.name.lstrip("."): field.view(memory) for field in fields}
+        self.product = self.backend(spec, self.shape, self.memory)
+
+    def store(self, matrix: QuantisedTensor) -> None:
+        self.backend.store(matrix, self.memory)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
+        return self.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.shape[0])

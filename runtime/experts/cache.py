@@ -1,0 +1,338 @@
+"""Experts that do not all fit the device: each layer computes from its slots, and what is missing comes from
+the arena while what is there is being computed.
+
+What comes out is bit for bit what a resident model gives: each expert's contribution is computed by the same
+calls on the same bytes, and contributions are added in ascending order of expert, whatever order they came
+in.
+
+In a layer, with the router's choice at hand:
+
+1. one transfer from the device tells the host the choice, and the lookahead gate's ranking for later layers;
+2. experts that are in the layer's slots are pinned; the others get slots, and their copies begin, or, if they
+   were guessed, are nearly done;
+3. guesses for the next layers begin to travel, behind these;
+4. experts are computed in that order, each waiting for its own bytes only, first for w1 and w3, then for w2;
+5. contributions are added up.
+
+A prompt may need more experts than there are slots. Then each that has been computed makes room for one that
+is still missing, and each crosses the link once. Experts of the last tokens come last, so that decoding
+finds them.
+"""
+
+import copy
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.moe import Experts, gated
+from model.quant.expert import ExpertFormat
+from runtime.experts import trace
+from runtime.experts.arena import Arena
+from runtime.experts.contributions import Contributions
+from runtime.experts.copying import CopyEngine, HostLink, Link, Ticket
+from runtime.experts.cuda_link import CudaLink
+from runtime.experts.lookahead import Lookahead
+from runtime.experts.policy import make_policy
+from runtime.experts.slots import Guess, SlotTable, Spares, State
+from runtime.planner import Plan
+from runtime.units import format_bytes
+
+
+@dataclass
+class Counters:
+    """What became of the experts that were needed or guessed."""
+
+    hits: int = 0
+    misses: int = 0
+    guesses: int = 0
+    used_guesses: int = 0  # misses that had been guessed: the expert was there, or on its way
+    recalled: int = 0  # experts that a decoded token chose in a layer, and the layer before ranked that high
+    recallable: int = 0  # all that decoded tokens chose, where a layer before could say
+    stall_seconds: float = 0.0  # that the host waited for copies
+    copied_bytes: int = 0
+    wasted_bytes: int = 0  # of these, for guesses that did not come true, and for steps that failed
+
+
+@dataclass
+class Access:
+    """An expert that a forward needs, and the slot that is pinned for it."""
+
+    expert: int
+    slot: int
+
+
+class ExpertCache:
+    """The slots of all layers on one device, and what it takes to fill them and to compute from them.
+
+    Used by one thread at a time: the engine's lock sees to that.
+    """
+
+    def __init__(
+        self,
+        form: ExpertFormat,
+        arena: Arena,
+        copies: CopyEngine,
+        device: torch.device,
+        tables: Sequence[SlotTable],
+        spares: Spares,
+        prefetch: int = 1,
+    ) -> None:
+        """The slots of `tables`, one for each layer, and of `spares` are numbered from 0. For each of the
+        layers that `lookahead` looks ahead, `prefetch` experts are guessed; it is set once there is a
+        model."""
+        self.arena, self.copies, self.tables, self.spares = arena, copies, tables, spares
+        self.untouched = copy.deepcopy((tables, spares))
+        self.prefetch, self.first_bytes = prefetch, form.first_bytes
+        total = sum(len(table.slots) for table in tables) + len(spares.free)
+        self.pool = torch.empty(total, form.blob_bytes, dtype=torch.uint8, device=device)
+        self.computed = [form.bind(blob) for blob in self.pool]
+        self.tickets: dict[int, Ticket] = {}  # by slot: copies that computing has not come after yet
+        self.last_use: list[Any] = [copies.link.used()] * total  # by slot: the link's mark behind it
+        self.lookahead: Lookahead | None = None
+        self.predicted: list[int] = []  # what the layer before ranked highest for the layer at hand
+        self.trace: trace.Recorder | None = None
+        self.counters = Counters()
+        self.step = -1
+        self.complete = True  # the step before came to its end
+        # of a cache that nobody closed: its thread would hold memory
+        weakref.finalize(self, copies.close).atexit = False
+
+    @staticmethod
+    def make(
+        plan: Plan,
+        form: ExpertFormat,
+        device: torch.device,
+        experts: int,
+        policy: str = "lru",
+        prefetch: int = 1,
+        link_gbps: float | None = None,
+    ) -> "ExpertCache":
+        """With the slots that are planned; the arena is yet to be filled. Close it behind its last use."""
+        arena = Arena(len(plan.slots_per_layer), experts, form.blob_bytes, pin=device.type == "cuda")
+        link: Link = HostLink(link_gbps * 1e9 if link_gbps else None)
+        if device.type == "cuda":
+            link = CudaLink(device, arena.pinned)
+            if not arena.pinned:
+                warnings.warn(
+                    f"the driver does not lock {format_bytes(plan.arena)} of host memory: experts are copied by "
+                    "way of small buffers, which is slower; raise the limit on locked memory (ulimit -l)",
+                    RuntimeWarning,
+                    stacklevel=4,  # where Engine.load was called
+                )
+        numbers = iter(range(sum(plan.slots_per_layer) + plan.spares))
+        tables = [
+            SlotTable(islice(numbers, count), make_policy(policy, 0, layer))
+            for layer, count in enumerate(plan.slots_per_layer)
+        ]
+        return ExpertCache(form, arena, CopyEngine(link), device, tables, Spares(numbers), prefetch)
+
+    def close(self) -> None:
+        """End the copy thread and let go of the memory, here and on the device."""
+        self.copies.close()
+        self.arena.close()
+        self.tickets.clear()
+        self.computed.clear()
+        self.__dict__.pop("pool", None)
+
+    def count(self) -> Counters:
+        """A copy of the counters."""
+        return replace(self.counters, copied_bytes=self.copies.moved, wasted_bytes=self.copies.wasted)
+
+    def record(self, recorder: trace.Recorder | None) -> None:
+        """Tell `recorder` all that happens from now on; None ends that."""
+        self.trace = recorder
+
+        def copied(ticket: Ticket) -> None:
+            assert recorder
+            recorder.add(trace.Copy(*ticket.label, bytes=ticket.source.numel(), seconds=ticket.seconds))
+
+        self.copies.finished = copied if recorder else None
+
+    def layer(self, number: int) -> Experts:
+        """That layer's experts, as a model wants them."""
+        return partial(self.apply, number)
+
+    def apply(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """What `model.moe.Experts` promises, of one layer. Raises `TransferError`.
+
+        Whatever it may raise (Ctrl-C too, at any point), the next step begins with empty slots.
+        """
+        if layer == 0:
+            self.begin_step()
+        table, tokens = self.tables[layer], x.shape[0]
+        ranking = self.lookahead.rank(layer, x) if self.lookahead else None
+        chosen, ahead = to_host(ids, ranking)
+        needed = by_last_use(chosen)
+        self.note_choice(layer, tokens, needed, ahead)
+        sums = Contributions(x, weights.to(x.dtype), chosen, self.arena.experts)
+        missing = deque(e for e in needed if table.find(e) is None)
+        waiting: deque[Access] = deque()  # accessed, and not computed yet
+        waiting.extend(self.hit(layer, e) for e in needed if table.find(e) is not None)
+        self.drop_guesses(layer, needed)
+        while missing and table.has_room:
+            waiting.append(self.miss(layer, missing.popleft()))
+        self.guess(layer, tokens, len(chosen[0]), ahead)
+        while waiting:
+            access = waiting.popleft()
+            sums.add(access.expert, self.compute(layer, access, sums.inputs(access.expert)))
+            self.release(layer, access)
+            if missing:
+                waiting.append(self.miss(layer, missing.popleft()))
+        self.complete = layer == len(self.tables) - 1
+        return sums.total()
+
+    def begin_step(self) -> None:
+        if not self.complete:
+            self.forget()
+        self.complete = False
+        self.step += 1
+        self.predicted = []
+
+    def forget(self) -> None:
+        """Begin again with empty slots: a step was broken off, perhaps between two lines that belong
+        together.
+
+        Copies that are left stop behind the piece under way; new ones to the same slots come after that.
+        """
+        for guess in self.spares.guesses.values():
+            if self.trace and (ticket := self.tickets.get(guess.slot)) is not None:
+                self.trace.add(trace.WastedGuess(self.step, guess.layer, guess.expert, ticket.moved))
+        for ticket in self.tickets.values():
+            self.copies.cancel(ticket)
+        self.last_use = [self.copies.link.used()] * len(self.last_use)
+        self.tables, self.spares = copy.deepcopy(self.untouched)
+        self.tickets = {}
+
+    def hit(self, layer: int, expert: int) -> Access:
+        self.counters.hits += 1
+        if self.trace:
+            self.trace.add(trace.Hit(self.step, layer, expert))
+        return Access(expert, self.tables[layer].hit(expert))
+
+    def miss(self, layer: int, expert: int) -> Access:
+        """Bring an expert to one of the layer's slots: from the arena, or from the spare that it was guessed
+        to."""
+        table, guess = self.tables[layer], self.spares.find(layer, expert)
+        if guess is not None and self.tickets[guess.slot].error is not None:
+            self.drop(guess)
+            guess = None
+        if guess is not None:
+            slot = guess.slot
+            given, evicted = table.adopt(expert, slot, State.LOADING)
+            self.spares.exchange(slot, given)
+            self.copies.promote(self.tickets[slot])
+            self.counters.used_guesses += 1
+        else:
+            slot, evicted = table.place(expert)
+            self.tickets[slot] = self.submit(layer, expert, slot, urgent=True)
+        self.counters.misses += 1
+        if self.trace:
+            self.trace.add(trace.Miss(self.step, layer, expert, evicted))
+            if guess is not None:
+                self.trace.add(trace.UsedGuess(self.step, layer, expert))
+        return Access(expert, slot)
+
+    def submit(self, layer: int, expert: int, slot: int, urgent: bool) -> Ticket:
+        label = (self.step, layer, expert, "demand" if urgent else "guess")
+        source, target = self.arena.blob(layer, expert), self.pool[slot]
+        return self.copies.submit(source, target, urgent, self.last_use[slot], label)
+
+    def guess(self, layer: int, tokens: int, per_token: int, ahead: list[list[int]]) -> None:
+        """Send for experts that the next layers are likely to need, as long as there are spares.
+
+        For one token, these are up to `prefetch` of the highest ranked, as many as it will choose; a prompt
+        will need most experts, so all are worth having.
+        """
+        for distance, ranking in enumerate(ahead, start=1):
+            there, room = self.tables[layer + distance], len(self.spares.free)
+            likely = ranking[: max(per_token, self.prefetch)] if tokens == 1 else ranking
+            absent = [
+                (rank, e)
+                for rank, e in enumerate(likely)
+                if there.find(e) is None and self.spares.find(layer + distance, e) is None
+            ]
+            for rank, e in absent[: min(self.prefetch, room) if tokens == 1 else room]:
+                guess = self.spares.take(layer + distance, e)
+                assert guess is not None
+                self.tickets[guess.slot] = self.submit(layer + distance, e, guess.slot, urgent=False)
+                self.counters.guesses += 1
+                if self.trace:
+                    self.trace.add(trace.Guess(self.step, layer + distance, e, distance, rank))
+
+    def drop_guesses(self, layer: int, needed: Sequence[int]) -> None:
+        """Forget guesses for this layer that have not come true."""
+        for guess in list(self.spares.guesses.values()):
+            if guess.layer == layer and guess.expert not in needed:
+                self.drop(guess)
+
+    def drop(self, guess: Guess) -> None:
+        ticket = self.tickets.pop(guess.slot)
+        self.copies.cancel(ticket)
+        self.spares.drop(guess.slot)
+        if self.trace:
+            self.trace.add(trace.WastedGuess(self.step, guess.layer, guess.expert, ticket.moved))
+
+    def compute(self, layer: int, access: Access, x: Tensor) -> Tensor:  # [n, D] -> [n, D]
+        expert, ticket = self.computed[access.slot], self.tickets.get(access.slot)
+        if ticket is None:
+            return expert(x)
+        self.wait(layer, access, ticket, self.first_bytes)
+        h = gated(x, expert.w13)  # [n, F], while w2 travels
+        self.wait(layer, access, ticket, ticket.source.numel())
+        del self.tickets[access.slot]
+        self.tables[layer].ready(access.slot)
+        return expert.w2(h)
+
+    def wait(self, layer: int, access: Access, ticket: Ticket, count: int) -> None:
+        seconds = self.copies.wait(ticket, count)
+        self.counters.stall_seconds += seconds
+        if self.trace and seconds:
+            self.trace.add(trace.Stall(self.step, layer, access.expert, seconds))
+
+    def release(self, layer: int, access: Access) -> None:
+        self.last_use[access.slot] = self.copies.link.used()
+        self.tables[layer].release(access.slot)
+
+    def note_choice(self, layer: int, tokens: int, needed: list[int], ahead: list[list[int]]) -> None:
+        """Keep account of what the router chose, and of what the layer before had expected."""
+        if tokens == 1 and self.predicted:
+            self.counters.recalled += len(set(needed) & set(self.predicted[: len(needed)]))
+            self.counters.recallable += len(needed)
+        self.predicted = ahead[0] if ahead else []
+        if self.trace:
+            self.trace.add(trace.Routing(self.step, layer, tokens, tuple(needed)))
+            for distance, ranking in enumerate(ahead, start=1):
+                self.trace.add(trace.Ranking(self.step, layer + distance, distance, tuple(ranking)))
+
+
+def to_host(ids: Tensor, ranking: Tensor | None) -> tuple[list[list[int]], list[list[int]]]:
+    """ids [N, A] and ranking [d, E] as lists, in one transfer.
+
+    >>> to_host(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[2, 1, 0]]))
+    ([[2, 0], [1, 2]], [[2, 1, 0]])
+    """
+    if ranking is None:
+        return ids.tolist(), []
+    both = torch.cat([ids.flatten(), ranking.flatten()]).tolist()
+    (N, A), (d, E) = ids.shape, ranking.shape
+    split = N * A
+    chosen = [both[i : i + A] for i in range(0, split, A)]
+    return chosen, [both[i : i + E] for i in range(split, split + d * E, E)]
+
+
+def by_last_use(chosen: list[list[int]]) -> list[int]:
+    """Each expert that any token chose once: those that the last tokens chose last; of one token ascending.
+
+    >>> by_last_use([[3, 0], [1, 2], [2, 0]])
+    [3, 1, 0, 2]
+    """
+    last = {e: n for n, experts in enumerate(chosen) for e in experts}
+    return sorted(last, key=lambda e: (last[e], e))

@@ -1,0 +1,245 @@
+"""Which expert is in which slot: bookkeeping in plain Python, without a device.
+
+A slot is a buffer on the device with room for one expert's blob, and has a number that is its own on that
+device. Each layer owns a `SlotTable` of them; the number of its slots never changes, though which ones they
+are may. A few more are `Spares`, owned by no layer: experts that are only guessed to be needed are copied to
+spares. A guess that comes true is adopted, and the layer gives the slot of its victim in return; no byte
+moves. So a wrong guess evicts nothing, and a layer's hits, misses and victims are those of its policy alone,
+whatever was guessed and however long copies took.
+
+Nothing here waits, copies or locks: one thread does the bookkeeping, and asks its copies how they fare.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from runtime.experts.policy import Policy
+
+
+class State(Enum):
+    """What a slot holds. EMPTY -> LOADING -> READY; a victim's goes to LOADING at once."""
+
+    EMPTY = "empty"
+    LOADING = "loading"
+    READY = "ready"
+
+
+@dataclass
+class Slot:
+    state: State = State.EMPTY
+    expert: int | None = None  # None exactly when EMPTY
+    pins: int = 0  # accesses that are not computed yet
+
+
+class SlotTable:
+    """One layer's slots.
+
+    In each forward, `hit` the needed experts that are here, then `place` (or `adopt`) the others; compute;
+    `release` each. Each of the first three pins the slot, and `release` unpins it: a pinned slot is not
+    given away. Victims are then the same however copies and computing overlap, if nothing is released before
+    the last access but what `has_room` asks for.
+
+    >>> from runtime.experts.policy import LRU
+    >>> table = SlotTable([10, 11, 12], LRU())
+    >>> for expert in (5, 2):
+    ...     slot, evicted = table.place(expert)
+    ...     table.ready(slot)
+    ...     table.release(slot)
+    >>> print(table)
+    slot  expert  state    pins
+    10    5       ready    0
+    11    2       ready    0
+    12    -       empty    0
+
+    A forward needs 5, 7 and 3. 5 is here; 7 takes the empty slot; for 3, the only candidate is 2.
+
+    >>> table.find(7), table.find(5), table.hit(5)
+    (None, 10, 10)
+    >>> table.place(7), table.place(3)
+    ((12, None), (11, 2))
+    >>> print(table)
+    slot  expert  state    pins
+    10    5       ready    1
+    11    3       loading  1
+    12    7       loading  1
+    """
+
+    def __init__(self, slots: Iterable[int], policy: Policy) -> None:
+        self.slots = {slot: Slot() for slot in slots}
+        self.policy = policy
+        self.where: dict[int, int] = {}  # expert -> the slot that holds or receives it
+
+    def find(self, expert: int) -> int | None:
+        """The slot that holds or receives the expert, if any. Changes nothing."""
+        return self.where.get(expert)
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self.slots
+
+    def hit(self, expert: int) -> int:
+        """The expert, which `find` finds, is needed. Returns its slot, pinned; it may still be loading."""
+        slot = self.where[expert]
+        self.slots[slot].pins += 1
+        self.policy.used(expert)
+        return slot
+
+    def place(self, expert: int) -> tuple[int, int | None]:
+        """The expert, which `find` does not find, is needed, and its copy begins.
+
+        Returns its slot, loading and pinned, and the expert that was evicted for it, if any. Raises
+        `RuntimeError` if there is no room (see `has_room`).
+        """
+        slot, evicted = self.vacate(expert)
+        self.fill(slot, expert, State.LOADING)
+        return slot, evicted
+
+    def adopt(self, expert: int, slot: int, state: State) -> tuple[int, int | None]:
+        """The expert, which `find` does not find, is needed, and a spare `slot` holds it already, or receives
+        it.
+
+        That slot, pinned, is the layer's from now on. Returns the slot that the layer gives up for it, whose
+        bytes are worthless, and the expert that was evicted, if any: the same that `place` would evict.
+        Raises `RuntimeError` if there is no room.
+        """
+        assert slot not in self.slots and state is not State.EMPTY, (slot, state)
+        given, evicted = self.vacate(expert)
+        del self.slots[given]
+        self.slots[slot] = Slot()
+        self.fill(slot, expert, state)
+        return given, evicted
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `place` and `adopt` will find a slot. If not, the forward needs more experts than there are
+        slots: compute the one that it accessed first, release it, and go on."""
+        return any(slot.pins == 0 and slot.state is not State.LOADING for slot in self.slots.values())
+
+    def ready(self, slot: int) -> None:
+        """The copy to the slot is complete."""
+        assert self.slots[slot].state is State.LOADING, (slot, self.slots[slot])
+        self.slots[slot].state = State.READY
+
+    def failed(self, slot: int) -> None:
+        """The copy to the slot failed: it is empty now. Pins stay until released."""
+        expert = self.slots[slot].expert
+        assert self.slots[slot].state is State.LOADING and expert is not None, (slot, self.slots[slot])
+        self.clear(slot, expert)
+
+    def release(self, slot: int) -> None:
+        """An access to the slot is computed, or given up."""
+        assert self.slots[slot].pins > 0, (slot, self.slots[slot])
+        self.slots[slot].pins -= 1
+
+    def vacate(self, expert: int) -> tuple[int, int | None]:
+        """A slot for the expert: an empty one, else that of the policy's victim, which is forgotten."""
+        assert expert not in self.where, (expert, self.where)
+        candidates = set()
+        for number, slot in self.slots.items():
+            if slot.pins == 0 and slot.state is State.EMPTY:
+                return number, None
+            if slot.pins == 0 and slot.state is State.READY and slot.expert is not None:
+                candidates.add(slot.expert)
+        if not candidates:
+            raise RuntimeError(f"no room for expert {expert}: all {len(self.slots)} slots are in use")
+        victim = self.policy.victim(candidates)
+        number = self.where[victim]
+        self.clear(number, victim)
+        return number, victim
+
+    def clear(self, slot: int, expert: int) -> None:
+        self.slots[slot].state, self.slots[slot].expert = State.EMPTY, None
+        del self.where[expert]
+        self.policy.evicted(expert)
+
+    def fill(self, slot: int, expert: int, state: State) -> None:
+        self.slots[slot] = Slot(state, expert, pins=1)
+        self.where[expert] = slot
+        self.policy.used(expert)
+
+    def __str__(self) -> str:
+        lines = ["slot  expert  state    pins"]
+        for number, slot in sorted(self.slots.items()):
+            expert = "-" if slot.expert is None else slot.expert
+            lines.append(f"{number:<4}  {expert:<6}  {slot.state.value:<7}  {slot.pins}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Guess:
+    """A spare slot's expert, which may come to be needed."""
+
+    slot: int
+    layer: int
+    expert: int
+    state: State = State.LOADING
+
+
+class Spares:
+    """Slots of no layer, for experts that are guessed to be needed.
+
+    >>> spares = Spares([20, 21])
+    >>> first = spares.take(layer=1, expert=6)
+    >>> first.slot, spares.find(1, 6).state
+    (20, <State.LOADING: 'loading'>)
+    >>> spares.ready(20)
+
+    Layer 1 does need expert 6. It adopts slot 20, and gives up slot 11, which can take the next guess:
+
+    >>> from runtime.experts.policy import LRU
+    >>> table = SlotTable([11], LRU())
+    >>> given, evicted = table.adopt(6, first.slot, first.state)
+    >>> spares.exchange(20, given)
+    >>> spares.take(layer=2, expert=0).slot, spares.take(layer=2, expert=3).slot
+    (21, 11)
+    """
+
+    def __init__(self, slots: Iterable[int]) -> None:
+        self.free = list(slots)  # longest free first: its last use is likeliest to be over
+        self.guesses: dict[tuple[int, int], Guess] = {}  # by layer and expert, oldest first
+
+    def find(self, layer: int, expert: int) -> Guess | None:
+        """The guess that holds or receives the expert, if any. Changes nothing."""
+        return self.guesses.get((layer, expert))
+
+    def oldest(self) -> Guess | None:
+        """The guess to drop when no slot is free: the oldest that is not loading, if any. Changes nothing."""
+        return next((guess for guess in self.guesses.values() if guess.state is State.READY), None)
+
+    def take(self, layer: int, expert: int) -> Guess | None:
+        """A free slot for a new guess, whose copy begins; None if none is free.
+
+        The caller decides whether the `oldest` is worth a `drop` to make one free.
+        """
+        assert (layer, expert) not in self.guesses, (layer, expert)
+        if not self.free:
+            return None
+        guess = self.guesses[layer, expert] = Guess(self.free.pop(0), layer, expert)
+        return guess
+
+    def ready(self, slot: int) -> None:
+        """The copy to the slot is complete."""
+        guess = self.of(slot)
+        assert guess.state is State.LOADING, guess
+        guess.state = State.READY
+
+    def drop(self, slot: int) -> Guess:
+        """Forget the guess in the slot, which is free then: its copy failed or was cancelled (nothing may be
+        writing to the slot any more), or it is ready and no longer likely. Returns what it was."""
+        guess = self.of(slot)
+        del self.guesses[guess.layer, guess.expert]
+        self.free.append(slot)
+        return guess
+
+    def exchange(self, slot: int, given: int) -> None:
+        """A layer has adopted the guess in `slot`, and gave up the slot `given` for it."""
+        assert given not in self, given
+        guess = self.of(slot)
+        del self.guesses[guess.layer, guess.expert]
+        self.free.append(given)
+
+    def of(self, slot: int) -> Guess:
+        return next(guess for guess in self.guesses.values() if guess.slot == slot)
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self.free or any(guess.slot == slot for guess in self.guesses.values())

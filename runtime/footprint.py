@@ -1,0 +1,172 @@
+"""What a model takes of the device's and the host's memory, term by term: plain arithmetic.
+
+The prefill chunk depends on the model and the context alone, and is the same for resident experts. A prompt
+that is cut elsewhere rounds elsewhere, so otherwise a smaller budget would change what a model writes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from runtime.units import format_bytes
+
+PREFILL_CHUNK = 512  # prompt tokens per forward, at least: enough rows for a product to be compute-bound
+MAX_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each byte goes, for one session of `context` tokens."""
+
+    context: int  # tokens of KV cache
+    chunk: int  # prompt tokens per forward
+    trunk: int  # bytes on the device: embeddings, attention, norms, gates, head, rotary tables
+    kv: int  # bytes on the device
+    workspace: int  # bytes on the device: activations of one chunk, expanded weights
+    staging: int  # bytes on the device: spare slots, for guesses
+    slots: int  # bytes on the device: all layers' slots
+    arena: int  # bytes of host memory: every expert's blob; 0 when all experts are resident
+    slots_per_layer: tuple[int, ...]
+    spares: int  # slots of no layer, where guessed experts land
+    blob: int  # bytes of one expert in memory
+
+    @property
+    def resident(self) -> bool:
+        """Whether the device holds every expert for good, and there is no arena to bring any from."""
+        return self.arena == 0
+
+    @property
+    def device_total(self) -> int:
+        return self.trunk + self.kv + self.workspace + self.staging + self.slots
+
+    @property
+    def host_total(self) -> int:
+        return self.arena
+
+    def __str__(self) -> str:
+        """A line; two where experts are offloaded.
+
+        >>> print(Plan(4096, 2048, 10 << 20, 4 << 20, 6 << 20, 1 << 20, 5 << 20, 16 << 20, (3, 2), 1, 1 << 20))
+        26.0 MiB: trunk 10.0 MiB, slots 5.0 MiB, kv 4.0 MiB, workspace 6.0 MiB, staging 1.0 MiB; context 4096 tokens
+        slots: 2 in 1 layer, 3 in 1; 1 spare; 1.0 MiB an expert; arena 16.0 MiB of host memory
+        """  # noqa: E501
+        terms = {"trunk": self.trunk, "experts" if self.resident else "slots": self.slots, "kv": self.kv}
+        terms |= {"workspace": self.workspace} | ({"staging": self.staging} if self.staging else {})
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms.items())
+        line = f"{format_bytes(self.device_total)}: {listed}; context {self.context} tokens"
+        if self.resident:
+            return line
+        spares = f"{self.spares} spare{'s' * (self.spares != 1)}"
+        return (
+            f"{line}\nslots: {describe_slots(self.slots_per_layer)}; {spares}; "
+            f"{format_bytes(self.blob)} an expert; arena {format_bytes(self.arena)} of host memory"
+        )
+
+
+def describe_slots(slots_per_layer: tuple[int, ...]) -> str:
+    """
+    >>> describe_slots((4, 3, 4, 3, 3)), describe_slots((2, 2))
+    ('3 in 3 layers, 4 in 2', '2 in each of 2 layers')
+    """
+    fewest, layers = min(slots_per_layer), len(slots_per_layer)
+    more = sum(slots > fewest for slots in slots_per_layer)
+    if not more:
+        return f"{fewest} in each of {layers} layers"
+    return f"{fewest} in {layers - more} layer{'s' * (layers - more != 1)}, {fewest + 1} in {more}"
+
+
+def count_weights(config: ModelConfig) -> tuple[int, int]:
+    """How many weights the trunk has, less the gates, and how many all experts have."""
+    c = config
+    attention = 2 * (c.heads + c.kv_heads) * c.head_dim * c.hidden
+    trunk = 2 * c.vocab * c.hidden + c.hidden + c.layers * (2 * c.hidden + attention)
+    return trunk, c.layers * c.experts * 3 * c.ffn * c.hidden
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that a plan depends on; see `plan`."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    context: int
+    attention: int | None = None
+    expert: int | None = None
+    scratch: int = 0
+    budget: int | None = None
+    host_budget: int | None = None
+    shared: bool = False
+    slots: int | None = None
+    lookahead: int = 1
+    prefetch: int = 1
+    offload: str = "auto"
+
+    @property
+    def blob(self) -> int:
+        """Bytes of one expert."""
+        plain = 3 * self.config.ffn * self.config.hidden * self.dtype.itemsize
+        return plain if self.expert is None else self.expert
+
+    def used(self, plan: Plan) -> int:
+        """Bytes that count against the budget."""
+        return plan.device_total + (plan.arena if self.shared else 0)
+
+    def allows(self, plan: Plan) -> bool:
+        host = self.host_budget is None or plan.host_total <= self.host_budget
+        return host and (self.budget is None or self.used(plan) <= self.budget)
+
+
+def chunk_tokens(request: Request) -> int:
+    """Prompt tokens per forward.
+
+    In each chunk, every expert that a layer lacks crosses the link, so long chunks are worth some slots. The
+    chunk doubles while its activations take no more than a quarter of what one slot per layer takes.
+
+    Attention's mask is left out of that: with it a longer context could mean a shorter chunk, and more slots.
+    """
+    chunk = PREFILL_CHUNK
+    quarter = request.config.layers * request.blob // 4
+    while chunk < MAX_CHUNK and 2 * chunk * activation_bytes(request, resident=False) <= quarter:
+        chunk *= 2
+    return min(chunk, request.context)
+
+
+def activation_bytes(request: Request, resident: bool) -> int:
+    """Of one token, at the widest moment of a layer.
+
+    That is the residual stream, its norm in float32 and back, and either q, k, v turned and attended, or an
+    expert's rows through w13. Where experts come as they arrive, their outputs are held until all are there.
+    """
+    c, wide = request.config, request.dtype.itemsize
+    qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
+    held = 0 if resident else c.experts_per_token * c.hidden * wide
+    return 3 * c.hidden * wide + 2 * c.hidden * 4 + max(4 * qkv, 4 * c.ffn + 2 * c.hidden) * wide + held
+
+
+def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool = False) -> Plan:
+    """What these slots come to, with all that goes with them, whether or not it fits."""
+    r, c, wide = request, request.config, request.dtype.itemsize
+    projections = 2 * (c.heads + c.kv_heads) * c.head_dim * c.hidden  # weights of a layer
+    trunk = (count_weights(c)[0] - c.layers * projections) * wide
+    trunk += c.layers * (projections * wide if r.attention is None else r.attention)
+    trunk += c.layers * c.experts * c.hidden * 4  # gates are float32
+    trunk += 2 * c.context * c.head_dim * wide  # rotary tables
+    chunk = chunk_tokens(r)
+    mask = r.context * (1 + wide)  # of one token: as bool and as the kernel's dtype
+    logits = 4 * c.vocab * 4  # of one token, and copies for the sampler
+    spares = 0 if resident else r.lookahead * r.prefetch
+    return Plan(
+        context=r.context,
+        chunk=chunk,
+        trunk=trunk,
+        kv=KVCache.bytes(c, 1, r.context, r.dtype),
+        workspace=chunk * (activation_bytes(r, resident) + mask) + logits + r.scratch,
+        staging=spares * r.blob,
+        slots=sum(slots_per_layer) * r.blob,
+        arena=0 if resident else c.layers * c.experts * r.blob,
+        slots_per_layer=slots_per_layer,
+        spares=spares,
+        blob=r.blob,
+    )

@@ -1,0 +1,161 @@
+"""From a checkpoint to a model in memory, in the form that the device computes with fastest."""
+
+import queue
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from model.attention import Attention
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig
+from model.linear import pack
+from model.mixtral import Mixtral
+from model.moe import Experts
+from model.quant.expert import BlobExperts, ExpertFormat
+from model.quant.layout import EXPERT, matrix_fields
+from model.quant.linear import QuantisedLinear, choose_backend
+from model.quant.spec import QuantSpec
+from model.quant.tensor import QuantisedTensor
+
+WORKERS = 2  # one reads while the other brings what it has read into the form that is kept
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    form: ExpertFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+    experts: Callable[[int], Experts],
+    blob: Callable[[int, int], Tensor],
+    progress: Callable[[int], None] | None = None,
+) -> Mixtral:
+    """The checkpoint's model, its trunk on `device`.
+
+    `experts(layer)` are whoever computes a layer's experts, and `blob(layer, expert)` is the memory [uint8]
+    to read an expert into, wherever that is. `progress` is called with each number of bytes read.
+
+    Warns, once for each reason, where quantised weights cannot be multiplied in the device's fast way.
+    Raises `ModelError` if a file cannot be read or is no longer what its header said.
+    """
+    linear = partial(QuantisedLinear, spec=checkpoint.attention, dtype=dtype, device=device)
+    model = Mixtral(
+        checkpoint.config,
+        dtype,
+        device,
+        experts=experts,
+        linear=linear if checkpoint.attention.quantised else None,
+    ).requires_grad_(False)
+    for message in slow_products(model, form):
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    checkpoint.fill(dict(model.named_parameters()), progress)
+    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="loader")
+    try:
+        for size in pool.map(lambda read: read(), other_parts(checkpoint, model, form, blob)):
+            if progress:
+                progress(size)
+    finally:  # an error, or Ctrl-C: what has not begun is dropped
+        pool.shutdown(cancel_futures=True)
+    pack_trunk(model)
+    return model
+
+
+def load_resident(
+    checkpoint: Checkpoint,
+    form: ExpertFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int], None] | None = None,
+) -> Mixtral:
+    """The same with all experts on the device."""
+    config = checkpoint.config
+    layers = [BlobExperts(form, config.experts, device) for _ in range(config.layers)]
+
+    def blob(layer: int, e: int) -> Tensor:
+        return layers[layer].blobs[e]
+
+    return load_model(checkpoint, form, dtype, device, layers.__getitem__, blob, progress)
+
+
+def slow_products(model: Mixtral, form: ExpertFormat) -> list[str]:
+    """For each reason not to compute the fast way, one line with the weights that it keeps from it."""
+    users: dict[str, dict[str, None]] = {}  # by reason, in order and each once
+    for module in model.modules():
+        if isinstance(module, QuantisedLinear) and module.remark:
+            users.setdefault(module.remark, {})[f"attention in format {module.spec}"] = None
+    if form.remark:
+        users.setdefault(form.remark, {})[f"experts in format {form.spec}"] = None
+    return [
+        f"{' and '.join(names)}: computed slowly, because the fast product {reason}"
+        for reason, names in users.items()
+    ]
+
+
+def pack_trunk(model: Mixtral) -> None:
+    """The head and attention, where they are 16-bit, in the order that a CPU multiplies fastest from."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.qkv_proj, module.o_proj = pack(module.qkv_proj), pack(module.o_proj)
+    model.lm_head = pack(model.lm_head)
+
+
+def attention_bytes(
+    config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device
+) -> int | None:
+    """What a layer's attention takes in memory in this format; None where it is plain parameters."""
+    if not spec.quantised:
+        return None
+    qkv, out = (config.heads + 2 * config.kv_heads) * config.head_dim, config.heads * config.head_dim
+    total = 0
+    for shape in ((qkv, config.hidden), (config.hidden, out)):
+        backend, _ = choose_backend(spec, shape, dtype, device)
+        total += backend.fields("", shape, spec)[-1].end
+    return total
+
+
+def other_parts(
+    checkpoint: Checkpoint, model: Mixtral, form: ExpertFormat, blob: Callable[[int, int], Tensor]
+) -> Iterator[Callable[[], int]]:
+    """What is left to read once the parameters are there: each call reads one quantised matrix or one expert,
+    and says how many bytes of files that was."""
+    direct = form.stored == form.kept
+    stagings: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+    for _ in range(0 if direct else WORKERS):
+        stagings.put(torch.empty(form.stored[-1].end, dtype=torch.uint8))
+
+    def read_matrix(name: str, module: QuantisedLinear) -> int:
+        fields = matrix_fields(name, module.shape, module.spec)
+        streams = {f.name: torch.empty(f.shape, dtype=f.dtype) for f in fields}
+        checkpoint.fill(streams)
+        by_stream = {full.rpartition(".")[2]: stream for full, stream in streams.items()}
+        module.store(QuantisedTensor.of(module.spec, module.shape, by_stream))
+        return bytes_in_files(checkpoint, streams)
+
+    def read_expert(layer: int, e: int) -> int:
+        target = blob(layer, e)
+        staging = target if direct else stagings.get()
+        try:
+            prefix = EXPERT.format(n=layer, e=e)
+            tensors = {prefix + field.name: field.view(staging) for field in form.stored}
+            checkpoint.fill(tensors)
+            if not direct:
+                form.store(staging, target)
+        finally:
+            if not direct:
+                stagings.put(staging)
+        return bytes_in_files(checkpoint, tensors)
+
+    for name, module in model.named_modules():
+        if isinstance(module, QuantisedLinear):
+            yield partial(read_matrix, name, module)
+    for layer in range(checkpoint.config.layers):
+        for e in range(checkpoint.config.experts):
+            yield partial(read_expert, layer, e)
+
+
+def bytes_in_files(checkpoint: Checkpoint, names: Iterable[str]) -> int:
+    """What there is to read for these, in whatever dtype the files have them."""
+    return sum(piece.bytes for piece in checkpoint.layout.filling(names))

@@ -1,0 +1,225 @@
+"""Checkpoints of every width, each loaded twice: resident, and with experts in an arena that any cache can be
+put before, so that a case costs no loading."""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.mixtral import Block
+from model.quant.expert import ExpertFormat
+from runtime import Engine, EngineOptions, SamplingParams
+from runtime.experts.arena import Arena
+from runtime.experts.cache import ExpertCache
+from runtime.experts.copying import CopyEngine, HostLink, Link
+from runtime.experts.lookahead import Lookahead
+from runtime.experts.policy import make_policy
+from runtime.experts.slots import SlotTable, Spares
+from runtime.experts.trace import Event
+from tools import quantize
+
+CPU = torch.device("cpu")
+DTYPES = ("float32", "bfloat16")
+
+
+class JitterLink(HostLink):
+    """Sleeps at random, and copies pieces of any length up to `longest` bytes."""
+
+    def __init__(self, seed: int, longest: int) -> None:
+        super().__init__()
+        self.random, self.longest = random.Random(seed), longest
+
+    @property
+    def piece(self) -> int:
+        return self.random.randint(self.longest // 5 + 1, self.longest)
+
+    @piece.setter
+    def piece(self, value: int) -> None: ...
+
+    def move(self, source: Tensor, target: Tensor, urgent: bool) -> None:
+        if self.random.random() < 0.1:
+            time.sleep(self.random.random() * 1e-3)
+        super().move(source, target, urgent)
+
+
+class FaultyLink(HostLink):
+    """Raises where `fails(n, urgent)`, n being how many pieces it was asked for before. Notes them all."""
+
+    def __init__(self, fails: Callable[[int, bool], bool], piece: int) -> None:
+        super().__init__()
+        self.fails, self.piece = fails, piece
+        self.pieces: list[tuple[int, bool]] = []  # (bytes, urgent)
+
+    def move(self, source: Tensor, target: Tensor, urgent: bool) -> None:
+        self.pieces.append((source.numel(), urgent))
+        if self.fails(len(self.pieces) - 1, urgent):
+            target[: source.numel() // 2].fill_(255)  # what got there is no use
+            raise OSError("the bus\nis on strike")
+        super().move(source, target, urgent)
+
+
+class Events(list[Event]):
+    """A recorder that keeps everything."""
+
+    def add(self, event: Event) -> None:
+        self.append(event)
+
+    def of(self, *kinds: type) -> list[Any]:
+        return [event for event in self if isinstance(event, kinds)]
+
+
+class Rig:
+    """A resident engine, and one whose cache can be exchanged."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        def load(**options: Any) -> Engine:
+            return Engine.load(folder, EngineOptions(device="cpu", dtype=dtype, **options))
+
+        self.resident, self.engine = load(offload="never"), load(offload="always")
+        assert self.engine.cache is not None
+        self.cache, self.arena = self.engine.cache, self.engine.cache.arena
+        self.form = self.cache_format(folder, dtype)
+        self.layers, self.experts = self.engine.config.layers, self.engine.config.experts
+        self.known: dict[Any, Any] = {}
+
+    def cache_format(self, folder: Path, dtype: str) -> ExpertFormat:
+        from model.checkpoint import open_checkpoint
+
+        spec = open_checkpoint(folder).experts
+        return ExpertFormat.choose(self.engine.config, spec, getattr(torch, dtype), CPU)
+
+    @contextmanager
+    def cached(
+        self,
+        slots: int | Sequence[int] = 2,
+        policy: str = "lru",
+        lookahead: int = 1,
+        prefetch: int = 1,
+        link: Link | None = None,
+    ) -> Iterator[ExpertCache]:
+        """While inside, `engine` has such a cache."""
+        counts = [slots] * self.layers if isinstance(slots, int) else slots
+        numbers = iter(range(sum(counts) + lookahead * prefetch))
+        tables = [
+            SlotTable(islice(numbers, n), make_policy(policy, 0, layer)) for layer, n in enumerate(counts)
+        ]
+        copies = CopyEngine(link or HostLink())
+        arena = cast(Arena, KeptArena(self.arena))
+        cache = ExpertCache(self.form, arena, copies, CPU, tables, Spares(numbers), prefetch)
+        blocks = [cast(Block, block) for block in self.engine.model.layers]
+        if lookahead and prefetch:
+            cache.lookahead = Lookahead(blocks, lookahead)
+        for n, block in enumerate(blocks):
+            block.block_sparse_moe.experts = cache.layer(n)
+        before, self.engine.cache = self.engine.plan, cache
+        self.engine.plan = replace(before, slots_per_layer=tuple(counts), spares=lookahead * prefetch)
+        try:
+            yield cache
+        finally:
+            cache.close()
+            self.engine.cache, self.engine.plan = self.cache, before
+            for n, block in enumerate(blocks):
+                block.block_sparse_moe.experts = self.cache.layer(n)
+
+    def ids(self, count: int, seed: int = 0) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, self.engine.config.vocab, (count,), generator=generator).tolist()
+
+    def tokens(self, prompt: Sequence[int], count: int, seed: int = 0) -> list[tuple[int, float]]:
+        """What the resident engine makes: (id, logprob)."""
+        key = (tuple(prompt), seed)
+        if len(self.known.get(key, ())) < count:
+            self.known[key] = sampled(self.resident, prompt, count, seed)
+        return self.known[key][:count]
+
+    def logits(self, prompt: Sequence[int]) -> Tensor:
+        key = tuple(prompt)
+        if key not in self.known:
+            self.known[key] = self.resident.logits(prompt)
+        return self.known[key]
+
+    def close(self) -> None:
+        self.engine.close()
+        self.resident.close()
+
+
+class KeptArena:
+    """The rig's, for a cache that is closed before it."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.experts, self.blob = arena.experts, arena.blob
+
+    def close(self) -> None: ...
+
+
+def sampled(engine: Engine, prompt: Sequence[int], count: int, seed: int = 0) -> list[tuple[int, float]]:
+    params = SamplingParams(max_new_tokens=count, temperature=1, top_p=1, seed=seed, ignore_eos=True)
+    return [(token.id, token.logprob) for token in engine.generate(prompt, params)]
+
+
+@pytest.fixture(scope="session")
+def rigs(
+    variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Rig]]:
+    """The rig of a width of experts (and of `source`, by default a small random model), made only once."""
+    plain: list[Path] = []
+    folder, folders, made = tmp_path_factory.mktemp("widths"), dict[Any, Path](), dict[Any, Rig]()
+
+    def random_model() -> Path:
+        if not plain:
+            plain.append(variant(hidden=64, ffn=64, layers=3, experts=8, context=384))
+        return plain[0]
+
+    def quantised(source: Path, bits: int) -> Path:
+        if bits == 16:
+            return source
+        key = (source, bits)
+        if key not in folders:
+            folders[key] = folder / f"{len(folders)}"
+            words = ["--attention", "4", "--experts", str(bits), "--quiet", "--threads", "1"]
+            assert quantize.main([str(source), str(folders[key]), "--device", "cpu", *words]) == 0
+        return folders[key]
+
+    def make(bits: int = 16, dtype: str = "float32", source: Path | None = None) -> Rig:
+        key = (source, bits, dtype)
+        if key not in made:
+            made[key] = Rig(quantised(source or random_model(), bits), dtype)
+        return made[key]
+
+    yield make
+    for rig in made.values():
+        rig.close()
+
+
+@pytest.fixture
+def rig(rigs: Callable[..., Rig]) -> Rig:
+    return rigs()
+
+
+@pytest.fixture(scope="session")
+def jitter() -> type[JitterLink]:
+    return JitterLink
+
+
+@pytest.fixture(scope="session")
+def faulty() -> type[FaultyLink]:
+    return FaultyLink
+
+
+@pytest.fixture
+def events() -> Events:
+    return Events()
+
+
+@pytest.fixture(scope="session")
+def sample() -> Callable[..., list[tuple[int, float]]]:
+    """(engine, prompt, count, seed) -> ids and logprobs, at temperature 1."""
+    return sampled

@@ -1,0 +1,233 @@
+"""Quantised checkpoints in an engine, against the network with dequantised weights."""
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint, open_checkpoint
+from model.checkpoint.native import native_shards
+from model.linear import PackedLinear
+from model.mixtral import Mixtral
+from model.moe import SparseMoE
+from model.quant.backends import int4pack
+from model.quant.backends.int4pack import kernel_block
+from model.quant.expert import BlobExperts
+from model.quant.linear import QuantisedLinear
+from model.quant.tensor import QuantisedTensor
+from runtime import Engine, EngineOptions, LoadError, SamplingParams
+from runtime import generate as command
+from runtime.device import choose_dtype
+from tools import quantize
+
+IDS = [1, *range(30, 75), 2, 2]
+GREEDY = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
+FORMATS = [(16, 4), (4, 16), (4, 2), (8, 3), (3, 8), (2, 4), (16, 16)]
+
+
+@pytest.fixture(scope="module")
+def quantised(
+    variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[object, object], Path]:
+    """Makes a checkpoint with attention and experts in the given formats; each only once."""
+    source, made = variant(hidden=128, head_dim=32, ffn=256), tmp_path_factory.mktemp("quantised")
+
+    def make(attention: object, experts: object) -> Path:
+        out = made / f"{attention}-{experts}"
+        if not out.exists():
+            words = ["--attention", str(attention), "--experts", str(experts), "--quiet", "--threads", "1"]
+            assert quantize.main([str(source), str(out), "--device", "cpu", *words]) == 0
+        return out
+
+    return make
+
+
+def dequantised(checkpoint: Checkpoint) -> Mixtral:
+    """The plain network in float32, with the weights that the checkpoint's streams stand for."""
+    model = Mixtral(checkpoint.config).requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    for shard in native_shards(checkpoint.config, checkpoint.attention, checkpoint.experts, checkpoint.dtype):
+        for stored in shard.parameters:
+            weight = parameters[stored.name]
+            tensors = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in stored.tensors}
+            checkpoint.fill(tensors)
+            if stored.spec.quantised:
+                streams = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+                N, K = weight.shape
+                weight.copy_(QuantisedTensor.of(stored.spec, (N, K), streams).dequantise())
+            else:
+                weight.copy_(tensors[stored.name])
+    return model
+
+
+def reference_logits(folder: Path) -> Tensor:
+    with torch.no_grad():
+        return dequantised(open_checkpoint(folder))(torch.tensor([IDS]))[0]
+
+
+def held(model: Mixtral) -> tuple[int, int]:
+    """Bytes of the trunk and of the experts that are really there."""
+    trunk = model.rope.cos.nbytes + model.rope.sin.nbytes
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    trunk += sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name)
+    for module in model.modules():
+        if isinstance(module, QuantisedLinear):
+            trunk += sum(tensor.nbytes for tensor in module.memory.values())
+        elif isinstance(module, PackedLinear):
+            trunk += module.packed.numel() * 2
+        elif isinstance(module, SparseMoE) and isinstance(module.experts, BlobExperts):
+            experts += module.experts.blobs.nbytes
+    return trunk, experts
+
+
+@pytest.mark.parametrize(("attention", "experts"), FORMATS)
+def test_every_pair_of_widths_loads_without_a_flag(
+    attention: int, experts: int, quantised: Callable[..., Path], load: Callable[..., Engine]
+) -> None:
+    folder = quantised(attention, experts)
+    expected = reference_logits(folder)
+    assert expected.std() > 0.5
+    engine = load(folder, dtype="float32")
+    logits = engine.logits(IDS)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    greedy = [token.id for token in engine.generate(IDS, GREEDY)]
+    assert len(greedy) == 8 and greedy[0] == int(logits[-1].argmax())
+    assert (engine.plan.trunk, engine.plan.slots) == held(engine.model)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("attention", "experts"), [(16, 4), (4, 16), (4, 2), (3, 8), (2, 3)])
+def test_half_precision_is_near(
+    attention: int, experts: int, dtype: str, quantised: Callable[..., Path], load: Callable[..., Engine]
+) -> None:
+    folder = quantised(attention, experts)
+    expected, engine = reference_logits(folder), load(folder, dtype=dtype)
+    logits = engine.logits(IDS)
+    distance = (logits - expected).norm(dim=1) / expected.norm(dim=1)  # [T]; a routing on the edge may tip
+    assert distance.median() < 0.05
+    one_by_one = torch.stack([token_logits(engine, IDS[: n + 1]) for n in (0, 20, len(IDS) - 1)])
+    assert ((one_by_one - logits[[0, 20, -1]]).norm(dim=1) / logits[[0, 20, -1]].norm(dim=1)).median() < 0.05
+    assert (engine.plan.trunk, engine.plan.slots) == held(engine.model)
+    assert len(list(engine.generate(IDS, GREEDY))) == 8
+
+
+def token_logits(engine: Engine, ids: list[int]) -> Tensor:  # [V]
+    """Computed one token at a time, as decoding does."""
+    cache = engine.take_cache()
+    for i in ids:
+        logits = engine.forward([i], cache)
+    engine.give_cache(cache)
+    return logits
+
+
+@pytest.mark.parametrize(("attention", "experts"), [(4, 2), (4, 16), (16, 4), (16, 16)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_progress_adds_up_to_the_bytes_of_the_files(
+    attention: int, experts: int, dtype: str, quantised: Callable[..., Path]
+) -> None:
+    folder, seen, totals = quantised(attention, experts), [], []
+
+    @contextmanager
+    def bar(total: int) -> Iterator[Callable[[int], None]]:
+        totals.append(total)
+        yield seen.append
+
+    Engine.load(folder, EngineOptions(device="cpu", dtype=dtype), progress=bar).close()
+    assert totals == [sum(seen)] == [open_checkpoint(folder).bytes]
+    assert len(seen) > 4
+
+
+def test_the_dtype_of_quantised_weights_is_the_fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("runtime.device.kernel_block", lambda: 32)
+    assert choose_dtype(None, cpu, 1000, quantised=True) == torch.bfloat16
+    assert choose_dtype(None, cpu, 1000) == torch.float32
+    monkeypatch.setattr("runtime.device.kernel_block", lambda: 0)
+    assert choose_dtype(None, cpu, 1000, quantised=True) == torch.float32
+
+
+# --- what goes wrong
+
+
+def test_a_file_that_is_too_short(quantised: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(quantised(4, 2), tmp_path / "short")
+    last = max(folder.glob("*.safetensors"))
+    data = last.read_bytes()
+    last.write_bytes(data[:-1000])
+    with pytest.raises(LoadError, match=last.name):
+        Engine.load(folder, EngineOptions(device="cpu"))
+
+    last.write_bytes(data)
+
+    @contextmanager
+    def shrinking(total: int) -> Iterator[Callable[[int], None]]:
+        """Headers have been checked by now."""
+        last.write_bytes(data[:-1000])
+        yield lambda size: None
+
+    with pytest.raises(LoadError, match=rf"{last.name}: ended \d+ bytes early, in .*experts\.3\.w2"):
+        Engine.load(folder, EngineOptions(device="cpu"), progress=shrinking)
+
+
+def caught(folder: Path, **options: str) -> list[str]:
+    """The warnings that an engine is loaded with."""
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        Engine.load(folder, EngineOptions(device="cpu", **options)).close()  # type: ignore[arg-type]
+    assert all(w.category is RuntimeWarning for w in raised)
+    return [str(w.message) for w in raised]
+
+
+def test_a_slow_product_is_warned_of_once_for_each_reason(
+    quantised: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert caught(quantised(4, 2), dtype="float32") == []
+    monkeypatch.setattr(int4pack, "kernel_block", lambda: 64)
+    assert caught(quantised(4, 2), dtype="float16") == [
+        "attention in format 4 and experts in format 2: computed slowly, because the fast product "
+        "computes in bfloat16, not float16; choose the dtype bfloat16"
+    ]
+    assert [w.split(":")[0] for w in caught(quantised(16, 4), dtype="float16")] == ["experts in format 4"]
+    assert [w.split(":")[0] for w in caught(quantised(4, 16), dtype="float16")] == ["attention in format 4"]
+    (warning,) = caught(quantised(4, "8g16"), dtype="bfloat16")
+    assert warning.startswith("experts in format 8g16: ") and warning.endswith("quantise them to 8g32")
+    monkeypatch.setattr(int4pack, "kernel_block", lambda: 0)
+    (warning,) = caught(quantised(4, 2), dtype="bfloat16")
+    assert "needs a CPU with AVX2 or AVX-512" in warning
+
+
+def test_without_the_kernel_the_answer_is_the_same(
+    quantised: Callable[..., Path], load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantised(4, 2)
+    monkeypatch.setattr(int4pack, "kernel_block", lambda: 0)
+    with pytest.warns(RuntimeWarning, match="computed slowly"):
+        logits = load(folder, dtype="bfloat16").logits(IDS)
+    expected = reference_logits(folder)
+    assert ((logits - expected).norm(dim=1) / expected.norm(dim=1)).median() < 0.05
+
+
+@pytest.mark.skipif(kernel_block() == 0, reason="PyTorch has no int4 kernel for this CPU")
+def test_with_the_kernel_nothing_is_warned_of(quantised: Callable[..., Path]) -> None:
+    for formats in FORMATS:
+        assert caught(quantised(*formats), dtype="bfloat16") == []
+
+
+def test_the_command_line_shows_a_warning_as_one_line(
+    quantised: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", str(quantised(4, 2)), "--device", "cpu", "--prompt", "def", "--max-new-tokens", "3"]
+    before = warnings.showwarning
+    for _ in range(2):  # and not only the first time
+        assert command.main([*words, "--quiet", "--dtype", "float16"]) == 0
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("warning: attention in format 4 and experts in format 2: computed slowly")
+    assert command.main([*words, "--quiet", "--dtype", "float32"]) == 0
+    assert capfd.readouterr().err == ""
+    assert warnings.showwarning is before

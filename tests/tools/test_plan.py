@@ -1,0 +1,141 @@
+"""The planner's sheet: shapes and checkpoints, several sizes at once, refusals and usage."""
+
+import json
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from model.quant.size import model_size
+from model.quant.spec import QuantSpec
+from runtime.engine import DEMO
+from tools import plan
+from tools.random_model import MIXTRAL_8X7B, SHAPES
+
+Run = Callable[..., tuple[int, str, str]]
+SHEET = ("--shape", "mixtral-8x7b", "--attention", 4, "--experts", 2)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command, on a machine without a GPU; gives status, stdout and stderr."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("the GPU was asked for"))
+
+    def run(*words: object) -> tuple[int, str, str]:
+        try:
+            status = plan.main([str(word) for word in words])
+        except SystemExit as exit:
+            status = int(str(exit.code))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_a_table_has_a_column_for_each_size(run: Run) -> None:
+    status, out, err = run(*SHEET, "--vram", "8GiB,11GiB,12GiB,16GiB,24GiB")
+    lines = [re.split(r"\s{2,}", line) for line in out.splitlines()]
+    assert (status, err) == (0, "")
+    assert lines[0] == ["mixtral-8x7b, attention 4, experts 2, in bfloat16 on cuda, context 4096 tokens"]
+    assert lines[1] == ["", "8GiB", "11GiB", "12GiB", "16GiB", "24GiB"]
+    rows = {row[0]: row[1:] for row in lines[2:-1]}
+    assert all(len(row) == 5 for row in rows.values())
+    assert rows["slots per layer"][0] == "2 in 4 layers, 3 in 28" and rows["slots per layer"][-1] == "all 8"
+    assert rows["spare slots"] == ["1", "1", "1", "1", "0"]
+    used = [int(cell.replace(",", "")) for cell in rows["device, all, bytes"]]
+    left = [int(cell.replace(",", "")) for cell in rows["left over, bytes"]]
+    assert [a + b for a, b in zip(used, left, strict=True)] == [n << 30 for n in (8, 11, 12, 16, 24)]
+    assert rows["device, all, GiB"][0] == f"{used[0] / 2**30:.2f}"
+    assert lines[-1][0].startswith(
+        "An expert is 63.3 MiB (66,404,352 bytes); a miss takes 5.5 ms at 12 GB/s, "
+    )
+
+
+def test_json_has_the_bytes_of_every_term(run: Run) -> None:
+    status, out, _ = run(*SHEET, "--vram", "24GiB,8GiB,1GiB", "--json")
+    sheet = json.loads(out)
+    resident, offloaded, refused = sheet["plans"]
+    size = model_size(MIXTRAL_8X7B, QuantSpec(4), QuantSpec(2))
+    assert status == 0 and sheet["experts"] == "2" and sheet["device"] == "cuda"
+    assert resident["resident"] and resident["slots"] == size.experts and resident["arena"] == 0
+    assert resident["trunk"] == size.trunk + size.gates + 2 * 32768 * 128 * 2  # float32 gates; rotary tables
+    assert offloaded["arena"] == offloaded["host_total"] == size.experts
+    assert sum(offloaded["slots_per_layer"]) * size.expert == offloaded["slots"]
+    assert offloaded["budget"] == 8 << 30 == offloaded["device_total"] + offloaded["left_over"]
+    assert offloaded["seconds_per_miss"]["25 GB/s"] == size.expert / 25e9
+    assert refused["size"] == "1GiB" and refused["error"].startswith("need ") and "slots" not in refused
+
+
+def test_a_size_that_is_too_small_has_a_reason_instead_of_a_column(run: Run) -> None:
+    status, out, err = run(*SHEET, "--vram", "6GiB,8GiB,9GiB", "--markdown")
+    lines = out.splitlines()
+    assert (status, err) == (0, "")
+    assert re.fullmatch(r"\| +\| +8GiB \| +9GiB \|", lines[2]) and lines[3] == "|---|---:|---:|"
+    assert lines[-1].startswith("6GiB: need 4.0 GiB for 2 slots per layer, ")
+    context = re.search(r"lower --context to (\d+)", lines[-1])
+    assert context and run(*SHEET, "--vram", "6GiB", "--context", context[1])[0] == 0
+
+
+def test_the_status_is_one_where_no_size_is_enough(run: Run) -> None:
+    status, out, err = run(*SHEET, "--vram", "2GiB,1GiB")
+    assert status == 1 and out == ""
+    assert [line[:18] for line in err.splitlines()] == ["error: 2GiB: need ", "error: 1GiB: need "]
+    status, out, _ = run(*SHEET, "--vram", "2GiB", "--json")
+    assert status == 1 and json.loads(out)["plans"][0]["error"]
+    status, _, err = run(*SHEET, "--vram", "12GiB", "--ram", "12GiB")
+    assert status == 1 and "need 15.8 GiB of host memory" in err and "quantise with --experts 2g64" in err
+    assert run(*SHEET[:-1], "2g64", "--vram", "12GiB", "--ram", "12GiB")[0] == 0
+
+
+@pytest.mark.parametrize("shape", ["mixtral-8x7b", "mixtral-8x22b"])
+def test_one_size_gives_gib_and_bytes_side_by_side(run: Run, shape: str) -> None:
+    status, out, _ = run("--shape", shape, "--experts", "3g128", "--vram", "40GB", "--slots", 2)
+    lines = [re.split(r"\s{2,}", line) for line in out.splitlines()]
+    assert status == 0 and lines[1] == ["40GB", "GiB", "bytes"]
+    assert ["slots per layer", f"2 in each of {SHAPES[shape].layers} layers"] in lines
+    for label, gib, exact in lines[2:-4]:
+        assert gib == f"{int(exact.replace(',', '')) / 2**30:.2f}", label
+
+
+def test_of_a_checkpoint_headers_say_what_it_is(run: Run) -> None:
+    status, out, _ = run(DEMO, "--dtype", "float32", "--json")
+    sheet = json.loads(out)
+    assert status == 0 and sheet["model"] == str(DEMO) and sheet["attention"] == "16"
+    assert sheet["plans"][0]["blob"] == 3 * 256 * 128 * 4 and sheet["plans"][0]["resident"]
+    assert sheet["plans"][0]["left_over"] is None
+    smaller = json.loads(run(DEMO, "--dtype", "float32", "--experts", "4", "--json")[1])
+    assert smaller["plans"][0]["blob"] == 52288
+
+
+def test_on_a_cpu_arena_and_slots_share_one_memory(run: Run) -> None:
+    words = (DEMO, "--device", "cpu", "--dtype", "float32", "--offload", "always", "--json")
+    planned = json.loads(run(*words, "--ram", "100MiB")[1])["plans"][0]
+    assert planned["slots_per_layer"] == [4] * 8
+    assert planned["device_total"] + planned["arena"] + planned["left_over"] == 100 << 20
+    status, out, _ = run(*words, "--ram", "100MiB,1MiB,40")
+    assert status == 0 and [p["error"] is None for p in json.loads(out)["plans"]] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "reason"),
+    [
+        ((), 2, "MODEL"),
+        (("--shape", "mixtral-8x7b", DEMO), 2, "not allowed with"),
+        (("--shape", "gpt"), 2, "invalid choice"),
+        ((*SHEET, "--experts", "5"), 2, "5 bits per weight are not supported"),
+        ((DEMO, "--experts", "4g1024"), 2, "do not divide into groups of 1024"),
+        ((*SHEET, "--vram", "8GiB,much"), 2, "vram: 'much' is not a size"),
+        ((*SHEET, "--vram", "90%"), 2, "write the size in GiB"),
+        ((*SHEET, "--ram", "8GiB,9GiB"), 2, "one size goes with all of --vram"),
+        ((*SHEET, "--device", "cpu", "--vram", "8GiB"), 2, "limit it with --ram"),
+        ((*SHEET, "--context", "40000"), 2, "at most 32768"),
+        ((*SHEET, "--context", "1"), 2, "context is 1"),
+        ((*SHEET, "--slots", "9"), 2, "slots is 9"),
+        ((*SHEET, "--lookahead", "3"), 2, "lookahead is 3"),
+        (("/nowhere",), 1, "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(run: Run, words: tuple[object, ...], status: int, reason: str) -> None:
+    got, out, err = run(*words)
+    assert got == status and out == "" and reason in err and "Traceback" not in err
+    assert err.splitlines()[-1].count("error: ") == 1

@@ -1,0 +1,308 @@
+"""`tools.quantize`: what it writes, what it refuses, and that no disturbance changes a byte of the result."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.checkpoint import open_checkpoint, save_hf
+from model.checkpoint.safetensors import read_header
+from model.checkpoint.writer import Writer
+from model.config import ModelConfig
+from model.mixtral import Mixtral
+from model.quant.layout import model_fields
+from model.quant.size import model_size
+from model.quant.spec import QuantSpec
+from model.quant.tensor import QuantisedTensor
+from tests.model.checkpoint.conftest import read_all
+from tools import quantize
+from tools.benchmarks import quantize as benchmark
+from tools.quantise import output
+from tools.quantise.journal import NAME as JOURNAL
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = ModelConfig(
+    vocab=64, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=256, experts=3, experts_per_token=2,
+    context=64, rope_theta=1e4, norm_eps=1e-5, eos_ids=(2, 7),
+)  # fmt: skip
+
+
+def model() -> Mixtral:
+    torch.manual_seed(0)
+    made = Mixtral(SHAPE)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.05)
+    return made
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantize") / "a-mixtral"
+    save_hf(model(), folder)
+    for name in ("tokenizer.model", "tokenizer_config.json", "unrelated.bin"):
+        (folder / name).write_bytes(name.encode())
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    return folder
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command, its output folder `out` unless told otherwise: status, stdout, stderr."""
+
+    def call(*flags: str, source: Path = source, out: Path = tmp_path / "out") -> tuple[int, str, str]:
+        status = quantize.main([str(source), str(out), "--threads", "2", *flags])
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """All files of an undisturbed run with the default formats, on one thread."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert quantize.main([str(source), str(out), "--threads", "1", "--quiet"]) == 0
+    return contents(out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def one_line(result: tuple[int, str, str]) -> str:
+    status, out, err = result
+    assert (status, out, err.count("\n")) == (1, "", 1) and err.startswith("error: ")
+    return err
+
+
+@pytest.mark.parametrize("formats", ["4 2g64", "16 3g128", "8 16", "16 16"])
+def test_what_is_written(run: Run, tmp_path: Path, formats: str) -> None:
+    attention, experts = (QuantSpec.parse(text) for text in formats.split())
+    status, printed, err = run("--attention", str(attention), "--experts", str(experts), "--json")
+    assert (status, err) == (0, "")
+    out = tmp_path / "out"
+    report = json.loads(printed)
+    assert report == json.loads((out / "quantization.json").read_text())
+    assert (report["source"], report["experts"]["bits"]) == ("a-mixtral", experts.bits)
+    assert sorted(report["files"]) == sorted(contents(out))
+    assert {"tokenizer.model", "tokenizer_config.json", "generation_config.json"} < set(report["files"])
+
+    checkpoint = open_checkpoint(out)
+    assert (checkpoint.config, checkpoint.attention, checkpoint.experts) == (SHAPE, attention, experts)
+    stored, parameters = read_all(out), dict(model().named_parameters())
+    assert sorted(stored) == sorted(field.name for field in model_fields(SHAPE, attention, experts))
+    shards = sorted(out.glob("*.safetensors"))
+    headers = [8 + int.from_bytes(path.read_bytes()[:8], "little") for path in shards]
+    total = model_size(SHAPE, attention, experts).total
+    assert sum(path.stat().st_size for path in shards) == total + sum(headers)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == total
+    assert index["weight_map"] == {name: path.name for path in shards for name in read_header(path).tensors}
+
+    for name, parameter in parameters.items():
+        values = parameter.detach().bfloat16()
+        if name in stored:
+            assert torch.equal(stored[name], values)
+            continue
+        matrix = name.removesuffix(".weight")
+        spec = experts if "experts" in matrix else attention
+        assert relative_error(values.float(), read(stored, matrix, spec, values)) == pytest.approx(
+            report["errors"].pop(matrix), rel=1e-4
+        )
+    assert report["errors"] == {}
+
+
+def read(stored: dict[str, Tensor], matrix: str, spec: QuantSpec, like: Tensor) -> Tensor:
+    prefix = matrix + "."
+    streams = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
+    return QuantisedTensor.of(spec, (like.shape[0], like.shape[1]), streams).dequantise()
+
+
+def relative_error(weight: Tensor, other: Tensor) -> float:
+    return ((weight - other).norm() / weight.norm()).item()
+
+
+def test_float32_sources_float16_sources_and_the_summary(run: Run, tmp_path: Path) -> None:
+    for dtype, kept in ((torch.float32, torch.bfloat16), (torch.float16, torch.float16)):
+        folder = tmp_path / str(dtype)
+        save_hf(model(), folder, dtype)
+        status, printed, err = run(source=folder, out=tmp_path / f"{dtype}-out")
+        assert (status, err) == (0, "")
+        assert open_checkpoint(tmp_path / f"{dtype}-out").dtype == kept
+    assert "native, 3 files, attention 4, experts 4, " in printed
+    assert "experts.w13: relative error 0.08" in printed and printed.count(" at worst in layers.") == 4
+
+
+def test_dimensions_that_groups_do_not_divide(run: Run, tmp_path: Path) -> None:
+    said = one_line(run("--attention", "4g256"))
+    assert "layers.0.self_attn.qkv_proj: 128 inputs do not divide into groups of 256; use 4g128" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_usage(run: Run) -> None:
+    for flags in (["--experts", "5"], ["--experts", "3g100"], ["--threads", "0"], ["--device", "abacus"]):
+        with pytest.raises(SystemExit) as ended:
+            run(*flags)
+        assert ended.value.code == 2
+
+
+def test_what_it_does_not_touch(run: Run, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "no such folder" in one_line(run(source=tmp_path / "nowhere"))
+    assert "source and output are the same folder" in one_line(run(out=source / "."))
+    out.write_text("mine")
+    assert f"{out}: a file" in one_line(run("--force"))
+    out.unlink()
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    for flags in ([], ["--force"]):
+        assert "not empty, and not an output of this tool" in one_line(run(*flags))
+    shutil.copytree(source, tmp_path / "copy")
+    assert "not an output of this tool" in one_line(run("--force", out=tmp_path / "copy"))
+    assert contents(tmp_path / "copy") == contents(source)
+    assert contents(out) == {"thesis.txt": b"mine"}
+
+
+def test_a_finished_output_is_replaced_only_by_force(
+    run: Run, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    assert run("--experts", "2", "--quiet")[0] == 0
+    (out / "thesis.txt").write_text("mine")
+    first = contents(out)
+    assert "holds a finished checkpoint; choose another folder, or make it anew with --force" in one_line(
+        run()
+    )
+    assert contents(out) == first
+    assert "quantised already (native, 3 files" in one_line(run(source=out, out=tmp_path / "other"))
+    assert run("--force")[0] == 0
+    assert contents(out) == whole | {"thesis.txt": b"mine"}
+
+
+def fail_at(number: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The `number`th tensor is written by half, and then this is raised."""
+    write, count = Writer.write, 0
+
+    def failing(writer: Writer, name: str, tensor: Tensor) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            writer.file.write(b"half")
+            raise error
+        write(writer, name, tensor)
+
+    monkeypatch.setattr(Writer, "write", failing)
+
+
+@pytest.mark.parametrize("number", [1, 4, 20, 40])
+def test_a_full_disk_and_ctrl_c(
+    run: Run, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        fail_at(number, OSError(errno.ENOSPC, "No space left on device"), patch)
+        assert f"{out}: the disk is full; make room, and the same command goes on" in one_line(run())
+    assert not list(out.glob("*.part")) and (out / JOURNAL).is_file()
+    assert one_line(run(source=out, out=tmp_path / "other"))  # it is no checkpoint
+    with monkeypatch.context() as patch:
+        fail_at(3, KeyboardInterrupt(), patch)
+        status, printed, err = run()
+        assert (status, printed) == (130, "")
+        assert err.splitlines()[-1] == "interrupted; the same command goes on from the last finished file"
+    finished = [path.stat().st_mtime_ns for path in out.glob("*.safetensors")]
+    status, _, err = run()
+    assert status == 0 and ("going on after" in err) == bool(finished)
+    assert contents(out) == whole
+    assert set(finished) <= {path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+
+
+def test_a_disk_that_is_too_small_is_refused_at_once(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert "MB are to be written and 1.0 kB are free; make room" in one_line(run())
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_run_does_not_go_on_with_an_unfinished_one(
+    run: Run, source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_at(20, KeyboardInterrupt(), patch)
+        assert run("--experts", "2")[0] == 130
+    begun = contents(tmp_path / "out")
+    assert "unfinished run with another --experts" in one_line(run("--experts", "3"))
+    twin = tmp_path / "twin" / source.name
+    shutil.copytree(source, twin)
+    weights = bytearray((twin / "model.safetensors").read_bytes())
+    weights[len(weights) * 51 // 100] ^= 1  # of another training, in the same headers
+    (twin / "model.safetensors").write_bytes(weights)
+    assert "with other files of the source; repeat its command" in one_line(
+        run("--experts", "2", source=twin)
+    )
+    assert contents(tmp_path / "out") == begun
+    assert run("--force")[0] == 0
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"settings": {}, "files": ["../x"], "stale": [], "shards": {}}']
+)
+def test_a_damaged_journal(run: Run, tmp_path: Path, damage: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / JOURNAL).write_text(damage)
+    assert "damaged; remove the folder" in one_line(run("--force"))
+
+
+def test_a_shard_that_is_not_what_the_journal_says_is_made_again(
+    run: Run, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_at(40, KeyboardInterrupt(), patch)
+        assert run()[0] == 130
+    shard = tmp_path / "out" / "model-00001-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert run()[0] == 0
+    assert contents(tmp_path / "out") == whole
+
+
+def test_one_process_at_a_time(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    handle = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        assert "another process is quantising into it" in one_line(run())
+    finally:
+        os.close(handle)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    assert run()[0] == 0
+
+
+def test_killed_runs_go_on() -> None:
+    """Four SIGKILL-like ends of real processes; `--random 20` of the same script takes longer."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.tools.kill_quantize", "--writes", "4"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the same in every byte") == 4
+
+
+def test_the_benchmark_compares_with_hqq() -> None:
+    result: dict[str, Any] = benchmark.compare(torch.randn(64, 512) * 0.02, QuantSpec(4), 1)
+    assert result["error"] == pytest.approx(result["hqq_error"], rel=0.02)
+    assert result["speedup"] == result["hqq_seconds"] / result["seconds"]

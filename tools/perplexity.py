@@ -1,0 +1,310 @@
+"""How well a model predicts a text: perplexity per token, and bits per byte of the text.
+
+    python -m tools.perplexity MODEL --text FILE [FILE ...]
+
+Each file is one text behind a begin-of-sequence id, tokenised as a whole. A window of tokens slides over it
+by --stride, and each token is predicted once, from those before it in the first window that reaches it. The
+result depends on the text, --window and --stride alone: within a window the tokens go through the model in
+chunks, whose size bounds the memory and does not change the result but for rounding. Results go to stdout,
+progress and errors to stderr.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model.checkpoint import open_checkpoint
+from model.errors import ModelError
+from model.kv_cache import KVCache
+from model.mixtral import Mixtral
+from runtime.arguments import add_flags, from_flags
+from runtime.engine import DEMO, Engine, out_of_memory
+from runtime.errors import LoadError, MixtralError, OptionError, RequestError
+from runtime.options import EngineOptions
+from runtime.planner import PREFILL_CHUNK
+from runtime.progress import byte_bar
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What predicting some text cost. Scores add up; `Score()` is that of no text.
+
+    >>> score = Score(nats=math.log(8) * 10, tokens=10, bytes=15)
+    >>> round(score.perplexity, 9), round(score.bits_per_byte, 9)
+    (8.0, 2.0)
+    """
+
+    nats: float = 0.0  # sum of -ln p
+    tokens: int = 0  # predicted: the begin id is not
+    bytes: int = 0  # of the text in UTF-8
+    seconds: float = 0.0
+
+    @property
+    def perplexity(self) -> float:
+        """e to the nats per token; infinite where that is more than a float can hold."""
+        rate = self.nats / self.tokens
+        return math.exp(rate) if rate < 709 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """What an ideal coder with this model would need: comparable between tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+    def __add__(self, other: "Score") -> "Score":
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Score(*(a + b for a, b in zip(mine, others, strict=True)))
+
+    def as_dict(self) -> dict[str, float]:
+        return {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte} | dataclasses.asdict(self)
+
+
+def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Windows over a text of so many ids, as (start, first, end): ids[start:end], at most `window` of them,
+    are in view, and the logits behind ids[first:end] are what counts. Each id but the very first is predicted
+    once.
+
+    >>> list(windows(10, window=6, stride=3))
+    [(0, 0, 6), (3, 6, 9)]
+    >>> list(windows(10, window=4, stride=4))
+    [(0, 0, 4), (4, 4, 8), (8, 8, 9)]
+    """
+    if not 1 <= stride <= window:
+        raise ValueError(f"a stride of {stride} for a window of {window}")
+    inputs = tokens - 1  # nothing follows the last id
+    first = 0
+    for start in range(0, inputs, stride):
+        end = min(start + window, inputs)
+        yield start, first, end
+        if end == inputs:
+            return
+        first = end
+
+
+def chunks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """The range in as few pieces of at most `size` as there can be, and those about equal: a last piece of
+    one token would be computed by the code for decoding, which in low precision rounds otherwise.
+
+    >>> list(chunks(0, 10, size=4)), list(chunks(5, 5, size=4))
+    ([(0, 3), (3, 6), (6, 10)], [])
+    """
+    count = -(-(end - start) // size)
+    return itertools.pairwise(start + (end - start) * n // max(count, 1) for n in range(count + 1))
+
+
+@torch.inference_mode()
+def negative_log_likelihood(
+    model: Mixtral,
+    ids: list[int],
+    window: int,
+    stride: int,
+    chunk: int = PREFILL_CHUNK,
+    progress: Callable[[int], object] | None = None,
+) -> float:
+    """Sum over ids[1:] of -ln p(id | those before it), in nats, with at most `window` tokens in view.
+
+    Windows start `stride` tokens apart, and each counts only the tokens that the one before did not reach, so
+    all but the first window's have more than `window - stride` tokens in view. Tokens go through the model
+    `chunk` at a time, and no more than [chunk, V] logits exist at once. `progress` is called with each number
+    of ids predicted. Raises `RequestError` where a logit is not finite.
+    """
+    weight = model.embed_tokens.weight
+    cache = KVCache.allocate(model.config, 1, min(window, len(ids)), weight.dtype, weight.device)
+    text = torch.tensor(ids, device=weight.device)
+    total = 0.0
+    for start, first, end in windows(len(ids), window, stride):
+        cache.truncate(0)
+        for a, b in chunks(start, first, chunk):
+            model(text[None, a:b], cache, last=True)  # seen, not scored: no need for their logits
+        for a, b in chunks(first, end, chunk):
+            logits = model(text[None, a:b], cache)[0].float()  # [b - a, V]
+            nats = F.cross_entropy(logits, text[a + 1 : b + 1], reduction="none")  # [b - a]
+            total += nats.double().sum().item()
+            if not math.isfinite(total):
+                raise RequestError(
+                    f"logits behind tokens {a} to {b - 1} are not finite; compute with --dtype float32, "
+                    "and if that is no help the checkpoint is damaged"
+                )
+            if progress:
+                progress(b - a)
+    return total
+
+
+def score(
+    engine: Engine,
+    text: str,
+    window: int,
+    stride: int,
+    chunk: int = PREFILL_CHUNK,
+    progress: Callable[[int], object] | None = None,
+) -> Score:
+    """How well the engine's model predicts a text behind a begin id; the rest as `negative_log_likelihood`.
+
+    Raises `RequestError` for a text that comes to no token.
+    """
+    ids = engine.tokenizer.encode(text)
+    if len(ids) < 2:
+        raise RequestError(f"the text of {len(text)} characters comes to no token; give one with words in it")
+    began = time.perf_counter()
+    with engine.lock, out_of_memory(RequestError):
+        nats = negative_log_likelihood(engine.model, ids, window, stride, chunk, progress)
+    return Score(nats, len(ids) - 1, len(text.encode()), time.perf_counter() - began)
+
+
+def read_text(path: Path) -> str:
+    """A file's text, line ends and all. Raises `RequestError` if it is empty or not UTF-8."""
+    data = path.read_bytes()
+    if not data:
+        raise RequestError(f"{path} is empty; give a file with text in it")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"
+        ) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        options = from_flags(EngineOptions, args)
+        check_window(args.window, args.stride, options.context)
+    except OptionError as error:
+        parser.error(str(error))
+    try:
+        report = run(args, options)
+    except OptionError as error:  # one that only the model could tell
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except (MixtralError, OSError) as error:
+        reason = str(error)
+        if isinstance(error, OSError) and error.filename:
+            reason = f"{error.filename}: {error.strerror}"
+        print(f"error: {reason}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    print(json.dumps(report, indent=2) if args.json else as_text(report))
+    return DONE
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.perplexity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", type=Path, nargs="?", default=DEMO, help="checkpoint folder (default: the demo model)"
+    )
+    parser.add_argument(
+        "--text", type=Path, nargs="+", action="extend", required=True, metavar="FILE", help="UTF-8 files"
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="most tokens in view at once (default: --context, which is 4096 or the model's limit)",
+    )
+    parser.add_argument(
+        "--stride", type=int, metavar="N", help="tokens from window to window (default: half the window)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_flags(parser, EngineOptions)
+    return parser
+
+
+def check_window(window: int | None, stride: int | None, context: int | None) -> None:
+    """Refuse what makes no sense for any model. Raises `OptionError`."""
+    if window is not None and window < 2:
+        raise OptionError(f"--window is {window}, and must be at least 2")
+    if window is not None and context is not None and window > context:
+        raise OptionError(f"--window is {window}, and must be at most the --context of {context}")
+    if stride is not None and stride < 1:
+        raise OptionError(f"--stride is {stride}, and must be at least 1")
+    limit = window or context
+    if stride is not None and limit is not None and stride > limit:
+        raise OptionError(f"--stride is {stride}, and must be at most the window of {limit}")
+
+
+def run(args: argparse.Namespace, options: EngineOptions) -> dict[str, Any]:
+    """Read, load, score. Everything that can go wrong is raised."""
+    texts = {str(path): read_text(path) for path in args.text}
+    try:
+        checkpoint = open_checkpoint(args.model)
+    except ModelError as error:
+        raise LoadError(str(error)) from error
+    if args.window is not None and args.window > checkpoint.config.context:
+        raise OptionError(
+            f"--window is {args.window}, and this model was made for at most {checkpoint.config.context}"
+        )
+    if options.context is None:
+        options = dataclasses.replace(options, context=args.window)
+    with Engine.load(args.model, options, progress=byte_bar) as engine:
+        window = args.window or engine.plan.context
+        stride = args.stride or window // 2
+        check_window(window, stride, None)
+        scores = score_all(engine, texts, window, stride)
+        return {
+            "model": str(args.model),
+            "checkpoint": checkpoint.description,
+            "attention": str(checkpoint.attention),
+            "experts": str(checkpoint.experts),
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "device": str(engine.device),
+            "window": window,
+            "stride": stride,
+            **sum(scores.values(), Score()).as_dict(),
+            "texts": {name: one.as_dict() for name, one in scores.items()},
+        }
+
+
+def score_all(engine: Engine, texts: dict[str, str], window: int, stride: int) -> dict[str, Score]:
+    """Each text by itself, with a bar if stderr is a terminal."""
+    total = sum(len(engine.tokenizer.encode(text)) - 1 for text in texts.values())
+    scores = {}
+    with tqdm(total=total, desc="scoring", unit=" tokens", delay=1, leave=False, disable=None) as bar:
+        for name, text in texts.items():
+            try:
+                scores[name] = score(engine, text, window, stride, progress=bar.update)
+            except RequestError as error:
+                raise RequestError(f"{name}: {error}") from error
+    return scores
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for people: a line per text, all of them together, and how it was measured."""
+    rows = dict(report["texts"])
+    if len(rows) > 1:
+        rows["all"] = report
+    width = max(map(len, rows))
+    lines = [f"{'':{width}}      tokens       bytes  perplexity  bits per byte"]
+    lines += [
+        f"{name:{width}}  {row['tokens']:10,}  {row['bytes']:10,}  {row['perplexity']:10.4f}"
+        f"  {row['bits_per_byte']:13.4f}"
+        for name, row in rows.items()
+    ]
+    lines.append(
+        f"{report['checkpoint']}, in {report['dtype']} on {report['device']}; window {report['window']}, "
+        f"stride {report['stride']}; {report['seconds']:.1f} s"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

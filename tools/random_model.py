@@ -1,0 +1,141 @@
+"""A model of random weights, made in memory, quantised or not: to measure with where no checkpoint is at
+hand.
+
+Weights have the usual widths, so activations stay finite and routers have preferences. It is laid out in
+memory as `runtime.loader` would lay it out.
+
+>>> from runtime.planner import count_weights
+>>> for name, config in SHAPES.items():
+...     trunk, experts = count_weights(config)
+...     print(name, f"{(trunk + experts) / 1e9:.1f} billion weights, {experts / 1e9:.1f} of them experts'")
+mixtral-8x7b 46.7 billion weights, 45.1 of them experts'
+mixtral-8x22b 140.6 billion weights, 135.3 of them experts'
+quarter 1.5 billion weights, 1.4 of them experts'
+"""
+
+import dataclasses
+import math
+import warnings
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.mixtral import Mixtral
+from model.moe import SparseMoE
+from model.quant.expert import BlobExperts, ExpertFormat
+from model.quant.layout import matrix_fields
+from model.quant.linear import QuantisedLinear
+from model.quant.spec import QuantSpec
+from model.quant.tensor import QuantisedTensor
+from runtime.loader import pack_trunk, slow_products
+
+MIXTRAL_8X7B = ModelConfig(
+    vocab=32000, hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, experts=8,
+    experts_per_token=2, context=32768, rope_theta=1e6, norm_eps=1e-5,
+)  # fmt: skip
+SHAPES = {
+    "mixtral-8x7b": MIXTRAL_8X7B,
+    "mixtral-8x22b": dataclasses.replace(
+        MIXTRAL_8X7B, vocab=32768, hidden=6144, layers=56, heads=48, ffn=16384, context=65536
+    ),
+    "quarter": dataclasses.replace(  # a quarter of Mixtral-8x7B's width: a sixteenth of its weights
+        MIXTRAL_8X7B, hidden=1024, layers=16, heads=8, kv_heads=2, ffn=3584, context=4096
+    ),
+}
+POOL = 1 << 20  # random numbers that rows are cut from
+SCALES = (145, 256)  # bytes, from and below: near 200 on average
+
+
+@torch.no_grad()
+def random_model(
+    config: ModelConfig,
+    attention: QuantSpec,
+    experts: QuantSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    distinct: int | None = None,
+) -> Mixtral:
+    """A model ready to compute. The same seed gives the same weights.
+
+    Only so many `distinct` experts are made, and copied to where the others belong; by default all of them.
+    To a benchmark copies are as good, for they are as many bytes to read, and they are made several times
+    as fast. Warns as `runtime.loader.load_model` does. Raises `ModelError` for a spec that does not fit the
+    configuration.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    form = ExpertFormat.choose(config, experts, dtype, device)
+    linear = partial(QuantisedLinear, spec=attention, dtype=dtype, device=device)
+    model = Mixtral(
+        config,
+        dtype,
+        device,
+        experts=lambda layer: BlobExperts(form, config.experts, device),
+        linear=linear if attention.quantised else None,
+    ).requires_grad_(False)
+    for message in slow_products(model, form):
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    for weight in model.parameters():
+        if weight.dim() == 2:  # norms are all ones
+            fill_normal(weight, generator)
+    blobs: list[Tensor] = []
+    stored = torch.empty(form.stored[-1].end, dtype=torch.uint8)
+    for module in model.modules():
+        if isinstance(module, QuantisedLinear):
+            module.store(random_matrix(module.spec, module.shape, generator))
+        elif isinstance(module, SparseMoE) and isinstance(module.experts, BlobExperts):
+            for blob in module.experts.blobs:
+                if distinct is None or len(blobs) < distinct:
+                    fill_expert(form, stored, generator)
+                    form.store(stored, blob)
+                else:
+                    blob.copy_(blobs[len(blobs) % distinct])
+                blobs.append(blob)
+    pack_trunk(model)
+    return model
+
+
+def fill_normal(weight: Tensor, generator: torch.Generator) -> None:  # [N, K], std 1 / sqrt(K)
+    """Rows are stretches of one pool of random numbers: drawing all of them would take minutes."""
+    N, K = weight.shape
+    pool = torch.randn(min(POOL, N * K) + K, generator=generator).div_(math.sqrt(K)).to(weight)
+    starts = torch.randint(len(pool) - K, (N,), generator=generator)
+    for row, start in zip(weight, starts.tolist(), strict=True):
+        row.copy_(pool[start : start + K])
+
+
+def random_matrix(spec: QuantSpec, shape: tuple[int, int], generator: torch.Generator) -> QuantisedTensor:
+    """Random codes under scales of about one size, as files would have them."""
+    streams = {}
+    for field in matrix_fields("", shape, spec):
+        name = field.name.lstrip(".")
+        streams[name] = torch.empty(field.shape, dtype=field.dtype)
+        fill_stream(name, streams[name], spec, shape[1], generator)
+    return QuantisedTensor.of(spec, shape, streams)
+
+
+def fill_expert(form: ExpertFormat, stored: Tensor, generator: torch.Generator) -> None:
+    """An expert as a file would have it, into `stored` [uint8]."""
+    for field in form.stored:
+        matrix, _, name = field.name.partition(".")
+        if name == "weight":
+            fill_normal(field.view(stored), generator)
+        else:
+            fill_stream(name, field.view(stored), form.spec, form.shapes[matrix][1], generator)
+
+
+def fill_stream(name: str, stream: Tensor, spec: QuantSpec, inputs: int, generator: torch.Generator) -> None:
+    """One stream of a matrix with so many inputs, whose weights get a deviation of 1 / sqrt(inputs)."""
+    if name == "steps":
+        low, high = SCALES[0], SCALES[1] - 1
+        square = (low * low + low * high + high * high) / 3  # of a scale byte, on average
+        codes = math.sqrt((4**spec.bits - 1) / 12)  # standard deviation of random codes
+        stream.fill_(1 / math.sqrt(inputs * square) / codes)
+    elif name == "zeros":
+        stream.fill_(round((2**spec.bits - 1) / 2 * 2 ** (8 - spec.bits)))  # the middle of the codes
+    elif name == "scales":
+        stream.copy_(torch.randint(*SCALES, stream.shape, generator=generator, dtype=torch.uint8))
+    else:  # codes: every bit is random, and they are drawn 64 at a time
+        stream.view(-1).view(torch.int64).random_(-(1 << 63), None, generator=generator)

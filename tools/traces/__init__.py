@@ -1,0 +1,1 @@
+"""What `tools.trace` is made of: one concept per file."""

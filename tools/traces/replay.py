@@ -1,0 +1,110 @@
+"""What a cache would have done: the experts that a trace says were needed, under any policy and slot count.
+
+This is a simulation of its own, sharing nothing with `runtime.experts`, whose accounts it checks: with the
+recorded policy and slots it must give the recorded hits, misses and victims, one by one.
+
+The rules of a step (one layer in one forward): the needed experts that are resident are hits, and accessed
+first; the others are misses. An expert that was accessed in this step is not evicted in it, unless there is
+no other: then the one that was accessed first goes.
+"""
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+POLICIES = ("lru", "lfu", "random", "static")
+HALF_LIFE = 32  # accesses, of LFU's counts
+
+
+@dataclass(frozen=True)
+class Access:
+    expert: int
+    hit: bool
+    evicted: int | None = None
+
+    def __str__(self) -> str:
+        gone = "" if self.evicted is None else f", {self.evicted} goes"
+        return f"{self.expert} {'hits' if self.hit else 'misses'}{gone}"
+
+
+def replay(
+    needs: Iterable[Sequence[int]], slots: int, policy: str, seed: int = 0, layer: int = 0
+) -> list[list[Access]]:
+    """The accesses of each step, from the experts that each step needs.
+
+    >>> for accesses in replay([(0, 1), (1, 2), (0, 2)], slots=2, policy="lru"):
+    ...     print(*accesses, sep="; ")
+    0 misses; 1 misses
+    1 hits; 2 misses, 0 goes
+    2 hits; 0 misses, 1 goes
+    """
+    resident: list[int] = []  # oldest arrival first
+    recency: list[int] = []  # all that were ever used, least recent first
+    counts: dict[int, float] = {}
+    accesses = 0
+    generator = random.Random(f"{seed} {layer}")
+
+    def use(expert: int) -> None:
+        nonlocal accesses, counts
+        if expert in recency:
+            recency.remove(expert)
+        recency.append(expert)
+        counts[expert] = counts.get(expert, 0.0) + 1
+        accesses += 1
+        if accesses % HALF_LIFE == 0:
+            counts = {e: count / 2 for e, count in counts.items()}
+
+    def choose(candidates: list[int]) -> int:  # in order of arrival
+        if policy == "lru":
+            return min(candidates, key=recency.index)
+        if policy == "lfu":
+            return min(candidates, key=lambda e: (counts[e], recency.index(e)))
+        if policy == "random":
+            return sorted(candidates)[generator.randrange(len(candidates))]
+        assert policy == "static", policy
+        return candidates[-1]
+
+    steps = []
+    for need in needs:
+        step = [Access(e, hit=True) for e in need if e in resident]
+        missing = [e for e in need if e not in resident]
+        protected = [access.expert for access in step]
+        for expert in protected:
+            use(expert)
+        for expert in missing:
+            evicted = None
+            if len(resident) == slots:
+                candidates = [e for e in resident if e not in protected] or [protected.pop(0)]
+                evicted = choose(candidates)
+                resident.remove(evicted)
+            resident.append(expert)
+            use(expert)
+            protected.append(expert)
+            step.append(Access(expert, hit=False, evicted=evicted))
+        steps.append(step)
+    return steps
+
+
+def optimum(needs: Sequence[Sequence[int]], slots: int) -> list[int]:
+    """How many hits each step has if those experts are kept whose next use is nearest (Belady, 1966): over
+    all steps, no policy can have more.
+
+    Where a step needs more experts than there are slots, any of the resident and the needed may remain, as
+    if each miss passed through a slot of its own. That gives the bound away a little, but never breaks it.
+
+    >>> optimum([(0, 1), (1, 2), (0, 2)], slots=2), optimum([(0,), (1,), (0,), (2,), (0,)], slots=2)
+    ([0, 1, 1], [0, 0, 1, 0, 1])
+    """
+    following: list[dict[int, int]] = [{}]  # behind each step, the next that needs an expert; last step first
+    for i in range(len(needs) - 1, 0, -1):
+        following.append(following[-1] | dict.fromkeys(needs[i], i))
+    resident: set[int] = set()
+    hits = []
+    for need, following_use in zip(needs, reversed(following), strict=False):
+        next_use = {e: following_use.get(e, math.inf) for e in resident.union(need)}
+        hits.append(len(resident.intersection(need)))
+        crowded = len(need) > slots
+        kept = sorted(next_use, key=lambda e: (not crowded and e not in need, next_use[e]))[:slots]
+        resident = set(kept)
+    return hits
