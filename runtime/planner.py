@@ -207,7 +207,7 @@ def rounded_up(size: int) -> str:
 def largest_context(request: Request) -> int | None:
     """The most tokens of context, fewer than asked for, with which there is a plan."""
     low, high = LEAST_CONTEXT, request.context
-    if low >= high or choose(replace(request, context=low)) is None:
+    if choose(replace(request, context=low)) is None:  # nor would there be with more
         return None
     while high - low > 1:  # there is a plan with low, and none with high
         middle = (low + high) // 2

@@ -1,6 +1,7 @@
 """The terms of a plan against the tensors that are really there."""
 
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -111,3 +112,13 @@ def test_the_workspace_is_enough_for_a_chunk_and_not_far_too_much(
     unseen = N * context * dtype.itemsize if context > N else 0  # the kernel's own copy of the mask
     assert planned.workspace >= measured.peak + unseen
     assert planned.workspace <= 4 * (measured.peak + unseen)
+
+
+def test_a_chunk_is_as_long_as_experts_are_large_whatever_the_context() -> None:
+    assert [plan(SMALL, torch.float32, 4096, expert=size << 20).chunk for size in (1, 11, 22)] == [
+        512, 1024, 2048,
+    ]  # fmt: skip
+    contexts = range(2, 4096, 50)
+    plans = [plan(SMALL, torch.float32, context, expert=22 << 20) for context in contexts]
+    assert [planned.chunk for planned in plans] == [min(context, MAX_CHUNK) for context in contexts]
+    assert all(a.workspace < b.workspace for a, b in itertools.pairwise(plans))

@@ -39,6 +39,7 @@ requests = st.fixed_dictionaries(
         "config": shapes,
         "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
         "context": st.integers(2, 4096),
+        "expert": st.sampled_from([None, 99_968, 1 << 26]),  # next to the last, chunks are long
         "scratch": st.sampled_from([0, 1 << 20]),
         "lookahead": st.integers(0, 2),
         "prefetch": st.integers(0, 3),
@@ -53,10 +54,13 @@ def try_plan(**request: Any) -> Plan | None:
         return None
 
 
-def budgets(request: dict[str, Any]) -> st.SearchStrategy[int]:
-    """From far too little to far too much, most of them between."""
-    all_of_it = plan(**request).device_total
-    return st.integers(0, 3 * all_of_it) | st.integers(all_of_it // 4, all_of_it + (1 << 16))
+def budgets(request: dict[str, Any], shared: bool = False) -> st.SearchStrategy[int]:
+    """From nothing to far too much; or what goes before slots, and then some."""
+    config = request["config"]
+    least = plan(**request, offload="always", slots=config.experts_per_token)
+    before_slots = least.device_total - least.slots + shared * least.arena
+    more = st.integers(0, config.layers * config.experts * least.blob * 9 // 8)
+    return st.integers(0, 3 * least.device_total) | more.map(lambda size: before_slots + size)
 
 
 @given(
@@ -69,7 +73,7 @@ def budgets(request: dict[str, Any]) -> st.SearchStrategy[int]:
 def test_a_plan_keeps_its_budgets_and_wastes_no_slot(
     data: st.DataObject, request: dict[str, Any], offload: str, shared: bool, host: int | None
 ) -> None:
-    config, budget = request["config"], data.draw(budgets(request))
+    config, budget = request["config"], data.draw(budgets(request, shared))
     L, E, A = config.layers, config.experts, config.experts_per_token
     got = try_plan(**request, budget=budget, host_budget=host, offload=offload, shared=shared)
     everything = plan(**request)
@@ -103,11 +107,12 @@ def test_no_layer_loses_a_slot_to_a_larger_budget_or_a_smaller_context(
     before = try_plan(**request, budget=budget, offload=offload)
     if before is None:
         return
-    more = budget + data.draw(st.integers(0, 1 << 22))
+    more = budget + data.draw(st.integers(0, 1 << 22) | st.integers(0, 1 << 30))
     after = plan(**request, budget=more, offload=offload)
     assert all(a >= b for a, b in zip(after.slots_per_layer, before.slots_per_layer, strict=True))
     request["context"] = data.draw(st.integers(2, request["context"]))
     after = plan(**request, budget=budget, offload=offload)
+    assert after.chunk <= before.chunk and (not after.arena or after.workspace <= before.workspace)
     assert all(a >= b for a, b in zip(after.slots_per_layer, before.slots_per_layer, strict=True))
 
 
@@ -131,8 +136,8 @@ def test_a_refusal_is_one_line_and_its_remedies_work(
 ) -> None:
     config = request["config"]
     slots = data.draw(st.none() | st.integers(config.experts_per_token, config.experts))
+    budget, host = data.draw(budgets(request, shared)), None
     request |= {"offload": offload, "shared": shared, "slots": None if offload == "never" else slots}
-    budget, host = data.draw(budgets(request | {"offload": "auto", "slots": None, "shared": False})), None
     if not shared:
         host = data.draw(st.none() | st.sampled_from(LIMITS))
     try:
@@ -184,8 +189,10 @@ def test_too_little_host_memory_is_a_refusal() -> None:
         r" the budget is 1000\.0 KiB; quantise with --experts 2$",
     ):
         plan(SMALL, torch.float32, 100, slots=2, host_budget=1000 << 10, host_place="the host")
-    with pytest.raises(DeviceError, match=r"use a machine with .* and 1\.4 MiB of host memory to give$"):
-        plan(SMALL, torch.float32, 100, slots=2, host_budget=10 << 10)  # fmt: skip
+    with pytest.raises(
+        DeviceError, match=r"^need 1\.3 MiB of host memory for .* and 1\.4 MiB of host memory to give$"
+    ):
+        plan(SMALL, torch.float32, 100, slots=2, budget=1 << 30, host_budget=10 << 10)  # fmt: skip
 
 
 def test_an_engine_has_the_plan_of_its_model(engine: Engine, config: ModelConfig) -> None:

@@ -237,7 +237,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise OptionError(f"--bytes is {args.bytes}, and must be at least 1")
     if args.plot:
         import_matplotlib()  # now rather than when all is measured
-    texts = first_bytes(standard_library().held_out, args.bytes)
+    held_out = [text for text in standard_library().held_out if text]  # of an empty file nothing is predicted
+    texts = first_bytes(held_out, args.bytes)
     results = measure(args.model, wanted, texts)
     tables = markdown(results)
     if args.markdown:

@@ -1,0 +1,119 @@
+"""The arena: one reservation, locked in pieces or not at all."""
+
+import gc
+import mmap
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.errors import DeviceError
+from runtime.experts import arena as module
+from runtime.experts.arena import Arena
+
+
+class Driver:
+    """Stands in for the CUDA runtime; refuses the `refused`-th piece, from 0."""
+
+    def __init__(self, refused: int | None = None) -> None:
+        self.refused = refused
+        self.locked: dict[int, int] = {}  # address -> bytes
+        self.asked: list[tuple[int, int, int]] = []
+        self.cleared = 0
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+        self.asked.append((address, size, flags))
+        if len(self.asked) - 1 == self.refused:
+            return 2
+        assert address not in self.locked
+        self.locked[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.locked[address]
+        return 0
+
+
+@pytest.fixture
+def drive(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def drive(refused: int | None = None) -> Driver:
+        driver = Driver(refused)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+        monkeypatch.setattr(module, "PIN_PIECE", 8192)
+        monkeypatch.setattr(
+            module, "clear_last_error", lambda: setattr(driver, "cleared", driver.cleared + 1)
+        )
+        return driver
+
+    return drive
+
+
+def test_blobs_are_apart_and_begin_on_a_page() -> None:
+    arena = Arena(layers=3, experts=4, blob_bytes=192)
+    assert arena.blobs.shape == (3, 4, 192) and arena.blobs.data_ptr() % mmap.PAGESIZE == 0
+    assert not arena.pinned and not arena.blobs.any()
+    for layer in range(3):
+        for e in range(4):
+            arena.blob(layer, e).fill_(10 * layer + e)
+    assert all(torch.all(arena.blob(layer, e) == 10 * layer + e) for layer in range(3) for e in range(4))
+    assert arena.blob(2, 3).data_ptr() == arena.blobs.data_ptr() + 11 * 192  # nothing in between
+
+
+def test_all_pages_are_locked_in_pieces(drive: Any) -> None:
+    driver = drive()
+    arena = Arena(2, 5, 4096, pin=True)  # 40 KiB in pieces of 8
+    start = arena.blobs.data_ptr()
+    assert arena.pinned and driver.asked == [(start + n * 8192, 8192, 1) for n in range(5)]
+    arena.close()
+    assert not driver.locked and not arena.pinned
+    arena.close()
+
+
+def test_the_last_piece_may_be_short(drive: Any) -> None:
+    driver = drive()
+    arena = Arena(1, 3, 4096, pin=True)
+    assert [size for _, size, _ in driver.asked] == [8192, 4096]
+    arena.close()
+
+
+@pytest.mark.parametrize("refused", range(5))
+def test_a_refusal_leaves_nothing_locked(drive: Any, refused: int) -> None:
+    driver = drive(refused)
+    arena = Arena(2, 5, 4096, pin=True)
+    assert not arena.pinned and not driver.locked and len(driver.asked) == refused + 1
+    assert driver.cleared == 1
+    arena.blob(1, 4).fill_(7)  # and it is memory all the same
+    arena.close()
+
+
+def test_an_arena_that_nobody_closed_is_unlocked_before_its_memory_goes(drive: Any) -> None:
+    driver = drive()
+    arena = Arena(2, 5, 4096, pin=True)
+    assert driver.locked
+    del arena
+    gc.collect()
+    assert not driver.locked
+
+
+def test_closing_lets_go_of_the_memory() -> None:
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+
+    arena = Arena(1, 64, 1 << 20)
+    arena.blobs.fill_(1)
+    before = resident()
+    arena.close()
+    gc.collect()
+    assert before - resident() > 48 << 20
+
+
+def test_more_than_the_machine_can_reserve() -> None:
+    with pytest.raises(DeviceError, match=r"cannot reserve 64\.0 EiB|cannot reserve .*iB of host memory"):
+        Arena(1 << 20, 8, 1 << 39)
+
+
+def test_clearing_an_error_needs_no_gpu_to_be_harmless() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *a, **w: (_ for _ in ()).throw(RuntimeError("CUDA error")))
+        module.clear_last_error()

@@ -1,0 +1,329 @@
+"""The copy engine: what goes first, what a guess can delay, and what becomes of errors. No timing is asserted."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.errors import RequestError
+from runtime.experts.copying import CopyEngine, HostLink, TransferError
+from runtime.experts.cuda_link import PIECE, CudaLink
+
+SIZE, STEP = 40, 10
+
+
+class SteppedLink(HostLink):
+    """Moves a piece each time it is let to, and notes whose it was by its first byte."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.piece = STEP
+        self.may, self.asked = threading.Semaphore(0), threading.Semaphore(0)
+        self.log: list[tuple[int, bool]] = []
+        self.fails: Callable[[int], bool] = lambda name: False
+        self.closed = False
+
+    def move(self, source: Tensor, target: Tensor, urgent: bool) -> int:  # type: ignore[override]
+        name = int(source[0])
+        self.log.append((name, urgent))
+        self.asked.release()
+        assert self.may.acquire(timeout=30)
+        if self.fails(name):
+            raise OSError(f"no {name}\ntoday")
+        super().move(source, target, urgent)
+        return len(self.log)
+
+    def step(self, count: int) -> None:
+        """Let so many pieces pass; return when the next one is under way."""
+        for _ in range(count):
+            self.may.release()
+            assert self.asked.acquire(timeout=30)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Bench:
+    """An engine in front of a stepped link; copies are known by the byte they consist of."""
+
+    def __init__(self) -> None:
+        self.link = SteppedLink()
+        self.engine = CopyEngine(self.link)
+        self.targets: dict[int, Tensor] = {}
+
+    def submit(self, name: int, urgent: bool) -> Any:
+        self.targets[name] = torch.zeros(SIZE, dtype=torch.uint8)
+        return self.engine.submit(torch.full((SIZE,), name, dtype=torch.uint8), self.targets[name], urgent)
+
+    def under_way(self) -> None:
+        """Wait until the link has been asked for a piece."""
+        assert self.link.asked.acquire(timeout=30)
+
+    def order(self) -> list[int]:
+        return [name for name, _ in self.link.log]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    for _ in range(99):
+        bench.link.may.release()
+    bench.engine.close()
+    assert not bench.engine.thread.is_alive() and bench.link.closed
+
+
+def test_what_is_needed_goes_before_what_is_guessed(bench: Bench) -> None:
+    bench.submit(1, urgent=False)
+    bench.under_way()
+    guess, first, second = bench.submit(2, False), bench.submit(3, True), bench.submit(4, True)
+    bench.link.may.release(16)
+    for ticket in (first, second, guess):
+        bench.engine.wait(ticket)
+    assert bench.order()[:9] == [1, 3, 3, 3, 3, 4, 4, 4, 4]  # a guess delayed them by the piece under way
+    assert bench.order()[9:12] == [1, 1, 1]
+    assert all(torch.all(bench.targets[name] == name) for name in (1, 2, 3, 4))
+    assert bench.engine.moved == 4 * SIZE and bench.engine.wasted == 0
+
+
+def test_a_guess_that_comes_true_keeps_what_has_been_moved(bench: Bench) -> None:
+    ticket = bench.submit(1, urgent=False)
+    bench.under_way()
+    other = bench.submit(2, urgent=False)
+    bench.link.step(2)
+    bench.engine.promote(other)
+    bench.engine.promote(ticket)
+    bench.engine.promote(ticket)  # again changes nothing
+    bench.link.may.release(16)
+    bench.engine.wait(ticket)
+    # its third piece was under way; then those promoted, in that order
+    assert bench.order() == [1, 1, 1, 2, 2, 2, 2, 1]
+    assert [urgent for _, urgent in bench.link.log] == [False] * 3 + [True] * 5
+    assert bench.engine.moved == 2 * SIZE
+    bench.engine.promote(ticket)  # nor when it is complete
+    assert not bench.engine.urgent and not bench.engine.guesses
+
+
+def test_a_cancelled_copy_moves_no_more_than_the_piece_under_way(bench: Bench) -> None:
+    ticket = bench.submit(1, urgent=False)
+    bench.under_way()
+    bench.link.step(1)
+    bench.engine.cancel(ticket)
+    assert bench.engine.wasted == STEP
+    target = bench.targets[1]
+    after = bench.engine.submit(torch.full((SIZE,), 9, dtype=torch.uint8), target, urgent=True)
+    bench.link.may.release(16)
+    bench.engine.wait(after)
+    assert bench.order() == [1, 1, 9, 9, 9, 9] and torch.all(target == 9)
+    assert bench.engine.moved == SIZE + 2 * STEP and bench.engine.wasted == 2 * STEP and ticket.moved == 2 * STEP
+
+
+def test_cancelling_what_is_complete_or_has_not_begun(bench: Bench) -> None:
+    done = bench.submit(1, urgent=False)
+    bench.link.may.release(16)
+    bench.engine.wait(done)
+    bench.engine.cancel(done)
+    assert bench.engine.wasted == bench.engine.moved == SIZE
+
+
+def test_computing_can_begin_with_the_first_bytes(bench: Bench) -> None:
+    ticket = bench.submit(1, urgent=True)
+    marks: list[Any] = []
+    bench.link.reached = marks.append  # type: ignore[method-assign]
+    bench.link.may.release(2)
+    assert bench.engine.wait(ticket, STEP + 1) >= 0
+    assert ticket.moved == 2 * STEP and marks == [2]  # the mark behind the piece with that byte
+    assert bench.engine.wait(ticket, 1) == 0.0 and marks == [2, 1]
+    bench.link.may.release(2)
+    bench.engine.wait(ticket)
+    assert marks == [2, 1, 4] and ticket.complete and ticket.seconds > 0
+
+
+def test_an_error_reaches_whoever_waits_for_that_copy_alone(bench: Bench) -> None:
+    bench.link.fails = lambda name: name == 1
+    bad, good = bench.submit(1, urgent=True), bench.submit(2, urgent=True)
+    bench.link.may.release(16)
+    with pytest.raises(TransferError) as caught:
+        bench.engine.wait(bad)
+    assert str(caught.value) == "an expert could not be copied to the device (no 1 today); try again"
+    assert isinstance(caught.value, RequestError)
+    bench.engine.wait(good)
+    assert torch.all(bench.targets[2] == 2) and bench.order() == [1, 2, 2, 2, 2]
+    with pytest.raises(TransferError):
+        bench.engine.wait(bad)  # still
+    bench.link.fails = lambda name: False
+    bench.engine.wait(bench.submit(1, urgent=True))
+    assert torch.all(bench.targets[1] == 1)
+
+
+def test_an_error_behind_the_first_bytes_leaves_those_usable(bench: Bench) -> None:
+    bench.link.fails = lambda name: len(bench.link.log) > 1
+    ticket = bench.submit(1, urgent=True)
+    bench.link.may.release(16)
+    bench.engine.wait(ticket, STEP)
+    with pytest.raises(TransferError):
+        bench.engine.wait(ticket)
+    bench.engine.wait(ticket, STEP)
+
+
+def test_closing_wakes_those_who_wait(bench: Bench) -> None:
+    ticket, raised = bench.submit(1, urgent=True), list[str]()
+
+    def wait() -> None:
+        try:
+            bench.engine.wait(ticket)
+        except TransferError as error:
+            raised.append(str(error))
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    bench.under_way()
+    bench.submit(2, urgent=True)
+    closer = threading.Thread(target=bench.engine.close)
+    closer.start()
+    waiter.join(30)
+    assert raised == ["the engine is closed; load it again"]
+    assert closer.is_alive()  # the piece under way has not ended
+    bench.link.may.release()
+    closer.join(30)
+    assert bench.order() == [1] and not bench.engine.thread.is_alive()
+    with pytest.raises(TransferError, match="closed"):
+        bench.submit(3, urgent=False)
+    bench.engine.close()
+
+
+def test_a_recorder_that_raises_leaves_nobody_waiting(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+
+    def finished(ticket: Any) -> None:
+        raise ValueError
+
+    bench.engine.finished = finished
+    bench.submit(1, urgent=True)
+    after = bench.submit(2, urgent=True)
+    bench.link.may.release(16)
+    with pytest.raises(TransferError, match="closed"):
+        bench.engine.wait(after)
+
+
+def test_who_finds_the_bytes_there_finds_their_mark(bench: Bench) -> None:
+    """`wait` looks without the lock: the mark has to be there first."""
+
+    class Slow(list[Any]):
+        def append(self, item: Any) -> None:
+            time.sleep(0.05)
+            super().append(item)
+
+    ticket = bench.submit(1, urgent=True)
+    ticket.marks = Slow()
+    bench.link.may.release(16)
+    while ticket.moved < STEP:
+        pass
+    assert ticket.marks
+
+
+def test_a_slow_link_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    link = HostLink(1e6)
+    assert link.piece == 1 << 14
+    source = torch.arange(100_000).to(torch.uint8)
+    target = torch.zeros_like(source)
+    for start in range(0, len(source), link.piece):
+        link.move(source[start : start + link.piece], target[start : start + link.piece], True)
+    assert now[0] == pytest.approx(0.1) and torch.equal(source, target)
+    now[0] = 5.0  # idle time is not saved up
+    link.move(source[:10_000], target[:10_000], True)
+    assert now[0] == pytest.approx(5.01)
+    assert HostLink(1e12).piece == 1 << 22 and HostLink().piece == 1 << 20
+
+
+# --- the CUDA link, with stand-ins for streams and events
+
+
+class Cuda:
+    """Notes the calls, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.events = 0
+        cuda, log = self, self.log
+
+        class Stream:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def wait_event(self, event: Any) -> None:
+                log.append(f"{self.name} waits for {event.name}")
+
+            def synchronize(self) -> None:
+                log.append(f"host waits for {self.name}")
+
+            def __enter__(self) -> None:
+                log.append(f"on {self.name}")
+
+            def __exit__(self, *error: object) -> None: ...
+
+        class Event:
+            def __init__(self) -> None:
+                self.name = f"e{cuda.events}"
+                cuda.events += 1
+
+            def record(self, stream: Stream) -> None:
+                log.append(f"{self.name} on {stream.name}")
+
+            def synchronize(self) -> None:
+                log.append(f"host waits for {self.name}")
+
+        empty, compute = torch.empty, Stream("compute")
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+        monkeypatch.setattr(
+            torch, "empty", lambda *shape, pin_memory=False, **words: empty(*shape, **words)
+        )
+
+    def take(self) -> list[str]:
+        log, self.log[:] = list(self.log), []
+        return log
+
+
+def test_cuda_link_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+    link = CudaLink(torch.device("cpu"), pinned=True)
+    source, target = torch.arange(10, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)
+    free = link.used()
+    assert cuda.take() == ["e0 on compute"]
+    link.begin(None)
+    link.begin(free)
+    assert cuda.take() == ["copies waits for e0"]
+    marks = [link.move(source, target, True) for _ in (0, 1)]  # what is needed queues up at once
+    assert cuda.take() == ["on copies", "e1 on copies", "on copies", "e2 on copies"]
+    link.move(source, target, False)  # of a guess, no second piece before the first has ended
+    assert cuda.take() == ["on copies", "e3 on copies", "host waits for e3"]
+    link.reached(marks[1])
+    assert cuda.take() == ["compute waits for e2"] and torch.equal(source, target)
+    link.close()
+    assert cuda.take() == ["host waits for copies"]
+
+
+def test_cuda_link_by_way_of_two_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+    link = CudaLink(torch.device("cpu"), pinned=False)
+    assert [len(buffer) for buffer in link.staging] == [PIECE, PIECE]
+    used = []
+    for n in range(5):
+        target = torch.zeros(10, dtype=torch.uint8)
+        link.move(torch.full((10,), n, dtype=torch.uint8), target, True)
+        assert torch.all(target == n)
+        used.append(link.staging[0].data_ptr())
+        # a buffer is written to when the copy from it, two pieces before, has ended
+        waits = [f"host waits for e{n - 2}"] if n >= 2 else []
+        assert cuda.take() == ["on copies", *waits, f"e{n} on copies"]
+    assert used[0] == used[2] == used[4] != used[1] == used[3]
