@@ -122,8 +122,8 @@ class ExpertCache:
             link = CudaLink(device, arena.pinned)
             if not arena.pinned:
                 warnings.warn(
-                    f"the driver does not lock {format_bytes(plan.arena)} of host memory: experts are copied by "
-                    "way of small buffers, which is slower; raise the limit on locked memory (ulimit -l)",
+                    f"the driver does not lock {format_bytes(plan.arena)} of host memory: experts are copied "
+                    "by way of small buffers, which is slower; raise the limit on locked memory (ulimit -l)",
                     RuntimeWarning,
                     stacklevel=4,  # where Engine.load was called
                 )
@@ -151,10 +151,11 @@ class ExpertCache:
         self.trace = recorder
 
         def copied(ticket: Ticket) -> None:
-            assert recorder
-            recorder.add(trace.Copy(*ticket.label, bytes=ticket.source.numel(), seconds=ticket.seconds))
+            assert recorder is not None
+            step, layer, expert, kind = ticket.label
+            recorder.add(trace.Copy(step, layer, expert, kind, ticket.source.numel(), ticket.seconds))
 
-        self.copies.finished = copied if recorder else None
+        self.copies.finished = copied if recorder is not None else None
 
     def layer(self, number: int) -> Experts:
         """That layer's experts, as a model wants them."""
@@ -203,7 +204,7 @@ class ExpertCache:
         Copies that are left stop behind the piece under way; new ones to the same slots come after that.
         """
         for guess in self.spares.guesses.values():
-            if self.trace and (ticket := self.tickets.get(guess.slot)) is not None:
+            if self.trace is not None and (ticket := self.tickets.get(guess.slot)) is not None:
                 self.trace.add(trace.WastedGuess(self.step, guess.layer, guess.expert, ticket.moved))
         for ticket in self.tickets.values():
             self.copies.cancel(ticket)
@@ -213,7 +214,7 @@ class ExpertCache:
 
     def hit(self, layer: int, expert: int) -> Access:
         self.counters.hits += 1
-        if self.trace:
+        if self.trace is not None:
             self.trace.add(trace.Hit(self.step, layer, expert))
         return Access(expert, self.tables[layer].hit(expert))
 
@@ -234,7 +235,7 @@ class ExpertCache:
             slot, evicted = table.place(expert)
             self.tickets[slot] = self.submit(layer, expert, slot, urgent=True)
         self.counters.misses += 1
-        if self.trace:
+        if self.trace is not None:
             self.trace.add(trace.Miss(self.step, layer, expert, evicted))
             if guess is not None:
                 self.trace.add(trace.UsedGuess(self.step, layer, expert))
@@ -264,7 +265,7 @@ class ExpertCache:
                 assert guess is not None
                 self.tickets[guess.slot] = self.submit(layer + distance, e, guess.slot, urgent=False)
                 self.counters.guesses += 1
-                if self.trace:
+                if self.trace is not None:
                     self.trace.add(trace.Guess(self.step, layer + distance, e, distance, rank))
 
     def drop_guesses(self, layer: int, needed: Sequence[int]) -> None:
@@ -277,7 +278,7 @@ class ExpertCache:
         ticket = self.tickets.pop(guess.slot)
         self.copies.cancel(ticket)
         self.spares.drop(guess.slot)
-        if self.trace:
+        if self.trace is not None:
             self.trace.add(trace.WastedGuess(self.step, guess.layer, guess.expert, ticket.moved))
 
     def compute(self, layer: int, access: Access, x: Tensor) -> Tensor:  # [n, D] -> [n, D]
@@ -294,7 +295,7 @@ class ExpertCache:
     def wait(self, layer: int, access: Access, ticket: Ticket, count: int) -> None:
         seconds = self.copies.wait(ticket, count)
         self.counters.stall_seconds += seconds
-        if self.trace and seconds:
+        if self.trace is not None and seconds:
             self.trace.add(trace.Stall(self.step, layer, access.expert, seconds))
 
     def release(self, layer: int, access: Access) -> None:
@@ -307,7 +308,7 @@ class ExpertCache:
             self.counters.recalled += len(set(needed) & set(self.predicted[: len(needed)]))
             self.counters.recallable += len(needed)
         self.predicted = ahead[0] if ahead else []
-        if self.trace:
+        if self.trace is not None:
             self.trace.add(trace.Routing(self.step, layer, tokens, tuple(needed)))
             for distance, ranking in enumerate(ahead, start=1):
                 self.trace.add(trace.Ranking(self.step, layer + distance, distance, tuple(ranking)))

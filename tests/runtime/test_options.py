@@ -15,7 +15,19 @@ from runtime.arguments import add_flags, flag, from_flags
 
 
 def test_defaults() -> None:
-    assert dataclasses.asdict(EngineOptions()) == dict.fromkeys(("device", "dtype", "vram", "ram", "context"))
+    assert dataclasses.asdict(EngineOptions()) == {
+        "device": None,
+        "dtype": None,
+        "vram": None,
+        "ram": None,
+        "context": None,
+        "offload": "auto",
+        "slots": None,
+        "policy": "lru",
+        "lookahead": 1,
+        "prefetch": 1,
+        "link_gbps": None,
+    }
     assert dataclasses.asdict(SamplingParams()) == {
         "max_new_tokens": 256,
         "temperature": 0.7,
@@ -44,6 +56,24 @@ def test_defaults() -> None:
         ("context", 1),
         ("context", 0),
         ("context", -5),
+        ("offload", "sometimes"),
+        ("offload", True),
+        ("slots", 0),
+        ("slots", 2.0),
+        ("slots", True),
+        ("policy", "fifo"),
+        ("policy", None),
+        ("lookahead", 3),
+        ("lookahead", -1),
+        ("lookahead", None),
+        ("prefetch", -1),
+        ("prefetch", 65),
+        ("prefetch", "1"),
+        ("link_gbps", 0),
+        ("link_gbps", -1.0),
+        ("link_gbps", math.inf),
+        ("link_gbps", math.nan),
+        ("link_gbps", "fast"),
     ],
 )
 def test_engine_options_refuse(field: str, value: Any) -> None:
@@ -96,6 +126,8 @@ def test_the_borders_of_what_is_allowed() -> None:
         max_new_tokens=1, temperature=0, top_p=1e-9, min_p=1, seed=(1 << 63) - 1, logit_bias={0: -math.inf}
     )
     EngineOptions(context=2, ram="100%", vram="1B")
+    EngineOptions(slots=1, lookahead=0, prefetch=0, link_gbps=1e-9)
+    EngineOptions(offload="never", lookahead=2, prefetch=64, link_gbps=3)
 
 
 def test_options_are_frozen_and_own_what_they_were_given() -> None:
@@ -123,6 +155,10 @@ def test_each_field_is_a_flag() -> None:
     assert parse(
         EngineOptions, shlex.split("--device cuda:1 --dtype float16 --vram 90% --ram 20GiB --context 512")
     ) == EngineOptions(device="cuda:1", dtype="float16", vram="90%", ram="20GiB", context=512)
+    assert parse(
+        EngineOptions,
+        shlex.split("--offload always --slots 3 --policy lfu --lookahead 2 --prefetch 4 --link-gbps 1.5"),
+    ) == EngineOptions(offload="always", slots=3, policy="lfu", lookahead=2, prefetch=4, link_gbps=1.5)
     assert parse(
         SamplingParams,
         shlex.split(

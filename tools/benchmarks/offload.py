@@ -183,13 +183,13 @@ def measure(model: Mixtral, form: ExpertFormat, args: argparse.Namespace) -> dic
     times: dict[str, list[float]] = {mode: [] for mode in modes}
     try:
         for repeat in range(args.repeats):
-            for mode, experts in modes.items():
-                times[mode].append(turn(repeat, experts))
+            for mode, providers in modes.items():
+                times[mode].append(turn(repeat, providers))
             print(f"{repeat + 1} of {args.repeats}: " + ", ".join(
                 f"{mode} {1 / taken[-1]:.2f}" for mode, taken in times.items()), file=sys.stderr)  # fmt: skip
     finally:
-        for block, experts in zip(blocks, resident, strict=True):
-            block.block_sparse_moe.experts = experts
+        for block, blobs in zip(blocks, resident, strict=True):
+            block.block_sparse_moe.experts = blobs
         for cache in caches.values():
             cache.close()
         whole.copies.close()

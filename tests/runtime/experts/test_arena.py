@@ -21,7 +21,7 @@ class Driver:
         self.asked: list[tuple[int, int, int]] = []
         self.cleared = 0
 
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         self.asked.append((address, size, flags))
         if len(self.asked) - 1 == self.refused:
             return 2
@@ -29,7 +29,7 @@ class Driver:
         self.locked[address] = size
         return 0
 
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+    def cudaHostUnregister(self, address: int) -> int:
         del self.locked[address]
         return 0
 

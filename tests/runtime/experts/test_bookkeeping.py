@@ -1,4 +1,4 @@
-"""Hits, misses, victims and bytes, recounted from the trace by a simulation that shares no code with the cache."""
+"""Hits, misses, victims and bytes, recounted from the trace by a simulation that shares no code with them."""
 
 import random
 from collections import Counter, deque
@@ -75,11 +75,6 @@ class Layer:
         return log
 
 
-def recorded(events: Any) -> list[Event]:
-    """All but what the copy thread adds, in order."""
-    return [event for event in events if not isinstance(event, (Copy, Stall))]
-
-
 def recount(events: Any, slots: list[int], policy: str) -> None:
     """Every hit, miss and victim, in the order of the trace."""
     layers = [Layer(number, count, policy) for number, count in enumerate(slots)]
@@ -100,7 +95,6 @@ def test_hits_misses_and_victims_are_those_of_the_policy(
     rigs: Any, jitter: Any, sample: Any, policy: str
 ) -> None:
     rig = rigs(4)
-    kind = type(rig_events())
 
     @settings(max_examples=8)
     @given(
@@ -109,7 +103,7 @@ def test_hits_misses_and_victims_are_those_of_the_policy(
         seed=st.integers(0, 99),
     )  # fmt: skip
     def all_cases(slots: list[int], lookahead: int, prefetch: int, prompt: int, seed: int) -> None:
-        events = kind()
+        events = Events()
         link = jitter(seed, rig.form.blob_bytes)
         with rig.cached(slots, policy, lookahead, prefetch, link) as cache:
             cache.record(events)
@@ -121,12 +115,9 @@ def test_hits_misses_and_victims_are_those_of_the_policy(
     all_cases()
 
 
-def rig_events() -> list[Event]:
-    class Events(list[Event]):
-        def add(self, event: Event) -> None:
-            self.append(event)
-
-    return Events()
+class Events(list[Event]):
+    def add(self, event: Event) -> None:
+        self.append(event)
 
 
 def agree(rig: Any, cache: Any, events: Any) -> None:
@@ -166,9 +157,7 @@ def recalled(stats: Any, events: Any) -> None:
 
 
 class Patient(HostLink):
-    """Lets the copy thread finish every guess before the engine may ask whether it was right."""
-
-    piece = 1 << 30  # type: ignore[assignment]
+    """Copies an expert in one piece."""
 
     def __init__(self) -> None:
         super().__init__()

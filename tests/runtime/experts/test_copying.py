@@ -1,4 +1,4 @@
-"""The copy engine: what goes first, what a guess can delay, and what becomes of errors. No timing is asserted."""
+"""The copy engine: what goes first, what a guess can delay, and what becomes of errors."""
 
 import threading
 import time
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from runtime.errors import RequestError
 from runtime.experts.copying import CopyEngine, HostLink, TransferError
-from runtime.experts.cuda_link import PIECE, CudaLink
 
 SIZE, STEP = 40, 10
 
@@ -119,7 +118,9 @@ def test_a_cancelled_copy_moves_no_more_than_the_piece_under_way(bench: Bench) -
     bench.link.may.release(16)
     bench.engine.wait(after)
     assert bench.order() == [1, 1, 9, 9, 9, 9] and torch.all(target == 9)
-    assert bench.engine.moved == SIZE + 2 * STEP and bench.engine.wasted == 2 * STEP and ticket.moved == 2 * STEP
+    assert (
+        bench.engine.moved == SIZE + 2 * STEP and bench.engine.wasted == 2 * STEP and ticket.moved == 2 * STEP
+    )
 
 
 def test_cancelling_what_is_complete_or_has_not_begun(bench: Bench) -> None:
@@ -241,89 +242,3 @@ def test_a_slow_link_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     link.move(source[:10_000], target[:10_000], True)
     assert now[0] == pytest.approx(5.01)
     assert HostLink(1e12).piece == 1 << 22 and HostLink().piece == 1 << 20
-
-
-# --- the CUDA link, with stand-ins for streams and events
-
-
-class Cuda:
-    """Notes the calls, in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.log: list[str] = []
-        self.events = 0
-        cuda, log = self, self.log
-
-        class Stream:
-            def __init__(self, name: str) -> None:
-                self.name = name
-
-            def wait_event(self, event: Any) -> None:
-                log.append(f"{self.name} waits for {event.name}")
-
-            def synchronize(self) -> None:
-                log.append(f"host waits for {self.name}")
-
-            def __enter__(self) -> None:
-                log.append(f"on {self.name}")
-
-            def __exit__(self, *error: object) -> None: ...
-
-        class Event:
-            def __init__(self) -> None:
-                self.name = f"e{cuda.events}"
-                cuda.events += 1
-
-            def record(self, stream: Stream) -> None:
-                log.append(f"{self.name} on {stream.name}")
-
-            def synchronize(self) -> None:
-                log.append(f"host waits for {self.name}")
-
-        empty, compute = torch.empty, Stream("compute")
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
-        monkeypatch.setattr(
-            torch, "empty", lambda *shape, pin_memory=False, **words: empty(*shape, **words)
-        )
-
-    def take(self) -> list[str]:
-        log, self.log[:] = list(self.log), []
-        return log
-
-
-def test_cuda_link_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = Cuda(monkeypatch)
-    link = CudaLink(torch.device("cpu"), pinned=True)
-    source, target = torch.arange(10, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)
-    free = link.used()
-    assert cuda.take() == ["e0 on compute"]
-    link.begin(None)
-    link.begin(free)
-    assert cuda.take() == ["copies waits for e0"]
-    marks = [link.move(source, target, True) for _ in (0, 1)]  # what is needed queues up at once
-    assert cuda.take() == ["on copies", "e1 on copies", "on copies", "e2 on copies"]
-    link.move(source, target, False)  # of a guess, no second piece before the first has ended
-    assert cuda.take() == ["on copies", "e3 on copies", "host waits for e3"]
-    link.reached(marks[1])
-    assert cuda.take() == ["compute waits for e2"] and torch.equal(source, target)
-    link.close()
-    assert cuda.take() == ["host waits for copies"]
-
-
-def test_cuda_link_by_way_of_two_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = Cuda(monkeypatch)
-    link = CudaLink(torch.device("cpu"), pinned=False)
-    assert [len(buffer) for buffer in link.staging] == [PIECE, PIECE]
-    used = []
-    for n in range(5):
-        target = torch.zeros(10, dtype=torch.uint8)
-        link.move(torch.full((10,), n, dtype=torch.uint8), target, True)
-        assert torch.all(target == n)
-        used.append(link.staging[0].data_ptr())
-        # a buffer is written to when the copy from it, two pieces before, has ended
-        waits = [f"host waits for e{n - 2}"] if n >= 2 else []
-        assert cuda.take() == ["on copies", *waits, f"e{n} on copies"]
-    assert used[0] == used[2] == used[4] != used[1] == used[3]

@@ -1,5 +1,5 @@
-"""The central test: whatever the slots, policy, guesses and delays, an offloaded engine writes bit for bit what a
-resident one does."""
+"""The central test: whatever the slots, policy, guesses and delays, an offloaded engine writes bit for bit
+what a resident one does."""
 
 from collections.abc import Callable
 from typing import Any

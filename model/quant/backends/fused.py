@@ -1,0 +1,250 @@
+"""GPUs of compute capability 8.0 and later: few rows of x are multiplied with the packed bytes themselves, by
+the kernels of `triton_kernels.py`; for more rows a matrix is expanded, as in `blocks.py`.
+
+Memory is as files are. Besides the product with one matrix there is an expert layer for one token, in two
+launches for all of its experts, which are read from a pool of blobs by slot.
+
+**What is the same bit for bit.** Every result depends on the input, the shapes and the kind of GPU alone: not
+on time, and not on the slot or address that holds an expert. In `gate_up` and `down` an expert is computed
+alike whichever others are with it: so one call for a token's experts, calls for one of them at a time, and
+anything between give the same h and the same contributions; and `down` rounds and adds contributions as
+`model.moe.mix_one` does, so adding up by `+`, in ascending order of id, what `down` gives for each expert is
+the same sum too. From 2 to 16 rows, a row's result does not depend on the others.
+
+**What is not.** One row, 2 to 16 rows and more rows are three computations, and an expert by `gate_up` and
+`down` is another than by `Fused` and `F.silu`. All are within rounding of one another. A provider of experts
+has to choose by the number of rows alone.
+
+The sizes of tiles were chosen by arithmetic, and **have not been measured on a GPU**. They are fixed, since to
+choose them by timing would make results depend on it.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.quant.backends.blocks import Blocks
+from model.quant.layout import matrix_fields
+from model.quant.spec import QuantSpec
+
+FEW = 16  # rows: what a tensor core multiplies at least
+CAPABILITY = (8, 0)  # below, there is no bfloat16
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why this backend cannot serve a matrix on this device, and what to do about it; None if it can."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        needed, found = (".".join(str(part) for part in c) for c in (CAPABILITY, capability))
+        return f"needs a GPU of compute capability {needed}, and this one has {found}; there is no other way"
+    if find_spec("triton") is None:
+        return "needs Triton, which is not installed; pip install triton"
+    return None
+
+
+@dataclass(frozen=True)
+class OneRow:
+    """The tile of a program that multiplies with one row of x."""
+
+    rows: int
+    groups: int
+    warps: int
+
+    @staticmethod
+    @functools.cache
+    def choose(K: int, bits: int, group_size: int) -> "OneRow":
+        """8 rows: with fewer, preparing x again for every tile would take a quarter of all instructions; with
+        more, a matrix of 4096 rows would be too few programs for 100 and more multiprocessors.
+
+        2048 or 1024 bytes of a row (at 3 bits, of its low plane): 16 for each thread of 4 or 2 warps, so that
+        all threads lie along K, and x needs no exchange between warps. Whichever makes fewer columns in all
+        where neither divides K, and the longer if that is the same.
+
+        >>> [OneRow.choose(K, 4, 64).groups * 64 for K in (4096, 14336, 6144, 256, 192)]
+        [4096, 2048, 2048, 256, 256]
+        >>> OneRow.choose(14336, 2, 16)
+        OneRow(rows=8, groups=512, warps=4)
+        """
+        width = 2 if bits == 3 else bits
+        sizes = [min(max(wanted * 8 // width, group_size), power_of_two(K)) for wanted in (2048, 1024)]
+        columns = min(sizes, key=lambda size: -(-K // size) * size)
+        warps = min(max(columns * width // 8 // 512, 1), 8)
+        return OneRow(8, columns // group_size, warps)
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """The tile of a program that multiplies with 2 to 16 rows of x: `pieces` times `piece` bytes of so many
+    rows of a matrix; and between how many programs K is split."""
+
+    rows: int
+    pieces: int
+    piece: int
+    splits: int
+
+    @staticmethod
+    @functools.cache
+    def choose(N: int, K: int, bits: int, group_size: int) -> "FewRows":
+        """128 bytes of a row are what a warp needs to read whole lines, and 32 rows of them, as float32, are 32
+        registers for each thread of 4 warps. 3 bits read three streams: half of that.
+
+        K is split, evenly, until there are 512 programs, some 4 to a multiprocessor, or 8 tiles are left to
+        each.
+
+        >>> FewRows.choose(4096, 14336, 4, 64)
+        FewRows(rows=32, pieces=4, piece=32, splits=4)
+        >>> FewRows.choose(28672, 4096, 3, 128)
+        FewRows(rows=32, pieces=4, piece=16, splits=1)
+        """
+        run = group_size * (1 if bits == 3 else bits) // 8  # consecutive bytes of one group, and codes of a part
+        piece = min(run, 64 if bits == 3 else 128)
+        pieces = (64 if bits == 3 else 128) // piece
+        rows = 32 if N % 32 == 0 else 16
+        tiles = -(-K // group_size * (run // piece) // pieces)
+        splits = 1
+        while N // rows * splits < 512 and tiles >= 16 * splits:
+            splits *= 2
+        return FewRows(rows, pieces, piece, splits)
+
+
+def power_of_two(count: int) -> int:
+    """The least that is not below `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+class Fused:
+    """A matrix kept as files have it."""
+
+    fields = staticmethod(Blocks.fields)
+    store = staticmethod(Blocks.store)
+
+    def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
+        """The tensors of `memory` have to follow one another without gaps, as `fields` has them."""
+        self.spec, self.shape = spec, shape
+        self.blocks = Blocks(spec, shape, memory)
+        self.start = memory["codes"]  # a pointer to the first stream serves for all
+        base = self.start.storage_offset()
+        for field in self.fields("", shape, spec):
+            stream = memory[field.name.lstrip(".")]
+            assert stream.storage_offset() * stream.element_size() == base + field.offset, field
+            assert stream.untyped_storage().data_ptr() == self.start.untyped_storage().data_ptr(), field
+
+    def __call__(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N]
+        if x.shape[0] == 1:
+            return self.one(x.contiguous())
+        return self.few(x.contiguous()) if 1 < x.shape[0] <= FEW else self.blocks(x)
+
+    def one(self, x: Tensor) -> Tensor:  # [1, K] -> [1, N]
+        from model.quant.backends import triton_kernels
+
+        N, K = self.shape
+        tile = OneRow.choose(K, self.spec.bits, self.spec.group_size)
+        y = x.new_empty(1, N)
+        launch(
+            triton_kernels.multiply_one, (N // tile.rows,), x, self.start, y,
+            N=N, K=K, **constants(self.spec), ROWS=tile.rows, GROUPS=tile.groups, num_warps=tile.warps,
+        )  # fmt: skip
+        return y
+
+    def few(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N]
+        from model.quant.backends import triton_kernels
+
+        (N, K), M = self.shape, x.shape[0]
+        tile = FewRows.choose(N, K, self.spec.bits, self.spec.group_size)
+        split = tile.splits > 1
+        out = x.new_empty(tile.splits, M, N, dtype=torch.float32 if split else x.dtype)
+        launch(
+            triton_kernels.multiply_few, (N // tile.rows, tile.splits), x, self.start, out, M,
+            N=N, K=K, **constants(self.spec), ROWS=tile.rows, PIECES=tile.pieces, PIECE=tile.piece,
+            SPLITS=tile.splits, WIDEN=x.device.type == "cpu", num_warps=4,
+        )  # fmt: skip
+        return functools.reduce(torch.add, out).to(x.dtype) if split else out[0]
+
+
+@dataclass(frozen=True)
+class ExpertForm:
+    """What the blobs of a pool are: w13 [2 F, D], then w2 [D, F], both as `Fused` keeps them."""
+
+    spec: QuantSpec
+    hidden: int  # D
+    ffn: int  # F
+
+    @property
+    def w2_offset(self) -> int:
+        return matrix_fields("w13", (2 * self.ffn, self.hidden), self.spec)[-1].end
+
+
+def gate_up(x: Tensor, pool: Tensor, slots: Tensor, form: ExpertForm) -> Tensor:
+    """`silu(w1 x) * w3 x` for each of A experts and one token, in one launch: [A, F] in x's dtype.
+
+    x [1, D]; pool [S, blob bytes] uint8, whose rows are multiples of 16 bytes; slots [A] of any integer dtype,
+    on x's device. Rounded where separate operations would round: w1 x, w3 x, silu, and the product.
+    """
+    from model.quant.backends import triton_kernels
+
+    D, F, (A,) = form.hidden, form.ffn, slots.shape
+    check(x, (1, D), pool, form)
+    tile = OneRow.choose(D, form.spec.bits, form.spec.group_size)
+    h = x.new_empty(A, F)
+    launch(
+        triton_kernels.gate_up, (F // tile.rows, A), x.contiguous(), pool, slots.contiguous(), h,
+        D=D, F=F, **constants(form.spec), BLOB=pool.shape[1], ROWS=tile.rows, GROUPS=tile.groups, num_warps=tile.warps,
+    )  # fmt: skip
+    return h
+
+
+def down(
+    h: Tensor, pool: Tensor, slots: Tensor, weights: Tensor, form: ExpertForm, ids: Tensor | None = None
+) -> Tensor:
+    """The sum over A experts of `weight * w2 h`, in one launch: [1, D] in h's dtype.
+
+    h [A, F] from `gate_up`; weights [A], rounded to h's dtype first; slots [A] and ids [A] integers, each
+    expert's own, the ids all different. A contribution is rounded, then its product with the weight, then
+    each sum, in ascending order of id. Without ids, slots take their place: where slots lie in the order of
+    ids.
+    """
+    from model.quant.backends import triton_kernels
+
+    D, F, (A,) = form.hidden, form.ffn, slots.shape
+    check(h, (A, F), pool, form)
+    tile = OneRow.choose(F, form.spec.bits, form.spec.group_size)
+    slots = slots.contiguous()
+    y = h.new_empty(1, D)
+    launch(
+        triton_kernels.down, (D // tile.rows,), h.contiguous(), pool, slots,
+        slots if ids is None else ids.contiguous(), weights.contiguous(), y,
+        D=D, F=F, **constants(form.spec), BLOB=pool.shape[1], OFFSET=form.w2_offset, A=A,
+        CHOICES=power_of_two(A), ROWS=tile.rows, GROUPS=tile.groups, num_warps=tile.warps,
+    )  # fmt: skip
+    return y
+
+
+def expert_pair(
+    x: Tensor, pool: Tensor, slots: Tensor, weights: Tensor, form: ExpertForm, ids: Tensor | None = None
+) -> Tensor:
+    """What `model.moe.Experts` promises, for one token whose A experts are all in the pool: [1, D] from x
+    [1, D], in two launches. The other arguments are as of `gate_up` and `down`."""
+    return down(gate_up(x, pool, slots, form), pool, slots, weights, form, ids)
+
+
+def check(x: Tensor, shape: tuple[int, int], pool: Tensor, form: ExpertForm) -> None:
+    assert tuple(x.shape) == shape, (x.shape, shape)
+    assert pool.dtype == torch.uint8 and pool.is_contiguous() and pool.shape[1] % 16 == 0, pool.shape
+    w2 = matrix_fields("w2", (form.hidden, form.ffn), form.spec, form.w2_offset)
+    assert pool.shape[1] >= w2[-1].end, (pool.shape, w2[-1].end)
+
+
+def constants(spec: QuantSpec) -> dict[str, int]:
+    return {"BITS": spec.bits, "GROUP": spec.group_size, "META": spec.meta_group_size}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *tensors: Tensor | int, **values: int) -> None:
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        kernel[grid](x, *tensors, **values, enable_fp_fusion=False)

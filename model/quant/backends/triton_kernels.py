@@ -1,0 +1,256 @@
+"""The kernels behind `fused.py`: weights go from packed bytes to sums inside a GPU's registers.
+
+One token is bound by memory. Its kernels read every byte of a matrix once, 16 consecutive bytes to a thread
+where groups are long enough, and make a dot product of it in float32. A byte holds codes that lie a part of a
+group apart along K, so x is read once for each part, and the bits of a code are multiplied where they are in
+the byte, by an x that is smaller in proportion: powers of two, so exactly. Scale and zero come in once for a
+group, since the sum of (q - z) s x is s (sum of q x - z sum of x).
+
+Up to 16 rows go to the tensor cores. There every weight is computed in float32 and rounded once to x's dtype,
+so it is the number that `QuantisedTensor.dequantise` gives.
+
+No sum is split between programs in an order that chance decides: the same input gives the same bits. Products
+and sums that must round one by one do, since the launchers forbid contraction (`enable_fp_fusion=False`);
+where one rounding is wanted, `tl.fma` says so.
+
+A matrix is one pointer: its streams follow one another as in `model.quant.layout`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scales_and_zeros(
+    matrix: tl.tensor,  # *uint8
+    n: tl.tensor,  # [ROWS] rows of the matrix
+    j: tl.tensor,  # [GROUPS] groups of a row
+    there: tl.tensor,  # [GROUPS] whether they exist
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    META: tl.constexpr,
+):  # [ROWS, GROUPS] float32 each
+    J: tl.constexpr = K // GROUP
+    SCALES: tl.constexpr = N * K * BITS // 8
+    at = n[:, None] * J + j[None, :]
+    mask = there[None, :]
+    scale = tl.load(matrix + SCALES + at, mask=mask, other=0).to(tl.float32)
+    zero = tl.load(matrix + SCALES + N * J + at, mask=mask, other=0).to(tl.float32)
+    steps = (matrix + SCALES + 2 * N * J).to(tl.pointer_type(tl.float32), bitcast=True)
+    step = tl.load(steps + at // META, mask=mask, other=0.0)
+    return scale * step, zero * (1.0 / (1 << (8 - BITS)))
+
+
+@triton.jit
+def plane_sums(
+    x: tl.tensor,  # [K]
+    codes: tl.tensor,  # [N, K * WIDTH / 8] *uint8
+    n: tl.tensor,  # [ROWS]
+    j: tl.tensor,  # [GROUPS]
+    there: tl.tensor,  # [GROUPS]
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # [ROWS, GROUPS] and [GROUPS] float32
+    """Sums of x times the codes of one plane, group by group, and sums of x."""
+    PARTS: tl.constexpr = 8 // WIDTH
+    BYTES: tl.constexpr = GROUP // PARTS
+    byte = tl.arange(0, BYTES)
+    at = n[:, None, None] * (K // PARTS) + j[None, :, None] * BYTES + byte[None, None, :]
+    packed = tl.load(codes + at, mask=there[None, :, None], other=0)  # [ROWS, GROUPS, BYTES]
+    sums = tl.zeros([ROWS, GROUPS, BYTES], tl.float32)
+    inputs = tl.zeros([GROUPS, BYTES], tl.float32)
+    for part in tl.static_range(PARTS):
+        at = j[:, None] * GROUP + part * BYTES + byte[None, :]
+        values = tl.load(x + at, mask=there[:, None], other=0.0).to(tl.float32)  # [GROUPS, BYTES]
+        inputs += values
+        values = values * (1.0 / (1 << (part * WIDTH)))
+        mask = ((1 << WIDTH) - 1) << (part * WIDTH)
+        sums = tl.fma((packed & mask).to(tl.float32), values[None, :, :], sums)
+    return tl.sum(sums, axis=2), tl.sum(inputs, axis=1)
+
+
+@triton.jit
+def dot_rows(
+    x: tl.tensor,  # [K]
+    matrix: tl.tensor,  # *uint8
+    first: tl.tensor,  # row
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    META: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # [ROWS] float32
+    """ROWS rows of the matrix, from `first` on, times x, GROUPS groups at a time."""
+    J: tl.constexpr = K // GROUP
+    n = first + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, GROUPS], tl.float32)
+    for start in range(0, J, GROUPS):
+        j = start + tl.arange(0, GROUPS)
+        there = j < J
+        if BITS == 3:
+            low, all_x = plane_sums(x, matrix, n, j, there, ROWS, GROUPS, K, GROUP, 2)
+            high, _ = plane_sums(x, matrix + N * K // 4, n, j, there, ROWS, GROUPS, K, GROUP, 1)
+            sums = tl.fma(high, 4.0, low)
+        else:
+            sums, all_x = plane_sums(x, matrix, n, j, there, ROWS, GROUPS, K, GROUP, BITS)
+        scale, zero = scales_and_zeros(matrix, n, j, there, N, K, BITS, GROUP, META)
+        total = tl.fma(scale, tl.fma(-zero, all_x[None, :], sums), total)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def multiply_one(
+    x: tl.tensor,  # [K]
+    matrix: tl.tensor,  # *uint8
+    y: tl.tensor,  # [N]
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    META: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:  # grid [N / ROWS]
+    first = tl.program_id(0) * ROWS
+    sums = dot_rows(x, matrix, first, N, K, BITS, GROUP, META, ROWS, GROUPS)
+    tl.store(y + first + tl.arange(0, ROWS), sums.to(y.dtype.element_ty))
+
+
+@triton.jit
+def multiply_few(
+    x: tl.tensor,  # [M, K]
+    matrix: tl.tensor,  # *uint8
+    out: tl.tensor,  # [SPLITS, M, N]
+    M: tl.tensor,  # at most 16
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    META: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> None:  # grid [N / ROWS, SPLITS]
+    """PIECES pieces at a time, of a group's bytes PIECE each; 16 rows of x, those beyond M being zeros.
+
+    WIDEN multiplies the same numbers as float32: the interpreter would multiply bfloat16's bits.
+    """
+    J: tl.constexpr = K // GROUP
+    PARTS: tl.constexpr = 8 if BITS == 3 else 8 // BITS  # 3 bits: the parts of the high plane
+    RUN: tl.constexpr = GROUP // PARTS
+    A_GROUP: tl.constexpr = RUN // PIECE
+    ALL: tl.constexpr = J * A_GROUP
+    EACH: tl.constexpr = (ALL + SPLITS * PIECES - 1) // (SPLITS * PIECES) * PIECES
+    WIDE: tl.constexpr = PIECES * PIECE
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m = tl.arange(0, 16)
+    wide = tl.arange(0, WIDE)
+    begin = tl.program_id(1) * EACH
+    sums = tl.zeros([16, ROWS], tl.float32)
+    for start in range(begin, tl.minimum(begin + EACH, ALL), PIECES):
+        j = (start + tl.arange(0, PIECES)) // A_GROUP
+        scale, zero = scales_and_zeros(matrix, n, j, j < J, N, K, BITS, GROUP, META)
+        scale = tl.broadcast_to(scale[:, :, None], [ROWS, PIECES, PIECE]).reshape(ROWS, WIDE)
+        zero = tl.broadcast_to(zero[:, :, None], [ROWS, PIECES, PIECE]).reshape(ROWS, WIDE)
+        piece = start + wide // PIECE
+        group = piece // A_GROUP
+        byte = piece % A_GROUP * PIECE + wide % PIECE  # of the group's part
+        there = group < J
+        if BITS == 3:
+            low = matrix + n[:, None] * (K // 4) + (group * (2 * RUN) + byte)[None, :]
+            even = tl.load(low, mask=there[None, :], other=0)
+            odd = tl.load(low + RUN, mask=there[None, :], other=0)
+            at = n[:, None] * (K // 8) + (group * RUN + byte)[None, :]
+            packed = tl.load(matrix + N * K // 4 + at, mask=there[None, :], other=0)
+        else:
+            at = n[:, None] * (K // PARTS) + (group * RUN + byte)[None, :]
+            packed = tl.load(matrix + at, mask=there[None, :], other=0)
+        for part in tl.static_range(PARTS):
+            if BITS == 3:
+                if part % 2 == 0:  # two parts of the high plane are one of the low
+                    codes = (even >> (part // 2 * 2)) & 3
+                else:
+                    codes = (odd >> (part // 2 * 2)) & 3
+                codes = codes | (((packed >> part) & 1) << 2)
+            else:
+                codes = (packed >> (part * BITS)) & ((1 << BITS) - 1)
+            w = ((codes.to(tl.float32) - zero) * scale).to(x.dtype.element_ty)  # [ROWS, WIDE]
+            inputs = m[:, None] * K + (group * GROUP + part * RUN + byte)[None, :]
+            values = tl.load(x + inputs, mask=(m < M)[:, None] & there[None, :], other=0.0)
+            if WIDEN:
+                values, w = values.to(tl.float32), w.to(tl.float32)
+            sums = tl.dot(values, tl.trans(w), sums, input_precision="ieee")
+    at = (tl.program_id(1) * M + m)[:, None] * N + n[None, :]
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(m < M)[:, None])
+
+
+@triton.jit
+def gate_up(
+    x: tl.tensor,  # [D]
+    pool: tl.tensor,  # [slots, BLOB] *uint8
+    slots: tl.tensor,  # [A]
+    h: tl.tensor,  # [A, F]
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    META: tl.constexpr,
+    BLOB: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:  # grid [F / ROWS, A]
+    """`silu(w1 x) * w3 x`, every step rounded to h's dtype, as separate operations would."""
+    dtype = h.dtype.element_ty
+    first, choice = tl.program_id(0) * ROWS, tl.program_id(1)
+    w13 = pool + tl.load(slots + choice).to(tl.int64) * BLOB
+    gate = dot_rows(x, w13, first, 2 * F, D, BITS, GROUP, META, ROWS, GROUPS).to(dtype).to(tl.float32)
+    up = dot_rows(x, w13, F + first, 2 * F, D, BITS, GROUP, META, ROWS, GROUPS).to(dtype).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(h + choice * F + first + tl.arange(0, ROWS), (silu * up).to(dtype))
+
+
+@triton.jit
+def down(
+    h: tl.tensor,  # [A, F]
+    pool: tl.tensor,  # [slots, BLOB] *uint8
+    slots: tl.tensor,  # [A]
+    ids: tl.tensor,  # [A], all different
+    weights: tl.tensor,  # [A]
+    y: tl.tensor,  # [D]
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    META: tl.constexpr,
+    BLOB: tl.constexpr,
+    OFFSET: tl.constexpr,  # of w2 in a blob
+    A: tl.constexpr,
+    CHOICES: tl.constexpr,  # a power of two, at least A
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:  # grid [D / ROWS]
+    """The weighted sum of the experts' outputs, added in ascending order of id, every step rounded to y's
+    dtype."""
+    dtype = y.dtype.element_ty
+    first = tl.program_id(0) * ROWS
+    choices = tl.arange(0, CHOICES)
+    known = tl.load(ids + choices, mask=choices < A, other=2147483647)
+    rank = tl.sum((known[None, :] < known[:, None]).to(tl.int32), axis=1)  # [CHOICES]
+    total = tl.zeros([ROWS], tl.float32)
+    for place in range(A):
+        choice = tl.sum(tl.where((rank == place) & (choices < A), choices, 0), axis=0)
+        w2 = pool + tl.load(slots + choice).to(tl.int64) * BLOB + OFFSET
+        part = dot_rows(h + choice * F, w2, first, D, F, BITS, GROUP, META, ROWS, GROUPS)
+        weight = tl.load(weights + choice).to(dtype).to(tl.float32)
+        part = (part.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+        total = tl.where(place == 0, part, (total + part).to(dtype).to(tl.float32))
+    tl.store(y + first + tl.arange(0, ROWS), total.to(dtype))

@@ -1,0 +1,136 @@
+"""What the cache promises beyond equal results: when things are sent for, and what it holds."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.experts.cache import by_last_use, to_host
+from runtime.experts.copying import HostLink, Ticket
+from runtime.experts.trace import Guess, Hit, Miss, Routing
+
+
+def test_one_transfer_per_layer(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way to a token, one `tolist` in each layer, and no `item`."""
+    ids = rig.ids(4)
+    with rig.cached(2, lookahead=2, prefetch=2) as cache:
+        rig.engine.logits(ids)
+        counted: list[str] = []
+        for name in ("tolist", "item", "nonzero"):
+            method = getattr(torch.Tensor, name)
+
+            def spy(tensor: Any, *args: Any, name: str = name, method: Any = method) -> Any:
+                if threading.current_thread() is threading.main_thread():
+                    counted.append(name)
+                return method(tensor, *args)
+
+            monkeypatch.setattr(torch.Tensor, name, spy)
+        session = rig.engine.session()
+        rig.engine.forward(ids[:1], session.cache)
+        session.close()
+        assert counted == ["tolist"] * rig.layers
+        assert cache.counters.misses
+
+
+def test_experts_that_are_there_are_computed_while_others_travel(rig: Any) -> None:
+    """A hit is computed before a miss has arrived, and w13 of a miss before its w2 has."""
+    with rig.cached(3, lookahead=0) as cache:
+        log: list[tuple[Any, ...]] = []
+        wait = cache.copies.wait
+
+        def noted(ticket: Ticket, count: int | None = None) -> float:
+            log.append(("wait", count))
+            return wait(ticket, count)
+
+        cache.copies.wait = noted
+        for slot, expert in enumerate(cache.computed):
+            noted_w13 = lambda x, f=expert.w13: (log.append(("w13",)), f(x))[1]  # noqa: E731
+            noted_w2 = lambda x, f=expert.w2: (log.append(("w2",)), f(x))[1]  # noqa: E731
+            cache.computed[slot] = type(expert)(noted_w13, noted_w2)
+        x = torch.randn(1, rig.engine.config.hidden)
+        weights = torch.tensor([[0.5, 0.5]])
+
+        def apply(*experts: int) -> list[tuple[Any, ...]]:
+            log.clear()
+            cache.complete = True
+            cache.apply(0, x, torch.tensor([experts]), weights)
+            return list(log)
+
+        first, all_of_it = cache.first_bytes, rig.form.blob_bytes
+        missed = [("wait", first), ("w13",), ("wait", all_of_it), ("w2",)]
+        assert apply(5, 2) == missed * 2
+        assert apply(5, 2) == [("w13",), ("w2",)] * 2
+        assert apply(1, 5) == [("w13",), ("w2",), *missed]  # 5 first: it is there
+        assert 0 < first < all_of_it
+
+
+def test_guesses_are_the_likeliest_that_are_absent(rig: Any, events: Any) -> None:
+    with rig.cached(2, lookahead=2, prefetch=2) as cache:
+        rig.engine.logits(rig.ids(3))
+        cache.record(events)
+        session = rig.engine.session()
+        for i in rig.ids(6, seed=3):
+            rig.engine.forward([i], session.cache)
+        session.close()
+        assert len(events.of(Guess)) > 5
+        for guess in events.of(Guess):
+            assert guess.rank < 2 and guess.distance in (1, 2) and guess.layer >= guess.distance
+        # a guess evicts nothing: what layers hold changes by misses alone
+        held: dict[int, set[int]] = {}
+        for event in events.of(Routing, Hit, Miss):
+            if isinstance(event, Miss):
+                held.setdefault(event.layer, set()).add(event.expert)
+                held[event.layer].discard(-1 if event.evicted is None else event.evicted)
+        for layer, experts in held.items():
+            assert experts <= set(cache.tables[layer].where)
+
+
+@pytest.mark.parametrize(("lookahead", "prefetch"), [(0, 3), (1, 0)])
+def test_no_guesses_when_off(rig: Any, lookahead: int, prefetch: int) -> None:
+    with rig.cached(2, lookahead=lookahead, prefetch=prefetch) as cache:
+        rig.engine.logits(rig.ids(9))
+        counters = cache.count()
+        assert cache.lookahead is None and (counters.guesses, counters.recallable) == (0, 0)
+        assert counters.copied_bytes == counters.misses * rig.form.blob_bytes and not counters.wasted_bytes
+
+
+def test_with_all_experts_in_slots_each_is_copied_once(rig: Any) -> None:
+    with rig.cached(8, lookahead=0) as cache:
+        for _ in range(3):
+            rig.engine.logits(rig.ids(200))
+        assert cache.counters.misses <= rig.layers * rig.experts
+        assert cache.count().copied_bytes == cache.counters.misses * rig.form.blob_bytes
+
+
+def test_a_slot_is_overwritten_behind_its_last_use(rig: Any) -> None:
+    """Every copy is told the mark that was made when its slot was used last."""
+
+    class Marking(HostLink):
+        made = 0
+
+        def used(self) -> Any:
+            self.made += 1
+            return self.made
+
+    with rig.cached(2, prefetch=2, link=Marking()) as cache:
+        marks: list[bool] = []
+        submit = cache.copies.submit
+
+        def noted(source: Any, target: Any, urgent: bool, free: Any, label: Any) -> Ticket:
+            slot = (target.data_ptr() - cache.pool.data_ptr()) // rig.form.blob_bytes
+            marks.append(free == cache.last_use[slot] and free is not None)
+            return submit(source, target, urgent, free, label)
+
+        cache.copies.submit = noted
+        rig.engine.logits(rig.ids(50))
+        rig.engine.logits(rig.ids(1))
+        assert len(marks) > 20 and all(marks)
+        assert len(set(cache.last_use)) > 6
+
+
+def test_what_goes_to_the_host_comes_back_apart() -> None:
+    ids, ranking = torch.tensor([[2, 0], [1, 2], [3, 1]]), torch.tensor([[2, 1, 0, 3], [3, 1, 2, 0]])
+    assert to_host(ids, ranking) == (ids.tolist(), ranking.tolist())
+    assert to_host(ids, None) == (ids.tolist(), [])
+    assert by_last_use([[4, 1]]) == [1, 4]
