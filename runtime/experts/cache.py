@@ -172,7 +172,7 @@ class ExpertCache:
         ranking = self.lookahead.rank(layer, x) if self.lookahead else None
         chosen, ahead = to_host(ids, ranking)
         needed = by_last_use(chosen)
-        self.note_choice(layer, tokens, needed, ahead)
+        self.note_choice(layer, chosen, weights, needed, ahead)
         sums = Contributions(x, weights.to(x.dtype), chosen, self.arena.experts)
         missing = deque(e for e in needed if table.find(e) is None)
         waiting: deque[Access] = deque()  # accessed, and not computed yet
@@ -302,14 +302,21 @@ class ExpertCache:
         self.last_use[access.slot] = self.copies.link.used()
         self.tables[layer].release(access.slot)
 
-    def note_choice(self, layer: int, tokens: int, needed: list[int], ahead: list[list[int]]) -> None:
+    def note_choice(
+        self, layer: int, chosen: list[list[int]], weights: Tensor, needed: list[int], ahead: list[list[int]]
+    ) -> None:
         """Keep account of what the router chose, and of what the layer before had expected."""
-        if tokens == 1 and self.predicted:
+        if len(chosen) == 1 and self.predicted:
             self.counters.recalled += len(set(needed) & set(self.predicted[: len(needed)]))
             self.counters.recallable += len(needed)
         self.predicted = ahead[0] if ahead else []
         if self.trace is not None:
-            self.trace.add(trace.Routing(self.step, layer, tokens, tuple(needed)))
+            totals = dict.fromkeys(needed, 0.0)
+            for experts, shares in zip(chosen, weights.tolist(), strict=True):
+                for e, share in zip(experts, shares, strict=True):
+                    totals[e] += share
+            shown = tuple(round(totals[e], 4) for e in needed)
+            self.trace.add(trace.Routing(self.step, layer, len(chosen), tuple(needed), shown))
             for distance, ranking in enumerate(ahead, start=1):
                 self.trace.add(trace.Ranking(self.step, layer + distance, distance, tuple(ranking)))
 

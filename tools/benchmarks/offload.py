@@ -9,8 +9,8 @@ link as fast as one chooses.
 The modes take turns over the same model and ids. Beside them stands the bound: a token takes no less than
 computing alone does, nor than the bytes that the cache's misses have to move over the link.
 
-By default the link is as fast as makes these two equal, which is where overlap is worth most. One core is left
-to the link: computing takes the others.
+By default the link is as fast as makes these two equal, which is where overlap is worth most. One core is
+left to the link: computing takes the others.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def measure(model: Mixtral, form: ExpertFormat, args: argparse.Namespace) -> dic
 
 
 def report(times: dict[str, list[float]], full: ExpertCache, gbps: float, tokens: int) -> dict[str, Any]:
-    """`tokens` is how many each mode has decoded. Misses are those of the policy, which guesses do not change."""
+    """`tokens` is how many each mode has decoded. Misses are the policy's own: guesses do not change them."""
     counters = full.count()
     copying = counters.misses / tokens * full.arena.blob(0, 0).numel() / (gbps * 1e9)
     computing = statistics.median(times["resident"])

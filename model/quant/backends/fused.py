@@ -15,8 +15,8 @@ the same sum too. From 2 to 16 rows, a row's result does not depend on the other
 `down` is another than by `Fused` and `F.silu`. All are within rounding of one another. A provider of experts
 has to choose by the number of rows alone.
 
-The sizes of tiles were chosen by arithmetic, and **have not been measured on a GPU**. They are fixed, since to
-choose them by timing would make results depend on it.
+The sizes of tiles were chosen by arithmetic and from compiled code, and **have not been measured on a GPU**.
+They are fixed, since to choose them by timing would make results depend on it.
 """
 
 import functools
@@ -92,8 +92,8 @@ class FewRows:
     @staticmethod
     @functools.cache
     def choose(N: int, K: int, bits: int, group_size: int) -> "FewRows":
-        """128 bytes of a row are what a warp needs to read whole lines, and 32 rows of them, as float32, are 32
-        registers for each thread of 4 warps. 3 bits read three streams: half of that.
+        """128 bytes of a row are a line of cache; 32 rows of them, in float32, 32 registers of each of
+        128 threads. 3 bits read three streams: half of that.
 
         K is split, evenly, until there are 512 programs, some 4 to a multiprocessor, or 8 tiles are left to
         each.
@@ -103,7 +103,7 @@ class FewRows:
         >>> FewRows.choose(28672, 4096, 3, 128)
         FewRows(rows=32, pieces=4, piece=16, splits=1)
         """
-        run = group_size * (1 if bits == 3 else bits) // 8  # consecutive bytes of one group, and codes of a part
+        run = group_size * (1 if bits == 3 else bits) // 8  # bytes, or codes, of a part of a group
         piece = min(run, 64 if bits == 3 else 128)
         pieces = (64 if bits == 3 else 128) // piece
         rows = 32 if N % 32 == 0 else 16
@@ -163,7 +163,7 @@ class Fused:
         launch(
             triton_kernels.multiply_few, (N // tile.rows, tile.splits), x, self.start, out, M,
             N=N, K=K, **constants(self.spec), ROWS=tile.rows, PIECES=tile.pieces, PIECE=tile.piece,
-            SPLITS=tile.splits, WIDEN=x.device.type == "cpu", num_warps=4,
+            SPLITS=tile.splits, num_warps=4,
         )  # fmt: skip
         return functools.reduce(torch.add, out).to(x.dtype) if split else out[0]
 
@@ -184,8 +184,8 @@ class ExpertForm:
 def gate_up(x: Tensor, pool: Tensor, slots: Tensor, form: ExpertForm) -> Tensor:
     """`silu(w1 x) * w3 x` for each of A experts and one token, in one launch: [A, F] in x's dtype.
 
-    x [1, D]; pool [S, blob bytes] uint8, whose rows are multiples of 16 bytes; slots [A] of any integer dtype,
-    on x's device. Rounded where separate operations would round: w1 x, w3 x, silu, and the product.
+    x [1, D]; pool [S, blob bytes] uint8, whose rows are multiples of 16 bytes; slots [A] of any integer
+    dtype, on x's device. Rounded where separate operations would round: w1 x, w3 x, silu, and the product.
     """
     from model.quant.backends import triton_kernels
 
@@ -195,7 +195,8 @@ def gate_up(x: Tensor, pool: Tensor, slots: Tensor, form: ExpertForm) -> Tensor:
     h = x.new_empty(A, F)
     launch(
         triton_kernels.gate_up, (F // tile.rows, A), x.contiguous(), pool, slots.contiguous(), h,
-        D=D, F=F, **constants(form.spec), BLOB=pool.shape[1], ROWS=tile.rows, GROUPS=tile.groups, num_warps=tile.warps,
+        D=D, F=F, **constants(form.spec), BLOB=pool.shape[1], ROWS=tile.rows, GROUPS=tile.groups,
+        num_warps=tile.warps,
     )  # fmt: skip
     return h
 
@@ -246,5 +247,6 @@ def constants(spec: QuantSpec) -> dict[str, int]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *tensors: Tensor | int, **values: int) -> None:
+    interpreted = x.device.type == "cpu"  # by TRITON_INTERPRET=1: there is no other way to run on one
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        kernel[grid](x, *tensors, **values, enable_fp_fusion=False)
+        kernel[grid](x, *tensors, **values, INTERPRETED=interpreted, enable_fp_fusion=False)

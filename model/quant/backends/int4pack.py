@@ -68,19 +68,22 @@ class Int4Pack:
         return even, odd
 
     def expand_and_multiply(self, x: Tensor) -> Tensor:
-        """The same for many rows: W.T in blocks of columns, in bfloat16, each followed by a plain product."""
-        N, _ = self.shape
+        """The same for many rows: W.T in blocks of columns, in bfloat16, each followed by a plain product.
+
+        Blocks share their memory: fresh pages for each took more time than what is done with them.
+        """
+        N, K = self.shape
         out = x.new_empty(x.shape[0], N)
+        work = Workspace(K, min(EXPANDED, N), len(self.nibbles), x.device)
         for start in range(0, N, EXPANDED):
             rows = slice(start, min(start + EXPANDED, N))
-            torch.mm(x, self.expand(rows), out=out[:, rows])
+            torch.mm(x, self.expand(rows, work), out=out[:, rows])
         return out
 
-    def expand(self, rows: slice) -> Tensor:
+    def expand(self, rows: slice, work: "Workspace") -> Tensor:
         """Some rows of W, which begin and end with the kernel's blocks, transposed: [K, n] bfloat16."""
         K, n = self.shape[1], rows.stop - rows.start
-        block = kernel_block()
-        codes = [codes_of(plane, rows, block) for plane in self.nibbles]  # [K, n] each
+        codes = [work.codes(plane, i, rows) for i, plane in enumerate(self.nibbles)]  # [K, n] each
         if self.halves:
             values = codes[0].view(-1, 2, self.spec.group_size, n)
             for half in (0, 1):
@@ -190,11 +193,23 @@ def pack_in_blocks(codes: Tensor, out: Tensor, block: int) -> None:
         packed.copy_(pair.t())  # one matrix after the other: PyTorch transposes those in tiles
 
 
-def codes_of(nibbles: Tensor, rows: slice, block: int) -> Tensor:
-    """Codes of some rows less 8, transposed: [K, n] bfloat16, from a plane [N, K / 2]."""
-    K = nibbles.shape[1] * 2
-    packed = nibbles[rows].view(-1, K, block // 2)  # [n / block, K, block / 2]
-    values = nibbles.new_empty(K, packed.shape[0], 2, block // 2, dtype=torch.bfloat16)
-    for half, codes in enumerate((packed & 15, packed >> 4)):
-        values[:, :, half] = codes.sub_(8).view(torch.int8).transpose(0, 1)
-    return values.view(K, -1)
+class Workspace:
+    """Room for a block of up to n rows of W as it is expanded, to be used again for the next."""
+
+    def __init__(self, K: int, n: int, planes: int, device: torch.device) -> None:
+        self.halves = torch.empty(2, K * n // 2, dtype=torch.uint8, device=device)
+        self.values = torch.empty(planes, K * n, dtype=torch.bfloat16, device=device)
+
+    def codes(self, nibbles: Tensor, plane: int, rows: slice) -> Tensor:
+        """Codes of some rows less 8, transposed: [K, n] bfloat16, from a plane [N, K / 2]."""
+        K, n, block = nibbles.shape[1] * 2, rows.stop - rows.start, kernel_block()
+        packed = nibbles[rows].view(-1, K, block // 2)  # [n / block, K, block / 2]
+        values = self.values[plane, : K * n].view(K, n // block, 2, block // 2)
+        for half, codes in enumerate(self.halves[:, : packed.numel()]):
+            codes = codes.view(packed.shape)
+            if half:
+                torch.bitwise_right_shift(packed, 4, out=codes)
+            else:
+                torch.bitwise_and(packed, 15, out=codes)
+            values[:, :, half] = codes.sub_(8).view(torch.int8).transpose(0, 1)
+        return values.view(K, n)

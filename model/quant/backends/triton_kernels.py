@@ -21,6 +21,17 @@ import triton.language as tl
 
 
 @triton.jit
+def rounded(values: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr):  # float32 -> dtype
+    """To the nearest, ties to even. Triton's interpreter would cut off what bfloat16 has no room for, so here
+    the bits to be cut are first made 0."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        values = bits.to(tl.uint32).to(tl.float32, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
 def scales_and_zeros(
     matrix: tl.tensor,  # *uint8
     n: tl.tensor,  # [ROWS] rows of the matrix
@@ -117,10 +128,11 @@ def multiply_one(
     META: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> None:  # grid [N / ROWS]
     first = tl.program_id(0) * ROWS
     sums = dot_rows(x, matrix, first, N, K, BITS, GROUP, META, ROWS, GROUPS)
-    tl.store(y + first + tl.arange(0, ROWS), sums.to(y.dtype.element_ty))
+    tl.store(y + first + tl.arange(0, ROWS), rounded(sums, y.dtype.element_ty, INTERPRETED))
 
 
 @triton.jit
@@ -138,12 +150,9 @@ def multiply_few(
     PIECES: tl.constexpr,
     PIECE: tl.constexpr,
     SPLITS: tl.constexpr,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> None:  # grid [N / ROWS, SPLITS]
-    """PIECES pieces at a time, of a group's bytes PIECE each; 16 rows of x, those beyond M being zeros.
-
-    WIDEN multiplies the same numbers as float32: the interpreter would multiply bfloat16's bits.
-    """
+    """PIECES pieces at a time, of a group's bytes PIECE each; 16 rows of x, those beyond M being zeros."""
     J: tl.constexpr = K // GROUP
     PARTS: tl.constexpr = 8 if BITS == 3 else 8 // BITS  # 3 bits: the parts of the high plane
     RUN: tl.constexpr = GROUP // PARTS
@@ -176,21 +185,20 @@ def multiply_few(
             packed = tl.load(matrix + at, mask=there[None, :], other=0)
         for part in tl.static_range(PARTS):
             if BITS == 3:
-                if part % 2 == 0:  # two parts of the high plane are one of the low
-                    codes = (even >> (part // 2 * 2)) & 3
-                else:
-                    codes = (odd >> (part // 2 * 2)) & 3
-                codes = codes | (((packed >> part) & 1) << 2)
+                low_plane = even if part % 2 == 0 else odd  # whose parts are twice as long
+                codes = ((low_plane >> (part // 2 * 2)) & 3) | (((packed >> part) & 1) << 2)
             else:
                 codes = (packed >> (part * BITS)) & ((1 << BITS) - 1)
-            w = ((codes.to(tl.float32) - zero) * scale).to(x.dtype.element_ty)  # [ROWS, WIDE]
+            w = rounded(
+                (codes.to(tl.float32) - zero) * scale, x.dtype.element_ty, INTERPRETED
+            )  # [ROWS, WIDE]
             inputs = m[:, None] * K + (group * GROUP + part * RUN + byte)[None, :]
             values = tl.load(x + inputs, mask=(m < M)[:, None] & there[None, :], other=0.0)
-            if WIDEN:
+            if INTERPRETED:  # it would multiply bfloat16's bits; the numbers are the same in float32
                 values, w = values.to(tl.float32), w.to(tl.float32)
             sums = tl.dot(values, tl.trans(w), sums, input_precision="ieee")
     at = (tl.program_id(1) * M + m)[:, None] * N + n[None, :]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(m < M)[:, None])
+    tl.store(out + at, rounded(sums, out.dtype.element_ty, INTERPRETED), mask=(m < M)[:, None])
 
 
 @triton.jit
@@ -207,15 +215,18 @@ def gate_up(
     BLOB: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> None:  # grid [F / ROWS, A]
     """`silu(w1 x) * w3 x`, every step rounded to h's dtype, as separate operations would."""
     dtype = h.dtype.element_ty
     first, choice = tl.program_id(0) * ROWS, tl.program_id(1)
     w13 = pool + tl.load(slots + choice).to(tl.int64) * BLOB
-    gate = dot_rows(x, w13, first, 2 * F, D, BITS, GROUP, META, ROWS, GROUPS).to(dtype).to(tl.float32)
-    up = dot_rows(x, w13, F + first, 2 * F, D, BITS, GROUP, META, ROWS, GROUPS).to(dtype).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(h + choice * F + first + tl.arange(0, ROWS), (silu * up).to(dtype))
+    gate = dot_rows(x, w13, first, 2 * F, D, BITS, GROUP, META, ROWS, GROUPS)
+    gate = rounded(gate, dtype, INTERPRETED).to(tl.float32)
+    up = dot_rows(x, w13, F + first, 2 * F, D, BITS, GROUP, META, ROWS, GROUPS)
+    up = rounded(up, dtype, INTERPRETED).to(tl.float32)
+    silu = rounded(gate / (1.0 + tl.exp(-gate)), dtype, INTERPRETED).to(tl.float32)
+    tl.store(h + choice * F + first + tl.arange(0, ROWS), rounded(silu * up, dtype, INTERPRETED))
 
 
 @triton.jit
@@ -237,6 +248,7 @@ def down(
     CHOICES: tl.constexpr,  # a power of two, at least A
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> None:  # grid [D / ROWS]
     """The weighted sum of the experts' outputs, added in ascending order of id, every step rounded to y's
     dtype."""
@@ -250,7 +262,8 @@ def down(
         choice = tl.sum(tl.where((rank == place) & (choices < A), choices, 0), axis=0)
         w2 = pool + tl.load(slots + choice).to(tl.int64) * BLOB + OFFSET
         part = dot_rows(h + choice * F, w2, first, D, F, BITS, GROUP, META, ROWS, GROUPS)
-        weight = tl.load(weights + choice).to(dtype).to(tl.float32)
-        part = (part.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-        total = tl.where(place == 0, part, (total + part).to(dtype).to(tl.float32))
+        part = rounded(part, dtype, INTERPRETED).to(tl.float32)
+        weight = rounded(tl.load(weights + choice).to(tl.float32), dtype, INTERPRETED).to(tl.float32)
+        part = rounded(part * weight, dtype, INTERPRETED).to(tl.float32)
+        total = tl.where(place == 0, part, rounded(total + part, dtype, INTERPRETED).to(tl.float32))
     tl.store(y + first + tl.arange(0, ROWS), total.to(dtype))

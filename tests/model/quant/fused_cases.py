@@ -1,4 +1,4 @@
-"""What `test_fused.py` runs in a process of its own: Triton's kernels against dequantised weights in float64.
+"""What `test_fused.py` runs in a process of its own: Triton's kernels, against dequantised weights.
 
 With TRITON_INTERPRET=1 in the environment, the kernels run on the CPU; without, on a GPU.
 """
@@ -19,7 +19,7 @@ from model.quant.tensor import QuantisedTensor
 from tests.model.quant.test_backends import check, make_matrix
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-BITS, GROUPS = (8, 4, 3, 2), (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+BITS, GROUPS = (8, 4, 3, 2), (16, 32, 128, 1024, 4096)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 0.01, torch.float16: 0.002}
 DTYPES = list(TOLERANCE)
 
@@ -38,10 +38,10 @@ def bind(matrix: QuantisedTensor) -> Fused:
 
 @pytest.mark.parametrize("spec", [QuantSpec(*pair) for pair in itertools.product(BITS, GROUPS)], ids=str)
 def test_every_format(spec: QuantSpec) -> None:
-    """Three groups to a row are no power of two, nor 48 rows; scales share steps across rows."""
-    matrix = make_matrix(QuantSpec(spec.bits, spec.group_size, 32), 48, 3 * spec.group_size)
+    """Three groups to a row are no power of two; scales share steps across rows."""
+    matrix = make_matrix(QuantSpec(spec.bits, spec.group_size, 32), 16, 3 * spec.group_size)
     product = bind(matrix)
-    for M, dtype in ((1, torch.float32), (1, torch.bfloat16), (3, torch.bfloat16)):
+    for M, dtype in ((1, torch.float32), (3, torch.bfloat16)):
         x = torch.randn(M, matrix.shape[1]).to(dtype)
         check(product(x.to(DEVICE)).cpu(), x, matrix, TOLERANCE[dtype])
 
@@ -49,15 +49,15 @@ def test_every_format(spec: QuantSpec) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_number_of_rows(bits: int, dtype: torch.dtype) -> None:
-    matrix = make_matrix(QuantSpec(bits), 32, 192)
-    product, x = bind(matrix), torch.randn(17, 192).to(dtype)
-    for M in (0, 1, 2, 3, 8, 15, 16, 17):
+    matrix = make_matrix(QuantSpec(bits), 48, 64)  # 48: no power of two either
+    product, x = bind(matrix), torch.randn(17, 64).to(dtype)
+    for M in (0, 1, 2, 16, 17):
         check(product(x[:M].to(DEVICE)).cpu(), x[:M], matrix, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
     ("text", "N", "K"),
-    [("4", 16, 5120), ("2", 16, 12288), ("3g128", 32, 4992), ("8m4096", 16, 3072), ("4g1024", 16, 7168)],
+    [("4", 16, 5120), ("2", 16, 12288), ("3g128", 16, 4992), ("8m4096", 16, 3072), ("4g1024", 16, 7168)],
 )
 def test_longer_than_a_tile(text: str, N: int, K: int) -> None:
     matrix = make_matrix(QuantSpec.parse(text), N, K)
@@ -74,7 +74,7 @@ def test_up_to_16_rows_multiply_with_the_dequantised_weights(spec: QuantSpec) ->
     product, eye = bind(matrix), torch.eye(64, dtype=torch.bfloat16, device=DEVICE)
     rows = torch.cat([product(part) for part in eye.split(16)])
     assert torch.equal(rows.T.cpu(), matrix.dequantise(torch.bfloat16))
-    assert torch.equal(torch.cat([product(part) for part in eye.split(2)]), rows)
+    assert torch.equal(torch.cat([product(part) for part in eye[:16].split(2)]), rows[:16])
 
 
 def test_a_split_sum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +124,13 @@ class Layer:
         return expert_pair(x, self.pool, self.at(ids), weights, self.form, chosen)
 
 
-SHAPES = [("4", 128, 192), ("3", 192, 64), ("2", 80, 112), ("3g128", 128, 384), ("8", 64, 128), ("2g64", 64, 192)]
+CASES = [
+    ("4g16", 32, 48, torch.bfloat16), ("3g16", 32, 16, torch.bfloat16), ("2", 32, 16, torch.bfloat16),
+    ("8g32", 32, 32, torch.bfloat16), ("4g16", 48, 32, torch.float32), ("2", 16, 96, torch.float16),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "D", "ffn"), SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("text", "D", "ffn", "dtype"), CASES)
 def test_a_pair_of_experts(text: str, D: int, ffn: int, dtype: torch.dtype) -> None:
     layer = Layer(QuantSpec.parse(text), D, ffn, [3, 0, 4])
     x, ids = (torch.randn(1, D) / D**0.5).to(dtype), [2, 0]
@@ -140,7 +142,9 @@ def test_a_pair_of_experts(text: str, D: int, ffn: int, dtype: torch.dtype) -> N
     for i, (e, weight) in enumerate(zip(ids, weights.double(), strict=True)):
         both = x.double() @ layer.w13[e].dequantise().double().T
         gate, up = both.chunk(2, dim=-1)
-        torch.testing.assert_close(h[i : i + 1].double(), F.silu(gate) * up, rtol=4 * tolerance, atol=4 * tolerance)
+        torch.testing.assert_close(
+            h[i : i + 1].double(), F.silu(gate) * up, rtol=4 * tolerance, atol=4 * tolerance
+        )
         W = layer.w2[e].dequantise().double()
         expected += weight * (h[i : i + 1].double() @ W.T)
         size += weight * (h[i : i + 1].double().abs() @ W.abs().T)
@@ -148,19 +152,17 @@ def test_a_pair_of_experts(text: str, D: int, ffn: int, dtype: torch.dtype) -> N
     assert bool(((y.double() - expected).abs() <= tolerance * size).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
 def test_bits_depend_on_the_experts_alone(bits: int, dtype: torch.dtype) -> None:
-    """Not on time, the order of choices, the slots, the length of a blob, or who is computed along with them."""
+    """Not on time, the order of choices, slots, the length of a blob, or what is computed with them."""
     spec, ids = QuantSpec(bits, 16), [1, 3, 0]
-    layer = Layer(spec, 64, 96, [0, 1, 2, 3])
-    x = torch.randn(1, 64).to(DEVICE, dtype)
+    layer = Layer(spec, 16, 16, [0, 1, 2, 3])
+    x = torch.randn(1, 16).to(DEVICE, dtype)
     weights = torch.tensor([0.5, 0.3, 0.2], device=DEVICE)
     y = layer(x, ids, weights)
     assert torch.equal(layer(x, ids, weights), y)
-    for order in itertools.permutations(range(3)):
-        assert torch.equal(layer(x, [ids[i] for i in order], weights[list(order)]), y), order
-    assert torch.equal(Layer(spec, 64, 96, [5, 4, 0, 2], gap=112)(x, ids, weights), y)
+    assert torch.equal(layer(x, ids[::-1], weights.flip(0)), y)
+    assert torch.equal(Layer(spec, 16, 16, [5, 4, 0, 2], gap=112)(x, ids, weights), y)
     ascending = sorted(range(3), key=lambda i: ids[i])
     slots = layer.at([ids[i] for i in ascending])  # here slots lie in the order of ids
     assert torch.equal(expert_pair(x, layer.pool, slots, weights[ascending], layer.form), y)
@@ -171,15 +173,17 @@ def test_bits_depend_on_the_experts_alone(bits: int, dtype: torch.dtype) -> None
     assert torch.equal(mixed, y)  # each alone, weighted and added by model.moe
 
     h = torch.cat([gate_up(x, layer.pool, layer.at([e]), layer.form) for e in ids])
-    parts = [down(h[i : i + 1], layer.pool, layer.at([ids[i]]), weights[i : i + 1], layer.form) for i in ascending]
+    parts = [
+        down(h[i : i + 1], layer.pool, layer.at([ids[i]]), weights[i : i + 1], layer.form) for i in ascending
+    ]
     assert torch.equal(sum(parts[1:], parts[0]), y)  # weighted in the kernel
 
 
 def test_an_expert_beyond_two_gigabytes() -> None:
     """Its offset does not fit 32 bits; on a CPU, untouched pages of a pool cost nothing."""
-    layer = Layer(QuantSpec(4), 64, 64, [0])
+    layer = Layer(QuantSpec(4, 16), 16, 16, [0])
     pool = torch.empty(5, 1 << 29, dtype=torch.uint8, device=DEVICE)
     pool[4, : layer.pool.shape[1]] = layer.pool[0]
-    x, one = torch.randn(1, 64, device=DEVICE), torch.ones(1, device=DEVICE)
+    x, one = torch.randn(1, 16, device=DEVICE), torch.ones(1, device=DEVICE)
     y = expert_pair(x, pool, torch.tensor([4], device=DEVICE), one, layer.form)
     assert torch.equal(y, layer(x, [0], one))

@@ -1,0 +1,122 @@
+"""The kernels for GPUs: what is decided on the host; and in processes of their own what needs Triton, which
+reads whether to interpret when it is imported, so that who imports it here would decide for other tests."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.quant.backends import fused
+from model.quant.backends.blocks import Blocks
+from model.quant.backends.fused import ExpertForm, FewRows, Fused, OneRow, unsupported
+from model.quant.layout import expert_fields, matrix_fields
+from model.quant.spec import QuantSpec
+from tests.model.quant.test_layout import TINY
+
+ROOT = Path(__file__).resolve().parents[3]
+CASES = "tests/model/quant/fused_cases.py"
+triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run_cases(file: str, tmp_path: Path, **environment: str) -> None:
+    """All tests of a file that pytest does not find by itself."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    ours = {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path), **environment}
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=inherited | ours, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-20000:] + done.stderr[-5000:]
+    assert "skipped" not in done.stdout, done.stdout
+
+
+@triton
+def test_in_the_interpreter(tmp_path: Path) -> None:
+    run_cases(CASES, tmp_path, TRITON_INTERPRET="1")
+
+
+@triton
+def test_compiled_without_a_gpu(tmp_path: Path) -> None:
+    run_cases("tests/model/quant/fused_compiled.py", tmp_path)
+
+
+@pytest.mark.gpu
+@triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu(tmp_path: Path) -> None:
+    if reason := unsupported(torch.device("cuda")):
+        pytest.skip(f"Triton's kernels: {reason}")
+    run_cases(CASES, tmp_path)
+
+
+# --- on the host
+
+SPECS = st.builds(QuantSpec, st.sampled_from((8, 4, 3, 2)), st.sampled_from([1 << i for i in range(4, 13)]))
+
+
+@given(SPECS, st.integers(1, 2000), st.integers(1, 2000))
+def test_tiles_cover_any_matrix(spec: QuantSpec, sixteens: int, groups: int) -> None:
+    N, K = 16 * sixteens, groups * spec.group_size
+    one = OneRow.choose(K, spec.bits, spec.group_size)
+    few = FewRows.choose(N, K, spec.bits, spec.group_size)
+    assert N % one.rows == 0 and N % few.rows == 0
+    for size in (one.groups, one.warps, few.pieces, few.piece, few.splits):
+        assert size > 0 and size & (size - 1) == 0  # powers of two, as Triton wants
+    assert one.groups * spec.group_size <= max(8192, spec.group_size)
+    run = spec.group_size // 8 * (1 if spec.bits == 3 else spec.bits)
+    assert run % few.piece == 0 and few.pieces * few.piece >= 16  # the least that a tensor core adds up
+
+
+def test_more_rows_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, shape = QuantSpec(4, 16), (16, 32)
+    fields = matrix_fields("", shape, spec)
+    apart = {f.name[1:]: f.view(torch.zeros(f.end, dtype=torch.uint8)) for f in fields}
+    with pytest.raises(AssertionError, match="scales"):
+        Fused(spec, shape, apart)  # streams that do not follow one another
+    buffer = torch.randint(128, (fields[-1].end,), dtype=torch.uint8)
+    memory = {f.name[1:]: f.view(buffer) for f in fields}
+    product, x = Fused(spec, shape, memory), torch.randn(17, 32)
+    launched: list[int] = []
+    monkeypatch.setattr(Fused, "one", lambda self, x: launched.append(1))
+    monkeypatch.setattr(Fused, "few", lambda self, x: launched.append(len(x)))
+    for M in (1, 2, 16):
+        product(x[:M])
+    assert launched == [1, 2, 16]
+    for M in (0, 17):
+        assert torch.equal(product(x[:M]), Blocks(spec, shape, memory)(x[:M]))
+    assert launched == [1, 2, 16]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_the_place_of_w2_is_the_layouts(bits: int) -> None:
+    spec = QuantSpec(bits, 16)
+    fields = expert_fields(TINY, spec)
+    assert ExpertForm(spec, TINY.hidden, TINY.ffn).w2_offset == next(
+        field.offset for field in fields if field.name == "w2.codes"
+    )
+
+
+def test_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unsupported(torch.device("cpu")) == "needs a CUDA device, not cpu"
+    cuda = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0, and this one has 7.5" in str(unsupported(cuda))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    assert "pip install triton" in str(unsupported(cuda))
+    monkeypatch.setattr(fused, "find_spec", lambda name: name)
+    assert unsupported(cuda) is None
+
+
+def test_triton_is_not_imported_before_it_is_needed() -> None:
+    program = "import sys, model.quant.backends.fused; print('triton' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "False\n", done.stderr
