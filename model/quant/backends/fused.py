@@ -4,12 +4,12 @@ the kernels of `triton_kernels.py`; for more rows a matrix is expanded, as in `b
 Memory is as files are. Besides the product with one matrix there is an expert layer for one token, in two
 launches for all of its experts, which are read from a pool of blobs by slot.
 
-**What is the same bit for bit.** Every result depends on the input, the shapes and the kind of GPU alone: not
-on time, and not on the slot or address that holds an expert. In `gate_up` and `down` an expert is computed
-alike whichever others are with it: so one call for a token's experts, calls for one of them at a time, and
-anything between give the same h and the same contributions; and `down` rounds and adds contributions as
-`model.moe.mix_one` does, so adding up by `+`, in ascending order of id, what `down` gives for each expert is
-the same sum too. From 2 to 16 rows, a row's result does not depend on the others.
+**What is the same bit for bit.** Every result depends on the input, the shapes, the kind of GPU and Triton's
+version alone: not on time, and not on the slot or address that holds an expert. In `gate_up` and `down` an
+expert is computed alike whichever others are with it: so one call for a token's experts, calls for one of
+them at a time, and anything between give the same h and the same contributions; and `down` rounds and adds
+contributions as `model.moe.mix_one` does, so adding up by `+`, in ascending order of id, what `down` gives
+for each expert is the same sum too. From 2 to 16 rows, a row's result does not depend on the others.
 
 **What is not.** One row, 2 to 16 rows and more rows are three computations, and an expert by `gate_up` and
 `down` is another than by `Fused` and `F.silu`. All are within rounding of one another. A provider of experts
@@ -60,23 +60,24 @@ class OneRow:
     @staticmethod
     @functools.cache
     def choose(K: int, bits: int, group_size: int) -> "OneRow":
-        """8 rows: with fewer, preparing x again for every tile would take a quarter of all instructions; with
-        more, a matrix of 4096 rows would be too few programs for 100 and more multiprocessors.
+        """8 rows: with 4, compiled code has a fifth more instructions for a weight, since x is prepared for
+        every tile; with more, a matrix of 4096 rows would be too few programs for 100 and more
+        multiprocessors. At 3 and 2 bits 4: a byte multiplies with more of x, 8 would spill.
 
         2048 or 1024 bytes of a row (at 3 bits, of its low plane): 16 for each thread of 4 or 2 warps, so that
-        all threads lie along K, and x needs no exchange between warps. Whichever makes fewer columns in all
+        threads lie along K, and hardly any x is prepared twice. Whichever makes fewer columns in all
         where neither divides K, and the longer if that is the same.
 
         >>> [OneRow.choose(K, 4, 64).groups * 64 for K in (4096, 14336, 6144, 256, 192)]
         [4096, 2048, 2048, 256, 256]
         >>> OneRow.choose(14336, 2, 16)
-        OneRow(rows=8, groups=512, warps=4)
+        OneRow(rows=4, groups=512, warps=4)
         """
         width = 2 if bits == 3 else bits
         sizes = [min(max(wanted * 8 // width, group_size), power_of_two(K)) for wanted in (2048, 1024)]
         columns = min(sizes, key=lambda size: -(-K // size) * size)
         warps = min(max(columns * width // 8 // 512, 1), 8)
-        return OneRow(8, columns // group_size, warps)
+        return OneRow(4 if bits < 4 else 8, columns // group_size, warps)
 
 
 @dataclass(frozen=True)
