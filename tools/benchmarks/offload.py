@@ -150,16 +150,7 @@ def measure(model: Mixtral, form: ExpertFormat, args: argparse.Namespace) -> dic
         return seconds(lambda: decode(model, ids[repeat, :, WARM_UP:], kv)) / (count - WARM_UP)
 
     def make_cache(gbps: float | None, guesses: bool) -> ExpertCache:
-        spares = args.lookahead * args.prefetch if guesses else 0
-        numbers = iter(range(config.layers * args.slots + spares))
-        tables = [
-            SlotTable(islice(numbers, args.slots), make_policy(args.policy, 0, layer))
-            for layer in range(config.layers)
-        ]
-        copies = CopyEngine(HostLink(gbps * 1e9 if gbps else None))
-        cache = ExpertCache(form, arena, copies, CPU, tables, Spares(numbers), args.prefetch)
-        cache.lookahead = Lookahead(blocks, args.lookahead) if guesses else None
-        return cache
+        return cache_over(arena, form, blocks, args, gbps, guesses)
 
     layers = range(config.layers)
     free_link = make_cache(None, guesses=False)
@@ -194,6 +185,27 @@ def measure(model: Mixtral, form: ExpertFormat, args: argparse.Namespace) -> dic
             cache.close()
         whole.copies.close()
     return report(times, caches["full"], gbps, args.repeats * count)
+
+
+def cache_over(
+    arena: Arena,
+    form: ExpertFormat,
+    blocks: Sequence[Block],
+    args: argparse.Namespace,
+    gbps: float | None,
+    guesses: bool,
+) -> ExpertCache:
+    """Empty slots over an arena that is shared, with a link of their own."""
+    spares = args.lookahead * args.prefetch if guesses else 0
+    numbers = iter(range(len(blocks) * args.slots + spares))
+    tables = [
+        SlotTable(islice(numbers, args.slots), make_policy(args.policy, 0, layer))
+        for layer in range(len(blocks))
+    ]
+    copies = CopyEngine(HostLink(gbps * 1e9 if gbps else None))
+    cache = ExpertCache(form, arena, copies, CPU, tables, Spares(numbers), args.prefetch)
+    cache.lookahead = Lookahead(blocks, args.lookahead) if guesses else None
+    return cache
 
 
 def report(times: dict[str, list[float]], full: ExpertCache, gbps: float, tokens: int) -> dict[str, Any]:
