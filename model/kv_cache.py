@@ -23,7 +23,7 @@ class LayerCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
-@dataclass
+@dataclass(eq=False)
 class KVCache:
     """All layers' caches; the `length` of what they hold moves once per forward, behind the last layer."""
 

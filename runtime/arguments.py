@@ -12,7 +12,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
     group = parser.add_argument_group(options.__name__)
     for field in dataclasses.fields(options):
         words: dict[str, Any] = dict(field.metadata)
-        if words.get("action") == "store_true":
+        if words.get("action") in ("store_true", argparse.BooleanOptionalAction):
             del words["type"]
         elif words.get("nargs") == "+":
             words["action"] = "extend"

@@ -25,24 +25,20 @@ from model.checkpoint import Checkpoint, open_checkpoint
 from model.errors import ModelError
 from model.kv_cache import KVCache
 from model.mixtral import Block, Mixtral
-from model.quant.expert import ExpertFormat
-from model.quant.linear import scratch_bytes
-from runtime.device import choose_device, choose_dtype
+from runtime.decode import make_decoder
 from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, RequestError
 from runtime.experts.cache import ExpertCache
 from runtime.experts.lookahead import Lookahead
 from runtime.experts.trace import Header, TraceWriter
-from runtime.loader import attention_bytes, load_model, load_resident
-from runtime.memory import free_device_bytes
+from runtime.loader import load_model, load_resident
 from runtime.options import EngineOptions, SamplingParams
-from runtime.planner import Plan, count_weights, plan
+from runtime.planner import Plan
 from runtime.session import DEFAULT_PARAMS, Session, Token
+from runtime.setup import Setup, make_plan
 from runtime.stats import Stats
-from runtime.units import parse_bytes
 from tokenizer import Tokenizer, TokenizerError
 
 DEMO = Path(__file__).parent / "demo"
-DEFAULT_CONTEXT = 4096
 
 Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
@@ -70,6 +66,7 @@ class Engine:
         self.dtype = dtype
         self.cache = cache  # of experts, where they do not all stay on the device
         self.device = model.embed_tokens.weight.device
+        self.decoder = make_decoder(model, cache, options.graphs)
         self.eos_ids = frozenset(model.config.eos_ids or (tokenizer.eos_id,))
         self.unused = unused_ids(self.config.vocab, tokenizer.vocab_size, self.eos_ids, self.device)
         self.counters = Stats()
@@ -150,10 +147,13 @@ class Engine:
         """Add `ids` to the cache; return the logits behind the last, [V] float32."""
         with self.lock, out_of_memory(RequestError), torch.inference_mode():
             self.check_open()
-            for start in range(0, len(ids), self.plan.chunk):
-                chunk = torch.tensor([ids[start : start + self.plan.chunk]], device=self.device)
-                logits = self.model(chunk, cache, last=True)  # [1, 1, V]
-            row = logits[0, 0].float()
+            if self.decoder is not None and len(ids) == 1:
+                row = self.decoder.step(ids[0], cache).clone()
+            else:
+                for start in range(0, len(ids), self.plan.chunk):
+                    chunk = torch.tensor([ids[start : start + self.plan.chunk]], device=self.device)
+                    logits = self.model(chunk, cache, last=True)  # [1, 1, V]
+                row = logits[0, 0].float()
             return row if self.unused is None else row.masked_fill(self.unused, -torch.inf)
 
     @contextmanager
@@ -266,6 +266,7 @@ class Engine:
             self.cache.copies.close()  # a request that waits for one gets an error, and gives the lock back
         with self.lock:
             self.idle_caches.clear()
+            self.decoder = None
             self.__dict__.pop("model", None)
             if self.cache:
                 self.cache.close()
@@ -277,66 +278,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What is decided before anything is allocated."""
-
-    plan: Plan
-    device: torch.device
-    dtype: torch.dtype
-    form: ExpertFormat
-
-
-def make_plan(checkpoint: Checkpoint, options: EngineOptions) -> Setup:
-    """What an engine with these options takes, where and in which dtype.
-
-    Raises `DeviceError` if that is more than there is, or than the options allow, `OptionError` for options
-    that do not fit the model or the device.
-    """
-    config, device = checkpoint.config, choose_device(options.device)
-    on_cpu = device.type == "cpu"
-    quantised = checkpoint.attention.quantised or checkpoint.experts.quantised
-    dtype = choose_dtype(options.dtype, device, sum(count_weights(config)), quantised)
-    if options.context is not None and options.context > config.context:
-        raise OptionError(
-            f"context is {options.context}, and this model was made for at most {config.context}"
-        )
-    if options.vram and on_cpu:
-        raise OptionError(f"vram is {options.vram}, and the device is the CPU; limit it with --ram")
-    if options.link_gbps and not on_cpu:
-        raise OptionError(f"link_gbps is {options.link_gbps}, and only a CPU's copies can be slowed down")
-    form = ExpertFormat.choose(config, checkpoint.experts, dtype, device)
-    host = budget(torch.device("cpu"), "--ram", options.ram)
-    limit, place = host if on_cpu else budget(device, "--vram", options.vram)
-    planned = plan(
-        config,
-        dtype,
-        options.context or min(DEFAULT_CONTEXT, config.context),
-        attention_bytes(config, checkpoint.attention, dtype, device),
-        form.blob_bytes,
-        scratch_bytes(device, max(config.hidden, config.ffn)) if quantised else 0,
-        budget=limit,
-        place=place,
-        host_budget=None if on_cpu else host[0],
-        host_place=host[1],
-        shared=on_cpu,
-        slots=options.slots,
-        lookahead=options.lookahead,
-        prefetch=options.prefetch,
-        offload=options.offload,
-    )
-    return Setup(planned, device, dtype, form)
-
-
-def budget(device: torch.device, flag: str, wish: str | None) -> tuple[int | None, str]:
-    """How many bytes of a device may be used, if that is known, and what to call them."""
-    free = free_device_bytes(device)
-    limit = parse_bytes(wish, whole=free) if wish else None
-    if limit is not None and (free is None or limit < free):
-        return limit, f"memory on {device} under {flag} {wish}"
-    return free, f"memory on {device}"
 
 
 def load(

@@ -31,6 +31,7 @@ class Plan:
     slots_per_layer: tuple[int, ...]
     spares: int  # slots of no layer, where guessed experts land
     blob: int  # bytes of one expert in memory
+    driver: int = 0  # bytes on the device outside of PyTorch's allocator
 
     @property
     def resident(self) -> bool:
@@ -39,7 +40,7 @@ class Plan:
 
     @property
     def device_total(self) -> int:
-        return self.trunk + self.kv + self.workspace + self.staging + self.slots
+        return self.trunk + self.kv + self.workspace + self.staging + self.slots + self.driver
 
     @property
     def host_total(self) -> int:
@@ -53,7 +54,8 @@ class Plan:
         slots: 2 in 1 layer, 3 in 1; 1 spare; 1.0 MiB an expert; arena 16.0 MiB of host memory
         """  # noqa: E501
         terms = {"trunk": self.trunk, "experts" if self.resident else "slots": self.slots, "kv": self.kv}
-        terms |= {"workspace": self.workspace} | ({"staging": self.staging} if self.staging else {})
+        terms |= {"workspace": self.workspace}
+        terms |= {name: size for name in ("staging", "driver") if (size := getattr(self, name))}
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms.items())
         line = f"{format_bytes(self.device_total)}: {listed}; context {self.context} tokens"
         if self.resident:
@@ -95,6 +97,7 @@ class Request:
     attention: int | None = None
     expert: int | None = None
     scratch: int = 0
+    driver: int = 0
     budget: int | None = None
     host_budget: int | None = None
     shared: bool = False
@@ -169,4 +172,5 @@ def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool =
         slots_per_layer=slots_per_layer,
         spares=spares,
         blob=r.blob,
+        driver=r.driver,
     )

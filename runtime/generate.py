@@ -24,11 +24,12 @@ import torch
 from model.checkpoint import open_checkpoint
 from model.errors import ModelError
 from runtime.arguments import add_flags, from_flags
-from runtime.engine import DEMO, Engine, make_plan
+from runtime.engine import DEMO, Engine
 from runtime.errors import LoadError, MixtralError, OptionError, RequestError
 from runtime.options import EngineOptions, SamplingParams
 from runtime.progress import byte_bar
 from runtime.session import Session, Token
+from runtime.setup import make_plan
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 

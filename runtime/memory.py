@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 HOST_MARGIN = 512 << 20  # left to the rest of the machine
-DEVICE_MARGIN = 512 << 20  # left to the CUDA context and to fragmentation
+DRIVER_BYTES = 512 << 20  # of a GPU: the CUDA context with its kernels and graphs, and fragmentation
 CGROUPS = (  # versions 2 and 1: folder, limit, use, and what of it is page cache that nobody is using
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -52,8 +52,14 @@ def cgroup_bytes() -> int | None:
 
 
 def free_device_bytes(device: torch.device) -> int | None:
-    """Bytes of `device`'s memory that this process can take, less a margin; None if that cannot be told."""
+    """Bytes of `device`'s memory that this process can take; None if that cannot be told. On a CPU less a
+    margin; on a GPU `driver_bytes` are among them."""
     if device.type == "cuda":
-        return max(torch.cuda.mem_get_info(device)[0] - DEVICE_MARGIN, 0)
+        return torch.cuda.mem_get_info(device)[0]
     free = free_host_bytes()
     return None if free is None else max(free - HOST_MARGIN, 0)
+
+
+def driver_bytes(device: torch.device) -> int:
+    """What a process takes of a device's memory beside its tensors."""
+    return DRIVER_BYTES if device.type == "cuda" else 0

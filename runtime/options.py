@@ -1,5 +1,6 @@
 """What can be asked of an engine and of a request. Every field is also a flag of the command line."""
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -62,6 +63,10 @@ class EngineOptions:
     policy: str = option("lru", "which expert leaves when another needs its slot", choices=tuple(POLICIES))
     lookahead: int = option(1, "layers to look ahead for experts to copy early: 0, 1 or 2", int, metavar="N")
     prefetch: int = option(1, "experts to copy early for each of these layers", int, metavar="N")
+    graphs: bool = option(
+        True, "put a token's step on a GPU as CUDA graphs, rather than launch by launch",
+        action=argparse.BooleanOptionalAction,
+    )  # fmt: skip
     link_gbps: float | None = option(
         None, "GB/s to copy experts at, at most: to study a slower link (CPU only)", float, metavar="G"
     )
@@ -88,6 +93,7 @@ class EngineOptions:
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
             require(whole or (name == "slots" and value is None), name, value, f"from {least} to {most}")
+        require(isinstance(self.graphs, bool), "graphs", self.graphs, "True or False")
         number = isinstance(self.link_gbps, (int, float)) and 0 < self.link_gbps < math.inf
         require(number or self.link_gbps is None, "link_gbps", self.link_gbps, "a number above 0")
 

@@ -35,6 +35,7 @@ def plan(
     attention: int | None = None,
     expert: int | None = None,
     scratch: int = 0,
+    driver: int = 0,
     *,
     budget: int | None = None,
     host_budget: int | None = None,
@@ -49,7 +50,8 @@ def plan(
     """The most slots that fit.
 
     A layer's `attention` projections and one `expert` take that many bytes in memory (None: what they take in
-    `dtype`), and products with quantised ones `scratch` bytes more for as long as they last. Of the device
+    `dtype`), and products with quantised ones `scratch` bytes more for as long as they last; a GPU's `driver`
+    takes some that are no tensors. Of the device
     `budget` bytes may be used, and of the host `host_budget` for the arena (None: no limit); where the device
     computes from host memory they are `shared`, and the arena counts against `budget`. `place` and
     `host_place` are what messages call the two.
@@ -73,8 +75,8 @@ def plan(
     slots: 3 in 20 layers, 4 in 12; 1 spare; 336.0 MiB an expert; arena 84.0 GiB of host memory
     """  # noqa: E501
     request = Request(
-        config, dtype, context, attention, expert, scratch, budget, host_budget, shared, slots, lookahead,
-        prefetch, offload,
+        config, dtype, context, attention, expert, scratch, driver, budget, host_budget, shared, slots,
+        lookahead, prefetch, offload,
     )  # fmt: skip
     check(request)
     best = choose(request)
@@ -161,7 +163,7 @@ def refusal(request: Request, place: str, host_place: str) -> str:
         used, budget = format_bytes(r.used(small)), format_bytes(r.budget)
         need = f"need {used} of {place} ({small}), and the budget is {budget}"
     else:
-        names = ["trunk", "kv", "workspace", "staging"] + ["arena"] * r.shared
+        names = ["trunk", "kv", "workspace", "staging", "driver"] + ["arena"] * r.shared
         sizes = {name: getattr(small, name) for name in names}
         beside = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items() if size)
         left = max(r.budget - sum(sizes.values()), 0)

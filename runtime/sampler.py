@@ -17,13 +17,32 @@ from runtime.options import SamplingParams
 
 def choose(
     logits: Tensor, params: SamplingParams, seen: Tensor | None, generator: torch.Generator | None
-) -> int:
-    """The next token's id. `seen` [V] bool marks ids that already occurred; `generator` lives on logits'
-    device.
+) -> tuple[int, float]:
+    """The next token's id, and its log-probability before any sampling option. `seen` [V] bool marks ids that
+    already occurred; `generator` lives on logits' device.
 
-    Raises `RequestError` if `params` leave nothing to choose from: every token forbidden, or numbers beyond
-    float32's range.
+    Waits for the device once. Raises `RequestError` if the logits are no numbers, or if `params` leave
+    nothing to choose from: every token forbidden, or numbers beyond float32's range.
     """
+    logprobs = logits.log_softmax(-1)
+    token, largest = sample(logits, params, seen, generator)
+    numbers = [token.double(), logprobs[token].double(), logprobs[0].double(), largest.double()]
+    chosen, logprob, first, most = torch.stack(numbers).tolist()
+    if math.isnan(first):  # one NaN or +infinity among the logits makes all log-probabilities NaN
+        raise RequestError("the model computed NaN; try --dtype float32, or check the checkpoint")
+    if not math.isfinite(most):
+        raise RequestError(
+            f"no token can be chosen, the largest logit is {most}; "
+            f"allow some in logit_bias, or take less extreme sampling options"
+        )
+    return int(chosen), logprob
+
+
+def sample(
+    logits: Tensor, params: SamplingParams, seen: Tensor | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """The id, and the largest logit after penalties, bias and temperature: unless that is finite, the id has
+    no meaning. Neither waits for the device."""
     if seen is not None and params.repetition_penalty != 1:
         logits = penalise_repetition(logits, seen, params.repetition_penalty)
     if params.logit_bias:
@@ -31,20 +50,21 @@ def choose(
     if params.temperature > 0:
         logits = logits / params.temperature
     largest, likeliest = logits.max(0)
-    if not math.isfinite(largest):
-        raise RequestError(
-            f"no token can be chosen, the largest logit is {float(largest)}; "
-            f"allow some in logit_bias, or take less extreme sampling options"
-        )
     if params.temperature == 0:
-        return int(likeliest)
+        return likeliest, largest
     if 0 < params.top_k < len(logits):
         logits = keep_top_k(logits, params.top_k)
     if params.top_p < 1:
         logits = keep_top_p(logits, params.top_p)
     if params.min_p > 0:
         logits = keep_min_p(logits, params.min_p)
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+    return draw(logits.softmax(-1), generator), largest
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """An index, drawn with these probabilities. What `torch.multinomial` draws, which asks the device several
+    times whether it may: the first of so many exponential clocks to ring."""
+    return (probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator)).argmax()
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

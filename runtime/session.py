@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ class Session:
         logits = self.prefill(ids)  # [V]
         seen = mark_seen(ids, logits) if params.repetition_penalty != 1 else None
         for made in range(1, limit + 1):
-            token, logprob = pick(logits, params, seen, generator)
+            token, logprob = choose(logits, params, seen, generator)
             engine.count_token(time.perf_counter() - began, first=made == 1)
             text: str = ""
             finish: Finish | None = None
@@ -203,17 +202,6 @@ def record(
         if not begun and messages[-1] is answer:
             del messages[-2:]
         raise
-
-
-def pick(
-    logits: Tensor, params: SamplingParams, seen: Tensor | None, generator: torch.Generator | None
-) -> tuple[int, float]:
-    """The next token and its log-probability before any sampling option. Waits for the device."""
-    logprobs = logits.log_softmax(-1)
-    if math.isnan(logprobs[0]):  # one NaN or +infinity among the logits makes all of these NaN
-        raise RequestError("the model computed NaN; try --dtype float32, or check the checkpoint")
-    token = choose(logits, params, seen, generator)
-    return token, float(logprobs[token])
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

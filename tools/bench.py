@@ -5,6 +5,7 @@
     python -m tools.bench quality                     size and held-out perplexity in 21 pairs of formats
     python -m tools.bench decode MODEL | --shape S    tokens per second, against what memory bandwidth allows
     python -m tools.bench offload MODEL | --shape S   the expert cache with and without each of its parts
+    python -m tools.bench link                        bytes per second to the device, and of its memory
 
 What was measured goes to stdout with the machine it was measured on, as text or, with --json, as JSON.
 """
@@ -17,10 +18,17 @@ from typing import Any
 
 from model.errors import ModelError
 from runtime.errors import MixtralError
-from tools.benchmarks import decode, load, offload, quality, quantize
+from tools.benchmarks import decode, link, load, offload, quality, quantize
 from tools.benchmarks.machine import machine
 
-SUBCOMMANDS = {"load": load, "quantize": quantize, "quality": quality, "decode": decode, "offload": offload}
+SUBCOMMANDS = {
+    "load": load,
+    "quantize": quantize,
+    "quality": quality,
+    "decode": decode,
+    "offload": offload,
+    "link": link,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,12 +31,13 @@ from model.quant.expert import ExpertFormat
 from model.quant.linear import scratch_bytes
 from model.quant.spec import QuantSpec
 from runtime.device import choose_dtype
-from runtime.engine import DEFAULT_CONTEXT
 from runtime.errors import DeviceError, LoadError, MixtralError, OptionError
 from runtime.footprint import describe_slots
 from runtime.loader import attention_bytes
+from runtime.memory import driver_bytes
 from runtime.options import DTYPES, OFFLOAD, EngineOptions
 from runtime.planner import Plan, count_weights, plan
+from runtime.setup import DEFAULT_CONTEXT
 from runtime.units import format_bytes, parse_bytes
 from tools.random_model import SHAPES
 
@@ -48,6 +49,7 @@ TERMS = {  # labels of what `Plan` has under these names
     "workspace": "workspace",
     "staging": "staging",
     "slots": "slots",
+    "driver": "driver",
     "device_total": "device, all",
     "arena": "arena, in host memory",
 }
@@ -114,6 +116,7 @@ def make_sheet(args: argparse.Namespace) -> Sheet:
             attention_bytes(config, attention, dtype, device),
             ExpertFormat.choose(config, experts, dtype, device).blob_bytes,
             scratch_bytes(device, max(config.hidden, config.ffn)) if quantised else 0,
+            driver_bytes(device),
             host_budget=host[0][1] if host else None,
             shared=cpu,
             slots=options.slots,

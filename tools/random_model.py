@@ -16,6 +16,7 @@ quarter 1.5 billion weights, 1.4 of them experts'
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.mixtral import Mixtral
-from model.moe import SparseMoE
+from model.moe import Experts
 from model.quant.expert import BlobExperts, ExpertFormat
 from model.quant.layout import matrix_fields
 from model.quant.linear import QuantisedLinear
@@ -45,6 +46,7 @@ SHAPES = {
     ),
 }
 POOL = 1 << 20  # random numbers that rows are cut from
+ROWS = 1024  # at a time
 SCALES = (145, 256)  # bytes, from and below: near 200 on average
 
 
@@ -57,42 +59,37 @@ def random_model(
     device: torch.device,
     seed: int = 0,
     distinct: int | None = None,
+    provide: Callable[[int], Experts] | None = None,
 ) -> Mixtral:
     """A model ready to compute. The same seed gives the same weights.
 
-    Only so many `distinct` experts are made, and copied to where the others belong; by default all of them.
-    To a benchmark copies are as good, for they are as many bytes to read, and they are made several times
-    as fast. Warns as `runtime.loader.load_model` does. Raises `ModelError` for a spec that does not fit the
+    Only so many `distinct` experts are made, and so many layers' quantised attention, and copied to where the
+    others belong; by default all of them. To a benchmark copies are as good, for they are as many bytes to
+    read, and on a GPU they take no time. Where `provide(layer)` has a layer's experts, none are made; those
+    of `random_blobs` are the same.
+
+    Warns as `runtime.loader.load_model` does. Raises `ModelError` for a spec that does not fit the
     configuration.
     """
     generator = torch.Generator().manual_seed(seed)
     form = ExpertFormat.choose(config, experts, dtype, device)
     linear = partial(QuantisedLinear, spec=attention, dtype=dtype, device=device)
+    resident: list[BlobExperts] = []
+
+    def all_there(layer: int) -> BlobExperts:
+        resident.append(BlobExperts(form, config.experts, device))
+        return resident[-1]
+
     model = Mixtral(
-        config,
-        dtype,
-        device,
-        experts=lambda layer: BlobExperts(form, config.experts, device),
-        linear=linear if attention.quantised else None,
+        config, dtype, device, provide or all_there, linear if attention.quantised else None
     ).requires_grad_(False)
     for message in slow_products(model, form):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     for weight in model.parameters():
         if weight.dim() == 2:  # norms are all ones
             fill_normal(weight, generator)
-    blobs: list[Tensor] = []
-    stored = torch.empty(form.stored[-1].end, dtype=torch.uint8)
-    for module in model.modules():
-        if isinstance(module, QuantisedLinear):
-            module.store(random_matrix(module.spec, module.shape, generator))
-        elif isinstance(module, SparseMoE) and isinstance(module.experts, BlobExperts):
-            for blob in module.experts.blobs:
-                if distinct is None or len(blobs) < distinct:
-                    fill_expert(form, stored, generator)
-                    form.store(stored, blob)
-                else:
-                    blob.copy_(blobs[len(blobs) % distinct])
-                blobs.append(blob)
+    fill_attention([m for m in model.modules() if isinstance(m, QuantisedLinear)], generator, distinct)
+    random_blobs(form, [blob for layer in resident for blob in layer.blobs], seed, distinct)
     pack_trunk(model)
     return model
 
@@ -101,9 +98,40 @@ def fill_normal(weight: Tensor, generator: torch.Generator) -> None:  # [N, K], 
     """Rows are stretches of one pool of random numbers: drawing all of them would take minutes."""
     N, K = weight.shape
     pool = torch.randn(min(POOL, N * K) + K, generator=generator).div_(math.sqrt(K)).to(weight)
-    starts = torch.randint(len(pool) - K, (N,), generator=generator)
-    for row, start in zip(weight, starts.tolist(), strict=True):
-        row.copy_(pool[start : start + K])
+    starts = torch.randint(len(pool) - K, (N, 1), generator=generator).to(weight.device)
+    along = torch.arange(K, device=weight.device)
+    for rows, first in zip(weight.split(ROWS), starts.split(ROWS), strict=True):
+        rows.copy_(pool[first + along])
+
+
+def fill_attention(
+    modules: Sequence[QuantisedLinear], generator: torch.Generator, distinct: int | None
+) -> None:
+    """Quantised matrices: of each shape so many `distinct` ones, and copies of these in turns."""
+    made: dict[tuple[int, int], list[QuantisedLinear]] = {}
+    for module in modules:
+        alike = made.setdefault(module.shape, [])
+        if distinct is None or len(alike) < distinct:
+            module.store(random_matrix(module.spec, module.shape, generator))
+        else:
+            for name, stream in alike[len(alike) % distinct].memory.items():
+                module.memory[name].copy_(stream)
+        alike.append(module)
+
+
+def random_blobs(
+    form: ExpertFormat, blobs: Sequence[Tensor], seed: int = 0, distinct: int | None = None
+) -> None:
+    """Fill each of `blobs`, memory for an expert on any device, the first `distinct` ones with experts of
+    their own, and the others with copies of these in turns."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    stored = torch.empty(form.stored[-1].end, dtype=torch.uint8)
+    for n, blob in enumerate(blobs):
+        if distinct is None or n < distinct:
+            fill_expert(form, stored, generator)
+            form.store(stored, blob)
+        else:
+            blob.copy_(blobs[n % distinct])
 
 
 def random_matrix(spec: QuantSpec, shape: tuple[int, int], generator: torch.Generator) -> QuantisedTensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.moe import Product, gated, mix
-from model.quant.backends import Backend
+from model.quant.backends import Backend, fused
+from model.quant.backends.fused import ExpertForm
 from model.quant.layout import Field, expert_fields
 from model.quant.linear import choose_backend
 from model.quant.spec import QuantSpec
@@ -39,6 +40,7 @@ class ExpertFormat:
     kept: tuple[Field, ...]
     backends: dict[str, type[Backend]]  # by matrix; empty at 16 bits
     remark: str | None
+    pair: ExpertForm | None  # for one token, all of whose experts are computed in two launches, by slot
 
     @staticmethod
     def choose(
@@ -48,15 +50,17 @@ class ExpertFormat:
         divide."""
         shapes = {"w13": (2 * config.ffn, config.hidden), "w2": (config.hidden, config.ffn)}
         stored = tuple(expert_fields(config, spec, dtype=dtype))
+        pair = None if fused.unsupported(device) else ExpertForm(spec, config.hidden, config.ffn)
         if not spec.quantised:
-            return ExpertFormat(spec, shapes, stored, stored, {}, None)
+            return ExpertFormat(spec, shapes, stored, stored, {}, None, pair)
         chosen = {name: choose_backend(spec, shape, dtype, device) for name, shape in shapes.items()}
         kept: list[Field] = []
         for name, (backend, _) in chosen.items():
             kept += backend.fields(name, shapes[name], spec, kept[-1].end if kept else 0)
         remarks = [remark for _, remark in chosen.values() if remark]
         backends = {name: backend for name, (backend, _) in chosen.items()}
-        return ExpertFormat(spec, shapes, stored, tuple(kept), backends, remarks[0] if remarks else None)
+        remark = remarks[0] if remarks else None
+        return ExpertFormat(spec, shapes, stored, tuple(kept), backends, remark, pair)
 
     @property
     def blob_bytes(self) -> int:
@@ -107,11 +111,16 @@ def views(fields: Sequence[Field], matrix: str, memory: Tensor) -> dict[str, Ten
 
 
 class BlobExperts:
-    """All experts of a layer, each computed from its blob: `model.moe.Experts`."""
+    """All experts of a layer, each computed from its blob: `model.moe.Experts`, `model.step.StepExperts`."""
 
     def __init__(self, form: ExpertFormat, count: int, device: torch.device) -> None:
+        self.form = form
         self.blobs = torch.empty(count, form.blob_bytes, dtype=torch.uint8, device=device)
         self.experts = [form.bind(blob) for blob in self.blobs]
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # as `Experts`
         return mix(self.experts, x, ids, weights)
+
+    def one(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # as `StepExperts`
+        assert self.form.pair is not None, self.form
+        return fused.expert_pair(x, self.blobs, ids, weights, self.form.pair)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from model.quant.backends import Backend, blocks, int4pack
+from model.quant.backends import Backend, blocks, fused, int4pack
 from model.quant.backends.blocks import Blocks
+from model.quant.backends.fused import Fused
 from model.quant.backends.int4pack import Int4Pack
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
@@ -16,12 +17,17 @@ def choose_backend(
     """The fastest way to multiply a matrix of this format on this device; and, where that is not the device's
     fast way, why not and what to do about it: the end of a sentence that begins with "the fast product".
 
-    float32 is the reference: it is computed plainly, and that is nothing to remark on.
+    On a CPU, float32 is the reference: it is computed plainly, and that is nothing to remark on.
     """
-    if device.type != "cpu" or dtype == torch.float32:
+    if device.type == "cuda":
+        if reason := fused.unsupported(device):
+            return Blocks, reason
+        return Fused, None
+    if dtype == torch.float32:
         return Blocks, None
-    reason = int4pack.unsupported(spec, shape, dtype)
-    return (Blocks, reason) if reason else (Int4Pack, None)
+    if reason := int4pack.unsupported(spec, shape, dtype):
+        return Blocks, reason
+    return Int4Pack, None
 
 
 def scratch_bytes(device: torch.device, inputs: int) -> int:

@@ -25,14 +25,14 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.moe import Experts, gated
+from model.moe import gated
+from model.quant.backends import fused
 from model.quant.expert import ExpertFormat
 from runtime.experts import trace
 from runtime.experts.arena import Arena
@@ -56,7 +56,7 @@ class Counters:
     used_guesses: int = 0  # misses that had been guessed: the expert was there, or on its way
     recalled: int = 0  # experts that a decoded token chose in a layer, and the layer before ranked that high
     recallable: int = 0  # all that decoded tokens chose, where a layer before could say
-    stall_seconds: float = 0.0  # that the host waited for copies
+    stall_seconds: float = 0.0  # that the host or the device waited for copies
     copied_bytes: int = 0
     wasted_bytes: int = 0  # of these, for guesses that did not come true, and for steps that failed
 
@@ -67,6 +67,20 @@ class Access:
 
     expert: int
     slot: int
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """One layer's experts, as a model wants them: `model.moe.Experts` and `model.step.StepExperts`."""
+
+    cache: "ExpertCache"
+    layer: int
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return self.cache.apply(self.layer, x, ids, weights)
+
+    def one(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return self.cache.one(self.layer, x, ids, weights)
 
 
 class ExpertCache:
@@ -88,12 +102,16 @@ class ExpertCache:
         """The slots of `tables`, one for each layer, and of `spares` are numbered from 0. For each of the
         layers that `lookahead` looks ahead, `prefetch` experts are guessed; it is set once there is a
         model."""
-        self.arena, self.copies, self.tables, self.spares = arena, copies, tables, spares
+        self.form, self.arena, self.copies, self.tables, self.spares = form, arena, copies, tables, spares
         self.untouched = copy.deepcopy((tables, spares))
         self.prefetch, self.first_bytes = prefetch, form.first_bytes
         total = sum(len(table.slots) for table in tables) + len(spares.free)
         self.pool = torch.empty(total, form.blob_bytes, dtype=torch.uint8, device=device)
         self.computed = [form.bind(blob) for blob in self.pool]
+        # Where one token's experts are, for kernels that read experts by slot; the host's to be copied from.
+        self.slots = torch.zeros(len(tables), arena.experts, dtype=torch.int64, device=device)
+        self.host_slots = torch.zeros_like(self.slots, device="cpu", pin_memory=device.type == "cuda")
+        self.accesses: list[Access] = []  # of one token, from `provide` to `computed_one`
         self.tickets: dict[int, Ticket] = {}  # by slot: copies that computing has not come after yet
         self.last_use: list[Any] = [copies.link.used()] * total  # by slot: the link's mark behind it
         self.lookahead: Lookahead | None = None
@@ -144,7 +162,13 @@ class ExpertCache:
 
     def count(self) -> Counters:
         """A copy of the counters."""
-        return replace(self.counters, copied_bytes=self.copies.moved, wasted_bytes=self.copies.wasted)
+        stalled = self.counters.stall_seconds + self.copies.link.stalled()
+        return replace(
+            self.counters,
+            stall_seconds=stalled,
+            copied_bytes=self.copies.moved,
+            wasted_bytes=self.copies.wasted,
+        )
 
     def record(self, recorder: trace.Recorder | None) -> None:
         """Tell `recorder` all that happens from now on; None ends that."""
@@ -157,9 +181,9 @@ class ExpertCache:
 
         self.copies.finished = copied if recorder is not None else None
 
-    def layer(self, number: int) -> Experts:
+    def layer(self, number: int) -> LayerExperts:
         """That layer's experts, as a model wants them."""
-        return partial(self.apply, number)
+        return LayerExperts(self, number)
 
     def apply(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """What `model.moe.Experts` promises, of one layer. Raises `TransferError`.
@@ -168,18 +192,13 @@ class ExpertCache:
         """
         if layer == 0:
             self.begin_step()
-        table, tokens = self.tables[layer], x.shape[0]
+        tokens = x.shape[0]
         ranking = self.lookahead.rank(layer, x) if self.lookahead else None
         chosen, ahead = to_host(ids, ranking)
         needed = by_last_use(chosen)
         self.note_choice(layer, chosen, weights, needed, ahead)
         sums = Contributions(x, weights.to(x.dtype), chosen, self.arena.experts)
-        missing = deque(e for e in needed if table.find(e) is None)
-        waiting: deque[Access] = deque()  # accessed, and not computed yet
-        waiting.extend(self.hit(layer, e) for e in needed if table.find(e) is not None)
-        self.drop_guesses(layer, needed)
-        while missing and table.has_room:
-            waiting.append(self.miss(layer, missing.popleft()))
+        waiting, missing = self.admit(layer, needed)
         self.guess(layer, tokens, len(chosen[0]), ahead)
         while waiting:
             access = waiting.popleft()
@@ -189,6 +208,45 @@ class ExpertCache:
                 waiting.append(self.miss(layer, missing.popleft()))
         self.complete = layer == len(self.tables) - 1
         return sums.total()
+
+    def provide(self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]) -> None:
+        """For one token, and before `one` is computed: bring its experts to the layer's slots, and let
+        computing, from here on, come after their copies. Raises `TransferError`.
+
+        `weights` [A] are on the host; `ahead` are the rankings of the next layers. `computed_one` has to
+        follow.
+        """
+        if layer == 0:
+            self.begin_step()
+        needed = sorted(ids)
+        self.note_choice(layer, [ids], weights[None], needed, ahead)
+        accesses, missing = self.admit(layer, needed)
+        assert not missing, (layer, ids, len(self.tables[layer].slots))
+        self.guess(layer, 1, len(ids), ahead)
+        for access in accesses:
+            if (ticket := self.tickets.get(access.slot)) is not None:
+                self.wait(layer, access, ticket, ticket.source.numel())
+                self.arrived(layer, access)
+        slots = {access.expert: access.slot for access in accesses}
+        self.host_slots[layer, : len(ids)] = torch.tensor([slots[e] for e in ids])
+        self.accesses = list(accesses)
+
+    def one(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """What `model.step.StepExperts` promises, of one layer: it reads from the host which slots `provide`
+        found."""
+        slots = self.slots[layer, : len(ids)]
+        slots.copy_(self.host_slots[layer, : len(ids)], non_blocking=True)
+        assert self.form.pair is not None, self.form
+        return fused.expert_pair(x, self.pool, slots, weights, self.form.pair, ids)
+
+    def computed_one(self, layer: int) -> None:
+        """What `one` computes has been put on the device."""
+        mark = self.copies.link.used()
+        for access in self.accesses:
+            self.last_use[access.slot] = mark
+            self.tables[layer].release(access.slot)
+        self.accesses = []
+        self.complete = layer == len(self.tables) - 1
 
     def begin_step(self) -> None:
         if not self.complete:
@@ -211,6 +269,17 @@ class ExpertCache:
         self.last_use = [self.copies.link.used()] * len(self.last_use)
         self.tables, self.spares = copy.deepcopy(self.untouched)
         self.tickets = {}
+
+    def admit(self, layer: int, needed: Sequence[int]) -> tuple[deque[Access], deque[int]]:
+        """Pin the needed experts that are in the layer's slots, and send for others while there is room.
+        Returns these, in the order in which they can be computed, and what there was no room for."""
+        table = self.tables[layer]
+        missing = deque(e for e in needed if table.find(e) is None)
+        waiting = deque(self.hit(layer, e) for e in needed if table.find(e) is not None)
+        self.drop_guesses(layer, needed)
+        while missing and table.has_room:
+            waiting.append(self.miss(layer, missing.popleft()))
+        return waiting, missing
 
     def hit(self, layer: int, expert: int) -> Access:
         self.counters.hits += 1
@@ -288,9 +357,13 @@ class ExpertCache:
         self.wait(layer, access, ticket, self.first_bytes)
         h = gated(x, expert.w13)  # [n, F], while w2 travels
         self.wait(layer, access, ticket, ticket.source.numel())
+        self.arrived(layer, access)
+        return expert.w2(h)
+
+    def arrived(self, layer: int, access: Access) -> None:
+        """Computing comes after all of the expert's copy."""
         del self.tickets[access.slot]
         self.tables[layer].ready(access.slot)
-        return expert.w2(h)
 
     def wait(self, layer: int, access: Access, ticket: Ticket, count: int) -> None:
         seconds = self.copies.wait(ticket, count)

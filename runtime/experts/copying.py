@@ -54,6 +54,11 @@ class Link(Protocol):
         """A mark behind all that has been computed so far: called from the thread that computes."""
         ...
 
+    def stalled(self) -> float:
+        """Seconds that the device's computing has waited for copies by itself, as far as that is over; not
+        those that the thread which computes waited in `CopyEngine.wait`."""
+        ...
+
     def close(self) -> None:
         """Return when nothing is on its way any more. No `move` follows."""
         ...
@@ -85,6 +90,9 @@ class HostLink:
 
     def used(self) -> None:
         return None
+
+    def stalled(self) -> float:
+        return 0.0
 
     def close(self) -> None:
         pass

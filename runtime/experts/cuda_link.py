@@ -1,5 +1,7 @@
 """The link to a CUDA device: a stream of its own, and events both ways."""
 
+from collections import deque
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,9 @@ PIECE = 8 << 20  # bytes: 0.3 ms at 25 GB/s
 class CudaLink:
     """Copies pieces on a stream of their own, from pinned memory, or by way of pinned buffers.
 
-    What is needed is put on the stream at once. Of a guess one piece is, and has to end before the copy
-    engine chooses again, so a needed expert never waits for more than that.
+    What is needed is put on the stream at once. Of guesses two pieces are, so that the link does not idle
+    between them: the one before has to end before the copy engine chooses again, so a needed expert never
+    waits for more than two.
     """
 
     piece = PIECE
@@ -22,6 +25,9 @@ class CudaLink:
             [] if pinned else [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in (0, 1)]
         )
         self.before: list[torch.cuda.Event | None] = [None, None]  # behind each staging buffer's last use
+        self.guessed: torch.cuda.Event | None = None  # behind the last piece of a guess
+        self.waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # around each wait for a copy
+        self.waited = 0.0  # seconds, of those that are over and taken from `waits`
 
     def begin(self, free: torch.cuda.Event | None) -> None:
         if free is not None:
@@ -37,7 +43,9 @@ class CudaLink:
         if self.staging:
             self.before[0] = mark
         if not urgent:
-            mark.synchronize()
+            if self.guessed is not None:
+                self.guessed.synchronize()
+            self.guessed = mark
         return mark
 
     def stage(self, source: Tensor) -> Tensor:
@@ -49,7 +57,19 @@ class CudaLink:
         return self.staging[0][: source.numel()].copy_(source)
 
     def reached(self, mark: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self.device).wait_event(mark)
+        stream = torch.cuda.current_stream(self.device)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record(stream)
+        stream.wait_event(mark)
+        end.record(stream)
+        self.waits.append((begin, end))
+        self.stalled()  # so that only what is not over yet is kept
+
+    def stalled(self) -> float:
+        while self.waits and self.waits[0][1].query():
+            begin, end = self.waits.popleft()
+            self.waited += begin.elapsed_time(end) / 1e3
+        return self.waited
 
     def used(self) -> torch.cuda.Event:
         mark = torch.cuda.Event()

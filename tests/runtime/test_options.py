@@ -26,6 +26,7 @@ def test_defaults() -> None:
         "policy": "lru",
         "lookahead": 1,
         "prefetch": 1,
+        "graphs": True,
         "link_gbps": None,
     }
     assert dataclasses.asdict(SamplingParams()) == {

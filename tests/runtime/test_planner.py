@@ -212,10 +212,10 @@ def test_a_budget_that_is_enough_is_accepted(load: Callable[..., Engine], ram: s
 def test_too_little_free_memory_is_a_refusal_and_unknown_free_memory_is_not(
     load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.engine.free_device_bytes", lambda device: 1000)
+    monkeypatch.setattr("runtime.setup.free_device_bytes", lambda device: 1000)
     with pytest.raises(DeviceError, match=r"memory on cpu .*the budget is 1000 B"):
         load()
-    monkeypatch.setattr("runtime.engine.free_device_bytes", lambda device: None)
+    monkeypatch.setattr("runtime.setup.free_device_bytes", lambda device: None)
     assert load().plan.context == 640
     with pytest.raises(OptionError, match="'50%'"):
         load(ram="50%")

@@ -20,8 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from runtime import RequestError, SamplingParams
-from runtime.sampler import add_bias, choose, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from runtime import RequestError, SamplingParams, sampler
+from runtime.sampler import add_bias, choose, draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
 
 V = 24
 VANISHING = 1e-30  # float32 ends not far below
@@ -42,18 +42,23 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def chosen(
+    logits: Tensor, params: SamplingParams, seen: Tensor | None, source: torch.Generator | None
+) -> int:
+    return choose(logits, params, seen, source)[0]
+
+
 def survivors(logits: Tensor, params: SamplingParams, seen: Tensor | None = None) -> dict[int, float]:
     """What `choose` draws from: id -> probability, caught where it draws."""
     caught = []
 
-    def multinomial(probabilities: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    def catch(probabilities: Tensor, source: torch.Generator | None) -> Tensor:
         caught.append(probabilities)
-        return real(probabilities, count, generator=generator)
+        return draw(probabilities, source)
 
-    real = torch.multinomial
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", multinomial)
-        assert choose(logits, params, seen, generator()) in caught[0].nonzero().flatten().tolist()
+        patch.setattr(sampler, "draw", catch)
+        assert chosen(logits, params, seen, generator()) in caught[0].nonzero().flatten().tolist()
     return {i: p for i, p in enumerate(caught[0].tolist()) if p > VANISHING}
 
 
@@ -131,7 +136,7 @@ def test_a_penalty_lowers_what_was_seen_and_nothing_else(
 @given(ANY)
 def test_greedy_takes_the_first_of_the_largest(logits: Tensor) -> None:
     values = logits.tolist()
-    assert choose(logits, GREEDY, None, None) == values.index(max(values))
+    assert chosen(logits, GREEDY, None, None) == values.index(max(values))
 
 
 @given(DIFFERENT, SEEN, st.integers(1, V), P)
@@ -147,7 +152,7 @@ def test_greedy_minds_penalty_and_bias_and_no_filter(
     changed[3] += 4.0
     best = sorted(changed)[-2:]
     assume(best[1] - best[0] > 1e-4)
-    assert choose(logits, params, mark(seen), None) == changed.index(max(changed))
+    assert chosen(logits, params, mark(seen), None) == changed.index(max(changed))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +162,7 @@ def test_greedy_minds_penalty_and_bias_and_no_filter(
 def test_of_all_but_one_forbidden_that_one_is_taken(params: SamplingParams) -> None:
     params = replace(params, logit_bias={i: -math.inf for i in range(V) if i != 17})
     logits = torch.linspace(5, -5, V)
-    assert {choose(logits, params, None, generator(seed)) for seed in range(20)} == {17}
+    assert {chosen(logits, params, None, generator(seed)) for seed in range(20)} == {17}
 
 
 @pytest.mark.parametrize(
@@ -172,13 +177,13 @@ def test_of_all_but_one_forbidden_that_one_is_taken(params: SamplingParams) -> N
 )
 def test_where_no_token_is_left_the_request_fails(params: SamplingParams) -> None:
     with pytest.raises(RequestError, match="no token can be chosen"):
-        choose(torch.randn(V, generator=generator()), params, None, generator())
+        chosen(torch.randn(V, generator=generator()), params, None, generator())
 
 
 def test_a_tiny_temperature_is_greedy() -> None:
     logits = torch.tensor([5.0, 9.0, 8.999, -50.0])
     params = SamplingParams(temperature=1e-6)
-    assert {choose(logits, params, None, generator(seed)) for seed in range(50)} == {1}
+    assert {chosen(logits, params, None, generator(seed)) for seed in range(50)} == {1}
 
 
 def test_bias_adds_up_and_leaves_the_input_alone() -> None:
@@ -200,7 +205,7 @@ def test_tokens_come_as_often_as_their_probabilities_say(temperature: float) -> 
     params = SamplingParams(temperature=temperature, top_p=1.0)
     source, n = generator(5), 4000
     counts = torch.bincount(
-        torch.tensor([choose(logits, params, None, source) for _ in range(n)]), minlength=5
+        torch.tensor([chosen(logits, params, None, source) for _ in range(n)]), minlength=5
     )
     expected = n * (logits / temperature).softmax(-1)
     chi_square = ((counts - expected) ** 2 / expected).sum()
@@ -214,9 +219,38 @@ def test_the_global_source_of_chance_neither_moves_nor_matters(act: Callable[[],
     for disturb in (lambda: None, act):
         source = generator(3)
         before = torch.random.get_rng_state()
-        first = choose(logits, SamplingParams(), None, source)
+        first = chosen(logits, SamplingParams(), None, source)
         assert torch.equal(torch.random.get_rng_state(), before)
         disturb()
-        draws.append([first] + [choose(logits, SamplingParams(), None, source) for _ in range(20)])
+        draws.append([first] + [chosen(logits, SamplingParams(), None, source) for _ in range(20)])
     assert draws[0] == draws[1]
     assert len(set(draws[0])) > 5
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=V).map(torch.tensor), st.integers(0, 999))
+def test_draws_as_multinomial_does(weights: Tensor, seed: int) -> None:
+    assume(weights.sum() > 0)
+    probabilities = weights / weights.sum()
+    sources = generator(seed), generator(seed)
+    for _ in range(3):
+        expected = torch.multinomial(probabilities, 1, generator=sources[0])
+        assert draw(probabilities, sources[1]) == expected
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(top_k=5, min_p=0.01, repetition_penalty=1.2)])
+def test_the_device_is_waited_for_once(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+    for name in ("tolist", "item", "__int__", "__float__", "__bool__", "nonzero"):
+        method = getattr(Tensor, name)
+        monkeypatch.setattr(
+            Tensor, name, lambda *args, name=name, method=method: (waits.append(name), method(*args))[1]
+        )
+    choose(torch.randn(V), params, mark({3}), generator())
+    assert waits == ["tolist"]
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams()])
+def test_logits_that_are_no_numbers(spoilt: float, params: SamplingParams) -> None:
+    with pytest.raises(RequestError, match="NaN"):
+        choose(torch.tensor([0.0, spoilt, 1.0]), params, None, generator())

@@ -29,7 +29,7 @@ from model.quant.expert import BlobExperts, ExpertFormat
 from model.quant.linear import QuantisedLinear, scratch_bytes
 from model.quant.spec import QuantSpec
 from runtime.device import choose_device, choose_dtype
-from runtime.engine import DEFAULT_CONTEXT
+from runtime.setup import DEFAULT_CONTEXT
 from runtime.errors import OptionError
 from runtime.footprint import PREFILL_CHUNK, Plan
 from runtime.loader import attention_bytes, load_resident

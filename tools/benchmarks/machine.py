@@ -1,23 +1,58 @@
 """What a figure was measured on."""
 
+import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
 
 
 def machine() -> dict[str, str | int]:
-    """CPU, its cores that this process may use, GPU if there is one, and versions."""
+    """CPU, its cores that this process may use, and versions; if there is one, the GPU, its memory and its
+    driver."""
     about: dict[str, str | int] = {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    if torch.cuda.is_available():
-        about["gpu"] = torch.cuda.get_device_name()
-    return about
+    return about | gpu() if torch.cuda.is_available() else about
+
+
+def gpu() -> dict[str, str | int]:
+    """The first GPU. What the system does not tell is left out."""
+    properties = torch.cuda.get_device_properties(0)
+    versions = {"driver": driver_version(), "cuda": torch.version.cuda, "triton": triton_version()}
+    about: dict[str, str | int] = {"gpu": properties.name, "gpu_bytes": properties.total_memory}
+    return about | {name: version for name, version in versions.items() if version}
+
+
+def driver_version(path: str = "/proc/driver/nvidia/version") -> str | None:
+    """NVIDIA's driver, as its kernel module names itself (Linux)."""
+    try:
+        return find_version(Path(path).read_text())
+    except OSError:
+        return None
+
+
+def find_version(text: str) -> str | None:
+    """
+    >>> find_version("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build")
+    '580.82.07'
+    """
+    match = re.search(r"\b\d{3,4}\.\d+(?:\.\d+)?\b", text)
+    return match[0] if match else None
+
+
+def triton_version() -> str | None:
+    for name in ("triton", "pytorch-triton"):  # as PyPI has it, and as PyTorch's own builds bring it
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def cpu_name() -> str:

@@ -1,5 +1,6 @@
 """GPUs of compute capability 8.0 and later: few rows of x are multiplied with the packed bytes themselves, by
-the kernels of `triton_kernels.py`; for more rows a matrix is expanded, as in `blocks.py`.
+the kernels of `triton_kernels.py`; for more rows a matrix is expanded, a block of rows at a time and in one
+pass, and multiplied as any other.
 
 Memory is as files are. Besides the product with one matrix there is an expert layer for one token, in two
 launches for all of its experts, which are read from a pool of blobs by slot.
@@ -20,6 +21,7 @@ They are fixed, since to choose them by timing would make results depend on it.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -30,9 +32,10 @@ from torch import Tensor
 
 from model.quant.backends.blocks import Blocks
 from model.quant.layout import matrix_fields
-from model.quant.spec import QuantSpec
+from model.quant.spec import ROWS, QuantSpec
 
 FEW = 16  # rows: what a tensor core multiplies at least
+BLOCK = 1 << 25  # weights that are expanded at a time: enough to keep a GPU busy, and at most 128 MiB
 CAPABILITY = (8, 0)  # below, there is no bfloat16
 
 
@@ -40,6 +43,8 @@ def unsupported(device: torch.device) -> str | None:
     """Why this backend cannot serve a matrix on this device, and what to do about it; None if it can."""
     if device.type != "cuda":
         return f"needs a CUDA device, not {device.type}"
+    if not torch.cuda.is_available():
+        return "needs a CUDA device, and there is none here"
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY:
         needed, found = (".".join(str(part) for part in c) for c in (CAPABILITY, capability))
@@ -60,13 +65,15 @@ class OneRow:
     @staticmethod
     @functools.cache
     def choose(K: int, bits: int, group_size: int) -> "OneRow":
-        """8 rows: with 4, compiled code has a fifth more instructions for a weight, since x is prepared for
-        every tile; with more, a matrix of 4096 rows would be too few programs for 100 and more
-        multiprocessors. At 3 and 2 bits 4: a byte multiplies with more of x, 8 would spill.
+        """2048 or 1024 bytes of a row (at 3 bits, of its low plane): 16, or at 3 and 2 bits 8, for each thread
+        of as few warps as that gives, so that threads lie along K, and hardly any x is prepared twice.
+        Whichever makes fewer columns in all where neither divides K, and the longer if that is the same.
 
-        2048 or 1024 bytes of a row (at 3 bits, of its low plane): 16 for each thread of 4 or 2 warps, so that
-        threads lie along K, and hardly any x is prepared twice. Whichever makes fewer columns in all
-        where neither divides K, and the longer if that is the same.
+        8 rows: with 4, compiled code has a twelfth more instructions for a weight, since x is prepared for
+        every tile; with more, a matrix of 4096 rows would be too few programs for 100 and more
+        multiprocessors. 4 where a tile has 2 warps, for the same reason; at 3 and 2 bits, where a byte
+        multiplies with more of x, which has to be in registers; and at 16 bits, where a group is one weight
+        and instructions are few.
 
         >>> [OneRow.choose(K, 4, 64).groups * 64 for K in (4096, 14336, 6144, 256, 192)]
         [4096, 2048, 2048, 256, 256]
@@ -77,7 +84,8 @@ class OneRow:
         sizes = [min(max(wanted * 8 // width, group_size), power_of_two(K)) for wanted in (2048, 1024)]
         columns = min(sizes, key=lambda size: -(-K // size) * size)
         warps = min(max(columns * width // 8 // 512, 1), 8)
-        return OneRow(4 if bits < 4 else 8, columns // group_size, warps)
+        warps = warps * 2 if bits == 2 else warps
+        return OneRow(8 if bits in (4, 8) and warps >= 4 else 4, columns // group_size, warps)
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,26 @@ class FewRows:
         return FewRows(rows, pieces, piece, splits)
 
 
+@dataclass(frozen=True)
+class Expansion:
+    """The tile of a program that makes packed weights numbers."""
+
+    rows: int
+    groups: int
+
+    @staticmethod
+    @functools.cache
+    def choose(K: int, group_size: int) -> "Expansion":
+        """4096 weights are 32 for each of 128 threads; 1024 of a row, unless groups are longer, so that lines
+        of cache are stored whole. The rows of any block are a multiple of 16.
+
+        >>> Expansion.choose(4096, 64), Expansion.choose(96, 16), Expansion.choose(8192, 4096)
+        (Expansion(rows=4, groups=16), Expansion(rows=16, groups=8), Expansion(rows=1, groups=1))
+        """
+        columns = max(min(1024, power_of_two(K)), group_size)
+        return Expansion(min(max(4096 // columns, 1), 16), columns // group_size)
+
+
 def power_of_two(count: int) -> int:
     """The least that is not below `count`."""
     return 1 << (count - 1).bit_length()
@@ -129,7 +157,6 @@ class Fused:
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         """The tensors of `memory` have to follow one another without gaps, as `fields` has them."""
         self.spec, self.shape = spec, shape
-        self.blocks = Blocks(spec, shape, memory)
         self.start = memory["codes"]  # a pointer to the first stream serves for all
         base = self.start.storage_offset()
         for field in self.fields("", shape, spec):
@@ -140,7 +167,7 @@ class Fused:
     def __call__(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N]
         if x.shape[0] == 1:
             return self.one(x.contiguous())
-        return self.few(x.contiguous()) if 1 < x.shape[0] <= FEW else self.blocks(x)
+        return self.few(x.contiguous()) if 1 < x.shape[0] <= FEW else self.many(x)
 
     def one(self, x: Tensor) -> Tensor:  # [1, K] -> [1, N]
         from model.quant.backends import triton_kernels
@@ -169,17 +196,44 @@ class Fused:
         return functools.reduce(torch.add, out).to(x.dtype) if split else out[0]
 
 
+    def many(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N]
+        N, K = self.shape
+        step = min(max(BLOCK // K // ROWS * ROWS, ROWS), N)
+        out, block = x.new_empty(x.shape[0], N), x.new_empty(step, K)
+        for start in range(0, N, step):
+            W = block[: N - start]  # [n, K], n <= step
+            self.expand(start, W)
+            torch.mm(x, W.T, out=out[:, start : start + step])
+        return out
+
+    def expand(self, start: int, out: Tensor) -> None:
+        """Rows of the matrix from `start` on, into `out` [n, K], n a multiple of 16: bit for bit what
+        `QuantisedTensor.dequantise` gives in out's dtype."""
+        from model.quant.backends import triton_kernels
+
+        (N, K), tile = self.shape, Expansion.choose(self.shape[1], self.spec.group_size)
+        grid = out.shape[0] // tile.rows, -(-K // (tile.groups * self.spec.group_size))
+        launch(
+            triton_kernels.expand, grid, self.start, out, start,
+            N=N, K=K, **constants(self.spec), ROWS=tile.rows, GROUPS=tile.groups, num_warps=4,
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ExpertForm:
-    """What the blobs of a pool are: w13 [2 F, D], then w2 [D, F], both as `Fused` keeps them."""
+    """What the blobs of a pool are: w13 [2 F, D], then w2 [D, F], both as `Fused` keeps them, or, at 16 bits,
+    in the dtype of x, which may be float32."""
 
     spec: QuantSpec
     hidden: int  # D
     ffn: int  # F
 
-    @property
-    def w2_offset(self) -> int:
-        return matrix_fields("w13", (2 * self.ffn, self.hidden), self.spec)[-1].end
+    def w2_offset(self, dtype: torch.dtype) -> int:
+        """Where w2 begins in a blob, in a model that computes in `dtype`."""
+        return matrix_fields("w13", (2 * self.ffn, self.hidden), self.spec, dtype=dtype)[-1].end
+
+    def tile(self, K: int) -> OneRow:
+        return OneRow.choose(K, self.spec.bits, max(self.spec.group_size, 1))
 
 
 def gate_up(x: Tensor, pool: Tensor, slots: Tensor, form: ExpertForm) -> Tensor:
@@ -192,11 +246,12 @@ def gate_up(x: Tensor, pool: Tensor, slots: Tensor, form: ExpertForm) -> Tensor:
 
     D, F, (A,) = form.hidden, form.ffn, slots.shape
     check(x, (1, D), pool, form)
-    tile = OneRow.choose(D, form.spec.bits, form.spec.group_size)
+    tile = form.tile(D)
+    rows = math.gcd(F, tile.rows)
     h = x.new_empty(A, F)
     launch(
-        triton_kernels.gate_up, (F // tile.rows, A), x.contiguous(), pool, slots.contiguous(), h,
-        D=D, F=F, **constants(form.spec), BLOB=pool.shape[1], ROWS=tile.rows, GROUPS=tile.groups,
+        triton_kernels.gate_up, (F // rows, A), x.contiguous(), pool, slots.contiguous(), h,
+        D=D, F=F, **constants(form.spec), BLOB=pool.shape[1], ROWS=rows, GROUPS=tile.groups,
         num_warps=tile.warps,
     )  # fmt: skip
     return h
@@ -216,14 +271,15 @@ def down(
 
     D, F, (A,) = form.hidden, form.ffn, slots.shape
     check(h, (A, F), pool, form)
-    tile = OneRow.choose(F, form.spec.bits, form.spec.group_size)
+    tile = form.tile(F)
+    rows = math.gcd(D, tile.rows)
     slots = slots.contiguous()
     y = h.new_empty(1, D)
     launch(
-        triton_kernels.down, (D // tile.rows,), h.contiguous(), pool, slots,
+        triton_kernels.down, (D // rows,), h.contiguous(), pool, slots,
         slots if ids is None else ids.contiguous(), weights.contiguous(), y,
-        D=D, F=F, **constants(form.spec), BLOB=pool.shape[1], OFFSET=form.w2_offset, A=A,
-        CHOICES=power_of_two(A), ROWS=tile.rows, GROUPS=tile.groups, num_warps=tile.warps,
+        D=D, F=F, **constants(form.spec), BLOB=pool.shape[1], OFFSET=form.w2_offset(h.dtype),
+        A=A, CHOICES=power_of_two(A), ROWS=rows, GROUPS=tile.groups, num_warps=tile.warps,
     )  # fmt: skip
     return y
 
@@ -239,15 +295,15 @@ def expert_pair(
 def check(x: Tensor, shape: tuple[int, int], pool: Tensor, form: ExpertForm) -> None:
     assert tuple(x.shape) == shape, (x.shape, shape)
     assert pool.dtype == torch.uint8 and pool.is_contiguous() and pool.shape[1] % 16 == 0, pool.shape
-    w2 = matrix_fields("w2", (form.hidden, form.ffn), form.spec, form.w2_offset)
+    w2 = matrix_fields("w2", (form.hidden, form.ffn), form.spec, form.w2_offset(x.dtype), x.dtype)
     assert pool.shape[1] >= w2[-1].end, (pool.shape, w2[-1].end)
 
 
 def constants(spec: QuantSpec) -> dict[str, int]:
-    return {"BITS": spec.bits, "GROUP": spec.group_size, "META": spec.meta_group_size}
+    return {"BITS": spec.bits, "GROUP": max(spec.group_size, 1), "META": max(spec.meta_group_size, 1)}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *tensors: Tensor | int, **values: int) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *tensors: Tensor | int, **values: float) -> None:
     interpreted = x.device.type == "cpu"  # by TRITON_INTERPRET=1: there is no other way to run on one
     with torch.cuda.device_of(x):  # Triton launches on the current device
         kernel[grid](x, *tensors, **values, INTERPRETED=interpreted, enable_fp_fusion=False)

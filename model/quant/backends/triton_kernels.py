@@ -4,10 +4,11 @@ One token is bound by memory. Its kernels read every byte of a matrix once, 16 c
 where groups are long enough, and make a dot product of it in float32. A byte holds codes that lie a part of a
 group apart along K, so x is read once for each part, and the bits of a code are multiplied where they are in
 the byte, by an x that is smaller in proportion: powers of two, so exactly. Scale and zero come in once for a
-group, since the sum of (q - z) s x is s (sum of q x - z sum of x).
+group, since the sum of (q - z) s x is s (sum of q x - z sum of x). Experts that are not quantised go through
+the same launches, as dot products of numbers.
 
 Up to 16 rows go to the tensor cores. There every weight is computed in float32 and rounded once to x's dtype,
-so it is the number that `QuantisedTensor.dequantise` gives.
+so it is the number that `QuantisedTensor.dequantise` gives. So it is where a matrix is expanded for more rows.
 
 No sum is split between programs in an order that chance decides: the same input gives the same bits. Products
 and sums that must round one by one do, since the launchers forbid contraction (`enable_fp_fusion=False`);
@@ -55,38 +56,101 @@ def scales_and_zeros(
 
 
 @triton.jit
-def plane_sums(
-    x: tl.tensor,  # [K]
-    codes: tl.tensor,  # [N, K * WIDTH / 8] *uint8
-    n: tl.tensor,  # [ROWS]
-    j: tl.tensor,  # [GROUPS]
-    there: tl.tensor,  # [GROUPS]
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # [ROWS, GROUPS] and [GROUPS] float32
-    """Sums of x times the codes of one plane, group by group, and sums of x."""
-    PARTS: tl.constexpr = 8 // WIDTH
-    BYTES: tl.constexpr = GROUP // PARTS
-    byte = tl.arange(0, BYTES)
-    at = n[:, None, None] * (K // PARTS) + j[None, :, None] * BYTES + byte[None, None, :]
-    packed = tl.load(codes + at, mask=there[None, :, None], other=0)  # [ROWS, GROUPS, BYTES]
-    sums = tl.zeros([ROWS, GROUPS, BYTES], tl.float32)
-    inputs = tl.zeros([GROUPS, BYTES], tl.float32)
-    for part in tl.static_range(PARTS):
-        at = j[:, None] * GROUP + part * BYTES + byte[None, :]
-        values = tl.load(x + at, mask=there[:, None], other=0.0).to(tl.float32)  # [GROUPS, BYTES]
-        inputs += values
-        values = values * (1.0 / (1 << (part * WIDTH)))
-        mask = ((1 << WIDTH) - 1) << (part * WIDTH)
-        sums = tl.fma((packed & mask).to(tl.float32), values[None, :, :], sums)
-    return tl.sum(sums, axis=2), tl.sum(inputs, axis=1)
+def times_codes(
+    x: tl.tensor,  # [WIDE]
+    packed: tl.tensor,  # [ROWS, WIDE] int32
+    sums: tl.tensor,  # [ROWS, WIDE] float32
+    BITS: tl.constexpr,
+    SHIFT: tl.constexpr,
+):  # sums and more, [ROWS, WIDE] float32
+    """x times the BITS bits from SHIFT on, which are read where they are, as a float32: a denormal number,
+    2^-149 times the integer. So nothing is converted, and multiplying is exact and as fast as ever."""
+    number = (packed & (((1 << BITS) - 1) << SHIFT)).to(tl.float32, bitcast=True)
+    return tl.fma(number, (x * (2.0**96 / (1 << SHIFT)))[None, :], sums)
 
 
 @triton.jit
-def dot_rows(
+def with_high(
+    low: tl.tensor,  # [ROWS, WIDE] int32
+    high: tl.tensor,  # [ROWS, WIDE] int32
+    SHIFT: tl.constexpr,
+    BY: tl.constexpr,
+):  # [ROWS, WIDE] int32
+    """Codes of 3 bits, at SHIFT and at 4 bits from there."""
+    LOW: tl.constexpr = 0x33 << (SHIFT % 4)
+    return (low & LOW) | ((high << BY) & ~LOW)
+
+
+@triton.jit
+def code_sums(
+    x: tl.tensor,  # [K]
+    codes: tl.tensor,  # [N, K * BITS / 8] *uint8; at 3 bits the low plane, and the high plane behind it
+    n: tl.tensor,  # [ROWS]
+    start: tl.tensor,  # group
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # [ROWS, GROUPS] and [GROUPS] float32
+    """Sums of x times codes, group by group from `start` on, and sums of x.
+
+    Tensors have two dimensions until groups are added up: of three, compilers would choose which threads
+    have which rows, and some choose so that none has two."""
+    PARTS: tl.constexpr = 8 if BITS == 3 else 8 // BITS  # 3 bits: those of the high plane
+    BYTES: tl.constexpr = GROUP // PARTS
+    UNIT: tl.constexpr = min(BYTES, 8 if BITS < 4 else 16)
+    wide = tl.arange(0, GROUPS * BYTES)
+    unit = wide // UNIT
+    j, byte = start + unit // (BYTES // UNIT), unit % (BYTES // UNIT) * UNIT + wide % UNIT
+    there = j < K // GROUP
+    if BITS == 3:
+        at = n[:, None] * (K // 4) + (j * (2 * BYTES) + byte)[None, :]
+        even = tl.load(codes + at, mask=there[None, :], other=0).to(tl.int32)
+        odd = tl.load(codes + at + BYTES, mask=there[None, :], other=0).to(tl.int32)
+        at = n[:, None] * (K // 8) + (j * BYTES + byte)[None, :]
+        high = tl.load(codes + N * K // 4 + at, mask=there[None, :], other=0).to(tl.int32)
+    else:
+        at = n[:, None] * (K // PARTS) + (j * BYTES + byte)[None, :]
+        packed = tl.load(codes + at, mask=there[None, :], other=0).to(tl.int32)
+    sums = tl.zeros([ROWS, GROUPS * BYTES], tl.float32)
+    inputs = tl.zeros([GROUPS * BYTES], tl.float32)
+    for part in tl.static_range(PARTS):
+        values = tl.load(x + j * GROUP + part * BYTES + byte, mask=there, other=0.0).to(tl.float32)
+        inputs += values
+        if BITS == 3:
+            packed = with_high(even if part % 2 == 0 else odd, high, part // 2 * 2, 2 - part % 2)
+            sums = times_codes(values, packed, sums, 3, part // 2 * 2)
+        else:
+            sums = times_codes(values, packed, sums, BITS, part * BITS)
+    sums = tl.sum(sums.reshape(ROWS, GROUPS, BYTES), axis=2) * 2.0**53
+    return sums, tl.sum(inputs.reshape(GROUPS, BYTES), axis=1)
+
+
+@triton.jit
+def plain_rows(
+    x: tl.tensor,  # [K]
+    weights: tl.tensor,  # [N, K], in x's dtype
+    first: tl.tensor,  # row
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # [ROWS] float32
+    """ROWS rows of a matrix that is not quantised, from `first` on, times x, COLUMNS inputs at a time."""
+    n = first + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, K, COLUMNS):
+        i = start + tl.arange(0, COLUMNS)
+        there = i < K
+        w = tl.load(weights + n[:, None] * K + i[None, :], mask=there[None, :], other=0.0).to(tl.float32)
+        values = tl.load(x + i, mask=there, other=0.0).to(tl.float32)
+        total = tl.fma(w, values[None, :], total)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def packed_rows(
     x: tl.tensor,  # [K]
     matrix: tl.tensor,  # *uint8
     first: tl.tensor,  # row
@@ -104,16 +168,33 @@ def dot_rows(
     total = tl.zeros([ROWS, GROUPS], tl.float32)
     for start in range(0, J, GROUPS):
         j = start + tl.arange(0, GROUPS)
-        there = j < J
-        if BITS == 3:
-            low, all_x = plane_sums(x, matrix, n, j, there, ROWS, GROUPS, K, GROUP, 2)
-            high, _ = plane_sums(x, matrix + N * K // 4, n, j, there, ROWS, GROUPS, K, GROUP, 1)
-            sums = tl.fma(high, 4.0, low)
-        else:
-            sums, all_x = plane_sums(x, matrix, n, j, there, ROWS, GROUPS, K, GROUP, BITS)
-        scale, zero = scales_and_zeros(matrix, n, j, there, N, K, BITS, GROUP, META)
+        scale, zero = scales_and_zeros(matrix, n, j, j < J, N, K, BITS, GROUP, META)
+        sums, all_x = code_sums(x, matrix, n, start, N, K, BITS, GROUP, ROWS, GROUPS)
         total = tl.fma(scale, tl.fma(-zero, all_x[None, :], sums), total)
     return tl.sum(total, axis=1)
+
+
+@triton.jit
+def dot_rows(
+    x: tl.tensor,  # [K]
+    matrix: tl.tensor,  # *uint8
+    first: tl.tensor,  # row
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    META: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # [ROWS] float32
+    """ROWS rows of the matrix, from `first` on, times x, GROUPS groups at a time. At 16 bits a group is one
+    weight, in x's dtype, which may be float32."""
+    if BITS == 16:
+        weights = matrix.to(tl.pointer_type(x.dtype.element_ty), bitcast=True)
+        sums = plain_rows(x, weights, first, K, ROWS, GROUPS)
+    else:
+        sums = packed_rows(x, matrix, first, N, K, BITS, GROUP, META, ROWS, GROUPS)
+    return sums
 
 
 @triton.jit
@@ -199,6 +280,56 @@ def multiply_few(
             sums = tl.dot(values, tl.trans(w), sums, input_precision="ieee")
     at = (tl.program_id(1) * M + m)[:, None] * N + n[None, :]
     tl.store(out + at, rounded(sums, out.dtype.element_ty, INTERPRETED), mask=(m < M)[:, None])
+
+
+@triton.jit
+def plane_codes(
+    codes: tl.tensor,  # [N, K * WIDTH / 8] *uint8
+    n: tl.tensor,  # [ROWS]
+    j: tl.tensor,  # [GROUPS]
+    there: tl.tensor,  # [GROUPS]
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # [ROWS, GROUPS, GROUP] int32
+    """The codes of one plane in the order of weights. So each byte is loaded once for every part, from a cache
+    all but the first time, and whole lines are stored."""
+    PARTS: tl.constexpr = 8 // WIDTH
+    BYTES: tl.constexpr = GROUP // PARTS
+    i = tl.arange(0, GROUP)
+    at = n[:, None, None] * (K // PARTS) + j[None, :, None] * BYTES + (i % BYTES)[None, None, :]
+    packed = tl.load(codes + at, mask=there[None, :, None], other=0).to(tl.int32)
+    return (packed >> (i // BYTES * WIDTH)[None, None, :]) & ((1 << WIDTH) - 1)
+
+
+@triton.jit
+def expand(
+    matrix: tl.tensor,  # *uint8
+    out: tl.tensor,  # [rows, K]
+    first: tl.tensor,  # row of the matrix
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    META: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> None:  # grid [rows / ROWS, J / GROUPS, rounded up]
+    """Rows of the matrix from `first` on, as numbers: those that `QuantisedTensor.dequantise` gives."""
+    J: tl.constexpr = K // GROUP
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    j = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    n, there = first + row, j < J
+    if BITS == 3:
+        codes = plane_codes(matrix, n, j, there, K, GROUP, 2)
+        codes |= plane_codes(matrix + N * K // 4, n, j, there, K, GROUP, 1) << 2
+    else:
+        codes = plane_codes(matrix, n, j, there, K, GROUP, BITS)
+    scale, zero = scales_and_zeros(matrix, n, j, there, N, K, BITS, GROUP, META)
+    w = (codes.to(tl.float32) - zero[:, :, None]) * scale[:, :, None]
+    at = row[:, None, None] * K + (j * GROUP)[None, :, None] + tl.arange(0, GROUP)[None, None, :]
+    tl.store(out + at, rounded(w, out.dtype.element_ty, INTERPRETED), mask=there[None, :, None])
 
 
 @triton.jit

@@ -1,16 +1,20 @@
 """What `test_fused.py` runs in a process of its own: the kernels, as they are launched, compiled for a GPU
-that need not be there. The interpreter takes what a compiler may not."""
+that need not be there. The interpreter takes what a compiler may not, and knows nothing of registers: what a
+program keeps in memory for want of them is its stack, and shows."""
 
-from collections.abc import Iterator
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from model.quant.backends import fused
+from model.quant.backends import fused, step
 from model.quant.backends.fused import ExpertForm, Fused, expert_pair
 from model.quant.layout import matrix_fields
 from model.quant.spec import QuantSpec
@@ -21,40 +25,84 @@ POINTERS = {
 }  # fmt: skip
 
 
-def compile_instead(
-    kernel: Any, grid: tuple[int, ...], *tensors: Tensor | int, num_warps: int, **values: int
-) -> None:
-    values["INTERPRETED"] = False
-    kinds = [POINTERS[t.dtype] if isinstance(t, Tensor) else "i32" for t in tensors]
-    signature = dict(zip(kernel.arg_names, kinds + ["constexpr"] * len(values), strict=True))
-    assert set(values) == {name for name, kind in signature.items() if kind == "constexpr"}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind[0] == "*"}
-    source = ASTSource(kernel, signature, constexprs=values, attrs=aligned)
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    compiled = compile(source, target=GPUTarget("cuda", 80, 32), options=options)
-    assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= 99 << 10, kernel  # every GPU from 8.0 on has that
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-@pytest.fixture(autouse=True)
-def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fused, "launch", compile_instead)
-    yield
+class Compiler:
+    """In place of `fused.launch`."""
+
+    def __init__(self, folder: Path, capability: int) -> None:
+        self.folder, self.capability = folder, capability
+        self.stacks: dict[str, int] = {}  # by kernel: bytes, the most of all its launches
+
+    def __call__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        *tensors: Tensor | int,
+        num_warps: int,
+        num_stages: int = 3,
+        **values: float,
+    ) -> None:
+        values["INTERPRETED"] = False
+        kinds = [POINTERS[t.dtype] if isinstance(t, Tensor) else "i32" for t in tensors]
+        signature = dict(zip(kernel.arg_names, kinds + ["constexpr"] * len(values), strict=True))
+        assert set(values) == {name for name, kind in signature.items() if kind == "constexpr"}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind[0] == "*"}
+        source = ASTSource(kernel, signature, constexprs=values, attrs=aligned)
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+        compiled = compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+        assert compiled.metadata.shared <= 99 << 10, kernel  # every GPU from 8.0 on has that
+        file = self.folder / "kernel.cubin"
+        file.write_bytes(compiled.asm["cubin"])
+        command = [TOOL, "-res-usage", file]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        stack = max(int(size) for size in re.findall(r"STACK:(\d+)", usage))
+        self.stacks[kernel.fn.__name__] = max(stack, self.stacks.get(kernel.fn.__name__, 0))
+
+
+@pytest.fixture(params=[80, 90])
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> Compiler:
+    compiler = Compiler(tmp_path, request.param)
+    monkeypatch.setattr(fused, "launch", compiler)
+    monkeypatch.setattr(step, "launch", compiler)
+    return compiler
 
 
 @pytest.mark.parametrize(("text", "dtype"), [("3", torch.bfloat16), ("2g64", torch.float32)])
-def test_a_matrix(text: str, dtype: torch.dtype) -> None:
+def test_a_matrix(text: str, dtype: torch.dtype, compiler: Compiler) -> None:
     spec, shape = QuantSpec.parse(text), (4096, 4096)
     fields = matrix_fields("", shape, spec)
     memory = torch.empty(fields[-1].end, dtype=torch.uint8)
     product = Fused(spec, shape, {field.name[1:]: field.view(memory) for field in fields})
     for M in (1, 4):
         product(torch.empty(M, 4096, dtype=dtype))
+    product.expand(0, torch.empty(4096, 4096, dtype=dtype))
+    few = compiler.stacks.pop("multiply_few")
+    assert few == 0 or dtype == torch.float32  # which tensor cores do not multiply
+    assert compiler.stacks == {"multiply_one": 0, "expand": 0}
 
 
-def test_experts() -> None:
-    form = ExpertForm(QuantSpec(4), 4096, 14336)
-    end = matrix_fields("w2", (4096, 14336), form.spec, form.w2_offset)[-1].end
+@pytest.mark.parametrize("text", ["16", "4", "3g128", "2"])
+def test_experts(text: str, compiler: Compiler) -> None:
+    form, dtype = ExpertForm(QuantSpec.parse(text), 4096, 14336), torch.bfloat16
+    end = matrix_fields("w2", (4096, 14336), form.spec, form.w2_offset(dtype), dtype)[-1].end
     pool = torch.empty(1, end, dtype=torch.uint8)
-    slots, weights = torch.zeros(2, dtype=torch.int64), torch.ones(2)
-    expert_pair(torch.empty(1, 4096, dtype=torch.float16), pool, slots, weights, form)
+    slots, weights = torch.zeros(2, dtype=torch.int32), torch.ones(2)
+    expert_pair(torch.empty(1, 4096, dtype=dtype), pool, slots, weights, form)
+    assert compiler.stacks == {"gate_up": 0, "down": 0}
+
+
+@pytest.mark.parametrize(("D", "H"), [(4096, 32), (6144, 48)])  # 8x7B and 8x22B
+def test_a_step(D: int, H: int, compiler: Compiler) -> None:
+    """Its small kernels."""
+    x = torch.empty(1, D, dtype=torch.bfloat16)
+    table = torch.empty(64, 128, dtype=x.dtype)
+    cache, position = torch.empty(1, 8, 64, 128, dtype=x.dtype), torch.zeros(1, dtype=torch.int64)
+    step.rms_norm(x, x[0], torch.zeros(1))
+    qkv = torch.empty(1, (H + 16) * 128, dtype=x.dtype)
+    q = step.rotate_and_append(qkv, table, table, cache, cache, position)
+    step.attend(q, cache, cache, position)
+    step.route(x, torch.empty(24, D), 8, 2)
+    kernels = "rms_norm", "rotate_and_append", "attend_stretch", "attend_sum", "route"
+    assert compiler.stacks == dict.fromkeys(kernels, 0)

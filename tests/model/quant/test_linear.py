@@ -5,6 +5,7 @@ import torch
 
 from model.quant.backends import int4pack
 from model.quant.backends.blocks import Blocks
+from model.quant.backends.fused import Fused
 from model.quant.backends.int4pack import Int4Pack, kernel_block
 from model.quant.linear import QuantisedLinear, choose_backend, scratch_bytes
 from model.quant.solve import quantise
@@ -46,9 +47,22 @@ def test_a_cpu_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer.remark == remark and isinstance(layer.product, Blocks)
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("cpu", F32), ("cuda", BF16), ("cuda", F16), ("cuda", F32)])
-def test_float32_and_other_devices_are_nothing_to_remark_on(device: str, dtype: torch.dtype) -> None:
-    assert choose_backend(QuantSpec(2), (48, 80), dtype, torch.device(device)) == (Blocks, None)
+def test_float32_on_a_cpu_is_nothing_to_remark_on() -> None:
+    assert choose_backend(QuantSpec(2), (48, 80), F32, CPU) == (Blocks, None)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_a_gpu_multiplies_from_packed_bytes_where_it_can(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, backend, remark in (((8, 0), Fused, None), ((7, 5), Blocks, "capability 8.0, and this")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        chosen, said = choose_backend(QuantSpec(2), (48, 80), dtype, torch.device("cuda"))
+        assert chosen is backend and (said is None if remark is None else said and remark in said)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen, said = choose_backend(QuantSpec(2), (48, 80), dtype, torch.device("cuda"))
+    assert chosen is Blocks and said == "needs a CUDA device, and there is none here"
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])

@@ -14,6 +14,7 @@ class Cuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
         self.events = 0
+        self.over: set[str] = set()  # names of events that have come to pass
         cuda, log = self, self.log
 
         class Stream:
@@ -32,8 +33,8 @@ class Cuda:
             def __exit__(self, *error: object) -> None: ...
 
         class Event:
-            def __init__(self) -> None:
-                self.name = f"e{cuda.events}"
+            def __init__(self, enable_timing: bool = False) -> None:
+                self.name = f"{'t' if enable_timing else 'e'}{cuda.events}"
                 cuda.events += 1
 
             def record(self, stream: Stream) -> None:
@@ -41,6 +42,12 @@ class Cuda:
 
             def synchronize(self) -> None:
                 log.append(f"host waits for {self.name}")
+
+            def query(self) -> bool:
+                return self.name in cuda.over
+
+            def elapsed_time(self, end: Any) -> float:  # milliseconds
+                return int(end.name[1:]) * 1.0
 
         empty, compute = torch.empty, Stream("compute")
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
@@ -65,10 +72,24 @@ def test_cuda_link_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.take() == ["copies waits for e0"]
     marks = [link.move(source, target, True) for _ in (0, 1)]  # what is needed queues up at once
     assert cuda.take() == ["on copies", "e1 on copies", "on copies", "e2 on copies"]
-    link.move(source, target, False)  # of a guess, no second piece before the first has ended
-    assert cuda.take() == ["on copies", "e3 on copies", "host waits for e3"]
+    for _ in (0, 1, 2):  # of guesses, no third piece before the first has ended
+        link.move(source, target, False)
+    assert cuda.take() == [
+        "on copies", "e3 on copies",
+        "on copies", "e4 on copies", "host waits for e3",
+        "on copies", "e5 on copies", "host waits for e4",
+    ]  # fmt: skip
     link.reached(marks[1])
-    assert cuda.take() == ["compute waits for e2"] and torch.equal(source, target)
+    assert cuda.take() == ["t6 on compute", "compute waits for e2", "t7 on compute"]
+    assert torch.equal(source, target)
+    link.reached(marks[1])
+    assert link.stalled() == 0 and len(link.waits) == 2
+    cuda.over |= {"t7"}
+    assert link.stalled() == 7e-3 and len(link.waits) == 1
+    cuda.over |= {"t9"}
+    link.reached(marks[1])
+    assert link.waited == 7e-3 + 9e-3 and len(link.waits) == 1
+    cuda.take()
     link.close()
     assert cuda.take() == ["host waits for copies"]
 

@@ -1,0 +1,123 @@
+"""Decoding on a GPU: a token's step as CUDA graphs, with one word from the host in each layer at most.
+
+Where all experts are resident a step is one graph. Where they are not, it is cut behind each router: there
+the host learns the choice, has missing experts copied, and tells the next graph by their slots where they
+are. Both compute the same kernels on the same bytes, so they give the same bits.
+
+A step does not allocate anything on the device, and its parts do not read anything on the host but `inputs`
+and the slots.
+"""
+
+import gc
+import warnings
+import weakref
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from model.kv_cache import KVCache
+from model.mixtral import Mixtral
+from model.step import Choice, Route, router, step, unfit
+from runtime.experts.cache import ExpertCache
+from runtime.graphs import CudaGraphs, Graphs, Work
+
+
+def make_decoder(model: Mixtral, cache: ExpertCache | None, capture: bool) -> "Decoder | None":
+    """The model's decoder, if the device it is on can have one."""
+    device = model.embed_tokens.weight.device
+    if unfit(model.config, device):
+        return None
+    return Decoder(model, cache, CudaGraphs(device), capture)
+
+
+class Decoder:
+    """One token at a time through a model."""
+
+    def __init__(
+        self, model: Mixtral, cache: ExpertCache | None, graphs: Graphs, capture: bool = True
+    ) -> None:
+        """`cache` holds the experts, where they are not resident. Without `capture` every step is put on the
+        device launch by launch."""
+        config, device = model.config, model.embed_tokens.weight.device
+        self.model, self.cache, self.graphs, self.capturing = model, cache, graphs, capture
+        self.route: Route = router(model, cache.lookahead.gates if cache and cache.lookahead else None)
+        self.inputs = graphs.shared(2, dtype=torch.int64)  # the id, and how many tokens there are before it
+        self.inputs_there = torch.zeros(2, dtype=torch.int64, device=device)
+        most = 2 * config.experts_per_token + 2 * config.experts  # two layers ahead
+        self.choices = graphs.shared(config.layers, most, dtype=torch.int32)
+        self.logits = torch.zeros(config.vocab, dtype=torch.float32, device=device)
+        self.captured: weakref.WeakKeyDictionary[KVCache, list[Work]] = weakref.WeakKeyDictionary()
+
+    def step(self, token: int, kv: KVCache) -> Tensor:
+        """Add a token to the cache; return the logits behind it, [V] float32, in memory that the next step
+        overwrites. Raises `TransferError` if an expert does not arrive, and `ValueError` if there is no room
+        for a token."""
+        limit = min(kv.capacity, self.model.config.context)
+        if kv.length >= limit:
+            raise ValueError(f"{kv.length} tokens and 1 more do not fit a context of {limit}")
+        self.graphs.wait()  # the step before has to have read its inputs
+        self.inputs[0], self.inputs[1] = token, kv.length
+        captured = self.captured.get(kv)
+        for number, work in enumerate(captured or self.parts(kv)):
+            work()
+            if self.cache is not None:
+                self.attend_to_experts(self.cache, number)
+        kv.length += 1
+        if captured is None and self.capturing:
+            self.capture(kv)
+        return self.logits
+
+    def attend_to_experts(self, cache: ExpertCache, part: int) -> None:
+        """Behind that part of a step: its layer's choice is made, and the layer before it computed."""
+        if part > 0:
+            cache.computed_one(part - 1)
+        if part < self.model.config.layers:
+            self.graphs.wait()
+            choice = Choice.split(self.choices[part], self.model.config.experts_per_token)
+            cache.provide(part, choice.ids.tolist(), choice.weights, self.rankings(part, choice))
+
+    def rankings(self, layer: int, choice: Choice) -> list[list[int]]:
+        """The experts of each of the next layers, likeliest first, as far as lookahead looks."""
+        E, lookahead = self.model.config.experts, self.cache.lookahead if self.cache else None
+        if lookahead is None:
+            return []
+        distance = min(lookahead.distance, self.model.config.layers - 1 - layer)
+        return choice.ranking[: distance * E].view(distance, E).tolist()
+
+    def parts(self, kv: KVCache) -> Iterator[Work]:
+        """A step in as many parts as the host has to attend to, each to be run before the next is taken."""
+        token, position = self.inputs_there[:1], self.inputs_there[1:]
+        computing = step(self.model, token, position, kv, self.route)
+
+        def part(layer: int) -> None:  # up to that layer's choice
+            if layer == 0:
+                self.inputs_there.copy_(self.inputs, non_blocking=True)
+            result = next(computing)
+            if isinstance(result, Tensor):
+                self.logits.copy_(result[0])
+            elif self.cache is not None:
+                self.choices[layer, : len(result.all)].copy_(result.all, non_blocking=True)
+
+        def whole() -> None:
+            for layer in layers:
+                part(layer)
+
+        layers = range(self.model.config.layers + 1)
+        return iter([whole]) if self.cache is None else (partial(part, layer) for layer in layers)
+
+    def capture(self, kv: KVCache) -> None:
+        """Behind a first step with this cache, which has made all that is made only once."""
+        gc.collect()  # not while capturing: it might free what the device still uses
+        try:
+            self.captured[kv] = [self.graphs.capture(work) for work in self.parts(kv)]
+        except RuntimeError as error:
+            self.capturing = False
+            reason = str(error).splitlines()[0]
+            warnings.warn(
+                f"CUDA graphs cannot be made ({reason}): every step is launched piece by piece, which is "
+                "slower; use --no-graphs to have it so without this message",
+                RuntimeWarning,
+                stacklevel=3,
+            )
