@@ -36,12 +36,10 @@ class KVCache:
     def allocate(
         config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> "KVCache":
-        shape = (batch, config.kv_heads, capacity, config.head_dim)
-
-        def zeros() -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        return KVCache([LayerCache(zeros(), zeros()) for _ in range(config.layers)], batch, capacity)
+        """One tensor for all layers: an allocator that rounds up does so once."""
+        shape = (config.layers, 2, batch, config.kv_heads, capacity, config.head_dim)
+        memory = torch.zeros(shape, dtype=dtype, device=device)
+        return KVCache([LayerCache(k, v) for k, v in memory], batch, capacity)
 
     @staticmethod
     def bytes(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:

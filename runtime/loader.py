@@ -16,7 +16,7 @@ from model.linear import pack
 from model.mixtral import Mixtral
 from model.moe import Experts
 from model.quant.expert import BlobExperts, ExpertFormat
-from model.quant.layout import EXPERT, matrix_fields
+from model.quant.layout import EXPERT, Field, matrix_fields
 from model.quant.linear import QuantisedLinear, choose_backend
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
@@ -105,14 +105,17 @@ def pack_trunk(model: Mixtral) -> None:
 def attention_bytes(
     config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device
 ) -> int | None:
-    """What a layer's attention takes in memory in this format; None where it is plain parameters."""
+    """What a layer's attention takes in memory in this format; None where it is plain parameters. A GPU need
+    not be there: whatever computes on one keeps what files have."""
     if not spec.quantised:
         return None
     qkv, out = (config.heads + 2 * config.kv_heads) * config.head_dim, config.heads * config.head_dim
     total = 0
     for shape in ((qkv, config.hidden), (config.hidden, out)):
-        backend, _ = choose_backend(spec, shape, dtype, device)
-        total += backend.fields("", shape, spec)[-1].end
+        fields: Callable[..., list[Field]] = matrix_fields
+        if device.type == "cpu":
+            fields = choose_backend(spec, shape, dtype, device)[0].fields
+        total += fields("", shape, spec)[-1].end
     return total
 
 

@@ -13,8 +13,7 @@ import torch
 
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.quant.expert import ALIGNMENT
-from model.quant.layout import expert_fields
+from model.quant.expert import blob_bytes
 from model.quant.linear import scratch_bytes
 from model.quant.spec import QuantSpec
 from runtime.errors import DeviceError, OptionError
@@ -224,10 +223,9 @@ def smaller_experts(request: Request) -> str | None:
     scratch = max(request.scratch, scratch_bytes(torch.device("cuda"), max(c.hidden, c.ffn)))
     for spec in () if request.shared else SMALLER:
         try:
-            size = expert_fields(c, QuantSpec.parse(spec))[-1].end
+            size = blob_bytes(c, QuantSpec.parse(spec), request.dtype, torch.device("cuda"))
         except ModelError:  # its groups do not divide this model's matrices
             continue
-        size = -(-size // ALIGNMENT) * ALIGNMENT
         if size < request.blob and choose(replace(request, expert=size, scratch=scratch)):
             return spec
     return None

@@ -17,7 +17,7 @@ class Stats:
     new_tokens: int = 0
     decoded_tokens: int = 0  # new tokens less each request's first, which the prompt pays for
     decode_seconds: float = 0.0
-    # Of experts that do not all stay on the device: see `runtime.experts.cache.Counters`.
+    # Of experts that do not all stay on the device: see `runtime.experts.ledger.Counters`.
     hits: int = 0
     misses: int = 0
     guesses: int = 0

@@ -27,7 +27,7 @@ import torch
 from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.quant.expert import ExpertFormat
+from model.quant.expert import blob_bytes
 from model.quant.linear import scratch_bytes
 from model.quant.spec import QuantSpec
 from runtime.device import choose_dtype
@@ -114,7 +114,7 @@ def make_sheet(args: argparse.Namespace) -> Sheet:
             dtype,
             options.context or min(DEFAULT_CONTEXT, config.context),
             attention_bytes(config, attention, dtype, device),
-            ExpertFormat.choose(config, experts, dtype, device).blob_bytes,
+            blob_bytes(config, experts, dtype, device),
             scratch_bytes(device, max(config.hidden, config.ffn)) if quantised else 0,
             driver_bytes(device),
             host_budget=host[0][1] if host else None,

@@ -22,7 +22,9 @@ from model.quant.linear import choose_backend
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
 
-ALIGNMENT = 64  # bytes: a cache line, and enough for every kernel
+# Bytes. No library tells addresses apart beyond this (cuBLAS's choice of a kernel may depend on it up to here),
+# so an expert is computed alike in every slot.
+ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class ExpertFormat:
     @property
     def blob_bytes(self) -> int:
         """From one blob in memory to the next."""
-        return -(-self.kept[-1].end // ALIGNMENT) * ALIGNMENT
+        return aligned(self.kept[-1].end)
 
     def store(self, stored: Tensor, blob: Tensor) -> None:
         """Fill a blob from the bytes [uint8] of an expert as files have it."""
@@ -91,6 +93,18 @@ class ExpertFormat:
             else:
                 products.append(partial(F.linear, weight=memory["weight"]))
         return BoundExpert(*products)
+
+
+def blob_bytes(config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> int:
+    """Of an expert in memory, as `ExpertFormat` has it. A GPU need not be there: whatever computes on one
+    keeps what files have."""
+    if device.type == "cuda":
+        return aligned(expert_fields(config, spec, dtype=dtype)[-1].end)
+    return ExpertFormat.choose(config, spec, dtype, device).blob_bytes
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)

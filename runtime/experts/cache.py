@@ -39,26 +39,12 @@ from runtime.experts.arena import Arena
 from runtime.experts.contributions import Contributions
 from runtime.experts.copying import CopyEngine, HostLink, Link, Ticket
 from runtime.experts.cuda_link import CudaLink
+from runtime.experts.ledger import Counters, Ledger
 from runtime.experts.lookahead import Lookahead
 from runtime.experts.policy import make_policy
 from runtime.experts.slots import Guess, SlotTable, Spares, State
 from runtime.planner import Plan
 from runtime.units import format_bytes
-
-
-@dataclass
-class Counters:
-    """What became of the experts that were needed or guessed."""
-
-    hits: int = 0
-    misses: int = 0
-    guesses: int = 0
-    used_guesses: int = 0  # misses that had been guessed: the expert was there, or on its way
-    recalled: int = 0  # experts that a decoded token chose in a layer, and the layer before ranked that high
-    recallable: int = 0  # all that decoded tokens chose, where a layer before could say
-    stall_seconds: float = 0.0  # that the host or the device waited for copies
-    copied_bytes: int = 0
-    wasted_bytes: int = 0  # of these, for guesses that did not come true, and for steps that failed
 
 
 @dataclass
@@ -115,10 +101,8 @@ class ExpertCache:
         self.tickets: dict[int, Ticket] = {}  # by slot: copies that computing has not come after yet
         self.last_use: list[Any] = [copies.link.used()] * total  # by slot: the link's mark behind it
         self.lookahead: Lookahead | None = None
-        self.predicted: list[int] = []  # what the layer before ranked highest for the layer at hand
-        self.trace: trace.Recorder | None = None
-        self.counters = Counters()
-        self.step = -1
+        self.ledger = Ledger()
+        self.counters = self.ledger.counters
         self.complete = True  # the step before came to its end
         # of a cache that nobody closed: its thread would hold memory
         weakref.finalize(self, copies.close).atexit = False
@@ -172,14 +156,8 @@ class ExpertCache:
 
     def record(self, recorder: trace.Recorder | None) -> None:
         """Tell `recorder` all that happens from now on; None ends that."""
-        self.trace = recorder
-
-        def copied(ticket: Ticket) -> None:
-            assert recorder is not None
-            step, layer, expert, kind = ticket.label
-            recorder.add(trace.Copy(step, layer, expert, kind, ticket.source.numel(), ticket.seconds))
-
-        self.copies.finished = copied if recorder is not None else None
+        self.ledger.recorder = recorder
+        self.copies.finished = self.ledger.copied()
 
     def layer(self, number: int) -> LayerExperts:
         """That layer's experts, as a model wants them."""
@@ -196,7 +174,7 @@ class ExpertCache:
         ranking = self.lookahead.rank(layer, x) if self.lookahead else None
         chosen, ahead = to_host(ids, ranking)
         needed = by_last_use(chosen)
-        self.note_choice(layer, chosen, weights, needed, ahead)
+        self.ledger.choice(layer, chosen, weights, needed, ahead)
         sums = Contributions(x, weights.to(x.dtype), chosen, self.arena.experts)
         waiting, missing = self.admit(layer, needed)
         self.guess(layer, tokens, len(chosen[0]), ahead)
@@ -219,7 +197,7 @@ class ExpertCache:
         if layer == 0:
             self.begin_step()
         needed = sorted(ids)
-        self.note_choice(layer, [ids], weights[None], needed, ahead)
+        self.ledger.choice(layer, [ids], weights[None], needed, ahead)
         accesses, missing = self.admit(layer, needed)
         assert not missing, (layer, ids, len(self.tables[layer].slots))
         self.guess(layer, 1, len(ids), ahead)
@@ -252,8 +230,7 @@ class ExpertCache:
         if not self.complete:
             self.forget()
         self.complete = False
-        self.step += 1
-        self.predicted = []
+        self.ledger.begin_step()
 
     def forget(self) -> None:
         """Begin again with empty slots: a step was broken off, perhaps between two lines that belong
@@ -262,8 +239,8 @@ class ExpertCache:
         Copies that are left stop behind the piece under way; new ones to the same slots come after that.
         """
         for guess in self.spares.guesses.values():
-            if self.trace is not None and (ticket := self.tickets.get(guess.slot)) is not None:
-                self.trace.add(trace.WastedGuess(self.step, guess.layer, guess.expert, ticket.moved))
+            if (ticket := self.tickets.get(guess.slot)) is not None:
+                self.ledger.wasted(guess.layer, guess.expert, ticket.moved)
         for ticket in self.tickets.values():
             self.copies.cancel(ticket)
         self.last_use = [self.copies.link.used()] * len(self.last_use)
@@ -282,9 +259,7 @@ class ExpertCache:
         return waiting, missing
 
     def hit(self, layer: int, expert: int) -> Access:
-        self.counters.hits += 1
-        if self.trace is not None:
-            self.trace.add(trace.Hit(self.step, layer, expert))
+        self.ledger.hit(layer, expert)
         return Access(expert, self.tables[layer].hit(expert))
 
     def miss(self, layer: int, expert: int) -> Access:
@@ -299,19 +274,14 @@ class ExpertCache:
             given, evicted = table.adopt(expert, slot, State.LOADING)
             self.spares.exchange(slot, given)
             self.copies.promote(self.tickets[slot])
-            self.counters.used_guesses += 1
         else:
             slot, evicted = table.place(expert)
             self.tickets[slot] = self.submit(layer, expert, slot, urgent=True)
-        self.counters.misses += 1
-        if self.trace is not None:
-            self.trace.add(trace.Miss(self.step, layer, expert, evicted))
-            if guess is not None:
-                self.trace.add(trace.UsedGuess(self.step, layer, expert))
+        self.ledger.miss(layer, expert, evicted, guessed=guess is not None)
         return Access(expert, slot)
 
     def submit(self, layer: int, expert: int, slot: int, urgent: bool) -> Ticket:
-        label = (self.step, layer, expert, "demand" if urgent else "guess")
+        label = (self.ledger.step, layer, expert, "demand" if urgent else "guess")
         source, target = self.arena.blob(layer, expert), self.pool[slot]
         return self.copies.submit(source, target, urgent, self.last_use[slot], label)
 
@@ -333,9 +303,7 @@ class ExpertCache:
                 guess = self.spares.take(layer + distance, e)
                 assert guess is not None
                 self.tickets[guess.slot] = self.submit(layer + distance, e, guess.slot, urgent=False)
-                self.counters.guesses += 1
-                if self.trace is not None:
-                    self.trace.add(trace.Guess(self.step, layer + distance, e, distance, rank))
+                self.ledger.guess(layer + distance, e, distance, rank)
 
     def drop_guesses(self, layer: int, needed: Sequence[int]) -> None:
         """Forget guesses for this layer that have not come true."""
@@ -347,8 +315,7 @@ class ExpertCache:
         ticket = self.tickets.pop(guess.slot)
         self.copies.cancel(ticket)
         self.spares.drop(guess.slot)
-        if self.trace is not None:
-            self.trace.add(trace.WastedGuess(self.step, guess.layer, guess.expert, ticket.moved))
+        self.ledger.wasted(guess.layer, guess.expert, ticket.moved)
 
     def compute(self, layer: int, access: Access, x: Tensor) -> Tensor:  # [n, D] -> [n, D]
         expert, ticket = self.computed[access.slot], self.tickets.get(access.slot)
@@ -366,32 +333,11 @@ class ExpertCache:
         self.tables[layer].ready(access.slot)
 
     def wait(self, layer: int, access: Access, ticket: Ticket, count: int) -> None:
-        seconds = self.copies.wait(ticket, count)
-        self.counters.stall_seconds += seconds
-        if self.trace is not None and seconds:
-            self.trace.add(trace.Stall(self.step, layer, access.expert, seconds))
+        self.ledger.stall(layer, access.expert, self.copies.wait(ticket, count))
 
     def release(self, layer: int, access: Access) -> None:
         self.last_use[access.slot] = self.copies.link.used()
         self.tables[layer].release(access.slot)
-
-    def note_choice(
-        self, layer: int, chosen: list[list[int]], weights: Tensor, needed: list[int], ahead: list[list[int]]
-    ) -> None:
-        """Keep account of what the router chose, and of what the layer before had expected."""
-        if len(chosen) == 1 and self.predicted:
-            self.counters.recalled += len(set(needed) & set(self.predicted[: len(needed)]))
-            self.counters.recallable += len(needed)
-        self.predicted = ahead[0] if ahead else []
-        if self.trace is not None:
-            totals = dict.fromkeys(needed, 0.0)
-            for experts, shares in zip(chosen, weights.tolist(), strict=True):
-                for e, share in zip(experts, shares, strict=True):
-                    totals[e] += share
-            shown = tuple(round(totals[e], 4) for e in needed)
-            self.trace.add(trace.Routing(self.step, layer, len(chosen), tuple(needed), shown))
-            for distance, ranking in enumerate(ahead, start=1):
-                self.trace.add(trace.Ranking(self.step, layer + distance, distance, tuple(ranking)))
 
 
 def to_host(ids: Tensor, ranking: Tensor | None) -> tuple[list[list[int]], list[list[int]]]:

@@ -1,0 +1,100 @@
+"""What became of the experts that were needed or guessed: counted always, and told to a trace if there is
+one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from runtime.experts import trace
+from runtime.experts.copying import Ticket
+
+
+@dataclass
+class Counters:
+    """Since the cache was made."""
+
+    hits: int = 0
+    misses: int = 0
+    guesses: int = 0
+    used_guesses: int = 0  # misses that had been guessed: the expert was there, or on its way
+    recalled: int = 0  # experts that a decoded token chose in a layer, and the layer before ranked that high
+    recallable: int = 0  # all that decoded tokens chose, where a layer before could say
+    stall_seconds: float = 0.0  # that the host or the device waited for copies
+    copied_bytes: int = 0
+    wasted_bytes: int = 0  # of these, for guesses that did not come true, and for steps that failed
+
+
+class Ledger:
+    """The entries of one cache."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        self.step = -1
+        self.predicted: Sequence[int] = ()  # what the layer before ranked highest for the layer at hand
+        self.recorder: trace.Recorder | None = None
+
+    def add(self, event: trace.Event) -> None:
+        if self.recorder is not None:
+            self.recorder.add(event)
+
+    def begin_step(self) -> None:
+        self.step += 1
+        self.predicted = ()
+
+    def choice(
+        self, layer: int, chosen: list[list[int]], weights: Tensor, needed: list[int], ahead: list[list[int]]
+    ) -> None:
+        """What the router chose: experts [N, A] with weights [N, A], which on the whole are `needed`; and the
+        rankings for the next layers."""
+        if len(chosen) == 1 and self.predicted:
+            self.counters.recalled += len(set(needed) & set(self.predicted[: len(needed)]))
+            self.counters.recallable += len(needed)
+        self.predicted = ahead[0] if ahead else ()
+        if self.recorder is None:  # or the weights would have to come to the host
+            return
+        totals = dict.fromkeys(needed, 0.0)
+        for experts, shares in zip(chosen, weights.tolist(), strict=True):
+            for e, share in zip(experts, shares, strict=True):
+                totals[e] += share
+        shown = tuple(round(totals[e], 4) for e in needed)
+        self.add(trace.Routing(self.step, layer, len(chosen), tuple(needed), shown))
+        for distance, ranking in enumerate(ahead, start=1):
+            self.add(trace.Ranking(self.step, layer + distance, distance, tuple(ranking)))
+
+    def hit(self, layer: int, expert: int) -> None:
+        self.counters.hits += 1
+        self.add(trace.Hit(self.step, layer, expert))
+
+    def miss(self, layer: int, expert: int, evicted: int | None, guessed: bool) -> None:
+        self.counters.misses += 1
+        self.counters.used_guesses += guessed
+        self.add(trace.Miss(self.step, layer, expert, evicted))
+        if guessed:
+            self.add(trace.UsedGuess(self.step, layer, expert))
+
+    def guess(self, layer: int, expert: int, distance: int, rank: int) -> None:
+        self.counters.guesses += 1
+        self.add(trace.Guess(self.step, layer, expert, distance, rank))
+
+    def wasted(self, layer: int, expert: int, moved: int) -> None:
+        """A guess did not come true, of which so many bytes had been moved. The copy engine counts these."""
+        self.add(trace.WastedGuess(self.step, layer, expert, moved))
+
+    def stall(self, layer: int, expert: int, seconds: float) -> None:
+        self.counters.stall_seconds += seconds
+        if seconds:
+            self.add(trace.Stall(self.step, layer, expert, seconds))
+
+    def copied(self) -> Callable[[Ticket], None] | None:
+        """What to tell of complete copies, whose labels are (step, layer, expert, kind); None without a
+        recorder."""
+        recorder = self.recorder
+        if recorder is None:
+            return None
+
+        def copied(ticket: Ticket) -> None:  # in the copy thread
+            step, layer, expert, kind = ticket.label
+            recorder.add(trace.Copy(step, layer, expert, kind, ticket.source.numel(), ticket.seconds))
+
+        return copied
