@@ -42,7 +42,7 @@ from runtime.experts.cuda_link import CudaLink
 from runtime.experts.ledger import Counters, Ledger
 from runtime.experts.lookahead import Lookahead
 from runtime.experts.policy import make_policy
-from runtime.experts.slots import Guess, SlotTable, Spares, State
+from runtime.experts.slots import Guess, SlotTable, Spares
 from runtime.planner import Plan
 from runtime.units import format_bytes
 
@@ -271,7 +271,7 @@ class ExpertCache:
             guess = None
         if guess is not None:
             slot = guess.slot
-            given, evicted = table.adopt(expert, slot, State.LOADING)
+            given, evicted = table.adopt(expert, slot)
             self.spares.exchange(slot, given)
             self.copies.promote(self.tickets[slot])
         else:

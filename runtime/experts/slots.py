@@ -91,22 +91,21 @@ class SlotTable:
         `RuntimeError` if there is no room (see `has_room`).
         """
         slot, evicted = self.vacate(expert)
-        self.fill(slot, expert, State.LOADING)
+        self.fill(slot, expert)
         return slot, evicted
 
-    def adopt(self, expert: int, slot: int, state: State) -> tuple[int, int | None]:
+    def adopt(self, expert: int, slot: int) -> tuple[int, int | None]:
         """The expert, which `find` does not find, is needed, and a spare `slot` holds it already, or receives
-        it.
+        it. (LOADING in either case: computing has not come after its copy yet.)
 
         That slot, pinned, is the layer's from now on. Returns the slot that the layer gives up for it, whose
         bytes are worthless, and the expert that was evicted, if any: the same that `place` would evict.
         Raises `RuntimeError` if there is no room.
         """
-        assert slot not in self.slots and state is not State.EMPTY, (slot, state)
+        assert slot not in self.slots, slot
         given, evicted = self.vacate(expert)
         del self.slots[given]
-        self.slots[slot] = Slot()
-        self.fill(slot, expert, state)
+        self.fill(slot, expert)
         return given, evicted
 
     @property
@@ -119,12 +118,6 @@ class SlotTable:
         """The copy to the slot is complete."""
         assert self.slots[slot].state is State.LOADING, (slot, self.slots[slot])
         self.slots[slot].state = State.READY
-
-    def failed(self, slot: int) -> None:
-        """The copy to the slot failed: it is empty now. Pins stay until released."""
-        expert = self.slots[slot].expert
-        assert self.slots[slot].state is State.LOADING and expert is not None, (slot, self.slots[slot])
-        self.clear(slot, expert)
 
     def release(self, slot: int) -> None:
         """An access to the slot is computed, or given up."""
@@ -152,8 +145,8 @@ class SlotTable:
         del self.where[expert]
         self.policy.evicted(expert)
 
-    def fill(self, slot: int, expert: int, state: State) -> None:
-        self.slots[slot] = Slot(state, expert, pins=1)
+    def fill(self, slot: int, expert: int) -> None:
+        self.slots[slot] = Slot(State.LOADING, expert, pins=1)
         self.where[expert] = slot
         self.policy.used(expert)
 
@@ -172,7 +165,6 @@ class Guess:
     slot: int
     layer: int
     expert: int
-    state: State = State.LOADING
 
 
 class Spares:
@@ -180,15 +172,14 @@ class Spares:
 
     >>> spares = Spares([20, 21])
     >>> first = spares.take(layer=1, expert=6)
-    >>> first.slot, spares.find(1, 6).state
-    (20, <State.LOADING: 'loading'>)
-    >>> spares.ready(20)
+    >>> first.slot, spares.find(1, 6) is first
+    (20, True)
 
     Layer 1 does need expert 6. It adopts slot 20, and gives up slot 11, which can take the next guess:
 
     >>> from runtime.experts.policy import LRU
     >>> table = SlotTable([11], LRU())
-    >>> given, evicted = table.adopt(6, first.slot, first.state)
+    >>> given, evicted = table.adopt(6, first.slot)
     >>> spares.exchange(20, given)
     >>> spares.take(layer=2, expert=0).slot, spares.take(layer=2, expert=3).slot
     (21, 11)
@@ -202,30 +193,17 @@ class Spares:
         """The guess that holds or receives the expert, if any. Changes nothing."""
         return self.guesses.get((layer, expert))
 
-    def oldest(self) -> Guess | None:
-        """The guess to drop when no slot is free: the oldest that is not loading, if any. Changes nothing."""
-        return next((guess for guess in self.guesses.values() if guess.state is State.READY), None)
-
     def take(self, layer: int, expert: int) -> Guess | None:
-        """A free slot for a new guess, whose copy begins; None if none is free.
-
-        The caller decides whether the `oldest` is worth a `drop` to make one free.
-        """
+        """A free slot for a new guess, whose copy begins; None if none is free."""
         assert (layer, expert) not in self.guesses, (layer, expert)
         if not self.free:
             return None
         guess = self.guesses[layer, expert] = Guess(self.free.pop(0), layer, expert)
         return guess
 
-    def ready(self, slot: int) -> None:
-        """The copy to the slot is complete."""
-        guess = self.of(slot)
-        assert guess.state is State.LOADING, guess
-        guess.state = State.READY
-
     def drop(self, slot: int) -> Guess:
-        """Forget the guess in the slot, which is free then: its copy failed or was cancelled (nothing may be
-        writing to the slot any more), or it is ready and no longer likely. Returns what it was."""
+        """Forget the guess in the slot, which is free then; its copy is complete, failed or cancelled. Returns
+        it."""
         guess = self.of(slot)
         del self.guesses[guess.layer, guess.expert]
         self.free.append(slot)

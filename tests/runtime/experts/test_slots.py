@@ -69,11 +69,10 @@ class Machine(RuleBasedStateMachine):
             candidates, full = self.candidates(layer), len(resident) == self.counts[layer]
             if guess:
                 slot = guess.slot
-                assert self.bytes[slot] == (layer, expert) and (guess.state is State.LOADING) == (
-                    slot in self.copies
-                )
-                given, evicted = table.adopt(expert, slot, guess.state)
+                assert self.bytes[slot] == (layer, expert)
+                given, evicted = table.adopt(expert, slot)
                 self.spares.exchange(slot, given)
+                self.copies.add(slot)  # if it is complete, computing has yet to come after it
             else:
                 given, evicted = table.place(expert)
                 slot = given
@@ -89,14 +88,10 @@ class Machine(RuleBasedStateMachine):
             resident.add(expert)
         self.accesses.append((layer, expert, slot))
 
-    @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, E - 1), recycle=st.booleans())
-    def guess(self, layer: int, expert: int, recycle: bool) -> None:
+    @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, E - 1))
+    def guess(self, layer: int, expert: int) -> None:
         if expert in self.residents[layer] or self.spares.find(layer, expert):
             return
-        if not self.spares.free and recycle and (oldest := self.spares.oldest()):
-            assert oldest.slot not in self.copies
-            assert self.bytes.pop(oldest.slot) == (oldest.layer, oldest.expert)
-            assert self.spares.drop(oldest.slot) == oldest
         free = bool(self.spares.free)
         taken = self.spares.take(layer, expert)
         assert (taken is not None) == free
@@ -106,22 +101,21 @@ class Machine(RuleBasedStateMachine):
             self.copies.add(taken.slot)
 
     @precondition(lambda self: self.copies)
-    @rule(data=st.data(), succeeds=st.booleans())
-    def copy_ends(self, data: st.DataObject, succeeds: bool) -> None:
+    @rule(data=st.data())
+    def copy_ends(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(self.copies)))
         self.copies.remove(slot)
         layer, expert = self.bytes[slot]
-        owner = self.tables[layer] if expert in self.residents[layer] else self.spares
-        assert slot in owner
-        if succeeds:
-            owner.ready(slot)
-            return
-        del self.bytes[slot]
-        if isinstance(owner, SlotTable):
-            owner.failed(slot)
-            self.residents[layer].remove(expert)
-        else:
-            owner.drop(slot)
+        if expert in self.residents[layer]:
+            self.tables[layer].ready(slot)
+
+    @precondition(lambda self: self.spares.guesses if hasattr(self, "spares") else False)
+    @rule(data=st.data())
+    def guess_is_dropped(self, data: st.DataObject) -> None:
+        guess = data.draw(st.sampled_from(list(self.spares.guesses.values())))
+        self.copies.discard(guess.slot)
+        assert self.bytes.pop(guess.slot) == (guess.layer, guess.expert)
+        assert self.spares.drop(guess.slot) == guess
 
     @precondition(lambda self: self.accesses)
     @rule(data=st.data())
@@ -174,10 +168,9 @@ def test_guesses_change_no_hit_miss_or_victim(
             if guessing:
                 for expert in data.draw(st.lists(st.integers(0, E - 1), max_size=3, unique=True)):
                     if table.find(expert) is None and not spares.find(0, expert):
-                        if not spares.free and (oldest := spares.oldest()):
-                            spares.drop(oldest.slot)
-                        if (guess := spares.take(0, expert)) and data.draw(st.booleans()):
-                            spares.ready(guess.slot)
+                        if not spares.free and data.draw(st.booleans()):
+                            spares.drop(next(iter(spares.guesses.values())).slot)
+                        spares.take(0, expert)
             hits = [e for e in step if table.find(e) is not None]
             pinned = [table.hit(e) for e in hits]
             events += [(e, "hit", None) for e in hits]
@@ -185,13 +178,12 @@ def test_guesses_change_no_hit_miss_or_victim(
                 if not table.has_room:
                     table.release(pinned.pop(0))
                 if guess := spares.find(0, expert):
-                    given, evicted = table.adopt(expert, guess.slot, guess.state)
-                    spares.exchange(guess.slot, given)
-                    slot, state = guess.slot, guess.state
+                    slot = guess.slot
+                    given, evicted = table.adopt(expert, slot)
+                    spares.exchange(slot, given)
                 else:
-                    (slot, evicted), state = table.place(expert), State.LOADING
-                if state is State.LOADING:
-                    table.ready(slot)
+                    slot, evicted = table.place(expert)
+                table.ready(slot)
                 pinned.append(slot)
                 events.append((expert, "miss", evicted))
             for slot in pinned:
@@ -201,15 +193,11 @@ def test_guesses_change_no_hit_miss_or_victim(
     assert run(guessing=True) == run(guessing=False)
 
 
-def test_the_oldest_ready_guess_is_the_one_to_drop() -> None:
+def test_guesses_take_free_slots_and_no_others() -> None:
     spares = Spares([0, 1, 2])
     slots = [guess.slot for e in (5, 6, 7) if (guess := spares.take(0, e))]
-    assert slots == [0, 1, 2] and spares.oldest() is None and spares.take(1, 5) is None
-    spares.ready(2)
-    spares.ready(1)
-    oldest = spares.oldest()
-    assert oldest is not None and (oldest.expert, oldest.slot) == (6, 1)
-    assert spares.drop(1) is oldest and spares.find(0, 6) is None and spares.free == [1]
+    assert slots == [0, 1, 2] and spares.take(1, 5) is None
+    assert spares.drop(1).expert == 6 and spares.find(0, 6) is None and spares.free == [1]
 
 
 def test_misuse_is_caught() -> None:
@@ -218,11 +206,10 @@ def test_misuse_is_caught() -> None:
     with pytest.raises(AssertionError):
         table.place(4)
     table.ready(slot)
-    for again in (table.ready, table.failed):
-        with pytest.raises(AssertionError):
-            again(slot)
+    with pytest.raises(AssertionError):
+        table.ready(slot)
     table.release(slot)
     with pytest.raises(AssertionError):
         table.release(slot)
     with pytest.raises(AssertionError):
-        table.adopt(5, slot, State.READY)
+        table.adopt(5, slot)
