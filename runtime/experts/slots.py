@@ -202,8 +202,8 @@ class Spares:
         return guess
 
     def drop(self, slot: int) -> Guess:
-        """Forget the guess in the slot, which is free then; its copy is complete, failed or cancelled. Returns
-        it."""
+        """Forget the guess in the slot, which is free then. Its copy is complete, failed or cancelled.
+        Returns it."""
         guess = self.of(slot)
         del self.guesses[guess.layer, guess.expert]
         self.free.append(slot)
