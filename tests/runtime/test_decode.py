@@ -21,6 +21,7 @@ from tests.runtime.plain_step import Recorded, use_plain_kernels
 from tools import quantize, trace
 
 PROMPT, IDS = [5, 6, 7], [8, 3, 3, 40, 9, 11, 12]
+LONG = [7 * i % 400 for i in range(1, 90)]
 LAYERS, CHOSEN = 3, 3
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -97,11 +98,14 @@ def decoded(engine: Engine, prompt: list[int] = PROMPT, ids: list[int] = IDS) ->
         return torch.stack([session.prefill(prompt)] + [session.step(i) for i in ids]).cpu()
 
 
-@pytest.mark.parametrize("experts", ["16", "4"])
-def test_a_step_is_what_the_network_computes(load: Callable[..., Engine], experts: str) -> None:
-    engine = load(experts)
-    expected = engine.logits([*PROMPT, *IDS])[len(PROMPT) - 1 :].cpu()
-    torch.testing.assert_close(decoded(engine), expected, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("experts", ["16", "4", "3", "2g32"])
+def test_a_step_is_what_the_network_computes(
+    load: Callable[..., Engine], folders: Callable[[str], Path], experts: str
+) -> None:
+    engine, ids = load(experts), [*PROMPT, *IDS]
+    on_cpu = Engine.load(folders(experts), EngineOptions(device="cpu", dtype="float32")).logits(ids)
+    torch.testing.assert_close(engine.logits(ids).cpu(), on_cpu, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(decoded(engine), on_cpu[len(PROMPT) - 1 :], rtol=1e-3, atol=1e-3)
 
 
 OFFLOADED: list[dict[str, Any]] = [
@@ -111,18 +115,22 @@ OFFLOADED: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("experts", ["16", "4", "3", "2g32"])
+@pytest.mark.parametrize(
+    ("experts", "dtype"),
+    [("16", "bfloat16"), ("4", "float32"), ("4", "bfloat16"), ("3", "float32"), ("2g32", "bfloat16")],
+)
 def test_offloaded_and_captured_or_not_the_bits_are_the_same(
     load: Callable[..., Engine], experts: str, dtype: str
 ) -> None:
     warnings.simplefilter("error")
     with load(experts, dtype=dtype) as engine:
         resident, other = decoded(engine), decoded(engine, [1, 2], IDS[:3])
+        long = engine.logits(LONG)
     for options in OFFLOADED:
         with load(experts, dtype=dtype, **{"offload": "always"} | options) as engine:
             assert torch.equal(decoded(engine), resident), options
             assert torch.equal(decoded(engine, [1, 2], IDS[:3]), other), options
+            assert torch.equal(engine.logits(LONG), long), options
             assert torch.equal(decoded(engine), resident), options  # again: what was captured serves
 
 
