@@ -22,7 +22,7 @@ They are fixed, since to choose them by timing would make results depend on it.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from model.quant.backends.blocks import Blocks
-from model.quant.layout import matrix_fields
+from model.quant.layout import Field, matrix_fields
 from model.quant.spec import ROWS, QuantSpec
+from model.quant.tensor import QuantisedTensor
 
 FEW = 16  # rows: what a tensor core multiplies at least
 BLOCK = 1 << 25  # weights that are expanded at a time: enough to keep a GPU busy, and at most 128 MiB
@@ -65,27 +66,25 @@ class OneRow:
     @staticmethod
     @functools.cache
     def choose(K: int, bits: int, group_size: int) -> "OneRow":
-        """2048 or 1024 bytes of a row (at 3 bits, of its low plane): 16, or at 3 and 2 bits 8, for each thread
-        of as few warps as that gives, so that threads lie along K, and hardly any x is prepared twice.
-        Whichever makes fewer columns in all where neither divides K, and the longer if that is the same.
+        """2048 or 1024 bytes of a row (at 3 bits, of its low plane): 16 for each thread, at 2 bits 8, so that
+        threads lie along K, and hardly any x is prepared twice. Whichever makes fewer columns in all where
+        neither divides K, and the longer if that is the same.
 
         8 rows: with 4, compiled code has a twelfth more instructions for a weight, since x is prepared for
         every tile; with more, a matrix of 4096 rows would be too few programs for 100 and more
-        multiprocessors. 4 where a tile has 2 warps, for the same reason; at 3 and 2 bits, where a byte
-        multiplies with more of x, which has to be in registers; and at 16 bits, where a group is one weight
-        and instructions are few.
+        multiprocessors. 4 where a tile has few warps, for the same reason; at 3 bits, where x takes most
+        registers; and at 16 bits, where a group is one weight and instructions are few.
 
         >>> [OneRow.choose(K, 4, 64).groups * 64 for K in (4096, 14336, 6144, 256, 192)]
         [4096, 2048, 2048, 256, 256]
         >>> OneRow.choose(14336, 2, 16)
-        OneRow(rows=4, groups=512, warps=4)
+        OneRow(rows=8, groups=512, warps=8)
         """
         width = 2 if bits == 3 else bits
         sizes = [min(max(wanted * 8 // width, group_size), power_of_two(K)) for wanted in (2048, 1024)]
         columns = min(sizes, key=lambda size: -(-K // size) * size)
-        warps = min(max(columns * width // 8 // 512, 1), 8)
-        warps = warps * 2 if bits == 2 else warps
-        return OneRow(8 if bits in (4, 8) and warps >= 4 else 4, columns // group_size, warps)
+        warps = min(max(columns * width // 8 // (256 if bits == 2 else 512), 1), 8)
+        return OneRow(8 if bits in (2, 4, 8) and warps >= 4 else 4, columns // group_size, warps)
 
 
 @dataclass(frozen=True)
@@ -151,9 +150,6 @@ def power_of_two(count: int) -> int:
 class Fused:
     """A matrix kept as files have it."""
 
-    fields = staticmethod(Blocks.fields)
-    store = staticmethod(Blocks.store)
-
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         """The tensors of `memory` have to follow one another without gaps, as `fields` has them."""
         self.spec, self.shape = spec, shape
@@ -195,7 +191,6 @@ class Fused:
         )  # fmt: skip
         return functools.reduce(torch.add, out).to(x.dtype) if split else out[0]
 
-
     def many(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N]
         N, K = self.shape
         step = min(max(BLOCK // K // ROWS * ROWS, ROWS), N)
@@ -217,6 +212,14 @@ class Fused:
             triton_kernels.expand, grid, self.start, out, start,
             N=N, K=K, **constants(self.spec), ROWS=tile.rows, GROUPS=tile.groups, num_warps=4,
         )  # fmt: skip
+
+    @staticmethod
+    def fields(name: str, shape: Sequence[int], spec: QuantSpec, offset: int = 0) -> list[Field]:
+        return Blocks.fields(name, shape, spec, offset)
+
+    @staticmethod
+    def store(matrix: QuantisedTensor, memory: Mapping[str, Tensor]) -> None:
+        Blocks.store(matrix, memory)
 
 
 @dataclass(frozen=True)

@@ -138,37 +138,32 @@ def layer_shape(k: Tensor, v: Tensor, position: Tensor) -> tuple[int, int, int]:
     return G, C, K
 
 
-def route(
-    x: Tensor, gates: Tensor, experts: int, chosen: int
-) -> tuple[Tensor, Tensor]:  # x [1, D] -> [A + d E] int32, [A] float32
-    """Which experts x goes to, with which weights, and the likeliest ones of later layers, in one launch.
+def route(x: Tensor, gates: Tensor, experts: int, chosen: int) -> Tensor:  # x [1, D] -> [2 A + d E] int32
+    """Which experts x goes to, with which weights, and the likeliest ones of later layers, in one launch and
+    one tensor: so the host can have all of it by one transfer.
 
     gates [(1 + d) E, D] float32: the layer's own gate, then d gates of later layers as
-    `runtime.experts.lookahead` makes them. The first result begins with the ids of the layer's A = `chosen`
-    experts of largest logits, largest first, the lower id first where they are equal; then for each of the d
-    later layers come all E = `experts`, likeliest first. The second is the softmax over the A logits. A logit
-    that is not a number is above all others, so that every id is always valid.
+    `runtime.experts.lookahead` makes them; E = `experts`. The result begins with the bits of A = `chosen`
+    float32 numbers: the softmax over the A largest logits of the own gate, the largest first. Then come the
+    ids of these experts, the lower id first where logits are equal; then, for each of the d later layers, all
+    E, likeliest first. A logit that is not a number is above all others, so every id is always valid.
     """
     from model.quant.backends import step_kernels
 
     R, D = gates.shape
     E, A = experts, chosen
-    assert x.shape == (1, D) and gates.dtype == torch.float32 and gates.is_contiguous(), (
-        x.shape,
-        gates.dtype,
-    )
+    assert x.shape == (1, D) and gates.is_contiguous() and gates.dtype == torch.float32, gates.dtype
     assert R > 0 and R % E == 0 and 1 <= A <= E <= MAX_EXPERTS, (R, E, A)
-    choice = torch.empty(A + R - E, dtype=torch.int32, device=x.device)
-    weights = torch.empty(A, dtype=torch.float32, device=x.device)
+    choice = torch.empty(2 * A + R - E, dtype=torch.int32, device=x.device)
     padded = power_of_two(E)
     launch(
-        step_kernels.route, (R // E,), x.contiguous(), gates, choice, weights,
+        step_kernels.route, (R // E,), x.contiguous(), gates, choice,
         D=D, E=E, A=A, EXPERTS=padded, WIDE=min(gate_columns(padded), power_of_two(D)), num_warps=16,
     )  # fmt: skip
-    return choice, weights
+    return choice
 
 
 def gate_columns(experts: int) -> int:
-    """How many inputs of every expert's gate a program of 512 threads reads at a time: 64 numbers to a thread,
-    all under way at once, are all of 4096 inputs of 8 experts. Beyond 16 experts that would spill."""
+    """How many inputs of every expert's gate a program of 512 threads reads at a time: 64 numbers to a
+    thread, all under way at once, are all of 4096 inputs of 8 experts. Beyond 16 experts that would spill."""
     return (1 << 15) // experts if experts <= 16 else 256

@@ -156,8 +156,7 @@ def attend_sum(
 def route(
     x: tl.tensor,  # [D]
     gates: tl.tensor,  # [(1 + d) * E, D] float32
-    choice: tl.tensor,  # [A + d * E] int32
-    weights: tl.tensor,  # [A] float32
+    choice: tl.tensor,  # [2 A + d * E] int32: A weights, as float32; the A chosen; d rankings
     D: tl.constexpr,
     E: tl.constexpr,
     A: tl.constexpr,
@@ -176,8 +175,7 @@ def route(
         gate = tl.load(gates + at, mask=real[:, None] & there[None, :], other=0.0)
         values = tl.load(x + start + i, mask=there, other=0.0).to(tl.float32)
         sums = tl.fma(gate, values[None, :], sums)
-    logits = tl.sum(sums, axis=1)  # [EXPERTS]
-    logits = tl.where(logits == 0.0, 0.0, logits)  # -0 is as likely as 0
+    logits = tl.sum(sums, axis=1)  # [EXPERTS]; never -0, since sums began with 0
     bits = logits.to(tl.int32, bitcast=True)
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the same order
     order = tl.where(real, order, -2147483648)
@@ -187,10 +185,10 @@ def route(
     rank = tl.sum(ahead.to(tl.int32), axis=1)  # [EXPERTS], all different
     if layer == 0:
         chosen = rank < A
-        powers = tl.where(
-            chosen, tl.exp(logits - tl.max(tl.where(chosen, logits, float("-inf")), axis=0)), 0.0
-        )
-        tl.store(choice + rank, e, mask=chosen)
+        largest = tl.max(tl.where(chosen, logits, float("-inf")), axis=0)
+        powers = tl.where(chosen, tl.exp(logits - largest), 0.0)
+        weights = choice.to(tl.pointer_type(tl.float32), bitcast=True)
         tl.store(weights + rank, powers / tl.sum(powers, axis=0), mask=chosen)
+        tl.store(choice + A + rank, e, mask=chosen)
     else:
-        tl.store(choice + A + (layer - 1) * E + rank, e, mask=real)
+        tl.store(choice + 2 * A + (layer - 1) * E + rank, e, mask=real)

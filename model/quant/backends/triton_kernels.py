@@ -3,12 +3,14 @@
 One token is bound by memory. Its kernels read every byte of a matrix once, 16 consecutive bytes to a thread
 where groups are long enough, and make a dot product of it in float32. A byte holds codes that lie a part of a
 group apart along K, so x is read once for each part, and the bits of a code are multiplied where they are in
-the byte, by an x that is smaller in proportion: powers of two, so exactly. Scale and zero come in once for a
+the byte, by an x that is smaller in proportion: powers of two, so exactly. Codes are not even converted: the
+bits of a small integer are, as they are, those of a denormal float32. Scale and zero come in once for a
 group, since the sum of (q - z) s x is s (sum of q x - z sum of x). Experts that are not quantised go through
 the same launches, as dot products of numbers.
 
 Up to 16 rows go to the tensor cores. There every weight is computed in float32 and rounded once to x's dtype,
-so it is the number that `QuantisedTensor.dequantise` gives. So it is where a matrix is expanded for more rows.
+so it is the number that `QuantisedTensor.dequantise` gives. The same is true where a matrix is expanded, for
+more rows.
 
 No sum is split between programs in an order that chance decides: the same input gives the same bits. Products
 and sums that must round one by one do, since the launchers forbid contraction (`enable_fp_fusion=False`);
@@ -64,7 +66,8 @@ def times_codes(
     SHIFT: tl.constexpr,
 ):  # sums and more, [ROWS, WIDE] float32
     """x times the BITS bits from SHIFT on, which are read where they are, as a float32: a denormal number,
-    2^-149 times the integer. So nothing is converted, and multiplying is exact and as fast as ever."""
+    2^-149 times the integer. So nothing is converted, and multiplying is exact and as fast as ever. x may be
+    up to 2^32, and keeps all its bits down to 2^-70."""
     number = (packed & (((1 << BITS) - 1) << SHIFT)).to(tl.float32, bitcast=True)
     return tl.fma(number, (x * (2.0**96 / (1 << SHIFT)))[None, :], sums)
 
@@ -292,8 +295,8 @@ def plane_codes(
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # [ROWS, GROUPS, GROUP] int32
-    """The codes of one plane in the order of weights. So each byte is loaded once for every part, from a cache
-    all but the first time, and whole lines are stored."""
+    """The codes of one plane in the order of weights. So each byte is loaded once for every part, but from a
+    cache after the first time, and whole lines are stored."""
     PARTS: tl.constexpr = 8 // WIDTH
     BYTES: tl.constexpr = GROUP // PARTS
     i = tl.arange(0, GROUP)

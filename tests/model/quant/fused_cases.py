@@ -5,6 +5,8 @@ With TRITON_INTERPRET=1 in the environment, the kernels run on the CPU; without,
 
 import itertools
 import os
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 0.01, torch.float16: 0.002}
 DTYPES = list(TOLERANCE)
 
 
-def blob(*matrices: QuantisedTensor, gap: int = 0) -> Tensor:
+def blob(*matrices: "QuantisedTensor | Plain", gap: int = 0) -> Tensor:
     """The streams of matrices, one directly after the other, and some bytes more."""
     streams = [s.flatten().view(torch.uint8) for matrix in matrices for s in matrix.streams().values()]
     return torch.cat([*streams, torch.full((gap,), 0xA5, dtype=torch.uint8)])
@@ -44,6 +46,20 @@ def test_every_format(spec: QuantSpec) -> None:
     for M, dtype in ((1, torch.float32), (3, torch.bfloat16)):
         x = torch.randn(M, matrix.shape[1]).to(dtype)
         check(product(x.to(DEVICE)).cpu(), x, matrix, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(*pair, 32) for pair in itertools.product(BITS, (16, 128, 1024))], ids=str
+)
+def test_expanding(spec: QuantSpec) -> None:
+    """The dequantised weights bit for bit, from any row on."""
+    matrix = make_matrix(spec, 32, 3 * spec.group_size)
+    product = bind(matrix)
+    for dtype in DTYPES:
+        for start, rows in ((0, 32), (16, 16)):
+            out = torch.empty(rows, matrix.shape[1], dtype=dtype, device=DEVICE)
+            product.expand(start, out)
+            assert torch.equal(out.cpu(), matrix.dequantise(dtype)[start : start + rows])
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -87,6 +103,16 @@ def test_a_split_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(product(x.to(DEVICE)), y) and torch.equal(product(x[2:5].to(DEVICE)), y[2:5])
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_x_of_any_size(bits: int) -> None:
+    """Codes are denormal numbers to the kernel for one row, and x is large in proportion: neither overflows,
+    nor loses a bit."""
+    matrix = make_matrix(QuantSpec(bits), 16, 128)
+    product, x = bind(matrix), torch.rand(1, 128, device=DEVICE) + 0.5
+    for power in (-60.0, 31.0):
+        assert torch.equal(product(x * 2**power), product(x) * 2**power)
+
+
 def test_any_x_will_do_and_none_is_changed() -> None:
     matrix = make_matrix(QuantSpec(2), 16, 128)
     product = bind(matrix)
@@ -104,13 +130,33 @@ def test_any_x_will_do_and_none_is_changed() -> None:
 # --- experts by slot
 
 
+@dataclass(frozen=True)
+class Plain:
+    """A matrix that is not quantised, as far as it is like one that is."""
+
+    weight: Tensor
+
+    def streams(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    def dequantise(self) -> Tensor:
+        return self.weight.float()
+
+
+def make_plain(dtype: torch.dtype, spec: QuantSpec, N: int, K: int, seed: int) -> Plain:
+    return Plain(torch.randn(N, K, generator=torch.Generator().manual_seed(seed)).to(dtype))
+
+
 class Layer:
     """Experts of one layer in slots of a pool, in no order: expert e in slot `slots[e]`."""
 
-    def __init__(self, spec: QuantSpec, D: int, ffn: int, slots: list[int], gap: int = 48) -> None:
+    def __init__(
+        self, spec: QuantSpec, D: int, ffn: int, slots: list[int], dtype: torch.dtype, gap: int = 48
+    ) -> None:
         self.form, self.slots = ExpertForm(spec, D, ffn), slots
-        self.w13 = [make_matrix(spec, 2 * ffn, D, seed=2 * e) for e in range(len(slots))]
-        self.w2 = [make_matrix(spec, D, ffn, seed=2 * e + 1) for e in range(len(slots))]
+        make = make_matrix if spec.quantised else partial(make_plain, dtype)
+        self.w13 = [make(spec, 2 * ffn, D, seed=2 * e) for e in range(len(slots))]
+        self.w2 = [make(spec, D, ffn, seed=2 * e + 1) for e in range(len(slots))]
         blobs = [blob(*pair, gap=gap) for pair in zip(self.w13, self.w2, strict=True)]
         pool = torch.full((max(slots) + 2, len(blobs[0])), 0x5A, dtype=torch.uint8)
         pool[slots] = torch.stack(blobs)
@@ -125,14 +171,15 @@ class Layer:
 
 
 CASES = [
-    ("4g16", 32, 48, torch.bfloat16), ("3g16", 32, 16, torch.bfloat16), ("2", 32, 16, torch.bfloat16),
-    ("8g32", 32, 32, torch.bfloat16), ("4g16", 48, 32, torch.float32), ("2", 16, 96, torch.float16),
+    ("4g16", 16, 48, torch.bfloat16), ("3g16", 32, 16, torch.bfloat16), ("2", 16, 32, torch.bfloat16),
+    ("8g32", 32, 32, torch.bfloat16), ("4g16", 48, 16, torch.float32), ("2", 16, 48, torch.float16),
+    ("16", 36, 10, torch.bfloat16), ("16", 20, 6, torch.float32), ("16", 1028, 4, torch.float16),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "D", "ffn", "dtype"), CASES)
 def test_a_pair_of_experts(text: str, D: int, ffn: int, dtype: torch.dtype) -> None:
-    layer = Layer(QuantSpec.parse(text), D, ffn, [3, 0, 4])
+    layer = Layer(QuantSpec.parse(text), D, ffn, [3, 0, 4], dtype)
     x, ids = (torch.randn(1, D) / D**0.5).to(dtype), [2, 0]
     weights = torch.tensor([0.7, 0.3])
     h = gate_up(x.to(DEVICE), layer.pool, layer.at(ids), layer.form).cpu()
@@ -152,17 +199,20 @@ def test_a_pair_of_experts(text: str, D: int, ffn: int, dtype: torch.dtype) -> N
     assert bool(((y.double() - expected).abs() <= tolerance * size).all())
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
-def test_bits_depend_on_the_experts_alone(bits: int, dtype: torch.dtype) -> None:
+ALONE = [("4g16", torch.bfloat16), ("3g16", torch.float16), ("16", torch.float32)]
+
+
+@pytest.mark.parametrize(("text", "dtype"), ALONE)
+def test_bits_depend_on_the_experts_alone(text: str, dtype: torch.dtype) -> None:
     """Not on time, the order of choices, slots, the length of a blob, or what is computed with them."""
-    spec, ids = QuantSpec(bits, 16), [1, 3, 0]
-    layer = Layer(spec, 16, 16, [0, 1, 2, 3])
+    spec, ids = QuantSpec.parse(text), [1, 3, 0]
+    layer = Layer(spec, 16, 16, [0, 1, 2, 3], dtype)
     x = torch.randn(1, 16).to(DEVICE, dtype)
     weights = torch.tensor([0.5, 0.3, 0.2], device=DEVICE)
     y = layer(x, ids, weights)
     assert torch.equal(layer(x, ids, weights), y)
     assert torch.equal(layer(x, ids[::-1], weights.flip(0)), y)
-    assert torch.equal(Layer(spec, 16, 16, [5, 4, 0, 2], gap=112)(x, ids, weights), y)
+    assert torch.equal(Layer(spec, 16, 16, [5, 4, 0, 2], dtype, gap=112)(x, ids, weights), y)
     ascending = sorted(range(3), key=lambda i: ids[i])
     slots = layer.at([ids[i] for i in ascending])  # here slots lie in the order of ids
     assert torch.equal(expert_pair(x, layer.pool, slots, weights[ascending], layer.form), y)
@@ -181,7 +231,7 @@ def test_bits_depend_on_the_experts_alone(bits: int, dtype: torch.dtype) -> None
 
 def test_an_expert_beyond_two_gigabytes() -> None:
     """Its offset does not fit 32 bits; on a CPU, untouched pages of a pool cost nothing."""
-    layer = Layer(QuantSpec(4, 16), 16, 16, [0])
+    layer = Layer(QuantSpec(4, 16), 16, 16, [0], torch.float32)
     pool = torch.empty(5, 1 << 29, dtype=torch.uint8, device=DEVICE)
     pool[4, : layer.pool.shape[1]] = layer.pool[0]
     x, one = torch.randn(1, 16, device=DEVICE), torch.ones(1, device=DEVICE)

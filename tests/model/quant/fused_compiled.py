@@ -53,6 +53,7 @@ class Compiler:
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
         compiled = compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
         assert compiled.metadata.shared <= 99 << 10, kernel  # every GPU from 8.0 on has that
+        assert not re.search(r"(fma|mul)(\.rn)?\.ftz", compiled.asm["ptx"]), kernel  # codes are denormal
         file = self.folder / "kernel.cubin"
         file.write_bytes(compiled.asm["cubin"])
         command = [TOOL, "-res-usage", file]
@@ -69,7 +70,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fi
     return compiler
 
 
-@pytest.mark.parametrize(("text", "dtype"), [("3", torch.bfloat16), ("2g64", torch.float32)])
+@pytest.mark.parametrize(("text", "dtype"), [("3", torch.bfloat16), ("2g64", torch.float16)])
 def test_a_matrix(text: str, dtype: torch.dtype, compiler: Compiler) -> None:
     spec, shape = QuantSpec.parse(text), (4096, 4096)
     fields = matrix_fields("", shape, spec)
@@ -78,9 +79,7 @@ def test_a_matrix(text: str, dtype: torch.dtype, compiler: Compiler) -> None:
     for M in (1, 4):
         product(torch.empty(M, 4096, dtype=dtype))
     product.expand(0, torch.empty(4096, 4096, dtype=dtype))
-    few = compiler.stacks.pop("multiply_few")
-    assert few == 0 or dtype == torch.float32  # which tensor cores do not multiply
-    assert compiler.stacks == {"multiply_one": 0, "expand": 0}
+    assert compiler.stacks == {"multiply_one": 0, "multiply_few": 0, "expand": 0}
 
 
 @pytest.mark.parametrize("text", ["16", "4", "3g128", "2"])
@@ -93,9 +92,9 @@ def test_experts(text: str, compiler: Compiler) -> None:
     assert compiler.stacks == {"gate_up": 0, "down": 0}
 
 
-@pytest.mark.parametrize(("D", "H"), [(4096, 32), (6144, 48)])  # 8x7B and 8x22B
-def test_a_step(D: int, H: int, compiler: Compiler) -> None:
+def test_a_step(compiler: Compiler) -> None:
     """Its small kernels."""
+    D, H = 4096, 32
     x = torch.empty(1, D, dtype=torch.bfloat16)
     table = torch.empty(64, 128, dtype=x.dtype)
     cache, position = torch.empty(1, 8, 64, 128, dtype=x.dtype), torch.zeros(1, dtype=torch.int64)

@@ -4,6 +4,7 @@ on a CPU.
 With TRITON_INTERPRET=1 in the environment, the kernels run on the CPU; without, on a GPU.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,14 @@ from tests.model.quant.test_layout import TINY
 CPU = torch.device("cpu")
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # the last bit, once or twice
 HEADS = [(6, 2), (3, 3), (16, 1), (1, 1)]  # H, G
+
+
+@pytest.fixture(autouse=True)
+def memory_as_it_happens_to_be() -> Iterator[None]:
+    """New tensors are not a number anywhere, so that reading what nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def at(position: int) -> Tensor:
@@ -125,6 +134,13 @@ def test_a_larger_cache_gives_the_same_bits(dtype: torch.dtype) -> None:
 # --- router
 
 
+def choose(x: Tensor, gates: Tensor, E: int, A: int) -> tuple[Tensor, Tensor]:
+    """The ids [A + d E] and the weights [A], apart."""
+    choice = route(x.to(DEVICE), gates.to(DEVICE), E, A)
+    assert choice.shape == (2 * A + len(gates) - E,) and choice.dtype == torch.int32
+    return choice[A:], choice[:A].view(torch.float32)
+
+
 def expected_route(x: Tensor, gates: Tensor, E: int, A: int) -> tuple[list[int], Tensor]:
     logits = (x.double() @ gates.double().T).view(-1, E)  # [1 + d, E]
     order = logits.argsort(dim=-1, descending=True, stable=True)
@@ -138,9 +154,8 @@ def expected_route(x: Tensor, gates: Tensor, E: int, A: int) -> tuple[list[int],
 def test_route(E: int, A: int, d: int, dtype: torch.dtype) -> None:
     for D in (16, 300):
         x, gates = torch.randn(1, D).to(dtype), torch.randn((1 + d) * E, D)
-        choice, weights = route(x.to(DEVICE), gates.to(DEVICE), E, A)
+        choice, weights = choose(x, gates, E, A)
         ids, expected = expected_route(x, gates, E, A)
-        assert choice.dtype == torch.int32 and weights.dtype == torch.float32
         assert choice.tolist() == ids
         torch.testing.assert_close(weights.cpu().double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -149,10 +164,10 @@ def test_a_gate_does_not_depend_on_the_others() -> None:
     """Longer than a tile, and no multiple of one."""
     E, A, D = 8, 3, 4100
     x, gates = torch.randn(1, D, device=DEVICE).bfloat16(), torch.randn(3 * E, D, device=DEVICE) / 64
-    choice, weights = route(x, gates, E, A)
+    choice, weights = choose(x, gates, E, A)
     assert choice.tolist() == expected_route(x.cpu(), gates.cpu(), E, A)[0]
     for layer in range(3):
-        own, alone = route(x, gates[layer * E : (layer + 1) * E], E, A)
+        own, alone = choose(x, gates[layer * E : (layer + 1) * E], E, A)
         ranked = choice[:A] if layer == 0 else choice[A + (layer - 1) * E :][:A]
         assert torch.equal(own, ranked)
         if layer == 0:
@@ -163,10 +178,10 @@ def test_equal_logits() -> None:
     """The lower id first; 0 and -0 are equal."""
     x = torch.tensor([[1.0, 0.0]], device=DEVICE)
     gates = torch.tensor([[1.0, 0], [3, 0], [1, 0], [3, 0], [-0.0, 0], [0, 0]], device=DEVICE)
-    choice, weights = route(x, torch.cat([gates, gates.flip(0)]), 6, 6)
+    choice, weights = choose(x, torch.cat([gates, gates.flip(0)]), 6, 6)
     assert choice.tolist() == [1, 3, 0, 2, 4, 5, 2, 4, 3, 5, 0, 1]
     assert weights[0] == weights[1] and weights[2] == weights[3] and weights[4] == weights[5]
-    choice, weights = route(x * 0, gates, 6, 2)
+    choice, weights = choose(x * 0, gates, 6, 2)
     assert choice.tolist() == [0, 1] and weights.tolist() == [0.5, 0.5]
 
 
@@ -175,7 +190,7 @@ def test_ids_are_valid_whatever_the_logits(odd: float) -> None:
     x = torch.ones(1, 16, device=DEVICE)
     gates = torch.randn(12, 16, device=DEVICE)
     gates[[1, 3, 7]] = odd
-    choice, _ = route(x, gates, 6, 6)
+    choice, _ = choose(x, gates, 6, 6)
     assert sorted(choice[:6].tolist()) == sorted(choice[6:].tolist()) == list(range(6))
-    everywhere, _ = route(x * float("nan"), gates, 6, 2)
+    everywhere, _ = choose(x * float("nan"), gates, 6, 2)
     assert set(everywhere[:2].tolist()) <= set(range(6)) and everywhere[0] != everywhere[1]

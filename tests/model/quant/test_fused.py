@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.quant.backends import fused
-from model.quant.backends.blocks import Blocks
-from model.quant.backends.fused import ExpertForm, FewRows, Fused, OneRow, unsupported
+from model.quant.backends.fused import Expansion, ExpertForm, FewRows, Fused, OneRow, unsupported
 from model.quant.layout import expert_fields, matrix_fields
 from model.quant.spec import QuantSpec
+from model.quant.tensor import QuantisedTensor
 from tests.model.quant.test_layout import TINY
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,8 +66,9 @@ def test_tiles_cover_any_matrix(spec: QuantSpec, sixteens: int, groups: int) -> 
     N, K = 16 * sixteens, groups * spec.group_size
     one = OneRow.choose(K, spec.bits, spec.group_size)
     few = FewRows.choose(N, K, spec.bits, spec.group_size)
-    assert N % one.rows == 0 and N % few.rows == 0
-    for size in (one.groups, one.warps, few.pieces, few.piece, few.splits):
+    many = Expansion.choose(K, spec.group_size)
+    assert N % one.rows == N % few.rows == N % many.rows == 0
+    for size in (one.groups, one.warps, few.pieces, few.piece, few.splits, many.groups):
         assert size > 0 and size & (size - 1) == 0  # powers of two, as Triton wants
     assert one.groups * spec.group_size <= max(8192, spec.group_size)
     run = spec.group_size // 8 * (1 if spec.bits == 3 else spec.bits)
@@ -74,7 +76,7 @@ def test_tiles_cover_any_matrix(spec: QuantSpec, sixteens: int, groups: int) -> 
 
 
 def test_more_rows_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, shape = QuantSpec(4, 16), (16, 32)
+    spec, shape = QuantSpec(4, 16), (48, 32)
     fields = matrix_fields("", shape, spec)
     apart = {f.name[1:]: f.view(torch.zeros(f.end, dtype=torch.uint8)) for f in fields}
     with pytest.raises(AssertionError, match="scales"):
@@ -82,29 +84,41 @@ def test_more_rows_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = torch.randint(128, (fields[-1].end,), dtype=torch.uint8)
     memory = {f.name[1:]: f.view(buffer) for f in fields}
     product, x = Fused(spec, shape, memory), torch.randn(17, 32)
-    launched: list[int] = []
+    launched: list[int | slice] = []
+    W = QuantisedTensor.of(spec, shape, memory).dequantise()
+
+    def expand(self: Fused, start: int, out: torch.Tensor) -> None:
+        launched.append(slice(start, start + len(out)))
+        out.copy_(W[launched[-1]])
+
     monkeypatch.setattr(Fused, "one", lambda self, x: launched.append(1))
     monkeypatch.setattr(Fused, "few", lambda self, x: launched.append(len(x)))
+    monkeypatch.setattr(Fused, "expand", expand)
     for M in (1, 2, 16):
         product(x[:M])
     assert launched == [1, 2, 16]
-    for M in (0, 17):
-        assert torch.equal(product(x[:M]), Blocks(spec, shape, memory)(x[:M]))
-    assert launched == [1, 2, 16]
+    for block, rows in ((1 << 20, [48]), (33 * 32, [32, 16]), (1, [16, 16, 16])):  # by 16 rows
+        monkeypatch.setattr(fused, "BLOCK", block)
+        launched.clear()
+        torch.testing.assert_close(product(x), F.linear(x, W))
+        assert [len(W[part]) for part in launched] == rows and launched[0].start == 0
+        assert product(x[:0]).shape == (0, 48)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_the_place_of_w2_is_the_layouts(bits: int) -> None:
-    spec = QuantSpec(bits, 16)
-    fields = expert_fields(TINY, spec)
-    assert ExpertForm(spec, TINY.hidden, TINY.ffn).w2_offset == next(
-        field.offset for field in fields if field.name == "w2.codes"
-    )
+@pytest.mark.parametrize("text", ["16", "8g16", "4g16", "3g16", "2g16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_place_of_w2_is_the_layouts(text: str, dtype: torch.dtype) -> None:
+    spec = QuantSpec.parse(text)
+    w2 = next(field for field in expert_fields(TINY, spec, dtype=dtype) if field.name.startswith("w2."))
+    assert ExpertForm(spec, TINY.hidden, TINY.ffn).w2_offset(dtype) == w2.offset
 
 
 def test_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unsupported(torch.device("cpu")) == "needs a CUDA device, not cpu"
     cuda = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert unsupported(cuda) == "needs a CUDA device, and there is none here"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0, and this one has 7.5" in str(unsupported(cuda))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
