@@ -19,6 +19,7 @@ from model.kv_cache import KVCache, LayerCache
 from model.mixtral import Block, Mixtral, RMSNorm
 from model.quant.backends import fused
 from model.quant.backends import step as kernels
+from model.quant.spec import ROWS
 from model.rope import Rope
 
 
@@ -104,5 +105,7 @@ def choose(gates: Sequence[Tensor], experts: int, chosen: int, layer: int, x: Te
 def unfit(config: ModelConfig, device: torch.device) -> str | None:
     """Why a step of such a model cannot be computed on this device; None if it can."""
     c = config
+    if c.hidden % ROWS or c.ffn % ROWS:
+        return f"hidden {c.hidden} and ffn {c.ffn} are not multiples of {ROWS}"
     shape = kernels.unfit(c.heads, c.kv_heads, c.head_dim, c.hidden, c.experts, c.experts_per_token)
     return fused.unsupported(device) or shape

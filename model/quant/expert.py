@@ -22,8 +22,8 @@ from model.quant.linear import choose_backend
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
 
-# Bytes. No library tells addresses apart beyond this (cuBLAS's choice of a kernel may depend on it up to here),
-# so an expert is computed alike in every slot.
+# Bytes. No library tells addresses apart beyond this (cuBLAS's choice of a kernel may depend on it up to
+# here), so an expert is computed alike in every slot.
 ALIGNMENT = 256
 
 

@@ -1,0 +1,38 @@
+"""A whole step by Triton's kernels: in its interpreter, and where there is a GPU, there. With plain PyTorch
+in their place, `tests/runtime/test_decode.py` has more."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.quant.backends import fused
+from model.step import unfit
+from tests.model.quant.test_fused import run_cases, triton
+from tests.model.whole_step_cases import CONFIG
+
+CASES = "tests/model/whole_step_cases.py"
+
+
+@triton
+def test_in_the_interpreter(tmp_path: Path) -> None:
+    run_cases(CASES, tmp_path, TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu(tmp_path: Path) -> None:
+    if reason := unfit(CONFIG, torch.device("cuda")):
+        pytest.skip(f"Triton's kernels: {reason}")
+    run_cases(CASES, tmp_path)
+
+
+def test_what_cannot_be_computed_step_by_step_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert unfit(CONFIG, cpu) == "needs a CUDA device, not cpu"
+    monkeypatch.setattr(fused, "unsupported", lambda device: None)
+    assert unfit(CONFIG, cpu) is None
+    assert unfit(replace(CONFIG, ffn=40), cpu) == "hidden 64 and ffn 40 are not multiples of 16"
+    assert str(unfit(replace(CONFIG, head_dim=8), cpu)).startswith("head_dim 8 is not a power of two")

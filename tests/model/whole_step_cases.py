@@ -1,0 +1,68 @@
+"""What `test_step.py` runs in a process of its own: a whole step by Triton's kernels, against the network."""
+
+import os
+from functools import partial
+from typing import cast
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from model.mixtral import Mixtral
+from model.moe import SparseMoE
+from model.quant.backends import fused
+from model.quant.expert import BlobExperts, ExpertFormat
+from model.quant.linear import QuantisedLinear
+from model.quant.spec import QuantSpec
+from model.step import Choice, router, step
+from tests.model.quant.test_backends import make_matrix
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+CONFIG = ModelConfig(
+    vocab=48, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=32, experts=3, experts_per_token=2,
+    context=12, rope_theta=1e4, norm_eps=1e-5,
+)  # fmt: skip
+
+
+def random_network(spec: QuantSpec) -> Mixtral:
+    form = ExpertFormat.choose(CONFIG, spec, torch.float32, DEVICE)
+    linear = partial(QuantisedLinear, spec=QuantSpec(4), dtype=torch.float32, device=DEVICE)
+    experts = lambda layer: BlobExperts(form, CONFIG.experts, DEVICE)  # noqa: E731
+    model = Mixtral(CONFIG, torch.float32, DEVICE, experts, linear).requires_grad_(False)
+    for seed, module in enumerate(model.modules()):
+        if isinstance(module, QuantisedLinear):
+            module.store(make_matrix(module.spec, *module.shape, seed=seed))
+        elif isinstance(module, SparseMoE):
+            for blob in cast(BlobExperts, module.experts).blobs:
+                stored = torch.zeros(form.stored[-1].end, dtype=torch.uint8)
+                for field in form.stored:
+                    matrix = make_matrix(spec, *form.shapes[field.name.split(".")[0]], seed=seed)
+                    field.view(stored).copy_(matrix.streams()[field.name.split(".")[1]])
+                form.store(stored, blob)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=0.3)
+        else:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    return model
+
+
+def test_tokens_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        monkeypatch.setattr(fused, "unsupported", lambda device: None)
+    torch.manual_seed(0)
+    model, ids = random_network(QuantSpec(4, 16)), [3, 40, 7]
+    expected = model(torch.tensor([ids], device=DEVICE))[0]
+    gates = [torch.randn(CONFIG.experts, CONFIG.hidden, device=DEVICE), None]
+    cache = KVCache.allocate(CONFIG, 1, 12, torch.float32, DEVICE)
+    for position, i in enumerate(ids):
+        where = torch.tensor([i], device=DEVICE), torch.tensor([position], device=DEVICE)
+        *choices, logits = step(model, *where, cache, router(model, gates))
+        assert all(isinstance(choice, Choice) for choice in choices) and len(choices) == 2
+        first = cast(Choice, choices[0])
+        assert sorted(first.ranking.tolist()) == [0, 1, 2] and len(set(first.ids.tolist())) == 2
+        torch.testing.assert_close(first.weights.sum().cpu(), torch.tensor(1.0))
+        assert isinstance(logits, torch.Tensor)
+        torch.testing.assert_close(logits[0], expected[position], rtol=1e-4, atol=1e-4)
