@@ -119,16 +119,29 @@ class ExpertCache:
     ) -> "ExpertCache":
         """With the slots that are planned; the arena is yet to be filled. Close it behind its last use."""
         arena = Arena(len(plan.slots_per_layer), experts, form.blob_bytes, pin=device.type == "cuda")
+        if device.type == "cuda" and not arena.pinned:
+            warnings.warn(
+                f"the driver does not lock {format_bytes(plan.arena)} of host memory: experts are copied by "
+                "way of small buffers, which is slower; raise the limit on locked memory (ulimit -l)",
+                RuntimeWarning,
+                stacklevel=4,  # where Engine.load was called
+            )
+        return ExpertCache.over(arena, plan, form, device, policy, prefetch, link_gbps)
+
+    @staticmethod
+    def over(
+        arena: Arena,
+        plan: Plan,
+        form: ExpertFormat,
+        device: torch.device,
+        policy: str = "lru",
+        prefetch: int = 1,
+        link_gbps: float | None = None,
+    ) -> "ExpertCache":
+        """The same over an arena that is there already, with a link of its own."""
         link: Link = HostLink(link_gbps * 1e9 if link_gbps else None)
         if device.type == "cuda":
             link = CudaLink(device, arena.pinned)
-            if not arena.pinned:
-                warnings.warn(
-                    f"the driver does not lock {format_bytes(plan.arena)} of host memory: experts are copied "
-                    "by way of small buffers, which is slower; raise the limit on locked memory (ulimit -l)",
-                    RuntimeWarning,
-                    stacklevel=4,  # where Engine.load was called
-                )
         numbers = iter(range(sum(plan.slots_per_layer) + plan.spares))
         tables = [
             SlotTable(islice(numbers, count), make_policy(policy, 0, layer))
