@@ -4,8 +4,10 @@
     python -m tools.bench quantize                    seconds per matrix, against hqq on the whole matrix
     python -m tools.bench quality                     size and held-out perplexity in 21 pairs of formats
     python -m tools.bench decode MODEL | --shape S    tokens per second, against what memory bandwidth allows
+    python -m tools.bench prefill MODEL | --shape S   a long prompt, against what the link allows
     python -m tools.bench offload MODEL | --shape S   the expert cache with and without each of its parts
     python -m tools.bench link                        bytes per second to the device, and of its memory
+    python -m tools.bench gpu --out DIR               the last four on a GPU, in minutes, with tables
 
 What was measured goes to stdout with the machine it was measured on, as text or, with --json, as JSON.
 """
@@ -16,9 +18,11 @@ import subprocess
 import sys
 from typing import Any
 
+import torch
+
 from model.errors import ModelError
 from runtime.errors import MixtralError
-from tools.benchmarks import decode, link, load, offload, quality, quantize
+from tools.benchmarks import decode, gpu, link, load, offload, prefill, quality, quantize
 from tools.benchmarks.machine import machine
 
 SUBCOMMANDS = {
@@ -26,8 +30,10 @@ SUBCOMMANDS = {
     "quantize": quantize,
     "quality": quality,
     "decode": decode,
+    "prefill": prefill,
     "offload": offload,
     "link": link,
+    "gpu": gpu,
 }
 
 
@@ -42,14 +48,19 @@ def main(argv: list[str] | None = None) -> int:
         subparser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     try:
-        report = {"benchmark": args.subcommand, "machine": machine()} | SUBCOMMANDS[args.subcommand].run(args)
+        measured = SUBCOMMANDS[args.subcommand].run(args)
+        # Behind it: asking a GPU its name takes of its memory, which processes that `gpu` starts would see.
+        report = {"benchmark": args.subcommand, "machine": machine()} | measured
     except (ModelError, MixtralError, OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
-    show = getattr(SUBCOMMANDS[args.subcommand], "as_text", as_text)
-    print(json.dumps(report, indent=2) if args.json else show(report))
+    text = getattr(SUBCOMMANDS[args.subcommand], "as_text", as_text)
+    print(json.dumps(report, indent=2) if args.json else text(report))
     return 0
 
 
@@ -67,15 +78,18 @@ def as_text(report: dict[str, Any], indent: str = "") -> str:
         if isinstance(value, dict):
             lines += [f"{indent}{name}", as_text(value, indent + "  ")]
         else:
-            shown = (
-                f"{value:,.4g}"
-                if isinstance(value, float)
-                else f"{value:,}"
-                if isinstance(value, int)
-                else value
-            )
-            lines.append(f"{indent}{name:{width}}  {shown}")
+            lines.append(f"{indent}{name:{width}}  {show(value)}")
     return "\n".join(lines)
+
+
+def show(value: object) -> str:
+    """
+    >>> show(0.51234567), show(12345), show(True), show("4g64")
+    ('0.5123', '12,345', 'True', '4g64')
+    """
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

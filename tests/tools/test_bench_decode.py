@@ -1,7 +1,6 @@
 """`python -m tools.bench decode` on models small enough for a test. What it counts, not how fast it is."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,11 @@ from model.checkpoint import save_hf
 from model.config import ModelConfig
 from model.mixtral import Mixtral
 from model.quant.backends.blocks import Blocks
+from model.quant.expert import ALIGNMENT
 from model.quant.layout import expert_fields, matrix_fields
 from model.quant.spec import QuantSpec
-from runtime.planner import plan
 from tools import bench
-from tools.benchmarks import decode
+from tools.benchmarks import decode, link
 from tools.random_model import SHAPES, random_model
 
 CPU = torch.device("cpu")
@@ -28,7 +27,12 @@ WORDS = ["decode", "--prompt", "20", "--tokens", "4", "--repeats", "2", "--devic
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "mixtral-8x7b", SMALL)
-    monkeypatch.setattr(decode, "BUFFER", 1 << 16)
+    for name in ("BUFFER", "MEMORY"):
+        monkeypatch.setattr(link, name, 1 << 16)
+
+
+def round_up(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def bytes_by_hand(config: ModelConfig, attention: QuantSpec, experts: QuantSpec, wide: int) -> int:
@@ -39,7 +43,7 @@ def bytes_by_hand(config: ModelConfig, attention: QuantSpec, experts: QuantSpec,
         matrix_fields("", shape, attention, dtype=dtype)[-1].end
         for shape in ((qkv, c.hidden), (c.hidden, out))
     )
-    layer += c.experts_per_token * (-(-expert_fields(c, experts, dtype=dtype)[-1].end // 64) * 64)
+    layer += c.experts_per_token * round_up(expert_fields(c, experts, dtype=dtype)[-1].end)
     layer += 2 * c.hidden * wide + c.experts * c.hidden * 4  # norms and gate
     return (
         c.layers * layer + (c.hidden + c.hidden + c.vocab * c.hidden) * wide
@@ -107,9 +111,8 @@ def test_every_repeat_sees_the_same_tokens_in_chunks(monkeypatch: pytest.MonkeyP
         return forward(self, ids, cache, last)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Mixtral, "forward", spy)
-    model = random_model(SMALL, QuantSpec(4), QuantSpec(4), torch.float32, CPU)
-    planned = replace(plan(SMALL, torch.float32, 650), chunk=512)
-    decode.measure(model, planned, 600, 3, 2)
+    words = ["decode", "--shape", "mixtral-8x7b", "--prompt", "600", "--tokens", "3", "--repeats", "2"]
+    assert bench.main([*words, "--device", "cpu"]) == 0
     once, again = calls[-10:-5], calls[-5:]
     assert [call[:2] for call in once] == [(0, 512), (512, 88), (600, 1), (601, 1), (602, 1)]
     assert once == again
@@ -145,6 +148,24 @@ def test_what_makes_no_sense(
 def test_a_model_that_memory_cannot_hold_is_not_begun(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(decode, "free_device_bytes", lambda device: (1 << 16) + 1000)
+    monkeypatch.setattr("runtime.setup.free_device_bytes", lambda device: 1000)
     assert bench.main([*WORDS, "--shape", "mixtral-8x7b"]) == 1
     assert "memory on cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("routing", ["own", "synthetic"])
+def test_with_experts_that_miss(routing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WORDS, "--shape", "mixtral-8x7b", "--slots", "2", "--dtype", "float32", "--routing", routing]
+    assert bench.main([*words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    experts, bound = report["experts"], report["bound"]
+    assert report["slots"] == [2, 2, 2] and report["context"] == 700 and not report["resident"]
+    assert 0 < experts["misses_per_token"] <= SMALL.layers * 2
+    assert experts["missed_bytes_per_token"] == experts["misses_per_token"] * report["expert_bytes"]
+    copying = experts["missed_bytes_per_token"] / report["link_bytes_per_s"] * 1e3
+    assert bound["copying_ms"] == pytest.approx(copying)
+    assert bound["bound_ms"] == max(bound["copying_ms"], bound["computing_ms"])
+    share = bound["bound_ms"] * report["decode"]["tokens_per_s"] / 1e3
+    assert bound["share_of_bound"] == pytest.approx(share)
+    size = bytes_by_hand(SMALL, QuantSpec(4), QuantSpec(4), 4)
+    assert report["memory"]["weight_bytes_per_token"] == size

@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from model.linear import Linear, PackedLinear
 from model.mixtral import Mixtral
-from model.quant.expert import BlobExperts
+from model.quant.expert import ALIGNMENT, BlobExperts
 from model.quant.linear import QuantisedLinear
 from model.quant.spec import QuantSpec
 from tools.random_model import fill_normal, random_matrix, random_model
@@ -31,7 +31,7 @@ def blobs(model: Mixtral) -> list[torch.Tensor]:
     """Every expert's bytes, less the last few, which only fill up."""
     layers = [block.block_sparse_moe.experts for block in model.layers]
     assert all(isinstance(layer, BlobExperts) for layer in layers)
-    return [blob[:-64] for layer in layers for blob in layer.blobs]
+    return [blob[:-ALIGNMENT] for layer in layers for blob in layer.blobs]
 
 
 @pytest.mark.parametrize("text", ["8", "4", "3", "2", "4g128", "2g64", "3g16"])

@@ -1,65 +1,59 @@
-"""Speed of a model: tokens per second of prompts and of decoding, against what memory bandwidth allows.
+"""Speed of a model: tokens per second of prompts and of decoding, against what the machine allows.
 
 At batch 1 every new token reads the trunk's weights and its chosen experts' once, and hardly computes. So the
-bytes to read over the bandwidth of memory, measured in turns with the model, is the time that no program can
-beat.
+bytes to read over the bandwidth of memory, measured in the same run, is the time that no program can beat.
+Where experts are offloaded (--slots, --vram), neither can it beat the bytes of those that miss over the link,
+nor what it takes to compute alone.
 
-Ids are random and the model is called as the engine calls it; the tokenizer and the sampler are left out.
+Ids are random and the model is run as the engine runs it: on a GPU step by step as CUDA graphs. The tokenizer
+and the sampler are left out.
 """
 
 import argparse
-import dataclasses
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from model.checkpoint import Checkpoint, open_checkpoint
 from model.config import ModelConfig
-from model.kv_cache import KVCache
 from model.linear import PackedLinear
 from model.mixtral import Mixtral
 from model.moe import SparseMoE
-from model.quant.expert import BlobExperts, ExpertFormat
-from model.quant.linear import QuantisedLinear, scratch_bytes
-from model.quant.spec import QuantSpec
-from runtime.device import choose_device, choose_dtype
-from runtime.setup import DEFAULT_CONTEXT
-from runtime.errors import OptionError
-from runtime.footprint import PREFILL_CHUNK, Plan
-from runtime.loader import attention_bytes, load_resident
-from runtime.memory import free_device_bytes
-from runtime.options import DTYPES
-from runtime.planner import count_weights, plan
+from model.quant.expert import BlobExperts
+from model.quant.linear import QuantisedLinear
+from runtime.experts.ledger import Counters
+from tools.benchmarks.figures import bound, device_memory, traffic
+from tools.benchmarks.forced import Trace
+from tools.benchmarks.link import measure_memory
 from tools.benchmarks.load import at_least_one
-from tools.random_model import SHAPES, random_model
-
-BUFFER = 1 << 30  # bytes read to measure the bandwidth: several times any cache
-DISTINCT = 2  # experts of a random model; the others are copies
+from tools.benchmarks.play import Player, Stage, difference, seconds
+from tools.benchmarks.routing import MAKERS
+from tools.benchmarks.subject import Subject, make_cache, make_subject
+from tools.benchmarks.subject import add_arguments as add_subject
+from tools.benchmarks.ways import InPlace, make_ways
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("model", type=Path, nargs="?", help="a checkpoint folder")
-    source.add_argument("--shape", choices=SHAPES, help="a model of random weights, made in memory")
-    parser.add_argument("--layers", type=at_least_one, help="of the random model (default: the shape's)")
-    parser.add_argument(
-        "--attention", metavar="FORMAT", help="of the random model, like 4 or 3g128 (default: 4)"
-    )
-    parser.add_argument("--experts", metavar="FORMAT", help="of the random model (default: 4)")
+    add_subject(parser)
     parser.add_argument("--prompt", type=at_least_one, default=128, help="tokens (default: 128)")
     parser.add_argument("--tokens", type=at_least_one, default=32, help="to decode after it (default: 32)")
     parser.add_argument(
         "--repeats", type=at_least_one, default=5, help="the median of these counts (default: 5)"
     )
-    parser.add_argument("--threads", type=at_least_one, help="(default: as PyTorch chooses)")
-    parser.add_argument("--device", help="(default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="(default: by device)")
+    add_routing(parser)
+
+
+def add_routing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--routing",
+        choices=("own", *MAKERS),
+        default="own",
+        help="who chooses decoded tokens' experts: the model's own gates, chance, or a made-up trace that "
+        "repeats itself as Mixtral's does (default: own)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -70,124 +64,128 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     try:
-        model, planned, report = make_model(args)
-        return report | measure(model, planned, args.prompt, args.tokens, args.repeats)
+        subject = make_subject(args, args.prompt + args.tokens)
+        stage = set_up(subject, ("full", "computing"), args.routing, args.prompt + args.tokens)
+        try:
+            report = subject.describe() | {"routing": args.routing}
+            return report | measure(stage, args.prompt, args.tokens, args.repeats)
+        finally:
+            stage.close()
+            subject.close()
     finally:
         torch.set_num_threads(before)
 
 
-def make_model(args: argparse.Namespace) -> tuple[Mixtral, Plan, dict[str, Any]]:
-    """The model that the command line describes, with the engine's plan for it, and what to say of it."""
-    checkpoint: Checkpoint | None = None
-    if args.shape:
-        config = SHAPES[args.shape]
-        config = dataclasses.replace(config, layers=args.layers or config.layers)
-        formats = QuantSpec.parse(args.attention or "4"), QuantSpec.parse(args.experts or "4")
-        layers = f"{config.layers} layer{'s' * (config.layers > 1)}"
-        about = f"{args.shape}, {layers}, random, attention {formats[0]}, experts {formats[1]}"
-    else:
-        for name in ("layers", "attention", "experts"):
-            if getattr(args, name) is not None:
-                raise OptionError(f"--{name} is for a random model; a checkpoint has its own")
-        checkpoint = open_checkpoint(args.model)
-        config, formats = checkpoint.config, (checkpoint.attention, checkpoint.experts)
-        about = checkpoint.description
-    count = args.prompt + args.tokens
-    if count > config.context:
-        raise OptionError(
-            f"--prompt {args.prompt} and --tokens {args.tokens} are {count} tokens, "
-            f"and this model was made for {config.context}"
-        )
-    device = choose_device(args.device)
-    quantised = any(spec.quantised for spec in formats)
-    dtype = choose_dtype(args.dtype, device, sum(count_weights(config)), quantised)
-    form = ExpertFormat.choose(config, formats[1], dtype, device)
-    free = free_device_bytes(device)
-    planned = plan(
-        config,
-        dtype,
-        max(count, min(DEFAULT_CONTEXT, config.context)),
-        attention_bytes(config, formats[0], dtype, device),
-        form.blob_bytes,
-        scratch_bytes(device, max(config.hidden, config.ffn)) if quantised else 0,
-        budget=None if free is None else max(free - BUFFER, 0),
-        shared=device.type == "cpu",
-        offload="never",
-        place=f"memory on {device}",
-    )
-    if checkpoint:
-        model = load_resident(checkpoint, form, dtype, device)
-    else:
-        model = random_model(config, *formats, dtype, device, distinct=DISTINCT)
-    return (
-        model,
-        planned,
-        {
-            "model": about,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-        },
-    )
+def set_up(subject: Subject, ways: tuple[str, ...], routing: str, positions: int) -> Stage:
+    """The subject, to be played in these ways, or as it is where all experts are resident; routed for so many
+    positions."""
+    trace = make_trace(subject, routing, positions)
+    if subject.store is None:
+        return Stage(subject, {}, None, trace)
+    cache = make_cache(subject, subject.setup.plan)
+    return Stage(subject, make_ways(cache, ways), cache, trace)
 
 
-def measure(model: Mixtral, planned: Plan, prompt: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """Medians and best of `repeats`, in each of which memory, a prompt and its continuation take turns."""
-    device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
-    cache = KVCache.allocate(model.config, 1, planned.context, dtype, device)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab, (1, prompt + tokens), generator=generator).to(device)
-    buffer = torch.ones(BUFFER // 8, dtype=torch.int64, device=device)  # zeros might take no memory
-    forward(model, ids[:, : min(prompt, planned.chunk)], cache)  # first calls make what later ones re-use
-    forward(model, ids[:, -1:], cache)
-    prompt_rates, decode_rates, bandwidths = [], [], []
+def make_trace(subject: Subject, routing: str, positions: int) -> Trace | None:
+    """None where the model's own gates choose."""
+    c, options = subject.config, subject.options
+    if routing == "own":
+        return None
+    choices = MAKERS[routing](c.layers, c.experts, c.experts_per_token, positions)
+    distance = options.lookahead if options.prefetch and subject.store is not None else 0
+    return Trace.make(choices, c.experts, distance, subject.setup.device)
+
+
+def measure(stage: Stage, prompt: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """Medians and best of `repeats`, in each of which a prompt and its continuation take turns; on a CPU,
+    whose speed others may share, with the bandwidth of memory too."""
+    setup, ids = stage.subject.setup, random_ids(stage.subject.config, prompt + tokens)
+    first, *others = list(stage.ways) or ["resident"]
+    warm_up(stage.use(first), ids, prompt)
+    memory = device_memory(setup.plan, setup.device)  # before there is more than an engine has
+    for way in others:
+        warm_up(stage.use(way), ids, prompt)
+    turns: dict[str, list[Turn]] = {way: [] for way in (first, *others)}
+    bandwidths = [stage.subject.rates.memory]
     for repeat in range(repeats):
-        bandwidths.append(buffer.nbytes / seconds(lambda: int(buffer.sum())))
-        cache.truncate(0)
-        prompt_rates.append(prompt / seconds(lambda: forward(model, ids[:, :prompt], cache, planned.chunk)))
-        decode_rates.append(tokens / seconds(lambda: decode(model, ids[:, prompt:], cache)))
+        if setup.device.type == "cpu":
+            bandwidths.append(measure_memory(setup.device, 1))
+        for way, taken in turns.items():
+            taken.append(turn(stage, way, ids, prompt))
+        last = turns[first][-1]
         print(
-            f"{repeat + 1} of {repeats}: prompt {prompt_rates[-1]:,.1f} tokens/s, "
-            f"decode {decode_rates[-1]:,.2f} tokens/s, memory {bandwidths[-1] / 1e9:.1f} GB/s",
+            f"{repeat + 1} of {repeats}: prompt {prompt / last.prompt:,.1f} tokens/s, "
+            f"decode {tokens / last.decode:,.2f} tokens/s",
             file=sys.stderr,
         )
-    size = bytes_per_token(model)
-    bound = statistics.median(bandwidths) / size
+    decodes = [taken.decode for taken in turns[first]]
+    report = {
+        "prompt": rates(prompt, [taken.prompt for taken in turns[first]]),
+        "decode": rates(tokens, decodes),
+        "memory": memory_bound(stage, bandwidths, tokens / statistics.median(decodes)),
+    } | memory
+    return report | offloaded(stage, turns, tokens) if stage.cache is not None else report
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Seconds of a prompt and of its continuation, and what became of experts in the latter."""
+
+    prompt: float
+    decode: float
+    counted: Counters
+
+
+def turn(stage: Stage, way: str, ids: torch.Tensor, prompt: int) -> Turn:  # ids [1, P + T]
+    player, there = stage.use(way), ids[:, :prompt].to(stage.subject.setup.device)
+    taken = seconds(partial(player.prompt, there))
+    before = stage.count()
+    decoding = seconds(partial(player.decode, ids[0, prompt:].tolist()))
+    return Turn(taken, decoding, difference(stage.count(), before))
+
+
+def offloaded(stage: Stage, turns: dict[str, list[Turn]], tokens: int) -> dict[str, Any]:
+    """What crossed the link, and what that allows. Every repeat has the same misses."""
+    plan = stage.subject.setup.plan
+    moved = traffic(turns["full"][-1].counted, tokens, plan.blob)
+    full, computing = (
+        statistics.median(taken.decode for taken in turns[way]) / tokens for way in ("full", "computing")
+    )
+    least = bound(moved["missed_bytes_per_token"], stage.subject.rates.link, computing)
+    share = {"share_of_bound": least["bound_ms"] / (full * 1e3)}
+    return {"slots": list(plan.slots_per_layer), "experts": moved, "bound": least | share}
+
+
+def random_ids(config: ModelConfig, count: int) -> torch.Tensor:  # [1, count] int64
+    return torch.randint(config.vocab, (1, count), generator=torch.Generator().manual_seed(0))
+
+
+def warm_up(player: Player, ids: torch.Tensor, prompt: int) -> None:  # ids [1, P + 1 or more]
+    """First calls make what later ones re-use: a decoder captures its graphs."""
+    player.prompt(ids[:, : min(prompt, player.chunk)].to(player.model.embed_tokens.weight.device))
+    player.kv.truncate(0)
+    player.decode(ids[0, :2].tolist())
+
+
+def memory_bound(stage: Stage, bandwidths: list[float], tokens_per_s: float) -> dict[str, float]:
+    """What reading each weight once allows."""
+    size = bytes_per_token(stage.subject.model)
+    limit = statistics.median(bandwidths) / size
     return {
-        "prompt": {"tokens": prompt} | rates(prompt_rates),
-        "decode": {"tokens": tokens} | rates(decode_rates),
-        "memory": {
-            "weight_bytes_per_token": size,
-            "bandwidth_bytes_per_s": statistics.median(bandwidths),
-            "best_bandwidth_bytes_per_s": max(bandwidths),
-            "bound_tokens_per_s": bound,
-            "decode_share_of_bound": statistics.median(decode_rates) / bound,
-        },
+        "weight_bytes_per_token": size,
+        "bandwidth_bytes_per_s": statistics.median(bandwidths),
+        "best_bandwidth_bytes_per_s": max(bandwidths),
+        "bound_tokens_per_s": limit,
+        "decode_share_of_bound": tokens_per_s / limit,
     }
 
 
-def rates(values: list[float]) -> dict[str, float]:
-    return {"tokens_per_s": statistics.median(values), "best_tokens_per_s": max(values)}
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def forward(model: Mixtral, ids: Tensor, cache: KVCache, chunk: int = PREFILL_CHUNK) -> int:  # ids [1, T]
-    """What the engine does with ids, and the likeliest next one: who has it has waited for the device."""
-    with torch.inference_mode():
-        for part in ids.split(chunk, dim=1):
-            logits = model(part, cache, last=True)  # [1, 1, V]
-        return int(logits[0, 0].float().argmax())
-
-
-def decode(model: Mixtral, ids: Tensor, cache: KVCache) -> None:  # ids [1, T]
-    """One id after the other, each after the answer to the last."""
-    for one in ids.split(1, dim=1):
-        forward(model, one, cache)
+def rates(tokens: int, taken: list[float]) -> dict[str, float]:
+    return {
+        "tokens": tokens,
+        "tokens_per_s": tokens / statistics.median(taken),
+        "best_tokens_per_s": tokens / min(taken),
+    }
 
 
 def bytes_per_token(model: Mixtral) -> int:
@@ -208,7 +206,7 @@ def bytes_per_token(model: Mixtral) -> int:
 
 
 def expert_bytes(module: SparseMoE, config: ModelConfig) -> int:
-    if isinstance(module.experts, BlobExperts):
+    if isinstance(module.experts, BlobExperts | InPlace):
         return module.experts.blobs[0].nbytes
-    parameters = (parameter for name, parameter in module.named_parameters() if name != "gate.weight")
+    parameters = (parameter for name, parameter in module.named_parameters() if not name.startswith("gate."))
     return sum(parameter.nbytes for parameter in parameters) // config.experts

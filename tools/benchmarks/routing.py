@@ -31,7 +31,6 @@ PAPER = 8, 2  # experts, and experts of a token
 # layers before: measured on the demo checkpoint (docs/benchmarks.md).
 RECALL = {1: 0.837, 2: 0.731}
 
-
 Maker = Callable[..., Tensor]  # (layers, experts, per_token, tokens, seed=0) -> [P, L, A] int64
 
 
@@ -170,3 +169,6 @@ def describe(trace: Tensor, slots: Sequence[int] = (2, 3, 4)) -> dict[str, Any]:
         "a_choice_in_common": shares["overlap"],
         "lru_hit_ratio_by_slots": hits,
     }
+
+
+MAKERS: dict[str, Maker] = {"uniform": uniform, "synthetic": synthetic}

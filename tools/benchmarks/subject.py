@@ -12,7 +12,6 @@ import dataclasses
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,21 +28,20 @@ from runtime.arguments import add_flags, from_flags
 from runtime.errors import OptionError
 from runtime.experts.arena import Arena
 from runtime.experts.cache import ExpertCache
-from runtime.experts.copying import CopyEngine, HostLink, Link
-from runtime.experts.cuda_link import CudaLink
 from runtime.experts.lookahead import Lookahead
-from runtime.experts.policy import make_policy
-from runtime.experts.slots import SlotTable, Spares
 from runtime.loader import load_model, load_resident
 from runtime.options import EngineOptions
 from runtime.planner import Plan
 from runtime.setup import DEFAULT_CONTEXT, Setup, plan_model
-from runtime.units import format_bytes
+from runtime.units import format_bytes, parse_bytes
+from tools.benchmarks.link import give_back as empty_cache
+from tools.benchmarks.link import measure_link, measure_memory, wait
 from tools.benchmarks.load import at_least_one
 from tools.random_model import SHAPES, random_blobs, random_model
 
 DISTINCT = 4  # experts of a random model; the others are copies
 HOST_BYTES = 2 << 30  # of blobs that stand for all of a random model's offloaded experts
+REPEATS = 3  # of the measurements of link and memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--experts", metavar="FORMAT", help="of the random model (default: 4)")
     parser.add_argument("--threads", type=at_least_one, help="(default: as PyTorch chooses)")
+    parser.add_argument(
+        "--enforce",
+        action="store_true",
+        help="let PyTorch refuse device memory beyond --vram, in this process",
+    )
     add_flags(parser, EngineOptions)
 
 
@@ -81,14 +84,24 @@ class Store:
         self.memory.close()
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Bytes per second, measured in the same run."""
+
+    link: float  # from the host to the device
+    memory: float  # of the device
+
+
 @dataclass
 class Subject:
     """A model, whose experts are resident, or, with a `store`, yet to be provided by a cache."""
 
     model: Mixtral
+    formats: tuple[QuantSpec, QuantSpec]  # of attention and experts
     setup: Setup
     options: EngineOptions
     about: str
+    rates: Rates
     store: Store | None
 
     @property
@@ -104,6 +117,11 @@ class Subject:
         for layer, block in enumerate(self.blocks):
             block.block_sparse_moe.experts = experts(layer)
 
+    def plan(self, slots: int) -> Plan:
+        """For another number of slots. Raises as `plan_model` does."""
+        options = dataclasses.replace(self.options, slots=slots, offload="always")
+        return plan_model(self.config, *self.formats, options).plan
+
     def describe(self) -> dict[str, Any]:
         """For the report."""
         plan, options = self.setup.plan, self.options
@@ -114,17 +132,19 @@ class Subject:
             "threads": torch.get_num_threads(),
             "context": plan.context,
             "graphs": options.graphs and self.setup.form.pair is not None,
+            "link_bytes_per_s": self.rates.link,
+            "memory_bytes_per_s": self.rates.memory,
         }
         if self.store is None:
             return report | {"resident": True}
         size = self.store.count * self.setup.form.blob_bytes
         return report | {
             "resident": False,
-            "slots": list(plan.slots_per_layer),
             "policy": options.policy,
             "lookahead": options.lookahead if options.prefetch else 0,
             "prefetch": options.prefetch,
             "expert_bytes": plan.blob,
+            "computing_alone": "from the slots, whichever experts they hold",
             "host_memory": f"{'pinned' if self.store.pinned else 'pageable'}, {self.store.count} blobs "
             f"({format_bytes(size)}) for {self.config.layers * self.config.experts} experts",
         }
@@ -158,25 +178,52 @@ def make_subject(args: argparse.Namespace, tokens: int, **defaults: Any) -> Subj
         config, formats = checkpoint.config, (checkpoint.attention, checkpoint.experts)
         about = checkpoint.description
     if tokens > config.context:
-        raise OptionError(f"this is {tokens} tokens, and this model was made for {config.context}")
+        raise OptionError(f"these are {tokens} tokens, and this model was made for {config.context}")
     defaults.setdefault("context", max(tokens, min(DEFAULT_CONTEXT, config.context)))
     options = from_flags(EngineOptions, argparse.Namespace(**defaults | vars(args)))
     if (options.context or 0) < tokens:
         raise OptionError(f"{tokens} tokens do not fit --context {options.context}")
     setup = plan_model(config, *formats, options)
-    form, dtype, device, plan = setup.form, setup.dtype, setup.device, setup.plan
-    if plan.resident:
-        if checkpoint:
-            model = load_resident(checkpoint, form, dtype, device)
-        else:
-            model = random_model(config, *formats, dtype, device, distinct=DISTINCT)
-        return Subject(model, setup, options, about, None)
+    rates = measure_rates(setup.device, options)
+    if args.enforce:
+        enforce(setup, options)
+    model, store = make_model(checkpoint, config, formats, setup)
+    give_back(setup.device)  # what making it took
+    return Subject(model, formats, setup, options, about, rates, store)
+
+
+def measure_rates(device: torch.device, options: EngineOptions) -> Rates:
+    """Before there is a model, whose memory these would take."""
+    link, cap = measure_link(device, REPEATS), options.link_gbps
+    rates = Rates(min(link, cap * 1e9) if cap else link, measure_memory(device, REPEATS))
+    give_back(device)
+    return rates
+
+
+def enforce(setup: Setup, options: EngineOptions) -> None:
+    """PyTorch gets the limit less what is taken outside of it by now: the driver's context, and perhaps other
+    programs, which are not to count for more than the plan leaves to the driver."""
+    if options.vram is None or setup.device.type != "cuda":
+        raise OptionError("--enforce wants a GPU and --vram")
+    free, total = torch.cuda.mem_get_info(setup.device)
+    outside = total - free - torch.cuda.memory_reserved(setup.device)
+    share = (parse_bytes(options.vram, whole=free) - min(outside, setup.plan.driver)) / total
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), setup.device)
+
+
+def make_model(
+    checkpoint: Checkpoint | None, config: ModelConfig, formats: tuple[QuantSpec, QuantSpec], setup: Setup
+) -> tuple[Mixtral, Store | None]:
+    """The model, and where its experts are if they are not all resident."""
+    form, dtype, device = setup.form, setup.dtype, setup.device
+    if setup.plan.resident and checkpoint:
+        return load_resident(checkpoint, form, dtype, device), None
+    if setup.plan.resident:
+        return random_model(config, *formats, dtype, device, distinct=DISTINCT), None
     store = make_store(config, form, device, shared=checkpoint is None)
     if checkpoint:
-        model = load_model(checkpoint, form, dtype, device, nobody, store.blob)
-    else:
-        model = random_model(config, *formats, dtype, device, distinct=DISTINCT, provide=nobody)
-    return Subject(model, setup, options, about, store)
+        return load_model(checkpoint, form, dtype, device, nobody, store.blob), store
+    return random_model(config, *formats, dtype, device, distinct=DISTINCT, provide=nobody), store
 
 
 def make_store(config: ModelConfig, form: ExpertFormat, device: torch.device, shared: bool) -> Store:
@@ -185,7 +232,9 @@ def make_store(config: ModelConfig, form: ExpertFormat, device: torch.device, sh
     if shared:
         few = HOST_BYTES // form.blob_bytes // DISTINCT * DISTINCT
         count = min(every, max(few, config.experts, DISTINCT))
-        count = count if count == every else -(-count // DISTINCT) * DISTINCT  # blob n is expert n mod DISTINCT
+        count = (
+            count if count == every else -(-count // DISTINCT) * DISTINCT
+        )  # blob n is expert n mod DISTINCT
     store = Store(config.layers, config.experts, form.blob_bytes, count, pin=device.type == "cuda")
     if shared:
         random_blobs(form, [store.memory.blob(0, n) for n in range(store.count)], distinct=DISTINCT)
@@ -201,23 +250,15 @@ def make_cache(subject: Subject, plan: Plan) -> ExpertCache:
     """A cache with these slots over the subject's store, with a link of its own. It is not installed."""
     store, options, device = subject.store, subject.options, subject.setup.device
     assert store is not None
-    rate = options.link_gbps
-    link: Link = HostLink(rate * 1e9 if rate else None)
-    if device.type == "cuda":
-        link = CudaLink(device, store.pinned)
-    numbers = iter(range(sum(plan.slots_per_layer) + plan.spares))
-    tables = [
-        SlotTable(islice(numbers, count), make_policy(options.policy, 0, layer))
-        for layer, count in enumerate(plan.slots_per_layer)
-    ]
-    cache = ExpertCache(
-        subject.setup.form, cast(Arena, store), CopyEngine(link), device, tables, Spares(numbers), options.prefetch
-    )  # fmt: skip
-    random_blobs_of(cache.pool, store)
+    arena, form = cast(Arena, store), subject.setup.form
+    policy, prefetch, rate = options.policy, options.prefetch, options.link_gbps
+    cache = ExpertCache.over(arena, plan, form, device, policy, prefetch, rate)
+    fill(cache.pool, store)
+    wait(device)  # what is copied to slots later on comes from another stream
     return cache
 
 
-def random_blobs_of(pool: Tensor, store: Store) -> None:
+def fill(pool: Tensor, store: Store) -> None:
     """Some expert in every slot: what nobody wrote may be no numbers, or take no memory."""
     for n, blob in enumerate(pool):
         blob.copy_(pool[n % DISTINCT] if n >= DISTINCT else store.memory.blob(0, n % store.count))
@@ -231,7 +272,7 @@ def make_lookahead(subject: Subject) -> Lookahead | None:
 
 def give_back(device: torch.device) -> None:
     """What nobody refers to any more, to whoever plans or measures what the device has."""
-    gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        gc.collect()
+        empty_cache(device)
         torch.cuda.reset_peak_memory_stats(device)
