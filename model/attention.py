@@ -43,8 +43,8 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Causal attention of the last T of S tokens: q [B, H, T, K], k and v [B, G, S, K] -> [B, H, T, K].
 
-    `mask` [T, S], true where a token may look, is needed only when 1 < T < S: a single token sees everything,
-    and T = S is the plain triangle.
+    `mask`, as `causal_mask` gives it, is needed only when 1 < T < S: a single token sees everything, and
+    T = S is the plain triangle.
     """
     B, H, T, K = q.shape
     if T == 1:  # the H/G queries of a group are rows against the same keys: nothing is repeated
@@ -57,9 +57,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor | None:
     """Which of S tokens each of the last T may look at: [T, S] bool, or None where `attend` needs none.
 
+    On a GPU it is a tensor that only names this triangle: no kernel there takes both a mask and fewer heads of
+    keys than of queries, but flash attention knows the triangle. Without such a kernel (`has_flash`), the mask
+    is written out in each layer.
+
     >>> causal_mask(2, 4, torch.device("cpu")).int().tolist()
     [[1, 1, 1, 0], [1, 1, 1, 1]]
     """
     if T == 1 or T == S:
         return None
+    if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right  # imports some 900 modules: 1 s
+
+        return causal_lower_right(T, S)
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def has_flash(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability has a kernel that never writes out scores [H, T, S], nor a mask."""
+    return dtype.itemsize == 2 and capability >= (8, 0)

@@ -36,10 +36,12 @@ class KVCache:
     def allocate(
         config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> "KVCache":
-        """One tensor for all layers: an allocator that rounds up does so once."""
+        """One tensor for all layers: an allocator that rounds up does so once. A cache made in inference mode
+        can be used outside of it."""
         shape = (config.layers, 2, batch, config.kv_heads, capacity, config.head_dim)
-        memory = torch.zeros(shape, dtype=dtype, device=device)
-        return KVCache([LayerCache(k, v) for k, v in memory], batch, capacity)
+        with torch.inference_mode(False):
+            memory = torch.zeros(shape, dtype=dtype, device=device)
+            return KVCache([LayerCache(k, v) for k, v in memory], batch, capacity)
 
     @staticmethod
     def bytes(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:

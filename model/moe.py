@@ -95,7 +95,8 @@ def mix(experts: Sequence[Product], x: Tensor, ids: Tensor, weights: Tensor) -> 
     if x.shape[0] == 1:
         return mix_one(experts, x, ids, weights)
     out = torch.zeros_like(x)  # [N, D]
-    for e, rows, choice in by_expert(ids, len(experts)):
+    counts = torch.bincount(ids.flatten(), minlength=len(experts)).tolist()
+    for e, rows, choice in by_expert(ids, counts):
         contribution = experts[e](x[rows]) * weights[rows, choice, None]  # [n, D]
         out.index_add_(0, rows, contribution)
     return out
@@ -108,21 +109,21 @@ def mix_one(experts: Sequence[Product], x: Tensor, ids: Tensor, weights: Tensor)
     return sum(contributions[1:], contributions[0])
 
 
-def by_expert(ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:  # ids [N, A]
+def by_expert(ids: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:  # ids [N, A]
     """For each expert that any token chose, in ascending order: (expert, rows [n], choice [n]).
 
-    `rows` are the tokens that chose it, ascending, and `choice` says as which of their A choices.
+    `rows` are the tokens that chose it, ascending, and `choice` says as which of their A choices. `counts`
+    says how many chose each of the experts: with it on the host, nothing here waits for the device.
 
     >>> ids = torch.tensor([[2, 0], [2, 1]])  # token 0 chose experts 2 and 0, token 1 chose 2 and 1
-    >>> [(e, rows.tolist(), choice.tolist()) for e, rows, choice in by_expert(ids, 4)]
+    >>> groups = by_expert(ids, counts=[1, 1, 2, 0])
+    >>> [(e, rows.tolist(), choice.tolist()) for e, rows, choice in groups]
     [(0, [0], [1]), (1, [1], [1]), (2, [0, 1], [0, 0])]
     """
     A = ids.shape[1]
-    flat = ids.flatten()  # [N * A]
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts).tolist()
+    order = ids.flatten().argsort(stable=True)  # [N * A]
     for e, (rows, choice) in enumerate(
-        zip((order // A).split(counts), (order % A).split(counts), strict=True)
+        zip((order // A).split(list(counts)), (order % A).split(list(counts)), strict=True)
     ):
         if counts[e]:
             yield e, rows, choice

@@ -4,8 +4,7 @@ Where all experts are resident a step is one graph. Where they are not, it is cu
 the host learns the choice, has missing experts copied, and tells the next graph by their slots where they
 are. Both compute the same kernels on the same bytes, so they give the same bits.
 
-A step does not allocate anything on the device, and its parts do not read anything on the host but `inputs`
-and the slots.
+A captured step allocates nothing, and reads nothing on the host but `inputs` and the slots.
 """
 
 import gc
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
-from model.step import Choice, Route, router, step, unfit
+from model.quant.backends import step as kernels
+from model.step import Route, router, step, unfit
 from runtime.experts.cache import ExpertCache
 from runtime.graphs import CudaGraphs, Graphs, Work
 
@@ -47,6 +47,8 @@ class Decoder:
         self.inputs_there = torch.zeros(2, dtype=torch.int64, device=device)
         most = 2 * config.experts_per_token + 2 * config.experts  # two layers ahead
         self.choices = graphs.shared(config.layers, most, dtype=torch.int32)
+        self.numbers = self.choices.numpy()  # the same memory
+        self.weights = [row[: config.experts_per_token].view(torch.float32) for row in self.choices]
         self.logits = torch.zeros(config.vocab, dtype=torch.float32, device=device)
         self.captured: weakref.WeakKeyDictionary[KVCache, list[Work]] = weakref.WeakKeyDictionary()
 
@@ -75,16 +77,17 @@ class Decoder:
             cache.computed_one(part - 1)
         if part < self.model.config.layers:
             self.graphs.wait()
-            choice = Choice.split(self.choices[part], self.model.config.experts_per_token)
-            cache.provide(part, choice.ids.tolist(), choice.weights, self.rankings(part, choice))
+            cache.provide(part, *self.choice(part))
 
-    def rankings(self, layer: int, choice: Choice) -> list[list[int]]:
-        """The experts of each of the next layers, likeliest first, as far as lookahead looks."""
-        E, lookahead = self.model.config.experts, self.cache.lookahead if self.cache else None
-        if lookahead is None:
-            return []
-        distance = min(lookahead.distance, self.model.config.layers - 1 - layer)
-        return choice.ranking[: distance * E].view(distance, E).tolist()
+    def choice(self, layer: int) -> tuple[list[int], Tensor, list[list[int]]]:
+        """What has come to the host of `model.step.Choice`: ids, weights, and of each of the next layers the
+        experts, likeliest first, as far as lookahead looks."""
+        config, lookahead = self.model.config, self.cache.lookahead if self.cache else None
+        A, E = config.experts_per_token, config.experts
+        distance = min(lookahead.distance, config.layers - 1 - layer) if lookahead else 0
+        row = self.numbers[layer, : 2 * A + distance * E].tolist()
+        ahead = [row[i : i + E] for i in range(2 * A, len(row), E)]
+        return row[A : 2 * A], self.weights[layer], ahead
 
     def parts(self, kv: KVCache) -> Iterator[Work]:
         """A step in as many parts as the host has to attend to, each to be run before the next is taken."""
@@ -93,7 +96,7 @@ class Decoder:
 
         def part(layer: int) -> None:  # up to that layer's choice
             if layer == 0:
-                self.inputs_there.copy_(self.inputs, non_blocking=True)
+                kernels.fetch(self.inputs, self.inputs_there)
             result = next(computing)
             if isinstance(result, Tensor):
                 self.logits.copy_(result[0])
@@ -109,15 +112,20 @@ class Decoder:
 
     def capture(self, kv: KVCache) -> None:
         """Behind a first step with this cache, which has made all that is made only once."""
-        gc.collect()  # not while capturing: it might free what the device still uses
+        gc.collect()
+        collecting = gc.isenabled()
+        gc.disable()  # it might free what the device still uses, or unlock memory, in the midst of a capture
         try:
             self.captured[kv] = [self.graphs.capture(work) for work in self.parts(kv)]
-        except RuntimeError as error:
+        except Exception as error:  # of PyTorch's, CUDA's or Triton's
             self.capturing = False
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.warn(
                 f"CUDA graphs cannot be made ({reason}): every step is launched piece by piece, which is "
                 "slower; use --no-graphs to have it so without this message",
                 RuntimeWarning,
                 stacklevel=3,
             )
+        finally:
+            if collecting:
+                gc.enable()

@@ -1,12 +1,14 @@
 """Work that is put on the device again and again, as a CUDA graph: one call instead of hundreds."""
 
+import contextlib
 from collections.abc import Callable
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Work = Callable[[], None]
+Work = Callable[[], Any]
 
 
 class Graphs(Protocol):
@@ -17,8 +19,8 @@ class Graphs(Protocol):
         ...
 
     def capture(self, work: Work) -> Work:
-        """What does the same to the same memory as `work` did when it was captured, whatever it would do by
-        then. Capturing may or may not do it once. Raises `RuntimeError` where it cannot be captured."""
+        """What does the same to the same memory as `work` does now, whatever `work` would do by then. Whether
+        capturing does it once as well is up to the device. Raises where it cannot be captured."""
         ...
 
     def wait(self) -> None:
@@ -33,11 +35,20 @@ class CudaGraphs:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)  # the default stream cannot be captured
+        # A pool ends with its last graph, and cannot be used again: so one graph stays.
+        self.anchor: torch.cuda.CUDAGraph | None = None
+        self.broken: list[torch.cuda.CUDAGraph] = []  # PyTorch may go on referring to them
 
     def shared(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, pin_memory=True)
 
     def capture(self, work: Work) -> Work:
+        if self.anchor is None:
+            nothing = torch.zeros(1, device=self.device)
+            self.anchor = self.record(partial(nothing.fill_, 0))
+        return self.record(work).replay
+
+    def record(self, work: Work) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
@@ -45,9 +56,19 @@ class CudaGraphs:
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
                 graph.capture_end()
-        return graph.replay
+            except BaseException:
+                self.give_up(graph)
+                raise
+        return graph
+
+    def give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that went wrong. Of what that raises nothing is as telling as what went wrong."""
+        self.broken.append(graph)
+        with contextlib.suppress(Exception):
+            graph.capture_end()
+        with contextlib.suppress(Exception):  # where the former did not come to it: or allocating stays as is
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
 
     def wait(self) -> None:
         torch.cuda.current_stream(self.device).synchronize()

@@ -26,7 +26,7 @@ def choose(
     """
     logprobs = logits.log_softmax(-1)
     token, largest = sample(logits, params, seen, generator)
-    numbers = [token.double(), logprobs[token].double(), logprobs[0].double(), largest.double()]
+    numbers = [token.float(), logprobs.gather(0, token.view(1))[0], logprobs[0], largest]  # an id is exact
     chosen, logprob, first, most = torch.stack(numbers).tolist()
     if math.isnan(first):  # one NaN or +infinity among the logits makes all log-probabilities NaN
         raise RequestError("the model computed NaN; try --dtype float32, or check the checkpoint")

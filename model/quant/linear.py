@@ -7,7 +7,7 @@ from model.quant.backends import Backend, blocks, fused, int4pack
 from model.quant.backends.blocks import Blocks
 from model.quant.backends.fused import Fused
 from model.quant.backends.int4pack import Int4Pack
-from model.quant.spec import QuantSpec
+from model.quant.spec import ROWS, QuantSpec
 from model.quant.tensor import QuantisedTensor
 
 
@@ -30,8 +30,11 @@ def choose_backend(
     return Int4Pack, None
 
 
-def scratch_bytes(device: torch.device, inputs: int) -> int:
-    """At least what a product takes for expanded weights, for matrices of up to so many inputs."""
+def scratch_bytes(device: torch.device, inputs: int, dtype: torch.dtype, fast: bool = True) -> int:
+    """At least what a product in `dtype` takes for expanded weights, for matrices of up to so many inputs;
+    `fast` as `choose_backend` found. A GPU need not be there."""
+    if device.type == "cuda" and fast:
+        return max(fused.BLOCK, ROWS * inputs) * dtype.itemsize
     block = max(blocks.CPU_BLOCK if device.type == "cpu" else blocks.GPU_BLOCK, int4pack.EXPANDED * inputs)
     return block * (4 + 2 + 2)  # as float32, as x's dtype, as codes
 
@@ -43,13 +46,21 @@ class QuantisedLinear(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, spec: QuantSpec, dtype: torch.dtype, device: torch.device
+        self,
+        inputs: int,
+        outputs: int,
+        spec: QuantSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: Tensor | None = None,
     ) -> None:
+        """`memory` [uint8], on the device, is where it is kept, if that is not to be memory of its own."""
         super().__init__()
         self.spec, self.shape = spec, (outputs, inputs)
         self.backend, self.remark = choose_backend(spec, self.shape, dtype, device)
         fields = self.backend.fields("", self.shape, spec)
-        memory = torch.empty(fields[-1].end, dtype=torch.uint8, device=device)
+        if memory is None:
+            memory = torch.empty(fields[-1].end, dtype=torch.uint8, device=device)
         self.memory = {field.name.lstrip("."): field.view(memory) for field in fields}
         self.product = self.backend(spec, self.shape, self.memory)
 

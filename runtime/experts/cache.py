@@ -25,14 +25,16 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.moe import gated
-from model.quant.backends import fused
+from model.quant.backends import fused, step
 from model.quant.expert import ExpertFormat
 from runtime.experts import trace
 from runtime.experts.arena import Arena
@@ -97,6 +99,7 @@ class ExpertCache:
         # Where one token's experts are, for kernels that read experts by slot; the host's to be copied from.
         self.slots = torch.zeros(len(tables), arena.experts, dtype=torch.int64, device=device)
         self.host_slots = torch.zeros_like(self.slots, device="cpu", pin_memory=device.type == "cuda")
+        self.slot_numbers = self.host_slots.numpy()  # the same memory
         self.accesses: list[Access] = []  # of one token, from `provide` to `computed_one`
         self.tickets: dict[int, Ticket] = {}  # by slot: copies that computing has not come after yet
         self.last_use: list[Any] = [copies.link.used()] * total  # by slot: the link's mark behind it
@@ -183,14 +186,14 @@ class ExpertCache:
         """
         if layer == 0:
             self.begin_step()
-        tokens = x.shape[0]
         ranking = self.lookahead.rank(layer, x) if self.lookahead else None
         chosen, ahead = to_host(ids, ranking)
-        needed = by_last_use(chosen)
-        self.ledger.choice(layer, chosen, weights, needed, ahead)
-        sums = Contributions(x, weights.to(x.dtype), chosen, self.arena.experts)
+        (tokens, per_token), experts = chosen.shape, self.arena.experts
+        needed = by_last_use(chosen, experts)
+        self.ledger.choice(layer, tokens, needed, partial(added_up, chosen, weights, needed), ahead)
         waiting, missing = self.admit(layer, needed)
-        self.guess(layer, tokens, len(chosen[0]), ahead)
+        self.guess(layer, tokens, per_token, ahead)
+        sums = Contributions(x, weights.to(x.dtype), ids, chosen, experts)
         while waiting:
             access = waiting.popleft()
             sums.add(access.expert, self.compute(layer, access, sums.inputs(access.expert)))
@@ -201,8 +204,9 @@ class ExpertCache:
         return sums.total()
 
     def provide(self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]) -> None:
-        """For one token, and before `one` is computed: bring its experts to the layer's slots, and let
-        computing, from here on, come after their copies. Raises `TransferError`.
+        """For one token, before `one` is computed, and when the device has done all before it: bring its
+        experts to the layer's slots, and let computing, from here on, come after their copies. Raises
+        `TransferError`.
 
         `weights` [A] are on the host; `ahead` are the rankings of the next layers. `computed_one` has to
         follow.
@@ -210,7 +214,7 @@ class ExpertCache:
         if layer == 0:
             self.begin_step()
         needed = sorted(ids)
-        self.ledger.choice(layer, [ids], weights[None], needed, ahead)
+        self.ledger.choice(layer, 1, needed, lambda: [weights.tolist()[ids.index(e)] for e in needed], ahead)
         accesses, missing = self.admit(layer, needed)
         assert not missing, (layer, ids, len(self.tables[layer].slots))
         self.guess(layer, 1, len(ids), ahead)
@@ -219,25 +223,28 @@ class ExpertCache:
                 self.wait(layer, access, ticket, ticket.source.numel())
                 self.arrived(layer, access)
         slots = {access.expert: access.slot for access in accesses}
-        self.host_slots[layer, : len(ids)] = torch.tensor([slots[e] for e in ids])
+        self.slot_numbers[layer, : len(ids)] = [slots[e] for e in ids]
         self.accesses = list(accesses)
 
     def one(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """What `model.step.StepExperts` promises, of one layer: it reads from the host which slots `provide`
         found."""
         slots = self.slots[layer, : len(ids)]
-        slots.copy_(self.host_slots[layer, : len(ids)], non_blocking=True)
+        step.fetch(self.host_slots[layer, : len(ids)], slots)
         assert self.form.pair is not None, self.form
         return fused.expert_pair(x, self.pool, slots, weights, self.form.pair, ids)
 
     def computed_one(self, layer: int) -> None:
         """What `one` computes has been put on the device."""
-        mark = self.copies.link.used()
+        last = layer == len(self.tables) - 1
+        # The device will have done that before the host decides for the next layer, so only behind the last
+        # layer there is anything for a copy to wait for.
+        mark = self.copies.link.used() if last else None
         for access in self.accesses:
             self.last_use[access.slot] = mark
             self.tables[layer].release(access.slot)
         self.accesses = []
-        self.complete = layer == len(self.tables) - 1
+        self.complete = last
 
     def begin_step(self) -> None:
         if not self.complete:
@@ -353,26 +360,36 @@ class ExpertCache:
         self.tables[layer].release(access.slot)
 
 
-def to_host(ids: Tensor, ranking: Tensor | None) -> tuple[list[list[int]], list[list[int]]]:
-    """ids [N, A] and ranking [d, E] as lists, in one transfer.
+def to_host(ids: Tensor, ranking: Tensor | None) -> tuple[np.ndarray, list[list[int]]]:
+    """ids [N, A] and ranking [d, E] on the host, in one transfer.
 
     >>> to_host(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[2, 1, 0]]))
-    ([[2, 0], [1, 2]], [[2, 1, 0]])
+    (array([[2, 0],
+           [1, 2]]), [[2, 1, 0]])
     """
     if ranking is None:
-        return ids.tolist(), []
-    both = torch.cat([ids.flatten(), ranking.flatten()]).tolist()
-    (N, A), (d, E) = ids.shape, ranking.shape
-    split = N * A
-    chosen = [both[i : i + A] for i in range(0, split, A)]
-    return chosen, [both[i : i + E] for i in range(split, split + d * E, E)]
+        return ids.cpu().numpy(), []
+    both = torch.cat([ids.flatten(), ranking.flatten()]).cpu().numpy()
+    return both[: ids.numel()].reshape(ids.shape), both[ids.numel() :].reshape(ranking.shape).tolist()
 
 
-def by_last_use(chosen: list[list[int]]) -> list[int]:
+def by_last_use(chosen: np.ndarray, experts: int) -> list[int]:  # [N, A]
     """Each expert that any token chose once: those that the last tokens chose last; of one token ascending.
 
-    >>> by_last_use([[3, 0], [1, 2], [2, 0]])
+    >>> by_last_use(np.array([[3, 0], [1, 2], [2, 0]]), experts=5)
     [3, 1, 0, 2]
     """
-    last = {e: n for n, experts in enumerate(chosen) for e in experts}
-    return sorted(last, key=lambda e: (last[e], e))
+    N, A = chosen.shape
+    last = np.full(experts, -1)
+    np.maximum.at(last, chosen.ravel(), np.arange(N).repeat(A))
+    return sorted(np.flatnonzero(last >= 0).tolist(), key=lambda e: (last[e], e))
+
+
+def added_up(chosen: np.ndarray, weights: Tensor, needed: Sequence[int]) -> list[float]:
+    """For each needed expert, the weights [N, A] with which tokens chose it [N, A].
+
+    >>> added_up(np.array([[3, 0], [1, 3]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), needed=[0, 1, 3])
+    [0.25, 0.5, 1.25]
+    """
+    totals = np.bincount(chosen.ravel(), weights.flatten().tolist())
+    return totals[list(needed)].tolist()

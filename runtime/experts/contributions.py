@@ -1,5 +1,6 @@
 """What each expert adds to a layer's output, kept apart until all are there."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,23 +10,24 @@ from model.moe import by_expert
 class Contributions:
     """The sums that `model.moe.mix` makes, bit for bit, of experts that are computed in any order.
 
-    >>> x, weights = torch.ones(1, 4), torch.tensor([[0.75, 0.25]])
-    >>> sums = Contributions(x, weights, chosen=[[3, 1]], experts=4)
+    >>> x, weights, ids = torch.ones(1, 4), torch.tensor([[0.75, 0.25]]), torch.tensor([[3, 1]])
+    >>> sums = Contributions(x, weights, ids, chosen=ids.numpy(), experts=4)
     >>> for e in (3, 1):
     ...     sums.add(e, sums.inputs(e) * e)
     >>> sums.total()  # 1 * 0.25 + 3 * 0.75
     tensor([[2.5000, 2.5000, 2.5000, 2.5000]])
     """
 
-    def __init__(self, x: Tensor, weights: Tensor, chosen: list[list[int]], experts: int) -> None:
-        """x [N, D]; weights [N, A] in x's dtype; the experts of each token, as the host knows them."""
+    def __init__(self, x: Tensor, weights: Tensor, ids: Tensor, chosen: np.ndarray, experts: int) -> None:
+        """x [N, D]; weights [N, A] in x's dtype; ids [N, A], the experts of each token, and the same on the
+        host. Does not wait for the device."""
         self.x, self.weights = x, weights
         self.parts: dict[int, Tensor] = {}  # by expert
-        self.one = chosen[0] if x.shape[0] == 1 else None
+        self.one: list[int] | None = chosen[0].tolist() if len(chosen) == 1 else None
         self.groups: dict[int, tuple[Tensor, Tensor]] = {}
         if self.one is None:
-            for e, rows, choice in by_expert(torch.tensor(chosen), experts):
-                self.groups[e] = rows.to(x.device), choice.to(x.device)
+            counts = np.bincount(chosen.ravel(), minlength=experts).tolist()
+            self.groups = {e: (rows, choice) for e, rows, choice in by_expert(ids, counts)}
 
     def inputs(self, expert: int) -> Tensor:  # [n, D]
         """The rows of x that chose the expert."""

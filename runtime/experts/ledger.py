@@ -4,8 +4,6 @@ one."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from runtime.experts import trace
 from runtime.experts.copying import Ticket
 
@@ -43,22 +41,23 @@ class Ledger:
         self.predicted = ()
 
     def choice(
-        self, layer: int, chosen: list[list[int]], weights: Tensor, needed: list[int], ahead: list[list[int]]
+        self,
+        layer: int,
+        tokens: int,
+        needed: list[int],
+        shares: Callable[[], Sequence[float]],
+        ahead: list[list[int]],
     ) -> None:
-        """What the router chose: experts [N, A] with weights [N, A], which on the whole are `needed`; and the
-        rankings for the next layers."""
-        if len(chosen) == 1 and self.predicted:
+        """So many tokens on the whole need these experts; and the rankings for the next layers. `shares`,
+        which are the experts' weights added up over tokens, are asked for only if somebody records."""
+        if tokens == 1 and self.predicted:
             self.counters.recalled += len(set(needed) & set(self.predicted[: len(needed)]))
             self.counters.recallable += len(needed)
         self.predicted = ahead[0] if ahead else ()
-        if self.recorder is None:  # or the weights would have to come to the host
+        if self.recorder is None:
             return
-        totals = dict.fromkeys(needed, 0.0)
-        for experts, shares in zip(chosen, weights.tolist(), strict=True):
-            for e, share in zip(experts, shares, strict=True):
-                totals[e] += share
-        shown = tuple(round(totals[e], 4) for e in needed)
-        self.add(trace.Routing(self.step, layer, len(chosen), tuple(needed), shown))
+        shown = tuple(round(share, 4) for share in shares())
+        self.add(trace.Routing(self.step, layer, tokens, tuple(needed), shown))
         for distance, ranking in enumerate(ahead, start=1):
             self.add(trace.Ranking(self.step, layer + distance, distance, tuple(ranking)))
 

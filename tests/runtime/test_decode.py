@@ -247,6 +247,8 @@ class Cuda:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         log = self.log = []  # type: ignore[var-annotated]
+        cuda, self.invalidated = self, False
+        users: dict[str, int] = {}  # of pools
 
         class Stream:
             def __init__(self, name: str) -> None:
@@ -265,14 +267,27 @@ class Cuda:
                 log.append(f"off {self.name}")
 
         class Graph:
+            """Its pool is there as long as any graph that uses it, and no longer."""
+
+            pool: str | None = None
+
             def capture_begin(self, pool: str, capture_error_mode: str) -> None:
                 log.append(f"begin in {pool}, {capture_error_mode}")
+                assert users.get(pool, 1) > 0, "INTERNAL ASSERT FAILED: use_count > 0"
+                self.pool = pool
+                users[pool] = users.get(pool, 0) + 1
 
             def capture_end(self) -> None:
                 log.append("end")
+                if cuda.invalidated:
+                    raise RuntimeError("operation failed due to a previous error during capture")
 
             def replay(self) -> None:
                 log.append("replay")
+
+            def __del__(self) -> None:
+                if self.pool is not None:
+                    users[self.pool] -= 1
 
         compute = Stream("compute")
         patch.setattr(torch.cuda, "Stream", lambda device: Stream("capturing"))
@@ -286,19 +301,54 @@ class Cuda:
         return log
 
 
+AROUND = ["capturing waits for compute", "on capturing", "begin in the pool, thread_local"]
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_capturing_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda(monkeypatch)
-    graphs = CudaGraphs(torch.device("cuda"))
+    graphs = CudaGraphs(torch.device("cpu"))
     replay = graphs.capture(lambda: cuda.log.append("work"))
-    around = ["capturing waits for compute", "on capturing", "begin in the pool, thread_local"]
-    assert cuda.take() == [*around, "work", "end", "off capturing"]
+    assert cuda.take() == [*AROUND, "end", "off capturing", *AROUND, "work", "end", "off capturing"]
     replay()
     graphs.wait()
     assert cuda.take() == ["replay", "host waits for compute"]
+    del replay
+    graphs.capture(lambda: None)  # whatever has become of earlier graphs
+    assert cuda.take() == [*AROUND, "end", "off capturing"]
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_a_capture_that_fails_says_what_went_wrong_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, ended = Cuda(monkeypatch), []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *args: ended.append(args), raising=False)
+    graphs = CudaGraphs(torch.device("cpu"))
+    graphs.capture(lambda: None)
+    cuda.take()
+    cuda.invalidated = True
 
     def failing() -> None:
-        raise RuntimeError("no")
+        raise ValueError("what went wrong")
 
-    with pytest.raises(RuntimeError, match="no"):
+    with pytest.raises(ValueError, match="what went wrong"):
         graphs.capture(failing)
-    assert cuda.take() == [*around, "end", "off capturing"]  # the stream can be used again
+    assert cuda.take() == [*AROUND, "end", "off capturing"] and ended == [(0, "the pool")]
+    with pytest.raises(RuntimeError, match="due to a previous error"):  # nothing says more
+        graphs.capture(lambda: None)
+    assert len(graphs.broken) == 2  # PyTorch may go on referring to them
+
+
+def test_sessions_come_and_go(load: Callable[..., Engine]) -> None:
+    """One that was opened and never stepped leaves its cache to the next, when all graphs are gone."""
+    warnings.simplefilter("error")
+    engine = load("16", offload="always", slots=3)
+    expected = decoded(engine)
+    for _ in range(2):
+        one, two = engine.session(), engine.session()
+        one.prefill(PROMPT)
+        one.step(IDS[0])
+        two.close()
+        one.close()
+        del one, two
+        assert torch.equal(decoded(engine), expected)
+        assert engine.decoder is not None and engine.decoder.capturing

@@ -52,6 +52,20 @@ def unsupported(device: torch.device) -> str | None:
         return f"needs a GPU of compute capability {needed}, and this one has {found}; there is no other way"
     if find_spec("triton") is None:
         return "needs Triton, which is not installed; pip install triton"
+    return uncompiled(device)
+
+
+@functools.cache  # it is the same all along, and found out again and again
+def uncompiled(device: torch.device) -> str | None:
+    """The same where Triton is there, but has nothing to compile with: a small kernel is tried."""
+    from model.quant.backends import step
+
+    try:
+        numbers = torch.ones(1, 16, device=device)
+        step.rms_norm(numbers, numbers[0], numbers[0, :1])
+    except Exception as error:  # of Triton, of the compiler's process, of the driver
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"needs to compile kernels, and that failed ({first}); install a C compiler (gcc) and Python's headers"
     return None
 
 

@@ -45,6 +45,16 @@ def unfit(heads: int, kv_heads: int, head_dim: int, hidden: int, experts: int, c
     return None
 
 
+def fetch(source: Tensor, target: Tensor) -> None:  # [n] integers each
+    """Bring a few numbers from page-locked host memory to the device. A kernel reads them, because a copy
+    would queue up behind the experts that are on their way."""
+    from model.quant.backends import step_kernels
+
+    n = target.numel()
+    assert source.shape == target.shape == (n,) and source.dtype == target.dtype, (source.shape, target.shape)
+    launch(step_kernels.fetch, (1,), target, source, COUNT=n, WIDE=power_of_two(n), num_warps=1)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:  # x [1, D] -> [1, D]
     """As `model.mixtral.RMSNorm`: in float32, rounded to x's dtype, times the weight, and rounded again.
 

@@ -14,6 +14,18 @@ from model.quant.backends.triton_kernels import rounded
 
 
 @triton.jit
+def fetch(
+    target: tl.tensor,  # [COUNT]
+    source: tl.tensor,  # [COUNT], in the host's memory
+    COUNT: tl.constexpr,
+    WIDE: tl.constexpr,  # a power of two, at least COUNT
+    INTERPRETED: tl.constexpr,
+) -> None:  # grid [1]
+    i = tl.arange(0, WIDE)
+    tl.store(target + i, tl.load(source + i, mask=i < COUNT, other=0), mask=i < COUNT)
+
+
+@triton.jit
 def rms_norm(
     x: tl.tensor,  # [D]
     weight: tl.tensor,  # [D]

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from model.mixtral import RMSNorm
-from model.quant.backends.step import SPLITS, attend, rms_norm, rotate_and_append, route, tile_positions
+from model.quant.backends.step import (
+    SPLITS,
+    attend,
+    fetch,
+    rms_norm,
+    rotate_and_append,
+    route,
+    tile_positions,
+)
 from model.rope import Rope
 from tests.model.quant.fused_cases import DEVICE, DTYPES, TOLERANCE
 from tests.model.quant.test_layout import TINY
@@ -194,3 +202,11 @@ def test_ids_are_valid_whatever_the_logits(odd: float) -> None:
     assert sorted(choice[:6].tolist()) == sorted(choice[6:].tolist()) == list(range(6))
     everywhere, _ = choose(x * float("nan"), gates, 6, 2)
     assert set(everywhere[:2].tolist()) <= set(range(6)) and everywhere[0] != everywhere[1]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_numbers_come_from_the_host(n: int) -> None:
+    source = torch.arange(40, dtype=torch.int64, pin_memory=DEVICE == "cuda")[7 : 7 + n]
+    target = torch.full((n + 2,), -1, dtype=torch.int64, device=DEVICE)
+    fetch(source, target[1 : n + 1])
+    assert target.tolist() == [-1, *range(7, 7 + n), -1]

@@ -5,19 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from runtime.experts.cache import by_last_use, to_host
+from runtime.experts.cache import added_up, by_last_use, to_host
 from runtime.experts.copying import HostLink, Ticket
 from runtime.experts.trace import Guess, Hit, Miss, Routing
 
 
 def test_one_transfer_per_layer(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the way to a token, one `tolist` in each layer, and no `item`."""
+    """On the way to a token, one `cpu` in each layer, and no `item`."""
     ids = rig.ids(4)
     with rig.cached(2, lookahead=2, prefetch=2) as cache:
         rig.engine.logits(ids)
         counted: list[str] = []
-        for name in ("tolist", "item", "nonzero"):
+        for name in ("cpu", "tolist", "item", "nonzero"):
             method = getattr(torch.Tensor, name)
 
             def spy(tensor: Any, *args: Any, name: str = name, method: Any = method) -> Any:
@@ -29,7 +31,7 @@ def test_one_transfer_per_layer(rig: Any, monkeypatch: pytest.MonkeyPatch) -> No
         session = rig.engine.session()
         rig.engine.forward(ids[:1], session.cache)
         session.close()
-        assert counted == ["tolist"] * rig.layers
+        assert counted == ["cpu"] * rig.layers
         assert cache.counters.misses
 
 
@@ -131,6 +133,18 @@ def test_a_slot_is_overwritten_behind_its_last_use(rig: Any) -> None:
 
 def test_what_goes_to_the_host_comes_back_apart() -> None:
     ids, ranking = torch.tensor([[2, 0], [1, 2], [3, 1]]), torch.tensor([[2, 1, 0, 3], [3, 1, 2, 0]])
-    assert to_host(ids, ranking) == (ids.tolist(), ranking.tolist())
-    assert to_host(ids, None) == (ids.tolist(), [])
-    assert by_last_use([[4, 1]]) == [1, 4]
+    chosen, ahead = to_host(ids, ranking)
+    assert chosen.tolist() == ids.tolist() and ahead == ranking.tolist()
+    chosen, ahead = to_host(ids, None)
+    assert chosen.tolist() == ids.tolist() and ahead == []
+
+
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(0, 999))
+def test_experts_of_the_last_tokens_come_last(tokens: int, A: int, seed: int) -> None:
+    chosen = torch.rand(tokens, 6, generator=torch.Generator().manual_seed(seed)).argsort(1)[:, :A].numpy()
+    weights = torch.rand(tokens, A, generator=torch.Generator().manual_seed(seed))
+    last = {e: n for n, row in enumerate(chosen.tolist()) for e in row}
+    needed = by_last_use(chosen, 6)
+    assert needed == sorted(last, key=lambda e: (last[e], e))
+    for e, share in zip(needed, added_up(chosen, weights, needed), strict=True):
+        assert share == pytest.approx(float(weights[torch.from_numpy(chosen) == e].sum()), rel=1e-5)

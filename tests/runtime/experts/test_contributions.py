@@ -21,7 +21,7 @@ def test_any_order_gives_the_bits_of_mix(tokens: int, A: int, seed: int, dtype: 
     weights = torch.rand(tokens, A, generator=g).softmax(-1)
     matrices = torch.randn(E, D, D, generator=g).to(dtype)
     experts = [lambda x, m=m: x @ m for m in matrices]
-    sums = Contributions(x, weights.to(dtype), ids.tolist(), E)
+    sums = Contributions(x, weights.to(dtype), ids, ids.numpy(), E)
     chosen = [int(e) for e in torch.randperm(E, generator=g) if e in ids]
     for e in chosen:
         rows = [n for n in range(tokens) if e in ids[n]]
@@ -43,7 +43,8 @@ def test_the_order_of_adding_is_fixed(order: tuple[int, ...]) -> None:
     values = {0: 1e8, 1: 1.0, 2: -1e8}
     for tokens in (1, 3):
         x, weights = torch.ones(tokens, 2), torch.ones(tokens, 3)
-        sums = Contributions(x, weights, [[0, 1, 2]] * tokens, 3)
+        ids = torch.arange(3).expand(tokens, 3)
+        sums = Contributions(x, weights, ids, ids.numpy(), 3)
         for e in order:
             sums.add(e, sums.inputs(e) * values[e])
         assert torch.equal(sums.total(), torch.zeros(tokens, 2))
