@@ -64,20 +64,22 @@ def step(
     `length` is neither read nor moved.
     """
     x = model.embed_tokens(token)  # [1, D]
+    y = torch.zeros_like(x)  # what is to be added to it
     for layer, module in enumerate(model.layers):
         block = cast(Block, module)
-        h = norm(x, block.input_layernorm)
-        x = x + attend(h, block.self_attn, model.rope, cache.layers[layer], position)
-        h = norm(x, block.post_attention_layernorm)
+        x, h = add_and_norm(x, y, block.input_layernorm)
+        y = attend(h, block.self_attn, model.rope, cache.layers[layer], position)
+        x, h = add_and_norm(x, y, block.post_attention_layernorm)
         choice = route(layer, h)
         yield choice
         experts = cast(StepExperts, block.block_sparse_moe.experts)
-        x = x + experts.one(h, choice.ids, choice.weights)
-    yield model.lm_head(norm(x, model.norm))
+        y = experts.one(h, choice.ids, choice.weights)
+    yield model.lm_head(add_and_norm(x, y, model.norm)[1])
 
 
-def norm(x: Tensor, module: RMSNorm) -> Tensor:  # [1, D] -> [1, D]
-    return kernels.rms_norm(x, module.weight, module.eps)
+def add_and_norm(x: Tensor, y: Tensor, module: RMSNorm) -> tuple[Tensor, Tensor]:  # [1, D] each
+    """The residual stream with y, and its norm."""
+    return kernels.add_and_norm(x, y, module.weight, module.eps)
 
 
 def attend(x: Tensor, module: Attention, rope: Rope, cache: LayerCache, position: Tensor) -> Tensor:

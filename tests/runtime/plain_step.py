@@ -29,9 +29,11 @@ def fetch(source: Tensor, target: Tensor) -> None:
     target.copy_(source, non_blocking=True)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
-    wide = x.float()
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight
+def add_and_norm(x: Tensor, more: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + more
+    wide = total.float()
+    inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return total, (wide * inverse).to(x.dtype) * weight
 
 
 def rotate_and_append(
@@ -82,7 +84,7 @@ def use_plain_kernels(patch: pytest.MonkeyPatch) -> None:
     """Let every device have a decoder, made of the above."""
     patch.setattr(fused, "unsupported", lambda device: None)
     patch.setattr(fused, "expert_pair", expert_pair)
-    for function in (fetch, rms_norm, rotate_and_append, attend, route):
+    for function in (fetch, add_and_norm, rotate_and_append, attend, route):
         patch.setattr(kernels, function.__name__, function)
 
 

@@ -60,17 +60,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:  # x [1, D] -> [
 
     weight [D] in x's dtype; eps [1] float32, on the device.
     """
+    y = torch.empty_like(x)
+    launch_norm(x, x, weight, eps, x, y, add=False)
+    return y
+
+
+def add_and_norm(x: Tensor, more: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """`x + more`, and the norm of that, [1, D] each: a residual stream goes on, in one launch."""
+    total, y = torch.empty_like(x), torch.empty_like(x)
+    launch_norm(x, more.contiguous(), weight, eps, total, y, add=True)
+    return total, y
+
+
+def launch_norm(
+    x: Tensor, more: Tensor, weight: Tensor, eps: Tensor, total: Tensor, y: Tensor, add: bool
+) -> None:
     from model.quant.backends import step_kernels
 
     D = weight.shape[0]
-    assert x.shape == (1, D) and weight.dtype == x.dtype and eps.dtype == torch.float32, (x.shape, eps.dtype)
+    assert x.shape == more.shape == (1, D) and x.dtype == more.dtype == weight.dtype, (x.shape, x.dtype)
+    assert eps.dtype == torch.float32 and x.is_contiguous(), (eps.dtype, x.stride())
     wide = power_of_two(D)
-    y = x.new_empty(1, D)
     launch(
-        step_kernels.rms_norm, (1,), x.contiguous(), weight, eps, y,
-        D=D, WIDE=wide, num_warps=min(max(wide // 512, 1), 16),
+        step_kernels.rms_norm, (1,), x, more, weight, eps, total, y,
+        D=D, WIDE=wide, ADD=add, num_warps=min(max(wide // 512, 1), 16),
     )  # fmt: skip
-    return y
 
 
 def rotate_and_append(

@@ -14,9 +14,9 @@ from torch import Tensor
 from model.mixtral import RMSNorm
 from model.quant.backends.step import (
     SPLITS,
+    add_and_norm,
     attend,
     fetch,
-    rms_norm,
     rotate_and_append,
     route,
     tile_positions,
@@ -48,10 +48,12 @@ def test_norm(D: int, dtype: torch.dtype) -> None:
     module = RMSNorm(replace(TINY, hidden=D), dtype, CPU)
     module.weight.data = torch.randn(D).to(dtype)
     for x in (torch.randn(1, D), torch.randn(1, D) * 100, torch.zeros(1, D)):
-        y = rms_norm(x.to(DEVICE, dtype), module.weight.detach().to(DEVICE), module.eps.to(DEVICE))
-        assert y.dtype == dtype
+        both = x.to(dtype), torch.randn(1, D).to(dtype) * (x != 0)
+        weight, eps = module.weight.detach().to(DEVICE), module.eps.to(DEVICE)
+        total, y = add_and_norm(*(part.to(DEVICE) for part in both), weight, eps)
+        assert torch.equal(total.cpu(), both[0] + both[1]) and y.dtype == dtype
         torch.testing.assert_close(
-            y.cpu(), module(x.to(dtype)).detach(), rtol=ROUNDING[dtype], atol=ROUNDING[dtype] * 0.01
+            y.cpu(), module(total.cpu()).detach(), rtol=ROUNDING[dtype], atol=ROUNDING[dtype] * 0.01
         )
 
 
