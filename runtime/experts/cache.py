@@ -121,8 +121,9 @@ class ExpertCache:
         link_gbps: float | None = None,
     ) -> "ExpertCache":
         """With the slots that are planned; the arena is yet to be filled. Close it behind its last use."""
-        arena = Arena(len(plan.slots_per_layer), experts, form.blob_bytes, pin=device.type == "cuda")
-        if device.type == "cuda" and not arena.pinned:
+        on_gpu = device.type == "cuda"
+        arena = Arena(len(plan.slots_per_layer), experts, form.blob_bytes, on_gpu, device if on_gpu else None)
+        if on_gpu and not arena.pinned:
             warnings.warn(
                 f"the driver does not lock {format_bytes(plan.arena)} of host memory: experts are copied by "
                 "way of small buffers, which is slower; raise the limit on locked memory (ulimit -l)",

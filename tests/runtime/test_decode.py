@@ -352,3 +352,23 @@ def test_sessions_come_and_go(load: Callable[..., Engine]) -> None:
         del one, two
         assert torch.equal(decoded(engine), expected)
         assert engine.decoder is not None and engine.decoder.capturing
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_at_a_size_where_libraries_have_a_choice(variant: Callable[..., Path], device: str) -> None:
+    """A prompt's products are the libraries', and wide enough here for them to choose among kernels."""
+    folder = variant(
+        hidden=1024, ffn=1536, layers=3, experts=8, heads=8, kv_heads=2, head_dim=128, context=1024
+    )
+    prompt = [7 * i % 400 for i in range(1, 301)]
+
+    def run(**options: Any) -> tuple[Tensor, Tensor]:
+        with Engine.load(folder, EngineOptions(device=device, dtype="bfloat16", **options)) as engine:
+            return engine.logits(prompt).cpu(), decoded(engine, prompt[:50])
+
+    resident = run(offload="never")
+    for slots in (2, 5):
+        offloaded = run(offload="always", slots=slots, lookahead=2, prefetch=2)
+        assert all(torch.equal(*pair) for pair in zip(offloaded, resident, strict=True))
