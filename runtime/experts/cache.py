@@ -29,7 +29,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from model.quant.backends import fused, step
 from model.quant.expert import ExpertFormat
 from runtime.experts import trace
 from runtime.experts.arena import Arena
+from runtime.experts.choices import added_up, by_last_use, to_host
 from runtime.experts.contributions import Contributions
 from runtime.experts.copying import CopyEngine, HostLink, Link, Ticket
 from runtime.experts.cuda_link import CudaLink
@@ -201,8 +201,9 @@ class ExpertCache:
             self.release(layer, access)
             if missing:
                 waiting.append(self.miss(layer, missing.popleft()))
+        y = sums.total()
         self.complete = layer == len(self.tables) - 1
-        return sums.total()
+        return y
 
     def provide(self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]) -> None:
         """For one token, before `one` is computed, and when the device has done all before it: bring its
@@ -359,38 +360,3 @@ class ExpertCache:
     def release(self, layer: int, access: Access) -> None:
         self.last_use[access.slot] = self.copies.link.used()
         self.tables[layer].release(access.slot)
-
-
-def to_host(ids: Tensor, ranking: Tensor | None) -> tuple[np.ndarray, list[list[int]]]:
-    """ids [N, A] and ranking [d, E] on the host, in one transfer.
-
-    >>> to_host(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[2, 1, 0]]))
-    (array([[2, 0],
-           [1, 2]]), [[2, 1, 0]])
-    """
-    if ranking is None:
-        return ids.cpu().numpy(), []
-    both = torch.cat([ids.flatten(), ranking.flatten()]).cpu().numpy()
-    return both[: ids.numel()].reshape(ids.shape), both[ids.numel() :].reshape(ranking.shape).tolist()
-
-
-def by_last_use(chosen: np.ndarray, experts: int) -> list[int]:  # [N, A]
-    """Each expert that any token chose once: those that the last tokens chose last; of one token ascending.
-
-    >>> by_last_use(np.array([[3, 0], [1, 2], [2, 0]]), experts=5)
-    [3, 1, 0, 2]
-    """
-    N, A = chosen.shape
-    last = np.full(experts, -1)
-    np.maximum.at(last, chosen.ravel(), np.arange(N).repeat(A))
-    return sorted(np.flatnonzero(last >= 0).tolist(), key=lambda e: (last[e], e))
-
-
-def added_up(chosen: np.ndarray, weights: Tensor, needed: Sequence[int]) -> list[float]:
-    """For each needed expert, the weights [N, A] with which tokens chose it [N, A].
-
-    >>> added_up(np.array([[3, 0], [1, 3]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), needed=[0, 1, 3])
-    [0.25, 0.5, 1.25]
-    """
-    totals = np.bincount(chosen.ravel(), weights.flatten().tolist())
-    return totals[list(needed)].tolist()

@@ -33,7 +33,8 @@ class TransferError(RequestError):
 
 
 class Link(Protocol):
-    """Moves bytes from host memory to the device. Called from the copy thread, but for `reached`."""
+    """Moves bytes from host memory to the device. Called from the copy thread, but for `reached`,
+    `used` and `stalled`."""
 
     piece: int  # bytes to move at a time
 
