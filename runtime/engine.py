@@ -31,6 +31,7 @@ from runtime.experts.cache import ExpertCache
 from runtime.experts.lookahead import Lookahead
 from runtime.experts.trace import Header, TraceWriter
 from runtime.loader import load_model, load_resident
+from runtime.memory import release, reserve
 from runtime.options import EngineOptions, SamplingParams
 from runtime.planner import Plan
 from runtime.session import DEFAULT_PARAMS, Session, Token
@@ -99,11 +100,27 @@ class Engine:
                     f"{checkpoint.config.vocab}; they do not belong together"
                 )
             bar = progress(checkpoint.bytes) if progress else nullcontext(None)
-            with out_of_memory(DeviceError), bar as advance:
-                model, cache = load(checkpoint, setup, options, advance)
+            # whoever calls may be in inference mode, and what is made there cannot be filled by other threads
+            with out_of_memory(DeviceError), torch.inference_mode(False):
+                with bar as advance:
+                    model, cache = load(checkpoint, setup, options, advance)
+                engine = Engine(model, tokenizer, setup.plan, setup.dtype, options, cache)
+                try:
+                    engine.take_planned()
+                except BaseException:
+                    engine.close()
+                    raise
         except (ModelError, TokenizerError) as error:
             raise LoadError(str(error)) from error
-        return Engine(model, tokenizer, setup.plan, setup.dtype, options, cache)
+        return engine
+
+    def take_planned(self) -> None:
+        """Have a GPU's allocator hold what is planned and not yet there, a piece for the KV cache and one for
+        activations. A CPU's system gives memory as it is used."""
+        if self.device.type == "cuda":
+            release(self.device)  # what loading took
+            self.give_cache(KVCache.allocate(self.config, 1, self.plan.context, self.dtype, self.device))
+            reserve(self.device, self.plan.workspace)
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams = DEFAULT_PARAMS
@@ -126,7 +143,8 @@ class Engine:
         return Session(self, system)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """The logits behind each of `ids`, computed as a prompt is: [T, V] float32."""
+        """The logits behind each of `ids`, computed as a prompt is: [T, V] float32, on the engine's device.
+        The plan does not count them."""
         self.check_open()
         ids = self.check_ids(ids)
         if len(ids) > self.plan.context:
@@ -138,8 +156,13 @@ class Engine:
         try:
             with self.lock, out_of_memory(RequestError), torch.no_grad():
                 self.check_open()
-                chunks = torch.tensor([ids], device=self.device).split(self.plan.chunk, dim=1)
-                return torch.cat([self.model(chunk, cache)[0].float() for chunk in chunks])
+                row = torch.tensor([ids], device=self.device)  # [1, T]
+                shape = len(ids), self.config.vocab
+                logits = torch.empty(shape, dtype=torch.float32, device=self.device)  # [T, V]
+                chunks = zip(row.split(self.plan.chunk, 1), logits.split(self.plan.chunk), strict=True)
+                for chunk, part in chunks:  # [1, t], [t, V]
+                    part.copy_(self.model(chunk, cache)[0])
+                return logits
         finally:
             self.give_cache(cache)
 
@@ -270,6 +293,7 @@ class Engine:
             self.__dict__.pop("model", None)
             if self.cache:
                 self.cache.close()
+        release(self.device)
 
     def __enter__(self) -> "Engine":
         return self

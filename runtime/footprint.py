@@ -25,12 +25,13 @@ class Plan:
     trunk: int  # bytes on the device: embeddings, attention, norms, gates, head, rotary tables
     kv: int  # bytes on the device
     workspace: int  # bytes on the device: activations of one chunk, expanded weights
-    staging: int  # bytes on the device: spare slots, for guesses
+    staging: int  # bytes on the device, for guesses: spare slots, and gates that look ahead
     slots: int  # bytes on the device: all layers' slots
     arena: int  # bytes of host memory: every expert's blob; 0 when all experts are resident
     slots_per_layer: tuple[int, ...]
     spares: int  # slots of no layer, where guessed experts land
     blob: int  # bytes of one expert in memory
+    overhead: int = 0  # bytes on the device: of PyTorch's allocator, beside these
     driver: int = 0  # bytes on the device outside of PyTorch's allocator
 
     @property
@@ -40,7 +41,8 @@ class Plan:
 
     @property
     def device_total(self) -> int:
-        return self.trunk + self.kv + self.workspace + self.staging + self.slots + self.driver
+        inside = self.trunk + self.kv + self.workspace + self.staging + self.slots + self.overhead
+        return inside + self.driver
 
     @property
     def host_total(self) -> int:
@@ -55,7 +57,7 @@ class Plan:
         """  # noqa: E501
         terms = {"trunk": self.trunk, "experts" if self.resident else "slots": self.slots, "kv": self.kv}
         terms |= {"workspace": self.workspace}
-        terms |= {name: size for name in ("staging", "driver") if (size := getattr(self, name))}
+        terms |= {name: size for name in ("staging", "overhead", "driver") if (size := getattr(self, name))}
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms.items())
         line = f"{format_bytes(self.device_total)}: {listed}; context {self.context} tokens"
         if self.resident:
@@ -98,6 +100,8 @@ class Request:
     expert: int | None = None
     scratch: int = 0
     driver: int = 0
+    overhead: int = 0
+    masked: bool = True
     budget: int | None = None
     host_budget: int | None = None
     shared: bool = False
@@ -148,6 +152,14 @@ def activation_bytes(request: Request, resident: bool) -> int:
     return 3 * c.hidden * wide + 2 * c.hidden * 4 + max(4 * qkv, 4 * c.ffn + 2 * c.hidden) * wide + held
 
 
+def gate_bytes(request: Request) -> int:
+    """Of the later layers' gates as lookahead has them; a GPU's decoder has them once more, beneath copies of
+    its own."""
+    c, distance = request.config, request.lookahead if request.prefetch else 0
+    copies = distance if request.shared else 2 * distance + 1
+    return c.layers * copies * c.experts * c.hidden * 4 if distance else 0
+
+
 def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool = False) -> Plan:
     """What these slots come to, with all that goes with them, whether or not it fits."""
     r, c, wide = request, request.config, request.dtype.itemsize
@@ -157,7 +169,7 @@ def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool =
     trunk += c.layers * c.experts * c.hidden * 4  # gates are float32
     trunk += 2 * c.context * c.head_dim * wide  # rotary tables
     chunk = chunk_tokens(r)
-    mask = r.context * (1 + wide)  # of one token: as bool and as the kernel's dtype
+    mask = r.context * (1 + wide) if r.masked else 0  # of one token: as bool and as the kernel's dtype
     logits = 4 * c.vocab * 4  # of one token, and copies for the sampler
     spares = 0 if resident else r.lookahead * r.prefetch
     return Plan(
@@ -166,11 +178,12 @@ def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool =
         trunk=trunk,
         kv=KVCache.bytes(c, 1, r.context, r.dtype),
         workspace=chunk * (activation_bytes(r, resident) + mask) + logits + r.scratch,
-        staging=spares * r.blob,
+        staging=spares * r.blob + (0 if resident else gate_bytes(r)),
         slots=sum(slots_per_layer) * r.blob,
         arena=0 if resident else c.layers * c.experts * r.blob,
         slots_per_layer=slots_per_layer,
         spares=spares,
         blob=r.blob,
+        overhead=r.overhead,
         driver=r.driver,
     )

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.linear import pack
 from model.mixtral import Mixtral
 from model.moe import Experts
-from model.quant.expert import BlobExperts, ExpertFormat
+from model.quant.expert import BlobExperts, ExpertFormat, aligned
 from model.quant.layout import EXPERT, Field, matrix_fields
 from model.quant.linear import QuantisedLinear, choose_backend
 from model.quant.spec import QuantSpec
@@ -41,14 +41,8 @@ def load_model(
     Warns, once for each reason, where quantised weights cannot be multiplied in the device's fast way.
     Raises `ModelError` if a file cannot be read or is no longer what its header said.
     """
-    linear = partial(QuantisedLinear, spec=checkpoint.attention, dtype=dtype, device=device)
-    model = Mixtral(
-        checkpoint.config,
-        dtype,
-        device,
-        experts=experts,
-        linear=linear if checkpoint.attention.quantised else None,
-    ).requires_grad_(False)
+    linear = quantised_linear(checkpoint.config, checkpoint.attention, dtype, device)
+    model = Mixtral(checkpoint.config, dtype, device, experts, linear).requires_grad_(False)
     for message in slow_products(model, form):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     checkpoint.fill(dict(model.named_parameters()), progress)
@@ -110,13 +104,36 @@ def attention_bytes(
     if not spec.quantised:
         return None
     qkv, out = (config.heads + 2 * config.kv_heads) * config.head_dim, config.heads * config.head_dim
-    total = 0
-    for shape in ((qkv, config.hidden), (config.hidden, out)):
-        fields: Callable[..., list[Field]] = matrix_fields
-        if device.type == "cpu":
-            fields = choose_backend(spec, shape, dtype, device)[0].fields
-        total += fields("", shape, spec)[-1].end
-    return total
+    shapes = (qkv, config.hidden), (config.hidden, out)
+    return sum(kept_bytes(spec, shape, dtype, device) for shape in shapes)
+
+
+def kept_bytes(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> int:
+    fields: Callable[..., list[Field]] = matrix_fields
+    if device.type == "cpu":
+        fields = choose_backend(spec, shape, dtype, device)[0].fields
+    return aligned(fields("", shape, spec)[-1].end)
+
+
+def quantised_linear(
+    config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device
+) -> Callable[[int, int], QuantisedLinear] | None:
+    """What makes attention's projections (inputs, outputs) of a whole model; None where they are plain.
+
+    All of them in one tensor: a GPU's allocator would round each up, by a tenth of it.
+    """
+    size = attention_bytes(config, spec, dtype, device)
+    if size is None:
+        return None
+    free = torch.empty(config.layers * size, dtype=torch.uint8, device=device)
+
+    def make(inputs: int, outputs: int) -> QuantisedLinear:
+        nonlocal free
+        taken = kept_bytes(spec, (outputs, inputs), dtype, device)
+        memory, free = free[:taken], free[taken:]
+        return QuantisedLinear(inputs, outputs, spec, dtype, device, memory)
+
+    return make
 
 
 def other_parts(

@@ -1,14 +1,20 @@
 """How much memory this machine can still give."""
 
+import contextlib
+import gc
 import os
 from pathlib import Path
 
 import torch
 
 HOST_MARGIN = 512 << 20  # left to the rest of the machine
-# Of a GPU: the CUDA context with its kernels and graphs (some 500 MiB on large ones), cuBLAS's workspace for
-# two streams (2 x 32 MiB on Hopper, less elsewhere), and what PyTorch's allocator loses to rounding.
-DRIVER_BYTES = 640 << 20
+# Of a GPU, and not measured: what the CUDA context takes that is there as soon as the device is asked for its
+# free memory, and, behind that, kernels as they are first used, graphs, and cuBLAS's and cuDNN's own.
+CONTEXT_BYTES = 448 << 20
+LATER_BYTES = 96 << 20
+# PyTorch's allocator takes small tensors 2 MiB at a time, larger ones 20, and apart for graphs and the rest.
+ROUNDING_BYTES = 32 << 20
+CUBLAS_STREAMS = 2  # PyTorch keeps a workspace for each stream: the one that computes, the one that captures
 CGROUPS = (  # versions 2 and 1: folder, limit, use, and what of it is page cache that nobody is using
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -55,13 +61,47 @@ def cgroup_bytes() -> int | None:
 
 def free_device_bytes(device: torch.device) -> int | None:
     """Bytes of `device`'s memory that this process can take; None if that cannot be told. On a CPU less a
-    margin; on a GPU `driver_bytes` are among them."""
+    margin. On a GPU with what PyTorch keeps of blocks that nobody uses any more, and with the context, which
+    this call makes if it is not there: `driver_bytes` are to come out of it."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused + CONTEXT_BYTES
     free = free_host_bytes()
     return None if free is None else max(free - HOST_MARGIN, 0)
 
 
 def driver_bytes(device: torch.device) -> int:
-    """What a process takes of a device's memory beside its tensors."""
-    return DRIVER_BYTES if device.type == "cuda" else 0
+    """What a process takes of a device's memory outside of PyTorch's allocator."""
+    return CONTEXT_BYTES + LATER_BYTES if device.type == "cuda" else 0
+
+
+def overhead_bytes(device: torch.device, capability: tuple[int, int] | None = None) -> int:
+    """What PyTorch's allocator takes of a GPU beside the tensors that a plan counts: cuBLAS's workspaces, by
+    compute capability, and what it loses to rounding. None is a capability that is not known, which counts as
+    the one that takes most."""
+    if device.type != "cuda":
+        return 0
+    workspace = 32 << 20 if capability is None or capability >= (9, 0) else (8 << 20) + (128 << 10)
+    return CUBLAS_STREAMS * workspace + ROUNDING_BYTES
+
+
+def reserve(device: torch.device, size: int) -> None:
+    """Have PyTorch's allocator take so many bytes of a GPU in one piece, and cut from that what is asked for
+    from now on. Piece by piece it would take as much for every size there is: experts' rows are as many as
+    routing has it, and differ from call to call. Nothing on a CPU.
+
+    Raises `torch.OutOfMemoryError` if they are not there.
+    """
+    if device.type == "cuda":
+        some = torch.ones(16, 16, device=device)
+        some @ some  # before, and from elsewhere, cuBLAS takes its workspace
+        torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def release(device: torch.device) -> None:
+    """Give back what PyTorch's allocator keeps of a GPU though nobody uses it. Not to be called with a lock
+    held that forgotten objects may want."""
+    if device.type == "cuda":
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # in the midst of another engine's capture
+            torch.cuda.empty_cache()

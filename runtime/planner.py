@@ -36,6 +36,8 @@ def plan(
     scratch: int = 0,
     driver: int = 0,
     *,
+    overhead: int = 0,
+    masked: bool = True,
     budget: int | None = None,
     host_budget: int | None = None,
     shared: bool = False,
@@ -50,7 +52,8 @@ def plan(
 
     A layer's `attention` projections and one `expert` take that many bytes in memory (None: what they take in
     `dtype`), and products with quantised ones `scratch` bytes more for as long as they last; a GPU's `driver`
-    takes some that are no tensors. Of the device
+    takes some that are no tensors, and its allocator some `overhead`. `masked` says whether attention writes out
+    a mask where a prompt is cut into chunks. Of the device
     `budget` bytes may be used, and of the host `host_budget` for the arena (None: no limit); where the device
     computes from host memory they are `shared`, and the arena counts against `budget`. `place` and
     `host_place` are what messages call the two.
@@ -74,8 +77,8 @@ def plan(
     slots: 3 in 20 layers, 4 in 12; 1 spare; 336.0 MiB an expert; arena 84.0 GiB of host memory
     """  # noqa: E501
     request = Request(
-        config, dtype, context, attention, expert, scratch, driver, budget, host_budget, shared, slots,
-        lookahead, prefetch, offload,
+        config, dtype, context, attention, expert, scratch, driver, overhead, masked, budget, host_budget,
+        shared, slots, lookahead, prefetch, offload,
     )  # fmt: skip
     check(request)
     best = choose(request)
@@ -162,7 +165,7 @@ def refusal(request: Request, place: str, host_place: str) -> str:
         used, budget = format_bytes(r.used(small)), format_bytes(r.budget)
         need = f"need {used} of {place} ({small}), and the budget is {budget}"
     else:
-        names = ["trunk", "kv", "workspace", "staging", "driver"] + ["arena"] * r.shared
+        names = ["trunk", "kv", "workspace", "staging", "overhead", "driver"] + ["arena"] * r.shared
         sizes = {name: getattr(small, name) for name in names}
         beside = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items() if size)
         left = max(r.budget - sum(sizes.values()), 0)
@@ -220,7 +223,8 @@ def smaller_experts(request: Request) -> str | None:
     """The widest format of experts with which there is a plan. None as well where memory is shared: what a
     CPU keeps of an expert is not what files have, and may be no less."""
     c = request.config
-    scratch = max(request.scratch, scratch_bytes(torch.device("cuda"), max(c.hidden, c.ffn)))
+    expanded = scratch_bytes(torch.device("cuda"), max(c.hidden, c.ffn), request.dtype)
+    scratch = max(request.scratch, expanded)
     for spec in () if request.shared else SMALLER:
         try:
             size = blob_bytes(c, QuantSpec.parse(spec), request.dtype, torch.device("cuda"))

@@ -4,15 +4,17 @@ from dataclasses import dataclass
 
 import torch
 
+from model.attention import has_flash
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
+from model.quant.backends import fused
 from model.quant.expert import ExpertFormat
 from model.quant.linear import scratch_bytes
 from model.quant.spec import QuantSpec
 from runtime.device import choose_device, choose_dtype
 from runtime.errors import OptionError
 from runtime.loader import attention_bytes
-from runtime.memory import driver_bytes, free_device_bytes
+from runtime.memory import driver_bytes, free_device_bytes, overhead_bytes
 from runtime.options import EngineOptions
 from runtime.planner import Plan, count_weights, plan
 from runtime.units import parse_bytes
@@ -57,14 +59,18 @@ def plan_model(
     form = ExpertFormat.choose(config, experts, dtype, device)
     host = budget(torch.device("cpu"), "--ram", options.ram)
     limit, place = host if on_cpu else budget(device, "--vram", options.vram)
+    capability = None if on_cpu else torch.cuda.get_device_capability(device)
+    fast = fused.unsupported(device) is None
     planned = plan(
         config,
         dtype,
         options.context or min(DEFAULT_CONTEXT, config.context),
         attention_bytes(config, attention, dtype, device),
         form.blob_bytes,
-        scratch_bytes(device, max(config.hidden, config.ffn)) if quantised else 0,
+        scratch_bytes(device, max(config.hidden, config.ffn), dtype, fast) if quantised else 0,
         driver_bytes(device),
+        overhead=overhead_bytes(device, capability),
+        masked=capability is None or not has_flash(dtype, capability),
         budget=limit,
         place=place,
         host_budget=None if on_cpu else host[0],

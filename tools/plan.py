@@ -4,8 +4,9 @@
     python -m tools.plan path/to/checkpoint --vram 11GiB --ram 32GiB --context 8192
 
 Of a checkpoint only headers are read; with --attention or --experts it is planned as if quantised so. The
-device is a CUDA card with --vram to give, and need not be there. With --device cpu everything is in --ram,
-in the form that this machine's CPU computes with.
+device is a CUDA card of compute capability 8.0 or later with --vram to give, and need not be there; what
+PyTorch takes beside tensors is counted as on the one where that is most. With --device cpu everything is in
+--ram, in the form that this machine's CPU computes with.
 
 Several sizes give a table. Where the model does not fit, the reason takes the place of the column; if it fits
 nowhere, the exit status is 1.
@@ -24,9 +25,11 @@ from typing import Any
 
 import torch
 
+from model.attention import has_flash
 from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.quant.backends.fused import CAPABILITY
 from model.quant.expert import blob_bytes
 from model.quant.linear import scratch_bytes
 from model.quant.spec import QuantSpec
@@ -34,7 +37,7 @@ from runtime.device import choose_dtype
 from runtime.errors import DeviceError, LoadError, MixtralError, OptionError
 from runtime.footprint import describe_slots
 from runtime.loader import attention_bytes
-from runtime.memory import driver_bytes
+from runtime.memory import driver_bytes, overhead_bytes
 from runtime.options import DTYPES, OFFLOAD, EngineOptions
 from runtime.planner import Plan, count_weights, plan
 from runtime.setup import DEFAULT_CONTEXT
@@ -48,6 +51,7 @@ TERMS = {  # labels of what `Plan` has under these names
     "kv": "KV cache",
     "workspace": "workspace",
     "staging": "staging",
+    "overhead": "overhead",
     "slots": "slots",
     "driver": "driver",
     "device_total": "device, all",
@@ -115,8 +119,10 @@ def make_sheet(args: argparse.Namespace) -> Sheet:
             options.context or min(DEFAULT_CONTEXT, config.context),
             attention_bytes(config, attention, dtype, device),
             blob_bytes(config, experts, dtype, device),
-            scratch_bytes(device, max(config.hidden, config.ffn)) if quantised else 0,
+            scratch_bytes(device, max(config.hidden, config.ffn), dtype) if quantised else 0,
             driver_bytes(device),
+            overhead=overhead_bytes(device),
+            masked=cpu or not has_flash(dtype, CAPABILITY),
             host_budget=host[0][1] if host else None,
             shared=cpu,
             slots=options.slots,

@@ -17,7 +17,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from model.quant.layout import matrix_fields
 from model.quant.linear import QuantisedLinear
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
-from runtime.loader import pack_trunk, slow_products
+from runtime.loader import pack_trunk, quantised_linear, slow_products
 
 MIXTRAL_8X7B = ModelConfig(
     vocab=32000, hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, experts=8,
@@ -73,16 +72,14 @@ def random_model(
     """
     generator = torch.Generator().manual_seed(seed)
     form = ExpertFormat.choose(config, experts, dtype, device)
-    linear = partial(QuantisedLinear, spec=attention, dtype=dtype, device=device)
+    linear = quantised_linear(config, attention, dtype, device)
     resident: list[BlobExperts] = []
 
     def all_there(layer: int) -> BlobExperts:
         resident.append(BlobExperts(form, config.experts, device))
         return resident[-1]
 
-    model = Mixtral(
-        config, dtype, device, provide or all_there, linear if attention.quantised else None
-    ).requires_grad_(False)
+    model = Mixtral(config, dtype, device, provide or all_there, linear).requires_grad_(False)
     for message in slow_products(model, form):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     for weight in model.parameters():

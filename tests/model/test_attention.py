@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import Attention, attend, causal_mask
+from model import attention
+from model.attention import Attention, attend, causal_mask, has_flash
 from model.linear import Linear
 from model.rope import Rope
 from tests.model.reference import CPU, GEOMETRIES, TINY, random_ids, random_model
@@ -77,6 +78,62 @@ def test_causal_mask(T: int, S: int) -> None:
     assert mask is not None and mask.shape == (T, S) and mask.dtype == torch.bool
     for t in range(T):
         assert mask[t].tolist() == [s <= S - T + t for s in range(S)]
+
+
+@pytest.mark.parametrize("K", [16, 12])
+@pytest.mark.parametrize("flash", [False, True])
+def test_what_a_gpu_does_behind_other_tokens(flash: bool, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention if that can be used, else a mask; of heads that flash attention takes."""
+    B, T, S = 3, 5, 9
+    q, k, v = like_the_model(B, 8, T, K), *(like_the_model(B, 2, S, K, room=1) for _ in range(2))
+    asked, expected = [], naive(q, k, v).float()
+
+    def kernel(*given: Tensor, is_causal: bool) -> tuple[Tensor, None]:
+        assert all(a is b for a, b in zip(given, (q, k, v), strict=True)) and is_causal
+        asked.append("kernel")
+        return expected, None
+
+    def can_use(params: object) -> bool:
+        asked.append("can")
+        return flash
+
+    monkeypatch.setattr(attention, "can_use_flash_attention", can_use)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", kernel)
+    torch.testing.assert_close(attention.attend_behind(q, k, v), expected, rtol=1e-5, atol=1e-5)
+    assert asked == ([] if K == 12 else ["can", "kernel"] if flash else ["can"])
+
+
+def test_flash_attentions_operator_takes_what_it_is_given() -> None:
+    q, k = torch.empty(2, 8, 5, 16, device="meta"), torch.empty(2, 2, 9, 16, device="meta")
+    assert torch.ops.aten._scaled_dot_product_flash_attention(q, k, k, is_causal=True)[0].shape == q.shape
+    assert causal_mask(5, 9, torch.device("cuda")) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_a_later_chunk_takes_no_memory_for_scores(dtype: torch.dtype) -> None:
+    gpu, T, S = torch.device("cuda", 0), 256, 1280
+    capability = torch.cuda.get_device_capability(gpu)
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        pytest.skip("it computes no bfloat16")
+    q = like_the_model(2, 8, T, 128, dtype=dtype).to(gpu)
+    k, v = (like_the_model(2, 2, S, 128, room=9, dtype=dtype).to(gpu) for _ in range(2))
+    attend(q, k, v, causal_mask(T, S, gpu))
+    torch.cuda.reset_peak_memory_stats(gpu)
+    before = torch.cuda.memory_allocated(gpu)
+    with torch.inference_mode():
+        out = attend(q, k, v, causal_mask(T, S, gpu))
+    taken, scores = torch.cuda.max_memory_allocated(gpu) - before, 2 * 8 * T * S * 4
+    assert taken < scores // 2 or not has_flash(dtype, capability)
+    close = 1e-3 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(out.double().cpu(), naive(q.cpu(), k.cpu(), v.cpu()), rtol=close, atol=close)
+
+
+def test_where_flash_attention_is() -> None:
+    capabilities = ((7, 5), (8, 0), (9, 0))
+    assert [has_flash(torch.float16, found) for found in capabilities] == [False, True, True]
+    assert not any(has_flash(torch.float32, found) for found in capabilities)
 
 
 def test_module_without_cache() -> None:

@@ -138,11 +138,20 @@ def test_bytes_are_those_of_the_tensors(dtype: torch.dtype, rows: int, capacity:
         assert len(cache.layers) == config.layers and (cache.batch, cache.capacity) == (rows, capacity)
         tensors = [tensor for layer in cache.layers for tensor in (layer.k, layer.v)]
         assert all(tensor.dtype == dtype for tensor in tensors)
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
-        }
-        assert len(storages) == 2 * config.layers
-        assert KVCache.bytes(config, rows, capacity, dtype) == sum(storages.values())
+        size = KVCache.bytes(config, rows, capacity, dtype)
+        assert size == sum(tensor.nbytes for tensor in tensors)
+        assert {tensor.untyped_storage().nbytes() for tensor in tensors} == {size}, "one allocation"
+        apart = {tensor.data_ptr() for tensor in tensors}
+        assert len(apart) == 2 * config.layers == size // tensors[0].nbytes
+        assert max(apart) - min(apart) == size - tensors[0].nbytes
+
+
+def test_a_cache_made_in_inference_mode_serves_outside_of_it() -> None:
+    with torch.inference_mode():
+        cache = KVCache.allocate(CONFIG, B, T, torch.float32, CPU)
+        MODEL(IDS[:, :5], cache)
+    with torch.no_grad():
+        close(MODEL(IDS[:, 5:], cache), LOGITS[:, 5:])
 
 
 @pytest.mark.parametrize("length", [-1, 6])

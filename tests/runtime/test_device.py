@@ -119,3 +119,43 @@ def test_bfloat16_is_fast_where_the_processor_says_so(
         assert device.cpu_multiplies_bfloat16() is fast, flags
     monkeypatch.setattr(device, "Path", lambda path: tmp_path / "none")
     assert device.cpu_multiplies_bfloat16() is False
+
+
+class Allocator:
+    """Stands in for PyTorch's: what it is asked to do."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[object] = []
+        self.reserved, self.allocated = 5 * GIB, 3 * GIB
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.reserved)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.allocated)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.calls.append("empty"))
+        monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(*shape))
+        monkeypatch.setattr(
+            torch, "empty", lambda size, dtype, device: self.calls.append((size, dtype, device))
+        )
+
+
+def test_free_memory_of_a_gpu_has_what_pytorch_keeps_and_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    Allocator(monkeypatch)
+    free = memory.free_device_bytes(CUDA)
+    assert free == 12 * GIB + memory.CONTEXT_BYTES
+    rest = free - memory.driver_bytes(CUDA)
+    assert 0 < 12 * GIB - rest < 256 << 20, "the context is there already, and not taken off again"
+    assert memory.driver_bytes(CPU) == 0
+
+
+def test_what_a_gpus_allocator_takes_beside_tensors() -> None:
+    sizes = [memory.overhead_bytes(CUDA, found) for found in (None, (9, 0), (8, 6), (7, 5))]
+    assert sizes[0] == sizes[1] == (64 << 20) + memory.ROUNDING_BYTES
+    assert sizes[2] == sizes[3] == (16 << 20) + (256 << 10) + memory.ROUNDING_BYTES
+    assert memory.overhead_bytes(CPU, None) == 0
+
+
+def test_only_a_gpus_memory_is_reserved_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = Allocator(monkeypatch)
+    memory.reserve(CPU, 7), memory.release(CPU)
+    assert not allocator.calls
+    memory.reserve(CUDA, 7), memory.release(CUDA)
+    assert allocator.calls == [(7, torch.uint8, CUDA), "empty"]

@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import Engine, LoadError, PromptTooLong, RequestError, SamplingParams, Token
+from model.kv_cache import KVCache
+from runtime import (
+    DeviceError,
+    Engine,
+    EngineOptions,
+    LoadError,
+    PromptTooLong,
+    RequestError,
+    SamplingParams,
+    Token,
+)
 from runtime.planner import PREFILL_CHUNK
 
 PROMPT = "def alpha_"
@@ -491,3 +501,51 @@ def test_times_add_up_and_leave_out_the_reader(engine: Engine) -> None:
     assert last.prompt_rate == pytest.approx(100 / last.prompt_seconds)
     assert last.decode_rate == pytest.approx(3 / last.decode_seconds)
     assert seen[0].prompt_rate == seen[0].decode_rate == 0
+
+
+def test_an_engine_may_be_loaded_and_used_in_and_out_of_inference_mode(checkpoint: Path) -> None:
+    """What outlives a request was made outside of it."""
+    options = EngineOptions(device="cpu", dtype="float32", offload="always")
+    params = SamplingParams(max_new_tokens=4, temperature=0)
+    with torch.inference_mode():
+        engine = Engine.load(checkpoint, options)
+        inside = ids_of(engine.generate([1, 2, 3], params))
+        assert engine.cache and not engine.cache.pool.is_inference()
+    with engine:
+        assert ids_of(engine.generate([1, 2, 3], params)) == inside
+        outside = engine.logits([1, 2, 3])
+        with torch.inference_mode():
+            assert torch.equal(engine.logits([1, 2, 3]), outside)
+        assert not outside.is_inference()
+
+
+def test_on_a_gpu_what_is_planned_is_taken_at_once(
+    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr("runtime.engine.release", lambda device: calls.append("release"))
+    monkeypatch.setattr("runtime.engine.reserve", lambda device, size: calls.append(size))
+    monkeypatch.setattr(KVCache, "allocate", lambda *words: calls.append("kv") or KVCache([], 1, words[2]))
+    engine = load()
+    assert calls == []
+    engine.device = torch.device("cuda")
+    engine.take_planned()
+    assert calls == ["release", "kv", engine.plan.workspace]
+    assert engine.take_cache().capacity == engine.plan.context and len(calls) == 3
+    engine.close()
+    assert calls[3:] == ["release"]
+
+
+def test_an_engine_whose_plan_is_not_there_is_closed(
+    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Engine] = []
+
+    def fail(engine: Engine) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(Engine, "take_planned", fail)
+    monkeypatch.setattr(Engine, "close", lambda engine: closed.append(engine))
+    with pytest.raises(DeviceError, match=r"out of memory \(CUDA out of memory. Tried to allocate 2 GiB\)"):
+        load()
+    assert len(closed) == 1

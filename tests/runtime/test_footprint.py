@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from model.config import ModelConfig
 from model.kv_cache import KVCache
-from model.mixtral import Mixtral
+from model.mixtral import Block, Mixtral
 from model.moe import Experts, ResidentExperts
 from runtime.experts.contributions import Contributions
+from runtime.experts.lookahead import Lookahead
 from runtime.footprint import MAX_CHUNK, PREFILL_CHUNK, Request, lay_out
 from runtime.planner import plan
 
@@ -71,9 +72,8 @@ def as_they_arrive(experts: ResidentExperts) -> Experts:
     """The same experts, their outputs held apart until all are there, as the cache does it."""
 
     def apply(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        chosen = ids.tolist()
-        sums = Contributions(x, weights.to(x.dtype), chosen, len(experts.experts))
-        for e in sorted({e for row in chosen for e in row}):
+        sums = Contributions(x, weights.to(x.dtype), ids, ids.numpy(), len(experts.experts))
+        for e in ids.unique().tolist():
             sums.add(e, experts.experts[e](sums.inputs(e)))
         return sums.total()
 
@@ -110,6 +110,8 @@ def test_the_workspace_is_enough_for_a_chunk_and_not_far_too_much(
     with torch.inference_mode(), LiveBytes() as measured:
         model(torch.randint(config.vocab, (1, N)), cache, last=True)
     unseen = N * context * dtype.itemsize if context > N else 0  # the kernel's own copy of the mask
+    without = lay_out(Request(config, dtype, context, expert=blob, masked=False), (2, 2), resident)
+    assert planned.workspace - without.workspace == N * context * (1 + dtype.itemsize)
     assert planned.workspace >= measured.peak + unseen
     assert planned.workspace <= 4 * (measured.peak + unseen)
 
@@ -122,3 +124,22 @@ def test_a_chunk_is_as_long_as_experts_are_large_whatever_the_context() -> None:
     plans = [plan(SMALL, torch.float32, context, expert=22 << 20) for context in contexts]
     assert [planned.chunk for planned in plans] == [min(context, MAX_CHUNK) for context in contexts]
     assert all(a.workspace < b.workspace for a, b in itertools.pairwise(plans))
+
+
+@pytest.mark.parametrize("distance", [1, 2])
+def test_gates_that_look_ahead_are_counted(distance: int) -> None:
+    model = Mixtral(SMALL, torch.bfloat16)
+    blocks = [cast(Block, block) for block in model.layers]
+    for gate in (block.block_sparse_moe.gate for block in blocks):
+        gate.weight.detach().normal_()
+    ahead = Lookahead(blocks, distance).gates
+    routed = [torch.cat([block.block_sparse_moe.gate.weight, gates]) if gates is not None else None
+              for block, gates in zip(blocks, ahead, strict=True)]  # fmt: skip
+    for shared, held in ((True, [ahead]), (False, [ahead, routed])):
+        request = Request(SMALL, torch.bfloat16, 100, lookahead=distance, shared=shared)
+        planned = lay_out(request, (2, 2, 2))
+        gates = planned.staging - planned.spares * planned.blob
+        real = size(gate for group in held for gate in group if gate is not None)
+        assert real <= gates <= 3 * real, "the last layers have fewer"
+        assert lay_out(dataclasses.replace(request, prefetch=0), (2, 2, 2)).staging == 0
+        assert lay_out(request, (5, 5, 5), resident=True).staging == 0

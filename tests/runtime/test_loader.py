@@ -4,6 +4,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from model.mixtral import Mixtral
 from model.moe import SparseMoE
 from model.quant.backends import int4pack
 from model.quant.backends.int4pack import kernel_block
-from model.quant.expert import BlobExperts
+from model.quant.expert import BlobExperts, aligned
 from model.quant.linear import QuantisedLinear
 from model.quant.tensor import QuantisedTensor
 from runtime import Engine, EngineOptions, LoadError, SamplingParams
@@ -77,12 +78,24 @@ def held(model: Mixtral) -> tuple[int, int]:
     trunk += sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name)
     for module in model.modules():
         if isinstance(module, QuantisedLinear):
-            trunk += sum(tensor.nbytes for tensor in module.memory.values())
+            trunk += aligned(sum(tensor.nbytes for tensor in module.memory.values()))
         elif isinstance(module, PackedLinear):
             trunk += module.packed.numel() * 2
         elif isinstance(module, SparseMoE) and isinstance(module.experts, BlobExperts):
             experts += module.experts.blobs.nbytes
     return trunk, experts
+
+
+def test_quantised_attention_is_one_piece_of_memory(
+    quantised: Callable[..., Path], load: Callable[..., Engine]
+) -> None:
+    model = load(quantised(3, 4), dtype="float32").model
+    memories = [list(m.memory.values()) for m in model.modules() if isinstance(m, QuantisedLinear)]
+    assert len(memories) == 4
+    [whole] = {stream.untyped_storage().nbytes() for memory in memories for stream in memory}
+    ends = [(min(t.data_ptr() for t in m), max(t.data_ptr() + t.nbytes for t in m)) for m in memories]
+    assert all(end <= start for (_, end), (start, _) in pairwise(ends)) and ends[-1][1] - ends[0][0] <= whole
+    assert all((start - ends[0][0]) % 256 == 0 for start, _ in ends)
 
 
 @pytest.mark.parametrize(("attention", "experts"), FORMATS)

@@ -41,6 +41,9 @@ requests = st.fixed_dictionaries(
         "context": st.integers(2, 4096),
         "expert": st.sampled_from([None, 99_968, 1 << 26]),  # next to the last, chunks are long
         "scratch": st.sampled_from([0, 1 << 20]),
+        "overhead": st.sampled_from([0, 1 << 20]),
+        "driver": st.sampled_from([0, 1 << 20]),
+        "masked": st.booleans(),
         "lookahead": st.integers(0, 2),
         "prefetch": st.integers(0, 3),
     }
@@ -85,14 +88,17 @@ def test_a_plan_keeps_its_budgets_and_wastes_no_slot(
     slots = got.slots_per_layer
     assert got.device_total + (got.arena if shared else 0) <= budget
     assert host is None or got.host_total <= host
-    assert got.device_total == got.trunk + got.kv + got.workspace + got.staging + got.slots
+    inside = got.trunk + got.kv + got.workspace + got.staging + got.slots
+    assert got.device_total == inside + request["overhead"] + request["driver"]
     assert (got.trunk, got.kv, got.chunk) == (everything.trunk, everything.kv, everything.chunk)
     assert len(slots) == L and max(slots) - min(slots) <= 1 and got.slots == sum(slots) * got.blob
     if got.resident:
         assert offload != "always" and slots == (E,) * L and got.spares == got.arena == 0
         return
     assert offload != "never" and got.arena == L * E * got.blob
-    assert got.spares == request["lookahead"] * request["prefetch"] and got.staging == got.spares * got.blob
+    guesses = request["lookahead"] * request["prefetch"]
+    assert got.spares == guesses and 0 <= got.staging - guesses * got.blob <= 5 * L * E * config.hidden * 4
+    assert (got.staging > got.spares * got.blob) == (guesses > 0)
     most = max(A, E // 2) if shared else E
     assert min(slots) >= A and max(slots) <= most
     left = budget - got.device_total - (got.arena if shared else 0)
@@ -153,7 +159,8 @@ def test_a_refusal_is_one_line_and_its_remedies_work(
             tried.append(try_plan(**(request | change(*words.groups()))))
     if words := re.search(r"quantise with --experts (\S+)", text):
         blob = expert_fields(config, QuantSpec.parse(words[1]))[-1].end + 63 & ~63
-        scratch = max(request["scratch"], scratch_bytes(torch.device("cuda"), max(config.hidden, config.ffn)))
+        expanded = scratch_bytes(torch.device("cuda"), max(config.hidden, config.ffn), request["dtype"])
+        scratch = max(request["scratch"], expanded)
         tried.append(try_plan(**(request | {"expert": blob, "scratch": scratch})))
     assert tried and all(tried), text
 

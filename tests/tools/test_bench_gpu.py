@@ -21,6 +21,7 @@ SMALL = ModelConfig(
     experts_per_token=2, context=512, rope_theta=1e6, norm_eps=1e-5)  # fmt: skip
 PARTS = ["link", "decode-4", "decode-2g64", "offload", "ladder", "prefill", "memory-12GiB", "naive",
          "decode-3g128", "memory-16GiB"]  # fmt: skip
+LOG = "a.py:1: RuntimeWarning: no graphs\n  warn()\n"
 
 
 def in_process(words: tuple[str, ...], seconds: float) -> Outcome:
@@ -92,14 +93,16 @@ def test_a_part_that_fails_stops_no_other(
     def broken(words: tuple[str, ...], seconds: float) -> Outcome:
         if words[1] == "offload":
             raise OSError("no\n  such machine")
-        return Outcome("{", "") if words[1] == "link" else Outcome("", "log", "failed (1): out of memory")
+        return Outcome("{", "") if words[1] == "link" else Outcome("", LOG, "failed (1): out of memory")
 
     monkeypatch.setattr(gpu, "run_process", broken)
     results = measured(tmp_path, "--shape", "quarter")
     assert results["link"]["error"].startswith("JSONDecodeError: ")
     assert results["ladder"]["error"] == "OSError: no such machine"
     assert results["prefill"]["error"] == "failed (1): out of memory"
-    assert (tmp_path / "prefill.log").read_text() == "log"
+    assert (tmp_path / "prefill.log").read_text() == LOG
+    assert results["prefill"]["warnings"] == ["no graphs"]
+    assert "  - warning: no graphs\n" in (tmp_path / "tables.md").read_text()
     assert (tmp_path / "tables.md").read_text().count("Not measured.") == 7
     assert "prefill: 0.0 of at most 60 s: failed (1): out of memory" in capsys.readouterr().err
 
@@ -142,7 +145,7 @@ def test_tables_of_what_only_a_gpu_has() -> None:
         "naive": about | {"report": naive},
     }
     text = tables(results)
-    assert "| 12GiB | 3 to 4 | 12.0 GiB | 11.0 GiB | 512.0 MiB | -4.2% | 6.00 |" in text
+    assert "| 12GiB | 3 to 4 | 12.0 GiB | 11.0 GiB | 512.0 MiB | -4.2% (missed) | 6.00 |" in text
     assert "| this, 4 bits | 6.000 | 3.00 | 12.00 |" in text and "Machine: gpu H100." in text
     results["memory-16GiB"] = about | {"report": memory_report(6.0, 16 << 30)}
     assert "+37.5% (above --vram)" in tables(results)

@@ -3,6 +3,7 @@ and graphs are stand-ins. All that really copies gives the same logits as a resi
 
 import argparse
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -171,3 +172,23 @@ def test_a_decoder_is_told_by_the_trace_before_its_first_step(graphs: bool) -> N
         assert decoder.cache is not None and decoder.cache.lookahead is not None
         assert decoder.cache.lookahead.distance == 1
     stage.close()
+
+
+def test_graphs_that_fail_are_reported(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(expected: bool) -> None:
+        subject = make(slots=3, offload="always")
+        stage = stage_of(subject, "own")
+        try:
+            stage.use("full").decode(IDS[:2])
+            assert stage.graphs() is expected
+        finally:
+            stage.close()
+            subject.close()
+
+    def capture(self: Recorded, work: object) -> None:
+        raise RuntimeError("out of memory")
+
+    made(graphs)
+    monkeypatch.setattr(Recorded, "capture", capture)
+    with pytest.warns(RuntimeWarning, match="graphs cannot be made") if graphs else nullcontext():
+        made(False)

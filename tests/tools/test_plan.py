@@ -40,7 +40,7 @@ def test_a_table_has_a_column_for_each_size(run: Run) -> None:
     assert lines[1] == ["", "8GiB", "11GiB", "12GiB", "16GiB", "24GiB"]
     rows = {row[0]: row[1:] for row in lines[2:-1]}
     assert all(len(row) == 5 for row in rows.values())
-    assert rows["slots per layer"][0] == "2 in 4 layers, 3 in 28" and rows["slots per layer"][-1] == "all 8"
+    assert rows["slots per layer"][0] == "2 in 13 layers, 3 in 19" and rows["slots per layer"][-1] == "all 8"
     assert rows["spare slots"] == ["1", "1", "1", "1", "0"]
     used = [int(cell.replace(",", "")) for cell in rows["device, all, bytes"]]
     left = [int(cell.replace(",", "")) for cell in rows["left over, bytes"]]

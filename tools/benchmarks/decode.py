@@ -123,6 +123,7 @@ def measure(stage: Stage, prompt: int, tokens: int, repeats: int) -> dict[str, A
         "prompt": rates(prompt, [taken.prompt for taken in turns[first]]),
         "decode": rates(tokens, decodes),
         "memory": memory_bound(stage, bandwidths, tokens / statistics.median(decodes)),
+        "graphs": stage.graphs(),
     } | memory
     return report | offloaded(stage, turns, tokens) if stage.cache is not None else report
 

@@ -102,8 +102,9 @@ def run_parts(args: argparse.Namespace, runner: Runner) -> dict[str, Any]:
 
 
 def run_part(part: Part, left: float, runner: Runner, out: Path) -> dict[str, Any]:
-    """Its report, or an "error"; in both cases the "command" and the "seconds" that it took."""
-    about = {"command": " ".join(("python -m", *part.words)), "seconds": 0.0}
+    """Its report, or an "error"; in both cases the "command", the "seconds" that it took, and of what it
+    warned: of graphs that cannot be made, or memory that is not locked, without which figures mislead."""
+    about: dict[str, Any] = {"command": " ".join(("python -m", *part.words)), "seconds": 0.0}
     if part.needs:
         return about | {"error": f"not run: {part.needs}"}
     if left < LEAST:
@@ -112,6 +113,7 @@ def run_part(part: Part, left: float, runner: Runner, out: Path) -> dict[str, An
     try:
         outcome = runner(part.words, min(part.seconds, left))
         (out / f"{part.name}.log").write_text(outcome.log)
+        about["warnings"] = warnings_in(outcome.log)
         report = {"error": outcome.error} if outcome.error else {"report": json.loads(outcome.out)}
     except Exception as error:  # whatever it is, it is this part's
         report = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
@@ -130,6 +132,15 @@ def run_process(words: tuple[str, ...], seconds: float) -> Outcome:
     if done.returncode != 0:
         return Outcome(done.stdout, done.stderr, f"failed ({done.returncode}){last_line(done.stderr)}")
     return Outcome(done.stdout, done.stderr)
+
+
+def warnings_in(log: str) -> list[str]:
+    """Each that this project gives, once.
+
+    >>> warnings_in("x.py:7: RuntimeWarning: too slow\\n  it()\\nx.py:7: RuntimeWarning: too slow\\n")
+    ['too slow']
+    """
+    return list(dict.fromkeys(re.findall(r"\bRuntimeWarning: (.*)", log)))
 
 
 def last_line(log: str) -> str:

@@ -87,7 +87,7 @@ def measure_copies(
     device: torch.device, sizes: list[int], repeats: int, kinds: int | None = None
 ) -> dict[str, list[dict[str, float]]]:
     """For each kind of copy that this machine has, or the first few `kinds`, a row for each size."""
-    arena = Arena(1, 1, BUFFER, pin=device.type == "cuda")
+    arena = Arena(1, 1, BUFFER, device.type == "cuda", device)
     try:
         return copy_rates(device, arena, sizes, repeats, kinds)
     finally:

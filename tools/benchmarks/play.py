@@ -15,6 +15,7 @@ from runtime.experts.cache import ExpertCache
 from runtime.experts.ledger import Counters
 from runtime.experts.lookahead import Lookahead
 from runtime.footprint import PREFILL_CHUNK
+from runtime.memory import reserve
 from tools.benchmarks.forced import Trace, TraceLookahead, TraceRoute, TraceRouter
 from tools.benchmarks.subject import Subject, make_lookahead, nobody
 from tools.benchmarks.ways import Way
@@ -63,6 +64,7 @@ class Stage:
         self.subject, self.ways, self.cache, self.trace = subject, ways, cache, trace
         setup, config = subject.setup, subject.config
         self.kv = KVCache.allocate(config, 1, setup.plan.context, setup.dtype, setup.device)
+        reserve(setup.device, setup.plan.workspace)  # as an engine does
         self.position = torch.zeros(1, dtype=torch.int64, device=setup.device)
         self.own = make_lookahead(subject) if cache is not None else None
         self.gates = [block.block_sparse_moe.gate for block in subject.blocks]
@@ -97,6 +99,11 @@ class Stage:
                     gate, trace.choices[:, layer].contiguous(), self.position
                 )
         return Player(subject.model, self.kv, subject.setup.plan.chunk, decoder, self.position)
+
+    def graphs(self) -> bool:
+        """Whether each way that has been played is put on the device as graphs: they might have failed."""
+        decoders = [player.decoder for player in self.players.values()]
+        return all(decoder is not None and len(decoder.captured) > 0 for decoder in decoders)
 
     def count(self) -> Counters:
         return self.cache.count() if self.cache is not None else Counters()

@@ -69,9 +69,12 @@ class Store:
     Expert e of layer l is blob n mod `count` of them, n = l E + e. It outlives the caches that it is lent to.
     """
 
-    def __init__(self, layers: int, experts: int, blob_bytes: int, count: int | None, pin: bool) -> None:
+    def __init__(
+        self, layers: int, experts: int, blob_bytes: int, count: int | None, device: torch.device
+    ) -> None:
+        """`device` is where blobs are to be copied."""
         self.experts, self.count = experts, count or layers * experts
-        self.memory = Arena(1, self.count, blob_bytes, pin)
+        self.memory = Arena(1, self.count, blob_bytes, device.type == "cuda", device)
         self.pinned = self.memory.pinned
 
     def blob(self, layer: int, expert: int) -> Tensor:  # [blob_bytes] uint8
@@ -235,7 +238,7 @@ def make_store(config: ModelConfig, form: ExpertFormat, device: torch.device, sh
         count = (
             count if count == every else -(-count // DISTINCT) * DISTINCT
         )  # blob n is expert n mod DISTINCT
-    store = Store(config.layers, config.experts, form.blob_bytes, count, pin=device.type == "cuda")
+    store = Store(config.layers, config.experts, form.blob_bytes, count, device)
     if shared:
         random_blobs(form, [store.memory.blob(0, n) for n in range(store.count)], distinct=DISTINCT)
     return store

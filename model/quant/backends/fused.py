@@ -64,8 +64,9 @@ def uncompiled(device: torch.device) -> str | None:
         numbers = torch.ones(1, 16, device=device)
         step.rms_norm(numbers, numbers[0], numbers[0, :1])
     except Exception as error:  # of Triton, of the compiler's process, of the driver
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"needs to compile kernels, and that failed ({first}); install a C compiler (gcc) and Python's headers"
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        remedy = "install a C compiler (gcc) and Python's headers"
+        return f"needs to compile kernels, and that failed ({why}); {remedy}"
     return None
 
 

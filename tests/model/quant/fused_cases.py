@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.moe import mix_one
-from model.quant.backends.fused import ExpertForm, FewRows, Fused, down, expert_pair, gate_up
+from model.quant.backends.fused import ExpertForm, FewRows, Fused, down, expert_pair, gate_up, uncompiled
 from model.quant.layout import matrix_fields
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
@@ -36,6 +36,10 @@ def bind(matrix: QuantisedTensor) -> Fused:
     memory = torch.cat([torch.zeros(64, dtype=torch.uint8), blob(matrix)]).to(DEVICE)
     fields = matrix_fields("", matrix.shape, matrix.spec, 64)
     return Fused(matrix.spec, matrix.shape, {field.name[1:]: field.view(memory) for field in fields})
+
+
+def test_kernels_can_be_compiled() -> None:
+    assert uncompiled(torch.device(DEVICE)) is None
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(*pair) for pair in itertools.product(BITS, GROUPS)], ids=str)

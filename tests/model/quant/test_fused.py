@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.quant.backends import fused
+from model.quant.backends import fused, step
 from model.quant.backends.fused import Expansion, ExpertForm, FewRows, Fused, OneRow, unsupported
 from model.quant.layout import expert_fields, matrix_fields
 from model.quant.spec import QuantSpec
@@ -125,7 +125,30 @@ def test_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "find_spec", lambda name: None)
     assert "pip install triton" in str(unsupported(cuda))
     monkeypatch.setattr(fused, "find_spec", lambda name: name)
-    assert unsupported(cuda) is None
+    monkeypatch.setattr(fused, "uncompiled", lambda device: f"tried {device}")
+    assert unsupported(cuda) == "tried cuda:1"
+
+
+@pytest.mark.parametrize("text", ["Failed to find C compiler.\nSet CC", ""])
+def test_where_kernels_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    tried: list[tuple[int, ...]] = []
+
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        tried.append((*x.shape, *weight.shape, *eps.shape))
+        if len(tried) == 1:
+            raise RuntimeError(text)
+        return x
+
+    monkeypatch.setattr(step, "rms_norm", rms_norm)
+    fused.uncompiled.cache_clear()
+    try:
+        for _ in range(3):
+            said = fused.uncompiled(torch.device("cpu"))  # stands for a GPU
+            assert said and f"({text.partition(chr(10))[0] or 'RuntimeError'}); install a C compiler" in said
+        assert tried == [(1, 16, 16, 1)], "once for a device"
+        assert fused.uncompiled(torch.device("cpu", 0)) is None
+    finally:
+        fused.uncompiled.cache_clear()
 
 
 def test_triton_is_not_imported_before_it_is_needed() -> None:

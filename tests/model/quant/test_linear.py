@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.quant.backends import int4pack
+from model.quant.backends import blocks, fused, int4pack
 from model.quant.backends.blocks import Blocks
 from model.quant.backends.fused import Fused
 from model.quant.backends.int4pack import Int4Pack, kernel_block
@@ -58,6 +58,7 @@ def test_a_gpu_multiplies_from_packed_bytes_where_it_can(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, backend, remark in (((8, 0), Fused, None), ((7, 5), Blocks, "capability 8.0, and this")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(fused, "uncompiled", lambda device: None)
         chosen, said = choose_backend(QuantSpec(2), (48, 80), dtype, torch.device("cuda"))
         assert chosen is backend and (said is None if remark is None else said and remark in said)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -90,4 +91,21 @@ def test_its_weights_are_not_parameters_and_are_as_small_as_the_format() -> None
     assert (
         sum(tensor.nbytes for tensor in layer.memory.values()) == 256 * 256 * QuantSpec(4).bits_per_weight / 8
     )
-    assert scratch_bytes(CPU, 14336) >= int4pack.EXPANDED * 14336 * 2
+
+
+def test_scratch_is_what_a_product_expands() -> None:
+    assert scratch_bytes(CPU, 14336, BF16) >= int4pack.EXPANDED * 14336 * 2
+    gpu = torch.device("cuda")  # which need not be there
+    assert [scratch_bytes(gpu, 14336, dtype) for dtype in (BF16, F32)] == [64 << 20, 128 << 20]
+    assert scratch_bytes(gpu, 1 << 22, F16) == 16 * 2 << 22, "a matrix is expanded by 16 rows at least"
+    assert scratch_bytes(gpu, 14336, F16, fast=False) == 8 * blocks.GPU_BLOCK
+
+
+def test_a_place_to_be_kept_in() -> None:
+    matrix, _ = quantise(torch.randn(64, 64), QuantSpec(4))
+    alone = QuantisedLinear(64, 64, matrix.spec, F32, CPU)
+    memory = torch.zeros(8192, dtype=torch.uint8)
+    layer = QuantisedLinear(64, 64, matrix.spec, F32, CPU, memory[256:])
+    alone.store(matrix), layer.store(matrix)
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(x), alone(x)) and memory[256:].any() and not memory[:256].any()

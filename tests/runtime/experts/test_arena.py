@@ -1,11 +1,17 @@
 """The arena: one reservation, locked in pieces or not at all."""
 
+import contextlib
 import gc
 import mmap
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runtime.errors import DeviceError
 from runtime.experts import arena as module
@@ -67,6 +73,60 @@ def test_all_pages_are_locked_in_pieces(drive: Any) -> None:
     arena.close()
     assert not driver.locked and not arena.pinned
     arena.close()
+
+
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 30_000), st.integers(4096, 40_000))
+def test_every_blob_lies_in_one_registration(layers: int, experts: int, size: int, piece: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        driver = Driver()
+        patch.setattr(torch.cuda, "cudart", lambda: driver)
+        patch.setattr(module, "PIN_PIECE", piece)
+        arena = Arena(layers, experts, size, pin=True)
+        places = []
+        for layer in range(layers):
+            for e in range(experts):
+                blob = arena.blob(layer, e)
+                assert blob.shape == (size,) and blob.is_contiguous()
+                places.append(blob.data_ptr())
+                first = max(address for address in driver.locked if address <= places[-1])
+                assert places[-1] + size <= first + driver.locked[first]
+        assert all(b - a >= size for a, b in pairwise(places))
+        assert all(
+            start % mmap.PAGESIZE == locked % mmap.PAGESIZE == 0 for start, locked in driver.locked.items()
+        )
+        del blob
+        arena.close()
+        assert not driver.locked
+
+
+def test_the_driver_is_asked_for_its_own_device(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def use(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    def see(call: Callable[..., int], *args: int) -> int:
+        calls.append(list(inside))
+        return call(*args)
+
+    driver, calls = drive(refused=1), list[list[torch.device]]()
+    for name in ("cudaHostRegister", "cudaHostUnregister"):
+        monkeypatch.setattr(driver, name, partial(see, getattr(driver, name)))
+    monkeypatch.setattr(module, "clear_last_error", lambda: calls.append(list(inside)))
+    monkeypatch.setattr(torch.cuda, "device", use)
+    device = torch.device("cuda", 1)
+    assert not Arena(2, 5, 4096, pin=True, device=device).pinned
+    assert len(calls) == 4 and all(set(found) == {device} for found in calls)
+    calls.clear()
+    driver.refused = None
+    arena = Arena(2, 5, 4096, pin=True, device=device)
+    arena.close()
+    assert len(calls) == 10 and all(set(found) == {device} for found in calls) and not inside
+    Arena(2, 5, 4096, pin=False, device=device).close()
+    assert len(calls) == 10
 
 
 def test_the_last_piece_may_be_short(drive: Any) -> None:
