@@ -73,7 +73,7 @@ def plan(
     >>> print(plan(mixtral, torch.bfloat16, context=4096))
     87.9 GiB: trunk 3.0 GiB, experts 84.0 GiB, kv 512.0 MiB, workspace 392.5 MiB; context 4096 tokens
     >>> print(plan(mixtral, torch.bfloat16, context=4096, budget=40 << 30))
-    39.7 GiB: trunk 3.0 GiB, slots 35.4 GiB, kv 512.0 MiB, workspace 424.5 MiB, staging 336.0 MiB; context 4096 tokens
+    39.7 GiB: trunk 3.0 GiB, slots 35.4 GiB, kv 512.0 MiB, workspace 424.5 MiB, staging 348.0 MiB; context 4096 tokens
     slots: 3 in 20 layers, 4 in 12; 1 spare; 336.0 MiB an expert; arena 84.0 GiB of host memory
     """  # noqa: E501
     request = Request(
