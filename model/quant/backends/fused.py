@@ -62,7 +62,7 @@ def uncompiled(device: torch.device) -> str | None:
 
     try:
         numbers = torch.ones(1, 16, device=device)
-        step.rms_norm(numbers, numbers[0], numbers[0, :1])
+        step.add_and_norm(numbers, numbers, numbers[0], numbers[0, :1])
     except Exception as error:  # of Triton, of the compiler's process, of the driver
         why = next(iter(str(error).splitlines()), type(error).__name__)
         remedy = "install a C compiler (gcc) and Python's headers"

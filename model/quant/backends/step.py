@@ -55,36 +55,23 @@ def fetch(source: Tensor, target: Tensor) -> None:  # [n] integers each
     launch(step_kernels.fetch, (1,), target, source, COUNT=n, WIDE=power_of_two(n), num_warps=1)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:  # x [1, D] -> [1, D]
-    """As `model.mixtral.RMSNorm`: in float32, rounded to x's dtype, times the weight, and rounded again.
-
-    weight [D] in x's dtype; eps [1] float32, on the device.
-    """
-    y = torch.empty_like(x)
-    launch_norm(x, x, weight, eps, x, y, add=False)
-    return y
-
-
 def add_and_norm(x: Tensor, more: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """`x + more`, and the norm of that, [1, D] each: a residual stream goes on, in one launch."""
-    total, y = torch.empty_like(x), torch.empty_like(x)
-    launch_norm(x, more.contiguous(), weight, eps, total, y, add=True)
-    return total, y
+    """`x + more`, rounded, and the norm of that, [1, D] each: a residual stream goes on, in one launch.
 
-
-def launch_norm(
-    x: Tensor, more: Tensor, weight: Tensor, eps: Tensor, total: Tensor, y: Tensor, add: bool
-) -> None:
+    The norm is as `model.mixtral.RMSNorm`: in float32, rounded to x's dtype, times the weight, and rounded
+    again. weight [D] in x's dtype; eps [1] float32, on the device.
+    """
     from model.quant.backends import step_kernels
 
     D = weight.shape[0]
     assert x.shape == more.shape == (1, D) and x.dtype == more.dtype == weight.dtype, (x.shape, x.dtype)
-    assert eps.dtype == torch.float32 and x.is_contiguous(), (eps.dtype, x.stride())
-    wide = power_of_two(D)
+    assert eps.dtype == torch.float32, eps.dtype
+    total, y, wide = x.new_empty(1, D), x.new_empty(1, D), power_of_two(D)
     launch(
-        step_kernels.rms_norm, (1,), x, more, weight, eps, total, y,
-        D=D, WIDE=wide, ADD=add, num_warps=min(max(wide // 512, 1), 16),
+        step_kernels.add_and_norm, (1,), x.contiguous(), more.contiguous(), weight, eps, total, y,
+        D=D, WIDE=wide, num_warps=min(max(wide // 512, 1), 16),
     )  # fmt: skip
+    return total, y
 
 
 def rotate_and_append(

@@ -26,28 +26,26 @@ def fetch(
 
 
 @triton.jit
-def rms_norm(
+def add_and_norm(
     x: tl.tensor,  # [D]
-    more: tl.tensor,  # [D], or anything without ADD
+    more: tl.tensor,  # [D]
     weight: tl.tensor,  # [D]
     eps: tl.tensor,  # [1]
-    total: tl.tensor,  # [D], or anything without ADD
+    total: tl.tensor,  # [D]
     y: tl.tensor,  # [D]
     D: tl.constexpr,
     WIDE: tl.constexpr,  # a power of two, at least D
-    ADD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [1]
     dtype = y.dtype.element_ty
     i = tl.arange(0, WIDE)
     there = i < D
     wide = tl.load(x + i, mask=there, other=0.0).to(tl.float32)
+    wide += tl.load(more + i, mask=there, other=0.0).to(tl.float32)
     scale = tl.load(weight + i, mask=there, other=0.0).to(tl.float32)
-    if ADD:
-        wide += tl.load(more + i, mask=there, other=0.0).to(tl.float32)
-        added = rounded(wide, dtype, INTERPRETED)
-        tl.store(total + i, added, mask=there)
-        wide = added.to(tl.float32)
+    added = rounded(wide, dtype, INTERPRETED)
+    tl.store(total + i, added, mask=there)
+    wide = added.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide, axis=0) * (1.0 / D) + tl.load(eps))
     normed = rounded(wide * inverse, dtype, INTERPRETED).to(tl.float32)
     tl.store(y + i, rounded(normed * scale, dtype, INTERPRETED), mask=there)

@@ -98,10 +98,10 @@ def test_a_step(compiler: Compiler) -> None:
     x = torch.empty(1, D, dtype=torch.bfloat16)
     table = torch.empty(64, 128, dtype=x.dtype)
     cache, position = torch.empty(1, 8, 64, 128, dtype=x.dtype), torch.zeros(1, dtype=torch.int64)
-    step.rms_norm(x, x[0], torch.zeros(1))
+    step.add_and_norm(x, x, x[0], torch.zeros(1))
     qkv = torch.empty(1, (H + 16) * 128, dtype=x.dtype)
     q = step.rotate_and_append(qkv, table, table, cache, cache, position)
     step.attend(q, cache, cache, position)
     step.route(x, torch.empty(24, D), 8, 2)
-    kernels = "rms_norm", "rotate_and_append", "attend_stretch", "attend_sum", "route"
+    kernels = "add_and_norm", "rotate_and_append", "attend_stretch", "attend_sum", "route"
     assert compiler.stacks == dict.fromkeys(kernels, 0)

@@ -133,19 +133,19 @@ def test_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_kernels_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     tried: list[tuple[int, ...]] = []
 
-    def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        tried.append((*x.shape, *weight.shape, *eps.shape))
+    def add_and_norm(x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        tried.append(tuple(size for tensor in (x, *more) for size in tensor.shape))
         if len(tried) == 1:
             raise RuntimeError(text)
         return x
 
-    monkeypatch.setattr(step, "rms_norm", rms_norm)
+    monkeypatch.setattr(step, "add_and_norm", add_and_norm)
     fused.uncompiled.cache_clear()
     try:
         for _ in range(3):
             said = fused.uncompiled(torch.device("cpu"))  # stands for a GPU
             assert said and f"({text.partition(chr(10))[0] or 'RuntimeError'}); install a C compiler" in said
-        assert tried == [(1, 16, 16, 1)], "once for a device"
+        assert tried == [(1, 16, 1, 16, 16, 1)], "once for a device"
         assert fused.uncompiled(torch.device("cpu", 0)) is None
     finally:
         fused.uncompiled.cache_clear()

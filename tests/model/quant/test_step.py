@@ -77,7 +77,7 @@ def test_shapes_are_checked() -> None:
         lambda: step.rotate_and_append(torch.zeros(1, 4 * 16), q, q, k, k, position),  # no queries
         lambda: step.route(torch.zeros(1, 4), torch.zeros(7, 4), 8, 2),
         lambda: step.route(torch.zeros(1, 4), torch.zeros(8, 4).bfloat16(), 8, 2),
-        lambda: step.rms_norm(torch.zeros(2, 4), torch.zeros(4), torch.zeros(1)),
+        lambda: step.add_and_norm(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(4), torch.zeros(1)),
     ):
         with pytest.raises(AssertionError):
             wrong()
