@@ -16,7 +16,7 @@ from model.quant.expert import BlobExperts, ExpertFormat
 from model.quant.linear import QuantisedLinear
 from model.quant.spec import QuantSpec
 from model.step import Choice, router, step
-from tests.model.quant.test_backends import make_matrix
+from tests.model.quant.matrices import make_matrix
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

@@ -17,8 +17,9 @@ from model.quant.backends.blocks import Blocks
 from runtime import Engine, EngineOptions, RequestError
 from runtime.experts.copying import HostLink
 from runtime.graphs import CudaGraphs, Work
+from tests.quantised import quantise_folder
 from tests.runtime.plain_step import Recorded, use_plain_kernels
-from tools import quantize, trace
+from tools import trace
 
 PROMPT, IDS = [5, 6, 7], [8, 3, 3, 40, 9, 11, 12]
 LONG = [7 * i % 400 for i in range(1, 90)]
@@ -72,9 +73,7 @@ def folders(variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
     def folder(experts: str) -> Path:
         if experts not in known:
-            known[experts] = tmp_path_factory.mktemp("quantised") / experts
-            words = ["--attention", "4", "--experts", experts, "--quiet", "--threads", "1", "--device", "cpu"]
-            assert quantize.main([str(plain), str(known[experts]), *words]) == 0
+            known[experts] = quantise_folder(plain, tmp_path_factory.mktemp("quantised") / experts, experts)
         return known[experts]
 
     return folder

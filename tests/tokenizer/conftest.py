@@ -6,15 +6,16 @@ import io
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # `pytest -m gpu` comes by here on machines that have neither
+    from hypothesis.strategies import SearchStrategy
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 NAMES = [
     "quick",
@@ -117,6 +118,8 @@ def small(small_file: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def oracles() -> dict[str, MistralTokenizer]:
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
     return {"v1": MistralTokenizer.v1(), "v3": MistralTokenizer.v3()}
 
 
@@ -155,6 +158,8 @@ def texts() -> SearchStrategy[str]:
 
     Without U+2581, sentencepiece's own spelling of a space: it alone does not come back (tested apart).
     """
+    from hypothesis import strategies as st
+
     anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=8)
     return st.lists(st.sampled_from(MARKERS + SPACES + WORDS) | anything, max_size=8).map("".join)
 
@@ -162,6 +167,8 @@ def texts() -> SearchStrategy[str]:
 @pytest.fixture(scope="session")
 def id_lists(ours: Tokenizer) -> SearchStrategy[list[int]]:
     """Ids that look for trouble: many bytes, control pieces and spaces."""
+    from hypothesis import strategies as st
+
     decoded = ours.vocabulary.decoded
     of_byte = {piece: i for i, piece in enumerate(decoded) if isinstance(piece, int)}
     spaces = [i for i, piece in enumerate(decoded) if isinstance(piece, str) and set(piece) == {"\u2581"}]

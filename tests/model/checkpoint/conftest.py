@@ -1,19 +1,23 @@
 """Tiny Mixtrals, and folders that hold them."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from model.checkpoint import save_hf
 from model.config import ModelConfig
 from model.mixtral import Mixtral
+
+if TYPE_CHECKING:  # `pytest -m gpu` comes by here on machines that do not have it
+    from transformers import MixtralForCausalLM
 
 TINY = ModelConfig(
     vocab=48, hidden=24, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=20, experts=3, experts_per_token=2,
@@ -66,6 +70,8 @@ def rewrite(hf: Path) -> Callable[[Mapping[str, Tensor | None]], Path]:
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[MixtralForCausalLM, Path, Path]:
     """Transformers' model, and what it saves: a tensor per expert, and experts stacked."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
     torch.manual_seed(1)
     config = MixtralConfig(
         vocab_size=TINY.vocab, hidden_size=TINY.hidden, num_hidden_layers=TINY.layers,

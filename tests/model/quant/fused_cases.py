@@ -18,7 +18,7 @@ from model.quant.backends.fused import ExpertForm, FewRows, Fused, down, expert_
 from model.quant.layout import matrix_fields
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
-from tests.model.quant.test_backends import check, make_matrix
+from tests.model.quant.matrices import check, make_matrix
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 BITS, GROUPS = (8, 4, 3, 2), (16, 32, 128, 1024, 4096)

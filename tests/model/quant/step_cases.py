@@ -23,7 +23,7 @@ from model.quant.backends.step import (
 )
 from model.rope import Rope
 from tests.model.quant.fused_cases import DEVICE, DTYPES, TOLERANCE
-from tests.model.quant.test_layout import TINY
+from tests.model.reference import TINY
 
 CPU = torch.device("cpu")
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # the last bit, once or twice

@@ -16,7 +16,7 @@ from model.quant.backends.blocks import Blocks
 from model.quant.backends.int4pack import Int4Pack, Workspace, kernel_block, pack_in_blocks
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
-from tests.model.quant.test_tensor import random_tensor
+from tests.model.quant.matrices import check, make_matrix
 
 WIDTHS, GROUPS = (8, 4, 3, 2), (16, 32, 64, 128, 256, 512)
 SPECS = [QuantSpec(bits, group) for bits, group in itertools.product(WIDTHS, GROUPS)]
@@ -27,13 +27,6 @@ B = TypeVar("B", bound=Backend)
 fast = pytest.mark.skipif(kernel_block() == 0, reason="PyTorch has no int4 kernel for this CPU")
 
 
-def make_matrix(spec: QuantSpec, N: int, K: int, seed: int = 0) -> QuantisedTensor:
-    """Random codes, zeros and scales, of weights that add up to numbers within float16's range."""
-    matrix, _ = random_tensor(spec, N, K // spec.group_size, seed)
-    steps = matrix.steps / (100 * 2**spec.bits)
-    return QuantisedTensor.of(spec, (N, K), matrix.streams() | {"steps": steps})
-
-
 def bind(backend: type[B], matrix: QuantisedTensor) -> B:
     fields = backend.fields("", matrix.shape, matrix.spec)
     memory = torch.full((fields[-1].end,), 0xA5, dtype=torch.uint8)  # not what it should be
@@ -41,15 +34,6 @@ def bind(backend: type[B], matrix: QuantisedTensor) -> B:
     bound = backend(matrix.spec, matrix.shape, tensors)  # before anything is there
     backend.store(matrix, tensors)
     return bound
-
-
-def check(y: Tensor, x: Tensor, matrix: QuantisedTensor, tolerance: float) -> None:
-    """Every element within `tolerance` of what it would be, were all its terms of one sign."""
-    assert y.shape == (x.shape[0], matrix.shape[0]) and y.dtype == x.dtype
-    W = matrix.dequantise().double()
-    terms = x.double().abs() @ W.abs().T
-    error = (y.double() - x.double() @ W.T).abs()
-    assert bool((error <= tolerance * terms).all()), (error / terms).nan_to_num().max()
 
 
 @fast

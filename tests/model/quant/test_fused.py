@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
 from model.quant.backends import fused, step
-from model.quant.backends.fused import Expansion, ExpertForm, FewRows, Fused, OneRow, unsupported
+from model.quant.backends.fused import ExpertForm, Fused, unsupported
 from model.quant.layout import expert_fields, matrix_fields
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
-from tests.model.quant.test_layout import TINY
+from tests.model.reference import TINY
 
 ROOT = Path(__file__).resolve().parents[3]
 CASES = "tests/model/quant/fused_cases.py"
@@ -57,22 +55,6 @@ def test_on_a_gpu(tmp_path: Path) -> None:
 
 
 # --- on the host
-
-SPECS = st.builds(QuantSpec, st.sampled_from((8, 4, 3, 2)), st.sampled_from([1 << i for i in range(4, 13)]))
-
-
-@given(SPECS, st.integers(1, 2000), st.integers(1, 2000))
-def test_tiles_cover_any_matrix(spec: QuantSpec, sixteens: int, groups: int) -> None:
-    N, K = 16 * sixteens, groups * spec.group_size
-    one = OneRow.choose(K, spec.bits, spec.group_size)
-    few = FewRows.choose(N, K, spec.bits, spec.group_size)
-    many = Expansion.choose(K, spec.group_size)
-    assert N % one.rows == N % few.rows == N % many.rows == 0
-    for size in (one.groups, one.warps, few.pieces, few.piece, few.splits, many.groups):
-        assert size > 0 and size & (size - 1) == 0  # powers of two, as Triton wants
-    assert one.groups * spec.group_size <= max(8192, spec.group_size)
-    run = spec.group_size // 8 * (1 if spec.bits == 3 else spec.bits)
-    assert run % few.piece == 0 and few.pieces * few.piece >= 16  # the least that a tensor core adds up
 
 
 def test_more_rows_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:

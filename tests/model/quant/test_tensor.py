@@ -6,34 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from model.quant.packing import pack
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
+from tests.model.quant.matrices import random_tensor
 
 WIDTHS = (8, 4, 3, 2)
-
-
-def random_tensor(spec: QuantSpec, N: int, groups: int, seed: int = 0) -> tuple[QuantisedTensor, Tensor]:
-    """Streams of random bytes, and the codes that they were packed from."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(limit: int, *shape: int) -> Tensor:
-        return torch.randint(limit, shape, generator=generator, dtype=torch.uint8)
-
-    codes = draw(1 << spec.bits, N, groups * spec.group_size)
-    low, high = [*pack(codes, spec.bits, spec.group_size), None][:2]
-    assert low is not None
-    steps = -(-N * groups // spec.meta_group_size)
-    numbers = torch.zeros(-(-steps // 4) * 4)
-    numbers[:steps] = torch.rand(steps, generator=generator)
-    return (
-        QuantisedTensor(
-            spec, (N, codes.shape[1]), low, high, draw(256, N, groups), draw(256, N, groups), numbers
-        ),
-        codes,
-    )
 
 
 @given(

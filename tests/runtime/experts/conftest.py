@@ -24,7 +24,7 @@ from runtime.experts.lookahead import Lookahead
 from runtime.experts.policy import make_policy
 from runtime.experts.slots import SlotTable, Spares
 from runtime.experts.trace import Event
-from tools import quantize
+from tests.quantised import quantise_folder
 
 CPU = torch.device("cpu")
 DTYPES = ("float32", "bfloat16")
@@ -183,9 +183,7 @@ def rigs(
             return source
         key = (source, bits)
         if key not in folders:
-            folders[key] = folder / f"{len(folders)}"
-            words = ["--attention", "4", "--experts", str(bits), "--quiet", "--threads", "1"]
-            assert quantize.main([str(source), str(folders[key]), "--device", "cpu", *words]) == 0
+            folders[key] = quantise_folder(source, folder / f"{len(folders)}", str(bits))
         return folders[key]
 
     def make(bits: int = 16, dtype: str = "float32", source: Path | None = None) -> Rig:

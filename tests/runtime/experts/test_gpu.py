@@ -12,7 +12,7 @@ from runtime.experts import arena as arena_module
 from runtime.experts.arena import Arena
 from runtime.experts.copying import CopyEngine
 from runtime.experts.cuda_link import PIECE, CudaLink
-from tools import quantize
+from tests.quantised import quantise_folder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,10 +78,7 @@ def quantised(variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     plain = variant(
         hidden=1024, ffn=1792, layers=4, experts=8, heads=8, kv_heads=2, head_dim=128, context=8192
     )
-    folder = tmp_path_factory.mktemp("quantised") / "4"
-    words = ["--attention", "4", "--experts", "4", "--quiet", "--device", "cpu"]
-    assert quantize.main([str(plain), str(folder), *words]) == 0
-    return folder
+    return quantise_folder(plain, tmp_path_factory.mktemp("quantised") / "4", "4")
 
 
 @pytest.mark.skipif(FLASHLESS, reason="attention writes out scores there, which the plan does not count")
