@@ -5,10 +5,10 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-from tokenizer.errors import TokenizerError
+from tokenizer.errors import TokenizerError, quoted
 
 NAME = "tokenizer.model"
-MAX_BYTES = 64 << 20  # Mixtral's are half a megabyte; this only keeps us from swallowing a weights file
+MAX_BYTES = 16 << 20  # Mixtral's are half a megabyte; this only keeps us from swallowing a weights file
 
 
 def find_model(path: str | PathLike[str]) -> Path:
@@ -18,9 +18,20 @@ def find_model(path: str | PathLike[str]) -> Path:
     names its files `tokenizer.model.v3` and the like.
 
     Raises:
-        TokenizerError: There is none, or there are several and no telling which.
+        TokenizerError: There is none, there are several and no telling which, or the folder cannot be searched.
     """
-    path = Path(path)
+    try:
+        return _find(Path(path))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or a TokenizerError
+        if isinstance(error, TokenizerError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TokenizerError(
+            f"{quoted(str(path))}: cannot be searched ({reason}); check the path and its permissions"
+        ) from None
+
+
+def _find(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
@@ -31,7 +42,7 @@ def find_model(path: str | PathLike[str]) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        names = ", ".join(p.name for p in found)
+        names = ", ".join(quoted(p.name) for p in found[:4]) + (", ..." if len(found) > 4 else "")
         raise TokenizerError(
             f"{path}: holds {len(found)} tokenizers ({names}); give the path of one, or name it {NAME}"
         )

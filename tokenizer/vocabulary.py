@@ -1,19 +1,27 @@
 """What a sentencepiece model file says about its pieces, as a table that decoding can index.
 
 Guarantees: every id from 0 to `len(decoded) - 1` is described; `safe_model` is the model in which no text
-whatever encodes to a control id.
+whatever encodes to a control id. What a hostile file can cost is bounded by the number of its fields.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
+from tokenizer.errors import quoted
 from tokenizer.wire import LENGTH_DELIMITED, VARINT, WireError, fields, read_varint
 
 SPACE = "\u2581"  # how a piece spells a space
+MAX_PIECES = 1 << 17  # Mixtral's models have 32,768 at most
+MAX_PIECE_BYTES = 1 << 10  # for all that the file says of one piece
+MAX_PIECE_FIELDS = 8  # a name, a score and a kind
+MAX_SECTIONS = 16
+MAX_SETTINGS = 1 << 14  # in one section
+
+Field = tuple[int, int, int, int]  # as `fields` gives it
 
 # A user-defined piece that is a marker of a chat format, such as <|im_start|>, </s> or [INST].
 MARKER = re.compile(r"<\|[^<>|]*\|>|</?s>|\[/?[A-Z][A-Z_]*\]")
@@ -62,21 +70,29 @@ def parse_model(data: bytes) -> tuple[Vocabulary, bytes]:
     unknown_surface = " \u2047 "  # sentencepiece's own default
     dummy_prefix = squeeze = True  # the format's defaults
 
-    for number, wire_type, start, end in fields(data, 0, len(data)):
+    sections = 0
+    for number, wire_type, start, end in _counted(fields(data, 0, len(data)), MAX_PIECES, "pieces"):
+        sections += number != 1
+        if sections > MAX_SECTIONS:
+            raise WireError(f"holds more than {MAX_SECTIONS} sections of settings")
         if wire_type != LENGTH_DELIMITED:
             continue
         if number == 1:
+            if end - start > MAX_PIECE_BYTES:
+                raise WireError(
+                    f"spends {end - start} bytes on piece {len(pieces)} (limit {MAX_PIECE_BYTES})"
+                )
             name, kind, kind_at = _piece(data, start, end, len(pieces))
             if kind is Kind.USER_DEFINED and MARKER.fullmatch(name):
                 kind = Kind.CONTROL
                 safe[kind_at] = Kind.CONTROL
             pieces.append((name, kind))
         elif number == 2:  # trainer_spec
-            for field, field_type, at, stop in fields(data, start, end):
+            for field, field_type, at, stop in _counted(fields(data, start, end), MAX_SETTINGS, "settings"):
                 if field == 44 and field_type == LENGTH_DELIMITED:
                     unknown_surface = data[at:stop].decode("utf-8", "replace")
         elif number == 3:  # normalizer_spec
-            for field, field_type, at, stop in fields(data, start, end):
+            for field, field_type, at, stop in _counted(fields(data, start, end), MAX_SETTINGS, "settings"):
                 if field == 3 and field_type == VARINT:
                     dummy_prefix = bool(read_varint(data, at, stop)[0])
                 elif field == 4 and field_type == VARINT:
@@ -93,10 +109,19 @@ def parse_model(data: bytes) -> tuple[Vocabulary, bytes]:
     return vocabulary, bytes(safe)
 
 
+def _counted(found: Iterator[Field], most: int, what: str) -> Iterator[Field]:
+    """Pass up to `most` fields on. Raises `WireError` for more."""
+    for count, field in enumerate(found):
+        if count == most:
+            raise WireError(f"holds more than {most} {what}")
+        yield field
+
+
 def _piece(data: bytes, start: int, end: int, index: int) -> tuple[str, Kind, int]:
     """Read one piece: name, kind, and where in the file the kind is written (-1: nowhere, it is NORMAL)."""
     name, kind, kind_at = "", Kind.NORMAL, -1
-    for number, wire_type, at, stop in fields(data, start, end):
+    parts = _counted(fields(data, start, end), MAX_PIECE_FIELDS, f"fields in piece {index}")
+    for number, wire_type, at, stop in parts:
         if number == 1 and wire_type == LENGTH_DELIMITED:
             try:
                 name = data[at:stop].decode()
@@ -110,7 +135,7 @@ def _piece(data: bytes, start: int, end: int, index: int) -> tuple[str, Kind, in
     if not name:
         raise WireError(f"leaves piece {index} without a name")
     if kind is Kind.BYTE and not re.fullmatch("<0x[0-9A-F]{2}>", name):
-        raise WireError(f"calls piece {index} a byte, but its name is {name!r}")
+        raise WireError(f"calls piece {index} a byte, but its name is {quoted(name)}")
     return name, kind, kind_at
 
 

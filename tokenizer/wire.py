@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
+MAX_TAG = (1 << 32) - 1  # a field's number and type: what every protobuf library reads is no larger
 
 
 class WireError(ValueError):
@@ -54,6 +55,8 @@ def fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, i
     at = start
     while at < end:
         tag, at = read_varint(data, at, end)
+        if not 8 <= tag <= MAX_TAG:
+            raise WireError(f"holds a field with the number {tag >> 3} at byte {at}")
         wire_type = tag & 7
         if wire_type == LENGTH_DELIMITED:
             length, at = read_varint(data, at, end)

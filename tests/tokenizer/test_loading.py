@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def test_a_single_versioned_name_will_do(tmp_path: Path) -> None:
 def test_several_versions_are_ambiguous(tmp_path: Path) -> None:
     for name in ("tokenizer.model.v1", "tokenizer.model.v3"):
         (tmp_path / name).touch()
-    assert "holds 2 tokenizers (tokenizer.model.v1, tokenizer.model.v3)" in refusal(tmp_path)
+    assert "holds 2 tokenizers ('tokenizer.model.v1', 'tokenizer.model.v3')" in refusal(tmp_path)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -115,6 +116,56 @@ def test_too_large(tmp_path: Path) -> None:
     with file.open("wb") as sparse:
         sparse.truncate(1 << 30)
     assert "1073741824 bytes is too large" in refusal(file)
+
+
+def varint(number: int) -> bytes:
+    return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
+
+
+def section(number: int, content: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + varint(len(content)) + content
+
+
+MIB = 1 << 20
+HOSTILE = {
+    "zeros": (b"\0" * (15 * MIB), "field with the number 0"),
+    "fields that mean nothing": (b"\x20\0" * (7 * MIB), "more than 16 sections"),
+    "pieces": (b"\x0a\x03\x0a\x01a" * (3 * MIB), "more than 131072 pieces"),
+    "settings": (section(2, b"\x10\0" * (7 * MIB)), "more than 16384 settings"),
+    "sections": (section(2, b"\x10\0" * 200) * (30 << 10), "more than 16 sections"),
+    "fields of pieces": (section(1, b"\x10\0" * 500) * (15 << 10), "more than 8 fields in piece 0"),
+    "a name": (section(1, section(1, b"a" * 15 * MIB)), "bytes on piece 0 (limit 1024)"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_a_hostile_file_costs_is_bounded(tmp_path: Path, name: str) -> None:
+    data, complaint = HOSTILE[name]
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(data)
+    began = time.process_time()
+    assert complaint in refusal(file)
+    assert time.process_time() - began < 3  # 0.2 s; without bounds 5 to 17
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(36, "File name too long"), PermissionError(13, "Permission denied")]
+)
+def test_a_folder_that_cannot_be_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def fail(self: Path) -> bool:
+        raise error
+
+    monkeypatch.setattr(Path, "is_file", fail)
+    with pytest.raises(TokenizerError, match=rf"cannot be searched \({error.strerror}\)"):
+        find_model(tmp_path)
+
+
+def test_a_path_that_is_none() -> None:
+    for path in ("a\0b", "x" * 5000):
+        with pytest.raises(TokenizerError, match="cannot be searched|no such file"):
+            Tokenizer.load(path)
 
 
 def test_unreadable(small_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
