@@ -18,7 +18,7 @@ def find_model(path: str | PathLike[str]) -> Path:
     names its files `tokenizer.model.v3` and the like.
 
     Raises:
-        TokenizerError: There is none, there are several and no telling which, or the folder cannot be searched.
+        TokenizerError: There is none, or several and no telling which, or the folder cannot be searched.
     """
     try:
         return _find(Path(path))
