@@ -1,11 +1,19 @@
-"""Run Mixtral: load a checkpoint, generate text, hold conversations. See `runtime.engine`."""
+"""Run Mixtral: load a checkpoint, generate text, hold conversations. See `runtime.engine`.
 
-from runtime.engine import Engine
-from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, PromptTooLong, RequestError
-from runtime.options import EngineOptions, SamplingParams
-from runtime.planner import Plan
-from runtime.session import Session, Token
-from runtime.stats import Stats
+Names are imported when they are first used: torch takes seconds, and who only wants to read a command's help,
+or the options, need not wait for it.
+"""
+
+from importlib import import_module
+
+TYPE_CHECKING = False  # of `typing`, which takes milliseconds to import
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+    from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, PromptTooLong, RequestError
+    from runtime.options import EngineOptions, SamplingParams
+    from runtime.planner import Plan
+    from runtime.session import Session, Token
+    from runtime.stats import Stats
 
 __all__ = [
     "DeviceError",
@@ -22,3 +30,19 @@ __all__ = [
     "Stats",
     "Token",
 ]
+
+HOMES = {"Engine": "engine", "Plan": "planner", "Session": "session", "Stats": "stats", "Token": "session"}
+HOMES |= dict.fromkeys(("EngineOptions", "SamplingParams"), "options")
+
+
+def __getattr__(name: str) -> object:
+    """Import one of `__all__` from its home, and keep it: asked for once."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,10 +1,30 @@
-"""Option dataclasses as command-line flags: `--max-new-tokens` is the field `max_new_tokens`."""
+"""Parsers of command lines, and option dataclasses as flags: `--max-new-tokens` is `max_new_tokens`."""
 
 import argparse
 import dataclasses
 from typing import Any, TypeVar
 
+from runtime.command import put
+
 Options = TypeVar("Options")
+
+
+def new_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m command`, without flags so far but `--help`."""
+    return help_by_put(
+        argparse.ArgumentParser(
+            prog=f"python -m {command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
+
+
+def help_by_put(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Let a parser print its help as results are printed: argparse hides that stdout takes no more."""
+    parser.print_help = lambda file=None: put(parser.format_help())  # type: ignore[method-assign]
+    return parser
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type) -> None:

@@ -8,36 +8,39 @@ demo model that comes with the package; without a prompt, stdin is read (with --
 turn).
 """
 
+from __future__ import annotations
+
+from runtime.command import launch, put, run, say
+
+if __name__ == "__main__":
+    launch("runtime.generate")
+
 import argparse
 import dataclasses
 import json
-import os
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING
 
-import torch
-
-from model.checkpoint import open_checkpoint
 from model.errors import ModelError
-from runtime.arguments import add_flags, from_flags
-from runtime.engine import DEMO, Engine
-from runtime.errors import LoadError, MixtralError, OptionError, RequestError
+from runtime.arguments import add_flags, from_flags, new_parser
+from runtime.errors import LoadError, OptionError, RequestError
 from runtime.options import EngineOptions, SamplingParams
 from runtime.progress import byte_bar
-from runtime.session import Session, Token
-from runtime.setup import make_plan
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+    from runtime.session import Session, Token
 
 
 def main(argv: list[str] | None = None) -> int:
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # it was closed by whoever started this process
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    return run(lambda: generate(argv))
+
+
+def generate(argv: list[str] | None) -> None:
+    """Do what the command line asks. Everything that can go wrong is raised."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.system is not None and not args.chat:
@@ -46,31 +49,14 @@ def main(argv: list[str] | None = None) -> int:
         options, params = from_flags(EngineOptions, args), from_flags(SamplingParams, args)
     except OptionError as error:
         parser.error(str(error))
-    try:
-        with one_line_warnings():
-            run(args, options, params)
-    except (MixtralError, OSError) as error:
-        drop_unwritable()
-        if isinstance(error, BrokenPipeError):  # whoever reads has had enough
-            return DONE
-        reason = str(error)
-        if isinstance(error, OSError) and error.filename:
-            reason = f"{error.filename}: {error.strerror}"
-        print(f"error: {reason}", file=sys.stderr)
-        return USAGE if isinstance(error, OptionError) else FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return DONE
+    if args.dry_run:
+        say_plan(args.model, options)
+    else:
+        serve(args, options, params)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m runtime.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("runtime.generate", __doc__)
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)"
     )
@@ -99,22 +85,29 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace, options: EngineOptions, params: SamplingParams) -> None:
-    """Do what the command line asks. Everything that can go wrong is raised."""
-    if args.dry_run:
-        try:
-            checkpoint = open_checkpoint(args.model or DEMO)
-        except ModelError as error:
-            raise LoadError(str(error)) from error
-        setup = make_plan(checkpoint, options)
-        where = f"in {dtype_name(setup.dtype)} on {setup.device}"
-        print(f"{checkpoint.description}, {where}: {setup.plan}", file=sys.stderr)
-        return
+def say_plan(model: Path | None, options: EngineOptions) -> None:
+    """Say what memory an engine would take, reading no weights."""
+    from model.checkpoint import open_checkpoint
+    from runtime.engine import DEMO
+    from runtime.setup import make_plan
+
+    try:
+        checkpoint = open_checkpoint(model or DEMO)
+    except ModelError as error:
+        raise LoadError(str(error)) from error
+    setup = make_plan(checkpoint, options)
+    say(f"{checkpoint.description}, in {dtype_name(setup.dtype)} on {setup.device}: {setup.plan}")
+
+
+def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingParams) -> None:
+    """Load the model, and answer."""
+    from runtime.engine import Engine
+
     by_turns = args.chat and args.prompt is None and args.prompt_file is None and sys.stdin.isatty()
     prompt = "" if by_turns else read_prompt(args.prompt, args.prompt_file)
     with Engine.load(args.model, options, progress=None if args.quiet else byte_bar) as engine:
         if not args.quiet:
-            print(f"{dtype_name(engine.dtype)} on {engine.device}: {engine.plan}", file=sys.stderr)
+            say(f"{dtype_name(engine.dtype)} on {engine.device}: {engine.plan}")
         with engine.recording(args.trace) if args.trace else nullcontext():
             if by_turns:
                 converse(engine.session(args.system), params)
@@ -127,26 +120,7 @@ def run(args: argparse.Namespace, options: EngineOptions, params: SamplingParams
         report(engine, args)
 
 
-@contextmanager
-def one_line_warnings() -> Iterator[None]:
-    """Show warnings, ours and others', as `warning: ...`, without the line of code that they come from."""
-
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
-
-
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -165,32 +139,22 @@ def converse(session: Session, params: SamplingParams) -> None:
             session.send(decode(line, "the message"))
             show(session.generate(params), session.engine)
         except RequestError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
 
 
 def show(tokens: Iterator[Token], engine: Engine) -> None:
     """Write tokens to stdout as they come."""
     finish = None
     for token in tokens:
-        sys.stdout.buffer.write(token.text.encode())
-        sys.stdout.buffer.flush()
+        put(token.text)
         finish = token.finish
     if sys.stdout.isatty():
-        print(flush=True)
+        put("\n")
     if finish == "context":
-        print(
+        say(
             f"warning: stopped early, the context of {engine.plan.context} tokens is full"
-            + engine.more_context("; "),
-            file=sys.stderr,
+            + engine.more_context("; ")
         )
-
-
-def drop_unwritable() -> None:
-    """If stdout takes no more, point it to where its last flush, at exit, does not fail once more."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:
@@ -224,12 +188,8 @@ def report(engine: Engine, args: argparse.Namespace) -> None:
     rates |= {"hit_ratio": stats.hit_ratio, "lookahead_recall": stats.recall}
     as_json = json.dumps(dataclasses.asdict(stats) | rates | {"plan": dataclasses.asdict(engine.plan)})
     if args.stats == "json":
-        print(as_json, file=sys.stderr)
+        say(as_json)
     elif args.stats == "text" or not args.quiet:
         print(stats, file=sys.stderr)
     if args.stats_file:
         args.stats_file.write_text(as_json + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

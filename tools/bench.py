@@ -12,15 +12,19 @@
 What was measured goes to stdout with the machine it was measured on, as text or, with --json, as JSON.
 """
 
+from runtime.command import launch, put, run
+
+if __name__ == "__main__":
+    launch("tools.bench")
+
 import argparse
 import json
 import subprocess
-import sys
 from typing import Any
 
 import torch
 
-from model.errors import ModelError
+from runtime.arguments import help_by_put, new_parser
 from runtime.errors import MixtralError
 from tools.benchmarks import decode, gpu, link, load, offload, prefill, quality, quantize
 from tools.benchmarks.machine import machine
@@ -38,30 +42,33 @@ SUBCOMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return run(lambda: measure(argv))
+
+
+def measure(argv: list[str] | None) -> None:
+    """Do what the command line asks. Everything that can go wrong is raised."""
+    args = make_parser().parse_args(argv)
+    benchmark = SUBCOMMANDS[args.subcommand]
+    try:
+        measured = benchmark.run(args)
+        # After it: asking a GPU its name takes of its memory, which processes that `gpu` starts would see.
+        report = {"benchmark": args.subcommand, "machine": machine()} | measured
+    except subprocess.CalledProcessError as error:
+        raise MixtralError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise MixtralError(f"out of memory ({str(error).splitlines()[0]})") from error
+    text = getattr(benchmark, "as_text", as_text)
+    put((json.dumps(report, indent=2) if args.json else text(report)) + "\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = new_parser("tools.bench", __doc__)
     choices = parser.add_subparsers(dest="subcommand", required=True)
     for name, module in SUBCOMMANDS.items():
-        subparser = choices.add_parser(name, description=module.__doc__)
+        subparser = help_by_put(choices.add_parser(name, description=module.__doc__))
         module.add_arguments(subparser)
         subparser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
-    try:
-        measured = SUBCOMMANDS[args.subcommand].run(args)
-        # Behind it: asking a GPU its name takes of its memory, which processes that `gpu` starts would see.
-        report = {"benchmark": args.subcommand, "machine": machine()} | measured
-    except (ModelError, MixtralError, OSError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0]})", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    text = getattr(SUBCOMMANDS[args.subcommand], "as_text", as_text)
-    print(json.dumps(report, indent=2) if args.json else text(report))
-    return 0
+    return parser
 
 
 def as_text(report: dict[str, Any], indent: str = "") -> str:
@@ -90,7 +97,3 @@ def show(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,12 +9,16 @@ chunks, whose size bounds the memory and does not change the result but for roun
 progress and errors to stderr.
 """
 
+from runtime.command import launch, put, run
+
+if __name__ == "__main__":
+    launch("tools.perplexity")
+
 import argparse
 import dataclasses
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,14 +32,12 @@ from model.checkpoint import open_checkpoint
 from model.errors import ModelError
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
-from runtime.arguments import add_flags, from_flags
+from runtime.arguments import add_flags, from_flags, new_parser
 from runtime.engine import DEMO, Engine, out_of_memory
-from runtime.errors import LoadError, MixtralError, OptionError, RequestError
+from runtime.errors import LoadError, OptionError, RequestError
 from runtime.options import EngineOptions
 from runtime.planner import PREFILL_CHUNK
 from runtime.progress import byte_bar
-
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +179,11 @@ def read_text(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run(lambda: measure(argv))
+
+
+def measure(argv: list[str] | None) -> None:
+    """Do what the command line asks. Everything that can go wrong is raised."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -184,31 +191,12 @@ def main(argv: list[str] | None = None) -> int:
         check_window(args.window, args.stride, options.context)
     except OptionError as error:
         parser.error(str(error))
-    try:
-        report = run(args, options)
-    except OptionError as error:  # one that only the model could tell
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE
-    except (MixtralError, OSError) as error:
-        reason = str(error)
-        if isinstance(error, OSError) and error.filename:
-            reason = f"{error.filename}: {error.strerror}"
-        print(f"error: {reason}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    print(json.dumps(report, indent=2) if args.json else as_text(report))
-    return DONE
+    report = make_report(args, options)
+    put((json.dumps(report, indent=2) if args.json else as_text(report)) + "\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.perplexity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("tools.perplexity", __doc__)
     parser.add_argument(
         "model", type=Path, nargs="?", default=DEMO, help="checkpoint folder (default: the demo model)"
     )
@@ -242,7 +230,7 @@ def check_window(window: int | None, stride: int | None, context: int | None) ->
         raise OptionError(f"--stride is {stride}, and must be at most the window of {limit}")
 
 
-def run(args: argparse.Namespace, options: EngineOptions) -> dict[str, Any]:
+def make_report(args: argparse.Namespace, options: EngineOptions) -> dict[str, Any]:
     """Read, load, score. Everything that can go wrong is raised."""
     texts = {str(path): read_text(path) for path in args.text}
     try:
@@ -304,7 +292,3 @@ def as_text(report: dict[str, Any]) -> str:
         f"stride {report['stride']}; {report['seconds']:.1f} s"
     )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

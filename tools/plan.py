@@ -12,11 +12,14 @@ Several sizes give a table. Where the model does not fit, the reason takes the p
 nowhere, the exit status is 1.
 """
 
+from runtime.command import DONE, FAILED, launch, put, run, say
+
+if __name__ == "__main__":
+    launch("tools.plan")
+
 import argparse
 import dataclasses
 import json
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +36,9 @@ from model.quant.backends.fused import CAPABILITY
 from model.quant.expert import blob_bytes
 from model.quant.linear import scratch_bytes
 from model.quant.spec import QuantSpec
+from runtime.arguments import new_parser
 from runtime.device import choose_dtype
-from runtime.errors import DeviceError, LoadError, MixtralError, OptionError
+from runtime.errors import DeviceError, LoadError, OptionError
 from runtime.footprint import describe_slots
 from runtime.loader import attention_bytes
 from runtime.memory import driver_bytes, overhead_bytes
@@ -44,7 +48,6 @@ from runtime.setup import DEFAULT_CONTEXT
 from runtime.units import format_bytes, parse_bytes
 from tools.random_model import SHAPES
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 LINKS = (12, 25)  # GB/s: what PCIe 3.0 and 4.0 with 16 lanes move in practice
 TERMS = {  # labels of what `Plan` has under these names
     "trunk": "trunk",
@@ -263,12 +266,7 @@ def as_json(sheet: Sheet) -> dict[str, Any]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("tools.plan", __doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="checkpoint folder")
     model.add_argument("--shape", choices=tuple(SHAPES), help="a model that need not be there")
@@ -303,30 +301,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run(lambda: say_plan(argv))
+
+
+def say_plan(argv: list[str] | None) -> int:
+    """Do what the command line asks. All that can go wrong is raised, but for sizes that are too small."""
     args = make_parser().parse_args(argv)
-    try:
-        sheet = make_sheet(args)
-        if args.json:
-            print(json.dumps(as_json(sheet), indent=2), flush=True)
-        elif sheet.plans:
-            print(as_text(sheet, args.markdown), flush=True)
-        if not sheet.plans:
-            for column in sheet.columns:
-                print(f"error: {column.label}: {column.reason}", file=sys.stderr)
-            return FAILED
-    except BrokenPipeError:  # whoever reads has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush, at exit
-    except OptionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE
-    except (MixtralError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sheet = make_sheet(args)
+    if args.json:
+        put(json.dumps(as_json(sheet), indent=2) + "\n")
+    elif sheet.plans:
+        put(as_text(sheet, args.markdown) + "\n")
+    if sheet.plans:
+        return DONE
+    for column in sheet.columns:
+        say(f"error: {column.label}: {column.reason}")
+    return FAILED

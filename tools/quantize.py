@@ -7,11 +7,15 @@ A format is BITS or BITSgGROUP: 4, 3g128, 2g64, and 16 for none. Interrupted or 
 on where it was. A summary of relative errors comes at the end, on stdout; progress goes to stderr.
 """
 
+from runtime.command import launch, put, run, say
+
+if __name__ == "__main__":
+    launch("tools.quantize")
+
 import argparse
 import errno
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +35,7 @@ from model.config import to_hf
 from model.errors import ModelError
 from model.quant.solve import quantise
 from model.quant.spec import QuantSpec
+from runtime.arguments import new_parser
 from runtime.errors import MixtralError
 from tools.quantise.journal import Journal, settings
 from tools.quantise.output import (
@@ -47,7 +52,6 @@ from tools.quantise.output import (
     shard_bytes,
 )
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130
 FORMAT = "16, 8, 4, 3 or 2, or with a group size, like 3g128"
 
 
@@ -73,35 +77,30 @@ class Job:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run(
+        lambda: quantize(argv),
+        interrupted="interrupted; the same command goes on from the last finished file",
+    )
+
+
+def quantize(argv: list[str] | None) -> None:
+    """Do what the command line asks. Everything that can go wrong is raised."""
     args = make_parser().parse_args(argv)
     threads = args.threads or torch.get_num_threads()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the pool's workers are the threads
     try:
         job = make_job(args.source, args.out, args.attention, args.experts, args.device)
-        errors = run(job, args.force, threads, args.quiet)
-    except (ModelError, MixtralError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        errors = write_output(job, args.force, threads, args.quiet)
     except OSError as error:
-        print(f"error: {explain(error, args.out)}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last finished file", file=sys.stderr)
-        return INTERRUPTED
+        raise MixtralError(explain(error, args.out)) from error
     finally:
         torch.set_num_threads(before)
-    print(json.dumps(record(job, errors), indent=2) if args.json else summary(job, errors))
-    return DONE
+    put((json.dumps(record(job, errors), indent=2) if args.json else summary(job, errors)) + "\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.quantize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("tools.quantize", __doc__)
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint folder, HF or Mistral layout")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, made if need be")
     parser.add_argument(
@@ -156,7 +155,7 @@ def make_job(source: Path, out: Path, attention: QuantSpec, experts: QuantSpec, 
     return Job(checkpoint, out, format, dtype, device, shards, files_to_copy(source))
 
 
-def run(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, float]:
+def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, float]:
     """Write the output, or what is missing of it. Returns every quantised matrix's error, by its name.
 
     Raises `MixtralError`, `ModelError` or `OSError`; what is finished stays, for a later call to go on from.
@@ -262,7 +261,7 @@ def byte_bar(job: Job, missing: list[Shard], quiet: bool) -> Iterator[Callable[[
     parameters = [parameter for shard in missing for parameter in shard.parameters]
     done = job.source.bytes - sum(job.source_bytes(parameter) for parameter in parameters)
     if done and not quiet:
-        print(f"going on after {readable(done)} of {readable(job.source.bytes)}", file=sys.stderr)
+        say(f"going on after {readable(done)} of {readable(job.source.bytes)}")
     with tqdm(
         total=job.source.bytes, initial=done, desc="quantising", unit="B", unit_scale=True, unit_divisor=1000,
         leave=False, disable=True if quiet else None,
@@ -282,7 +281,3 @@ def explain(error: OSError, out: Path) -> str:
             f"{where}: the disk is full; make room, and the same command goes on from the last finished file"
         )
     return f"{where}: {error.strerror or error}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
