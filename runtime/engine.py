@@ -10,13 +10,14 @@ with Engine.load("path/to/checkpoint") as engine:
 import dataclasses
 import operator
 import reprlib
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -37,17 +38,21 @@ from runtime.planner import Plan
 from runtime.session import DEFAULT_PARAMS, Session, Token
 from runtime.setup import Setup, make_plan
 from runtime.stats import Stats
+from runtime.turns import Nested, Turns
 from tokenizer import Tokenizer, TokenizerError
 
 DEMO = Path(__file__).parent / "demo"
 
 Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+Result = TypeVar("Result")
 
 
 class Engine:
     """A loaded model. No state outside this object: a process may hold several.
 
-    Sessions may be used from several threads at once; their forwards take turns.
+    Sessions may be used from several threads at once; their forwards take turns. What a finaliser or a
+    signal's handler may call in the midst of a forward waits for no turn: `close`, `stats`, `Session.close`
+    and leaving `recording`.
     """
 
     def __init__(
@@ -71,9 +76,10 @@ class Engine:
         self.eos_ids = frozenset(model.config.eos_ids or (tokenizer.eos_id,))
         self.unused = unused_ids(self.config.vocab, tokenizer.vocab_size, self.eos_ids, self.device)
         self.counters = Stats()
-        self.lock = threading.Lock()
-        self.idle_caches: list[KVCache] = []
+        self.turns = Turns()
+        self.idle_caches: deque[KVCache] = deque(maxlen=1)  # one is what the plan counts
         self.closed = False
+        self.close_later = False  # in the midst of a step, which has to end before memory goes
 
     @staticmethod
     def load(
@@ -154,30 +160,55 @@ class Engine:
             )
         cache = self.take_cache()
         try:
-            with self.lock, out_of_memory(RequestError), torch.no_grad():
-                self.check_open()
-                row = torch.tensor([ids], device=self.device)  # [1, T]
-                shape = len(ids), self.config.vocab
-                logits = torch.empty(shape, dtype=torch.float32, device=self.device)  # [T, V]
-                chunks = zip(row.split(self.plan.chunk, 1), logits.split(self.plan.chunk), strict=True)
-                for chunk, part in chunks:  # [1, t], [t, V]
-                    part.copy_(self.model(chunk, cache)[0])
-                return logits
+            return self.alone(partial(self.compute_logits, ids, cache))
         finally:
             self.give_cache(cache)
 
+    def compute_logits(self, ids: list[int], cache: KVCache) -> Tensor:
+        with out_of_memory(RequestError), torch.no_grad():
+            row = torch.tensor([ids], device=self.device)  # [1, T]
+            shape = len(ids), self.config.vocab
+            logits = torch.empty(shape, dtype=torch.float32, device=self.device)  # [T, V]
+            chunks = zip(row.split(self.plan.chunk, 1), logits.split(self.plan.chunk), strict=True)
+            for chunk, part in chunks:  # [1, t], [t, V]
+                self.check_open()
+                part.copy_(self.model(chunk, cache)[0])
+            return logits
+
     def forward(self, ids: list[int], cache: KVCache) -> Tensor:
         """Add `ids` to the cache; return the logits behind the last, [V] float32."""
-        with self.lock, out_of_memory(RequestError), torch.inference_mode():
-            self.check_open()
+        return self.alone(partial(self.compute, ids, cache))
+
+    def compute(self, ids: list[int], cache: KVCache) -> Tensor:
+        with out_of_memory(RequestError), torch.inference_mode():
             if self.decoder is not None and len(ids) == 1:
                 row = self.decoder.step(ids[0], cache).clone()
             else:
                 for start in range(0, len(ids), self.plan.chunk):
+                    self.check_open()
                     chunk = torch.tensor([ids[start : start + self.plan.chunk]], device=self.device)
                     logits = self.model(chunk, cache, last=True)  # [1, 1, V]
                 row = logits[0, 0].float()
             return row if self.unused is None else row.masked_fill(self.unused, -torch.inf)
+
+    def alone(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives, which computes with the model while nothing else does.
+
+        Raises `RequestError` if the engine is closed, or comes to be meanwhile, in a fork of the process that
+        loaded it, and if this very thread is computing with it already.
+        """
+
+        def turn() -> Result:
+            self.check_open()
+            result = work()
+            self.check_open()
+            return result
+
+        try:
+            return self.turns.take(turn)
+        finally:
+            if self.close_later:
+                self.let_go()
 
     @contextmanager
     def recording(self, path: str | PathLike[str]) -> Iterator[None]:
@@ -201,30 +232,28 @@ class Engine:
             options={"lookahead": self.options.lookahead, "prefetch": self.options.prefetch},
         )
         writer = TraceWriter.open(path, header)
-        with self.lock:
-            self.cache.record(writer)
         try:
+            self.alone(partial(self.cache.record, writer))  # from the beginning of a step on
             yield
         finally:
-            with self.lock:
-                self.cache.record(None)
-            writer.close()
+            self.cache.record(None)
+            if not self.turns.forked:
+                writer.close()
 
     def stats(self) -> Stats:
-        """A copy of the counters."""
-        with self.lock:
-            cached = dataclasses.asdict(self.cache.count()) if self.cache else {}
-            return dataclasses.replace(self.counters, **cached)
+        """A copy of the counters, as they are in the midst of whatever is going on."""
+        cached = dataclasses.asdict(self.cache.count()) if self.cache else {}
+        return dataclasses.replace(self.counters, **cached)
 
     def count_prompt(self, computed: int, reused: int) -> None:
-        with self.lock:
+        with self.turns.lock:
             self.counters.requests += 1
             self.counters.prompt_tokens += computed
             self.counters.reused_tokens += reused
 
     def count_token(self, seconds: float, first: bool) -> None:
         """Count a new token; the first of a request took all of its prompt's time."""
-        with self.lock:
+        with self.turns.lock:
             self.counters.new_tokens += 1
             if first:
                 self.counters.prompt_seconds += seconds
@@ -235,25 +264,27 @@ class Engine:
 
     def take_cache(self) -> KVCache:
         """An empty KV cache of the planned context, re-used from an earlier session if there is one."""
-        with self.lock:
-            cache = self.idle_caches.pop() if self.idle_caches else None
-        if cache is None:
+        try:
+            cache = self.idle_caches.pop()
+        except IndexError:
             with out_of_memory(RequestError):
                 return KVCache.allocate(self.config, 1, self.plan.context, self.dtype, self.device)
         cache.truncate(0)
         return cache
 
     def give_cache(self, cache: KVCache) -> None:
-        """Keep a cache for the next session; one, which is what the plan counts."""
-        with self.lock:
-            if not self.closed and not self.idle_caches:
-                self.idle_caches.append(cache)
+        """Keep a cache for the next session."""
+        if not self.idle_caches:
+            self.idle_caches.append(cache)
+        if self.closed:
+            self.idle_caches.clear()
 
     def more_context(self, before: str) -> str:
         """The remedy for a full context, behind `before`; nothing if the model was made for no more."""
         return f"{before}raise --context" if self.plan.context < self.config.context else ""
 
     def check_open(self) -> None:
+        self.turns.check_process()
         if self.closed:
             raise RequestError("the engine is closed; load it again")
 
@@ -283,17 +314,36 @@ class Engine:
                 raise RequestError(f"logit_bias names token {i}, and ids end at {last}")
 
     def close(self) -> None:
-        """Let go of the weights and caches. Sessions of a closed engine raise `RequestError`."""
+        """Let go of the weights and caches. Sessions of a closed engine raise `RequestError`.
+
+        A request that waits for an expert gets that error at once. Another one has it at the end of its step,
+        for which this waits; but not where the step is this very thread's, which called this from a
+        finaliser or a signal's handler: then the end of the step lets go.
+        """
         self.closed = True
+        if self.turns.forked:  # the rest belongs to the process that loaded it
+            return
         if self.cache:
-            self.cache.copies.close()  # a request that waits for one gets an error, and gives the lock back
-        with self.lock:
-            self.idle_caches.clear()
-            self.decoder = None
-            self.__dict__.pop("model", None)
-            if self.cache:
-                self.cache.close()
-        release(self.device)
+            self.cache.copies.end()
+            if self.cache.copies.in_its_thread():  # a finaliser there; a step may be waiting for this thread
+                self.close_later = True
+                return
+        self.let_go()
+
+    def let_go(self) -> None:
+        try:
+            self.turns.take(self.drop)
+        except Nested:
+            self.close_later = True
+        else:
+            release(self.device)
+
+    def drop(self) -> None:
+        self.idle_caches.clear()
+        self.decoder = None
+        self.__dict__.pop("model", None)
+        if self.cache:
+            self.cache.close()
 
     def __enter__(self) -> "Engine":
         return self

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from runtime.streams import streams
+
 Work = Callable[[], Any]
 
 
@@ -34,7 +36,8 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)  # the default stream cannot be captured
+        self.streams = streams(device)
+        self.stream = self.streams.capturing
         # A pool ends with its last graph, and cannot be used again: so one graph stays.
         self.anchor: torch.cuda.CUDAGraph | None = None
         self.broken: list[torch.cuda.CUDAGraph] = []  # PyTorch may go on referring to them
@@ -43,15 +46,16 @@ class CudaGraphs:
         return torch.zeros(*shape, dtype=dtype, pin_memory=True)
 
     def capture(self, work: Work) -> Work:
-        if self.anchor is None:
-            nothing = torch.zeros(1, device=self.device)
-            self.anchor = self.record(partial(nothing.fill_, 0))
-        return self.record(work).replay
+        with self.streams.turn:
+            if self.anchor is None:
+                nothing = torch.zeros(1, device=self.device)
+                self.anchor = self.record(partial(nothing.fill_, 0))
+            return self.record(work).replay
 
     def record(self, work: Work) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+        with self.stream:
             # Other threads go on copying experts meanwhile, which is none of this graph's business.
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:

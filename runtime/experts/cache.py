@@ -36,7 +36,7 @@ from model.moe import gated
 from model.quant.backends import fused, step
 from model.quant.expert import ExpertFormat
 from runtime.experts import trace
-from runtime.experts.arena import Arena
+from runtime.experts.arena import Arena, unlocked_remedy
 from runtime.experts.choices import added_up, by_last_use, to_host
 from runtime.experts.contributions import Contributions
 from runtime.experts.copying import CopyEngine, HostLink, Link, Ticket
@@ -107,8 +107,10 @@ class ExpertCache:
         self.ledger = Ledger()
         self.counters = self.ledger.counters
         self.complete = True  # the step before came to its end
-        # of a cache that nobody closed: its thread would hold memory
-        weakref.finalize(self, copies.close).atexit = False
+        # A cache that is never closed would leave its thread, and the memory that it holds. Registered before
+        # the thread starts: however making an engine fails, no thread is left.
+        weakref.finalize(self, copies.end).atexit = False
+        copies.start(arena, self.pool)
 
     @staticmethod
     def make(
@@ -125,12 +127,17 @@ class ExpertCache:
         arena = Arena(len(plan.slots_per_layer), experts, form.blob_bytes, on_gpu, device if on_gpu else None)
         if on_gpu and not arena.pinned:
             warnings.warn(
-                f"the driver does not lock {format_bytes(plan.arena)} of host memory: experts are copied by "
-                "way of small buffers, which is slower; raise the limit on locked memory (ulimit -l)",
+                f"the driver locks {format_bytes(arena.locked_bytes)} of the {format_bytes(arena.bytes)} of "
+                "host memory that hold experts: those in the rest are copied by way of small buffers, which "
+                f"is slower; {unlocked_remedy()}",
                 RuntimeWarning,
                 stacklevel=4,  # where Engine.load was called
             )
-        return ExpertCache.over(arena, plan, form, device, policy, prefetch, link_gbps)
+        try:
+            return ExpertCache.over(arena, plan, form, device, policy, prefetch, link_gbps)
+        except BaseException:
+            arena.close()
+            raise
 
     @staticmethod
     def over(
@@ -145,7 +152,7 @@ class ExpertCache:
         """The same over an arena that is there already, with a link of its own."""
         link: Link = HostLink(link_gbps * 1e9 if link_gbps else None)
         if device.type == "cuda":
-            link = CudaLink(device, arena.pinned)
+            link = CudaLink(device, None if arena.pinned else arena.locked)
         numbers = iter(range(sum(plan.slots_per_layer) + plan.spares))
         tables = [
             SlotTable(islice(numbers, count), make_policy(policy, 0, layer))
@@ -155,8 +162,8 @@ class ExpertCache:
 
     def close(self) -> None:
         """End the copy thread and let go of the memory, here and on the device."""
-        self.copies.close()
-        self.arena.close()
+        if self.copies.close():  # else the arena goes when the last copy has ended
+            self.arena.close()
         self.tickets.clear()
         self.computed.clear()
         self.__dict__.pop("pool", None)
@@ -265,6 +272,7 @@ class ExpertCache:
                 self.ledger.wasted(guess.layer, guess.expert, ticket.moved)
         for ticket in self.tickets.values():
             self.copies.cancel(ticket)
+        self.copies.cancel_all()
         self.last_use = [self.copies.link.used()] * len(self.last_use)
         self.tables, self.spares = copy.deepcopy(self.untouched)
         self.tickets = {}

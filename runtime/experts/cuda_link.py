@@ -1,55 +1,65 @@
 """The link to a CUDA device: a stream of its own, and events both ways."""
 
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from runtime.streams import same, streams
 
 PIECE = 8 << 20  # bytes: 0.3 ms at 25 GB/s
 
 
 class CudaLink:
-    """Copies pieces on a stream of their own, from pinned memory, or by way of pinned buffers.
+    """Copies pieces on a stream of their own, from page-locked memory, or by way of page-locked buffers.
 
-    What is needed is put on the stream at once. Of guesses two pieces are, so that the link does not idle
-    between them: the one before has to end before the copy engine chooses again, so a needed expert never
-    waits for more than two.
+    From page-locked memory what is needed is put on the stream at once, by the thread that needs it. Of
+    guesses two pieces are, so that the link does not idle between them: the one before these has to end
+    before another is put there, so a needed expert never waits for more than two.
     """
 
     piece = PIECE
 
-    def __init__(self, device: torch.device, pinned: bool) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, locked: Callable[[Tensor], bool] | None = None) -> None:
+        """`locked` says of a source whether it is page-locked; None if all are."""
+        self.device, self.locked = device, locked
+        self.stream = same(streams(device).copies)
         self.staging = (
-            [] if pinned else [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in (0, 1)]
+            [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in (0, 1)] if locked else []
         )
         self.before: list[torch.cuda.Event | None] = [None, None]  # behind each staging buffer's last use
-        self.guessed: torch.cuda.Event | None = None  # behind the last piece of a guess
+        self.guesses: list[torch.cuda.Event | None] = [None, None]  # behind the last two pieces of guesses
         self.waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # around each wait for a copy
         self.waited = 0.0  # seconds, of those that are over and taken from `waits`
+
+    def blocks(self, source: Tensor) -> bool:
+        return self.locked is not None and not self.locked(source)
 
     def begin(self, free: torch.cuda.Event | None) -> None:
         if free is not None:
             self.stream.wait_event(free)
 
+    def prepare(self, source: Tensor, urgent: bool) -> Tensor:
+        if not urgent and (earlier := self.guesses[0]) is not None:
+            earlier.synchronize()
+        return self.stage(source) if self.blocks(source) else source
+
     def move(self, source: Tensor, target: Tensor, urgent: bool) -> torch.cuda.Event:
-        with torch.cuda.stream(self.stream):
-            if self.staging:
-                source = self.stage(source)
+        # The object itself, and not `torch.cuda.stream`: this is C code throughout, so an interrupt cannot
+        # leave the thread that computes on this stream.
+        with self.stream:
             target.copy_(source, non_blocking=True)
             mark = torch.cuda.Event()
             mark.record(self.stream)
-        if self.staging:
+        if self.staging and source.data_ptr() == self.staging[0].data_ptr():
             self.before[0] = mark
         if not urgent:
-            if self.guessed is not None:
-                self.guessed.synchronize()
-            self.guessed = mark
+            self.guesses = [self.guesses[1], mark]
         return mark
 
     def stage(self, source: Tensor) -> Tensor:
-        """Through the pinned buffer that has been idle for longer."""
+        """Through the buffer that has been idle for longer."""
         self.staging.reverse()
         self.before.reverse()
         if (busy := self.before[0]) is not None:
@@ -63,13 +73,13 @@ class CudaLink:
         stream.wait_event(mark)
         end.record(stream)
         self.waits.append((begin, end))
-        self.stalled()  # so that only what is not over yet is kept
-
-    def stalled(self) -> float:
-        while self.waits and self.waits[0][1].query():
+        while self.waits[0][1].query() and len(self.waits) > 1:  # so that only what is not over yet is kept
             begin, end = self.waits.popleft()
             self.waited += begin.elapsed_time(end) / 1e3
-        return self.waited
+
+    def stalled(self) -> float:
+        over = [(begin, end) for begin, end in self.waits.copy() if end.query()]
+        return self.waited + sum(begin.elapsed_time(end) for begin, end in over) / 1e3
 
     def used(self) -> torch.cuda.Event:
         mark = torch.cuda.Event()

@@ -33,8 +33,8 @@ class Ledger:
         self.recorder: trace.Recorder | None = None
 
     def add(self, event: trace.Event) -> None:
-        if self.recorder is not None:
-            self.recorder.add(event)
+        if (recorder := self.recorder) is not None:  # another thread may set it to None
+            recorder.add(event)
 
     def begin_step(self) -> None:
         self.step += 1

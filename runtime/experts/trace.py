@@ -175,7 +175,7 @@ class TraceWriter:
     def __init__(self, file: TextIO, header: Header) -> None:
         self.file: TextIO | None = file
         self.name = str(getattr(file, "name", "trace"))
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a finaliser may call `close` in the midst of `add`
         self.step = 0
         self.error: OSError | None = None
         file.write(json.dumps({"format": FORMAT, "version": VERSION} | dataclasses.asdict(header)) + "\n")
@@ -195,11 +195,14 @@ class TraceWriter:
         with self.lock:
             if self.file is None or self.error:
                 return
+            file = self.file
             try:
                 if event.step > self.step:
-                    self.file.flush()
+                    file.flush()
                     self.step = event.step
-                self.file.write(line)
+                file.write(line)
+            except ValueError:
+                assert file.closed  # by such a finaliser, just now
             except OSError as error:
                 self.error = error
 

@@ -17,6 +17,7 @@ from model.quant.backends.blocks import Blocks
 from runtime import Engine, EngineOptions, RequestError
 from runtime.experts.copying import HostLink
 from runtime.graphs import CudaGraphs, Work
+from runtime.streams import Streams
 from tests.quantised import quantise_folder
 from tests.runtime.plain_step import Recorded, use_plain_kernels
 from tools import trace
@@ -289,8 +290,8 @@ class Cuda:
                     users[self.pool] -= 1
 
         compute = Stream("compute")
-        patch.setattr(torch.cuda, "Stream", lambda device: Stream("capturing"))
-        patch.setattr(torch.cuda, "stream", lambda stream: stream)
+        own: Any = Stream("capturing")
+        patch.setattr("runtime.graphs.streams", lambda device: Streams(own, own))
         patch.setattr(torch.cuda, "current_stream", lambda device: compute)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")

@@ -1,6 +1,7 @@
 """`python -m tools.bench link` on buffers small enough for a test: what it copies, not how fast."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,11 +60,14 @@ class Stand:
     piece = 1 << 18
     log: list[tuple[bool, int]]
 
-    def __init__(self, device: torch.device, pinned: bool) -> None:
+    def __init__(self, device: torch.device, locked: Callable[[Tensor], bool] | None = None) -> None:
         assert device == CUDA
-        self.pinned = pinned
+        self.pinned = locked is None
 
     def begin(self, free: None) -> None: ...
+
+    def prepare(self, source: Tensor, urgent: bool) -> Tensor:
+        return source
 
     def move(self, source: Tensor, target: Tensor, urgent: bool) -> None:
         assert urgent
@@ -88,7 +92,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         monkeypatch.setattr(torch, name, lambda *shape, make=make, device=None, **kw: make(*shape, **kw))
     monkeypatch.setattr(torch.cuda, "synchronize", counted("synchronize"))
     monkeypatch.setattr(torch.cuda, "empty_cache", counted("empty_cache"))
-    monkeypatch.setattr(Arena, "register", counted("register", True))
+    monkeypatch.setattr(Arena, "register", counted("register", link.BUFFER))
     monkeypatch.setattr(link, "CudaLink", Stand)
     monkeypatch.setattr(Stand, "log", [], raising=False)
     return calls
@@ -105,7 +109,7 @@ def test_on_a_gpu_that_locks_memory(cuda: dict[str, int]) -> None:
 
 
 def test_on_a_gpu_that_does_not(cuda: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Arena, "register", lambda *_: False)
+    monkeypatch.setattr(Arena, "register", lambda *_: 0)
     monkeypatch.setattr(link, "choose_device", lambda name: CUDA)
     measured = link.measure_copies(CUDA, [1 << 20], repeats=1)
     assert list(measured) == ["staged", "pageable"] and Stand.log == [(False, 1 << 18)] * 8

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from runtime.device import choose_device
-from runtime.experts.arena import Arena
+from runtime.experts.arena import Arena, unlocked_remedy
 from runtime.experts.copying import HostLink, Link
 from runtime.experts.cuda_link import CudaLink
 from runtime.units import format_bytes
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     measured = measure_copies(device, [size for size in SIZES if size <= BUFFER], args.repeats)
     copies = "no GPU: copies within host memory" if device.type == "cpu" else "from host memory to the device"
     if device.type == "cuda" and "pinned" not in measured:
-        copies += "; the system refuses to lock memory (ulimit -l)"
+        copies += f"; the driver does not lock memory: {unlocked_remedy()}"
     return {
         "device": str(device),
         "copies": copies,
@@ -117,10 +117,15 @@ def ways(
     """
     if device.type == "cpu":
         return {"pieces": (locked, in_pieces(HostLink())), "whole": (locked, whole)}
-    slow = {"staged": (ordinary, in_pieces(CudaLink(device, pinned=False))), "pageable": (ordinary, whole)}
+    slow = {"staged": (ordinary, in_pieces(CudaLink(device, never))), "pageable": (ordinary, whole)}
     if not pinned:
         return slow
-    return {"pinned": (locked, whole), "pieces": (locked, in_pieces(CudaLink(device, pinned=True)))} | slow
+    return {"pinned": (locked, whole), "pieces": (locked, in_pieces(CudaLink(device)))} | slow
+
+
+def never(source: Tensor) -> bool:
+    """Whether ordinary memory is page-locked."""
+    return False
 
 
 def whole(source: Tensor, target: Tensor) -> None:
@@ -128,13 +133,13 @@ def whole(source: Tensor, target: Tensor) -> None:
 
 
 def in_pieces(link: Link) -> Copy:
-    """As the expert cache's copy thread does it, less the thread."""
+    """As the expert cache has them copied, less the thread."""
 
     def copy(source: Tensor, target: Tensor) -> None:
         link.begin(None)
         for start in range(0, source.numel(), link.piece):
             piece = slice(start, start + link.piece)
-            link.move(source[piece], target[piece], urgent=True)
+            link.move(link.prepare(source[piece], urgent=True), target[piece], urgent=True)
 
     return copy
 

@@ -3,9 +3,12 @@
 import contextlib
 import gc
 import mmap
+import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 from runtime.errors import DeviceError
 from runtime.experts import arena as module
 from runtime.experts.arena import Arena
+from runtime.experts.cache import ExpertCache
 
 
 class Driver:
@@ -137,13 +141,62 @@ def test_the_last_piece_may_be_short(drive: Any) -> None:
 
 
 @pytest.mark.parametrize("refused", range(5))
-def test_a_refusal_leaves_nothing_locked(drive: Any, refused: int) -> None:
+def test_what_could_be_locked_stays_so(drive: Any, refused: int) -> None:
     driver = drive(refused)
     arena = Arena(2, 5, 4096, pin=True)
-    assert not arena.pinned and not driver.locked and len(driver.asked) == refused + 1
-    assert driver.cleared == 1
-    arena.blob(1, 4).fill_(7)  # and it is memory all the same
+    assert not arena.pinned and len(driver.locked) == refused and len(driver.asked) == refused + 1
+    assert arena.locked_bytes == refused * 8192 and driver.cleared == 1
+    blobs = [arena.blob(layer, e) for layer in range(2) for e in range(5)]
+    assert [arena.locked(blob) for blob in blobs] == [n < 2 * refused for n in range(10)]
+    assert [arena.locked(blob[4000:]) for blob in blobs] == [n < 2 * refused for n in range(10)]
+    blobs[9].fill_(7)  # and it is memory all the same
     arena.close()
+    assert not driver.locked and not arena.locked(blobs[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for as Linux has it")
+def test_huge_pages_are_advised_and_a_fork_gets_no_copy() -> None:
+    arena = Arena(1, 4, 1 << 20)
+    arena.blobs.fill_(7)
+    assert {"hg", "wf", "mr"} <= flags_of(arena.blobs.data_ptr()), "huge, wiped on fork, may be read"
+    assert "sh" not in flags_of(arena.blobs.data_ptr())
+    child = os.fork()
+    if child == 0:
+        os._exit(int(arena.blobs.any()))
+    assert os.waitpid(child, 0)[1] == 0 and torch.all(arena.blobs == 7)
+
+
+def flags_of(address: int) -> set[str]:
+    """Of the mapping at that address."""
+    inside = False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            first = line.split()[0]
+            if "-" in first and not first.endswith(":"):
+                start, end = (int(part, 16) for part in first.split("-"))
+                inside = start <= address < end
+            elif inside and first == "VmFlags:":
+                return set(line.split()[1:])
+    return set()
+
+
+@pytest.mark.parametrize("release", ["6.8.0-45-generic", "5.15.153.1-microsoft-standard-WSL2"])
+def test_what_is_not_locked_is_said_with_a_remedy(
+    drive: Any, monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    drive(refused=3)
+    monkeypatch.setattr(module.platform, "release", lambda: release)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(ExpertCache, "over", lambda *args: args)
+    plan: Any = SimpleNamespace(slots_per_layer=(1, 1))
+    form: Any = SimpleNamespace(blob_bytes=4096)
+    with pytest.warns(RuntimeWarning) as caught:
+        made: Any = ExpertCache.make(plan, form, torch.device("cuda", 0), 5)
+    [message] = [str(warning.message) for warning in caught]
+    assert message.startswith("the driver locks 24.0 KiB of the 40.0 KiB of host memory that hold experts")
+    assert ("`memory` under [wsl2] in .wslconfig" in message) == ("WSL2" in release)
+    assert "ulimit" not in message and "\n" not in message
+    made[0].close()
 
 
 def test_an_arena_that_nobody_closed_is_unlocked_before_its_memory_goes(drive: Any) -> None:

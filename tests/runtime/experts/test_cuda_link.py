@@ -1,11 +1,17 @@
 """The CUDA link's side of the host: who waits for what, with stand-ins for streams and events."""
 
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from runtime import streams
+from runtime.experts import cuda_link
+from runtime.experts.copying import CopyEngine, TransferError
 from runtime.experts.cuda_link import PIECE, CudaLink
+from runtime.streams import Streams
 
 
 class Cuda:
@@ -50,9 +56,10 @@ class Cuda:
                 return int(end.name[1:]) * 1.0
 
         empty, compute = torch.empty, Stream("compute")
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
+        own: Any = Stream("copies")
+        monkeypatch.setattr(cuda_link, "streams", lambda device: Streams(own, own))
+        monkeypatch.setattr(cuda_link, "same", lambda stream: stream)
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
         monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **words: empty(*shape, **words))
 
@@ -61,50 +68,187 @@ class Cuda:
         return log
 
 
-def test_cuda_link_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+CPU = torch.device("cpu")
+
+
+def pieces(*names: str) -> list[str]:
+    return [line for name in names for line in ("on copies", f"{name} on copies")]
+
+
+def test_from_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda(monkeypatch)
-    link = CudaLink(torch.device("cpu"), pinned=True)
+    link = CudaLink(CPU)
     source, target = torch.arange(10, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)
+    assert not link.blocks(source)
     free = link.used()
     assert cuda.take() == ["e0 on compute"]
     link.begin(None)
     link.begin(free)
     assert cuda.take() == ["copies waits for e0"]
-    marks = [link.move(source, target, True) for _ in (0, 1)]  # what is needed queues up at once
-    assert cuda.take() == ["on copies", "e1 on copies", "on copies", "e2 on copies"]
-    for _ in (0, 1, 2):  # of guesses, no third piece before the first has ended
-        link.move(source, target, False)
+
+    def move(urgent: bool) -> Any:
+        return link.move(link.prepare(source, urgent), target, urgent)
+
+    marks = [move(True) for _ in (0, 1)]  # what is needed queues up at once
+    assert cuda.take() == pieces("e1", "e2")
+    for _ in (0, 1, 2, 3):  # of guesses, no third piece before the first has ended
+        move(False)
     assert cuda.take() == [
-        "on copies", "e3 on copies",
-        "on copies", "e4 on copies", "host waits for e3",
-        "on copies", "e5 on copies", "host waits for e4",
+        *pieces("e3", "e4"), "host waits for e3", *pieces("e5"), "host waits for e4", *pieces("e6"),
     ]  # fmt: skip
     link.reached(marks[1])
-    assert cuda.take() == ["t6 on compute", "compute waits for e2", "t7 on compute"]
+    assert cuda.take() == ["t7 on compute", "compute waits for e2", "t8 on compute"]
     assert torch.equal(source, target)
     link.reached(marks[1])
     assert link.stalled() == 0 and len(link.waits) == 2
-    cuda.over |= {"t7"}
-    assert link.stalled() == 7e-3 and len(link.waits) == 1
-    cuda.over |= {"t9"}
+    cuda.over |= {"t8"}
+    assert link.stalled() == link.stalled() == 8e-3 and len(link.waits) == 2  # asking changes nothing
     link.reached(marks[1])
-    assert link.waited == 7e-3 + 9e-3 and len(link.waits) == 1
+    assert link.waited == link.stalled() == 8e-3 and len(link.waits) == 2
+    cuda.over |= {"t10", "t12", "t14"}
+    assert link.stalled() == pytest.approx(8e-3 + 10e-3 + 12e-3)
+    link.reached(marks[1])
+    assert link.stalled() == pytest.approx(8e-3 + 10e-3 + 12e-3 + 14e-3) and len(link.waits) == 1
     cuda.take()
     link.close()
     assert cuda.take() == ["host waits for copies"]
 
 
-def test_cuda_link_by_way_of_two_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_way_of_two_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda(monkeypatch)
-    link = CudaLink(torch.device("cpu"), pinned=False)
+    link = CudaLink(CPU, lambda source: False)
     assert [len(buffer) for buffer in link.staging] == [PIECE, PIECE]
     used = []
     for n in range(5):
-        target = torch.zeros(10, dtype=torch.uint8)
-        link.move(torch.full((10,), n, dtype=torch.uint8), target, True)
+        source, target = torch.full((10,), n, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)
+        assert link.blocks(source)
+        link.move(link.prepare(source, True), target, True)
         assert torch.all(target == n)
         used.append(link.staging[0].data_ptr())
         # a buffer is written to when the copy from it, two pieces before, has ended
         waits = [f"host waits for e{n - 2}"] if n >= 2 else []
-        assert cuda.take() == ["on copies", *waits, f"e{n} on copies"]
+        assert cuda.take() == [*waits, *pieces(f"e{n}")]
     assert used[0] == used[2] == used[4] != used[1] == used[3]
+
+
+def test_some_of_the_memory_is_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is locked does not touch the buffers, though it goes between two pieces of what is not."""
+    cuda = Cuda(monkeypatch)
+    link = CudaLink(CPU, lambda source: int(source[0]) > 100)
+    locked, other = torch.full((10,), 101, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)
+    target = torch.zeros(10, dtype=torch.uint8)
+    assert link.blocks(other) and not link.blocks(locked)
+    for n in range(3):
+        staged = link.prepare(other, True)
+        link.move(locked, target, True)
+        link.move(staged, target, True)
+        waits = [f"host waits for e{2 * n - 3}"] if n == 2 else []
+        assert cuda.take() == [*waits, *pieces(f"e{2 * n}", f"e{2 * n + 1}")]
+
+
+def test_the_thread_that_computes_puts_what_it_needs_on_the_stream_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda, movers = Cuda(monkeypatch), list[tuple[str, int, bool]]()
+    link = CudaLink(CPU)
+    link.piece = 4
+    move = link.move
+
+    def noted(source: torch.Tensor, target: torch.Tensor, urgent: bool) -> Any:
+        movers.append((threading.current_thread().name, int(source[0]), urgent))
+        return move(source, target, urgent)
+
+    monkeypatch.setattr(link, "move", noted)
+    gate = threading.Event()
+    prepare = link.prepare
+
+    def held(source: torch.Tensor, urgent: bool) -> torch.Tensor:
+        assert urgent or len(movers) < 2 or gate.wait(30)  # the first pieces of guesses travel
+        return prepare(source, urgent)
+
+    monkeypatch.setattr(link, "prepare", held)
+    copies = CopyEngine(link)
+    copies.start()
+
+    def blob(name: int) -> Any:
+        return SimpleNamespace(
+            source=torch.full((10,), name, dtype=torch.uint8), target=torch.zeros(10).byte()
+        )
+
+    here = threading.current_thread().name
+    guess, other, needed = blob(1), blob(2), blob(3)
+    first = copies.submit(guess.source, guess.target, urgent=False)
+    second = copies.submit(other.source, other.target, urgent=False)
+    while len(movers) < 2:
+        pass
+    ticket = copies.submit(needed.source, needed.target, urgent=True, free=link.used())
+    assert ticket.complete and [movers[n:] for n in (2,)] == [[(here, 3, True)] * 3]
+    assert "copies waits for" in " ".join(cuda.take())
+    assert copies.wait(ticket) == 0.0 and torch.equal(needed.source, needed.target)
+    copies.promote(first)  # 8 bytes of it have gone
+    assert first.complete and movers[5:] == [(here, 1, True)] and torch.equal(guess.source, guess.target)
+    assert [moved for moved, _ in first.marks] == [4, 8, 10]
+    assert copies.wait(first) == 0.0
+    gate.set()
+    copies.wait(second)
+    assert [entry[0] for entry in movers[6:]] == ["expert-copies"] * 3
+    assert torch.equal(other.source, other.target) and copies.moved == 30 and copies.wasted == 0
+    assert copies.close()
+
+
+def test_what_is_cancelled_does_not_overwrite_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy thread is about to move a piece of a guess when its slot is given to something needed."""
+    Cuda(monkeypatch)
+    for unknown in (False, True):  # whether an interrupt kept the guess from becoming known
+        link, about, gate = CudaLink(CPU), threading.Event(), threading.Event()
+
+        def prepare(source: Any, urgent: bool, about: Any = about, gate: Any = gate) -> Any:
+            about.set()
+            assert gate.wait(30)
+            return source
+
+        monkeypatch.setattr(link, "prepare", prepare)
+        copies = CopyEngine(link)
+        copies.start()
+        slot = torch.zeros(10, dtype=torch.uint8)
+        guess = copies.submit(torch.full_like(slot, 1), slot, urgent=False)
+        assert about.wait(30)
+        copies.cancel_all() if unknown else copies.cancel(guess)
+        needed = copies.submit(torch.full_like(slot, 2), slot, urgent=True)
+        gate.set()
+        copies.wait(needed)
+        assert copies.close() and torch.all(slot == 2)
+        assert guess.moved == 0 and copies.moved == 10
+
+
+def test_an_error_on_the_stream_reaches_the_one_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cuda(monkeypatch)
+    link = CudaLink(CPU)
+    monkeypatch.setattr(link, "move", lambda *args: (_ for _ in ()).throw(RuntimeError("CUDA error: gone")))
+    copies = CopyEngine(link)
+    copies.start()
+    slot = torch.zeros(10, dtype=torch.uint8)
+    ticket = copies.submit(torch.ones_like(slot), slot, urgent=True)
+    with pytest.raises(TransferError, match=r"could not be copied to the device \(CUDA error: gone\)"):
+        copies.wait(ticket)
+    assert copies.close()
+
+
+def test_all_engines_share_the_streams_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def make(device: Any = None, **same: Any) -> Any:
+        made.append(device or same)
+        return SimpleNamespace(stream_id=7, device_index=1, device_type=1)
+
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    streams.streams.cache_clear()
+    one, two = torch.device("cuda", 0), torch.device("cuda", 1)
+    try:
+        first = streams.streams(one)
+        assert streams.streams(torch.device("cuda", 0)) is first and made == [one, one]
+        assert streams.streams(two) is not first and made == [one, one, two, two]
+        streams.same(first.copies)
+        assert made[4:] == [{"stream_id": 7, "device_index": 1, "device_type": 1}]
+    finally:
+        streams.streams.cache_clear()

@@ -36,7 +36,8 @@ def test_what_computing_sees_behind_a_mark_has_arrived(
     assert arena.pinned == pin and len(arena.registered) == 4 * pin
     for e in range(8):
         arena.blob(0, e).fill_(e + 1)
-    copies = CopyEngine(CudaLink(GPU, arena.pinned))
+    copies = CopyEngine(CudaLink(GPU, None if pin else arena.locked))
+    copies.start(arena)
     try:
         slots, sums = torch.zeros(2, size, dtype=torch.uint8, device=GPU), []
         busy = torch.rand(2048, 2048, device=GPU)
