@@ -1,6 +1,7 @@
 """Grouped-query attention (arXiv 2305.13245): H query heads share G heads of keys and values."""
 
 from collections.abc import Callable
+from enum import Enum
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +36,21 @@ class Attention(nn.Module):
         H, G = self.heads, self.kv_heads
         qkv = self.qkv_proj(x).view(B, T, H + 2 * G, self.head_dim).transpose(1, 2)  # [B, H + 2G, T, K]
         qk = rope(qkv[:, : H + G])  # [B, H + G, T, K]
-        q, k, v = qk[:, :H], qk[:, H:], qkv[:, H + G :]  # [B, H, T, K], [B, G, T, K], [B, G, T, K]
+        q, k = qk[:, :H], qk[:, H:]  # [B, H, T, K], [B, G, T, K]
+        v = marked(qkv[:, H + G :], qk)  # [B, G, T, K]
         if cache is not None:
             k, v = cache.append(k, v, past)  # [B, G, past + T, K]
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, H * self.head_dim))
+
+
+def marked(v: Tensor, qk: Tensor) -> Tensor:  # [B, G, T, K], [B, H + G, T, K] -> [B, G, T, K]
+    """The values as they are, or NaN, all of them, if any query or key is not finite.
+
+    Attention alone can hide a number that is not finite: a CPU's kernel gives zeros where no score is finite,
+    and a key that overflowed can look like one that no token may see. A value of NaN shows in every token
+    that sees it, whatever its score is, and through the cache in every later one.
+    """
+    return torch.addcmul(v, *qk.detach().aminmax(), value=0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -48,33 +60,93 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     token sees everything, and T = S is the plain triangle.
     """
     B, H, T, K = q.shape
+    G, S = k.shape[1:3]
     if T == 1:  # the H/G queries of a group are rows against the same keys: nothing is repeated
-        G = k.shape[1]
-        return F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v).reshape(B, H, T, K)
-    if q.is_cuda and k.shape[2] > T:
-        return attend_behind(q, k, v)
-    assert mask is not None or k.shape[2] == T, "is_causal would line the triangle up with the first keys"
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        q = q.reshape(B, G, H // G, K)
+    if takes_flash(q, k, v):
+        out = attend_by_flash(q, k, v, causal=T > 1)
+    elif T == 1:
+        out = F.scaled_dot_product_attention(q, k, v)
+    elif q.is_cuda:
+        out = attend_by_scores(q, k, v)
+    else:
+        assert mask is not None or S == T, "is_causal would line the triangle up with the first keys"
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return out.reshape(B, H, T, K)
 
 
-def attend_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` on a GPU for 1 < T < S.
+def takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether flash attention takes these as they are, on the GPU that they are on."""
+    if not q.is_cuda or q.shape[-1] % 8:
+        return False
+    with torch.cuda.device_of(q):  # PyTorch asks the current device
+        return can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, q.shape[1] != k.shape[1]))
 
-    Hardly a kernel there takes both a mask and fewer heads of keys than of queries, and the way without a
-    kernel writes out scores [H, T, S] in float32, twice and more. Flash attention itself lines its triangle
-    up with the last keys, but `F.scaled_dot_product_attention` never asks for that. By this very call
-    `torch.nn.attention.bias` does, which imports some 900 modules and allocates [2, T, S] numbers.
+
+def attend_by_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:  # [B, H, T, K]
+    """Flash attention by its own operator, whatever T is.
+
+    `F.scaled_dot_product_attention` prefers cuDNN from compute capability 9.0 on, which makes a plan for each
+    shape in each thread and keeps it: one for every length of a prompt. Nor does it ever ask flash attention
+    to line its triangle up with the last keys, as the operator does. `torch.nn.attention.bias` makes this
+    very call, but imports some 900 modules and allocates [2, T, S] numbers.
     """
-    if q.shape[-1] % 8 == 0 and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True)):
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
-    mask = triangle(q.shape[2], k.shape[2], q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[0]
 
 
-def has_flash(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Whether a GPU of this compute capability has a kernel that writes out neither scores [H, T, S] nor a
-    mask."""
-    return dtype.itemsize == 2 and capability >= (8, 0)
+ROWS = 64  # tokens whose scores `attend_by_scores` writes out at a time
+
+
+def attend_by_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, T, K]
+    """Causal attention on a GPU without flash attention, in float32.
+
+    PyTorch's own way would write out all scores [H, T, S], three times, and keys and values for H heads.
+    """
+    T, S = q.shape[2], k.shape[2]
+    k, v, out = k.float(), v.float(), torch.empty_like(q)
+    for start in range(0, T, ROWS):
+        end = min(start + ROWS, T)
+        seen = S - T + end
+        out[:, :, start:end] = attend_at_once(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen])
+    return out
+
+
+def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, T, K] float32
+    """The same for a few tokens, all scores in memory; k and v are float32."""
+    B, H, T, K = q.shape
+    G, S = k.shape[1:3]
+    rows = (q.float() * K**-0.5).reshape(B, G, -1, K)  # [B, G, H/G T, K]
+    scores = (rows @ k.mT).view(B, H, T, S)
+    scores.masked_fill_(triangle(T, S, q.device).logical_not_(), -torch.inf)
+    weights = scores.softmax(-1).view(B, G, -1, S)
+    return (weights @ v).view(B, H, T, K)
+
+
+class Attending(Enum):
+    """How attention of a prompt is computed, which decides what memory it takes."""
+
+    MASK = "on a CPU: a mask [T, S] for a later chunk"
+    FLASH = "on a GPU with flash attention: neither a mask nor scores"
+    SCORES = "on another GPU: scores of a few tokens"
+
+    @staticmethod
+    def of(config: ModelConfig, dtype: torch.dtype, capability: tuple[int, int] | None) -> "Attending":
+        """The way on a GPU of this compute capability; None is a CPU."""
+        if capability is None:
+            return Attending.MASK
+        fits = config.head_dim % 8 == 0 and config.head_dim <= 256
+        return Attending.FLASH if fits and dtype.itemsize == 2 and capability >= (8, 0) else Attending.SCORES
+
+    def bytes(self, config: ModelConfig, dtype: torch.dtype, T: int, S: int) -> int:
+        """What attention of the last T of S tokens takes, beside queries, keys, values and its result."""
+        H, G, K = config.heads, config.kv_heads, config.head_dim
+        if self is Attending.MASK:
+            return T * S * (1 + dtype.itemsize)  # as bool, and as the kernel's dtype
+        if self is Attending.FLASH:
+            return 0
+        row = H * (2 * S + 2 * K) * 4 + 2 * S  # scores, weights, queries, sums; and a mask as it is made
+        wide = 0 if dtype == torch.float32 else 2 * G * S * K * 4  # keys and values
+        return wide + min(T, ROWS) * row
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model.attention import Attending
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from runtime.units import format_bytes
@@ -101,7 +102,7 @@ class Request:
     scratch: int = 0
     driver: int = 0
     overhead: int = 0
-    masked: bool = True
+    attending: Attending = Attending.MASK
     budget: int | None = None
     host_budget: int | None = None
     shared: bool = False
@@ -131,7 +132,8 @@ def chunk_tokens(request: Request) -> int:
     In each chunk, every expert that a layer lacks crosses the link, so long chunks are worth some slots. The
     chunk doubles while its activations take no more than a quarter of what one slot per layer takes.
 
-    Attention's mask is left out of that: with it a longer context could mean a shorter chunk, and more slots.
+    A mask or scores of attention are left out of that: with them a longer context could mean a shorter chunk,
+    and more slots.
     """
     chunk = PREFILL_CHUNK
     quarter = request.config.layers * request.blob // 4
@@ -169,7 +171,7 @@ def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool =
     trunk += c.layers * c.experts * c.hidden * 4  # gates are float32
     trunk += 2 * c.context * c.head_dim * wide  # rotary tables
     chunk = chunk_tokens(r)
-    mask = r.context * (1 + wide) if r.masked else 0  # of one token: as bool and as the kernel's dtype
+    attending = r.attending.bytes(c, r.dtype, chunk, r.context)
     logits = 4 * c.vocab * 4  # of one token, and copies for the sampler
     spares = 0 if resident else r.lookahead * r.prefetch
     return Plan(
@@ -177,7 +179,7 @@ def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool =
         chunk=chunk,
         trunk=trunk,
         kv=KVCache.bytes(c, 1, r.context, r.dtype),
-        workspace=chunk * (activation_bytes(r, resident) + mask) + logits + r.scratch,
+        workspace=chunk * activation_bytes(r, resident) + attending + logits + r.scratch,
         staging=spares * r.blob + (0 if resident else gate_bytes(r)),
         slots=sum(slots_per_layer) * r.blob,
         arena=0 if resident else c.layers * c.experts * r.blob,

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from model.attention import Attending
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.quant.expert import blob_bytes
@@ -37,7 +38,7 @@ def plan(
     driver: int = 0,
     *,
     overhead: int = 0,
-    masked: bool = True,
+    attending: Attending = Attending.MASK,
     budget: int | None = None,
     host_budget: int | None = None,
     shared: bool = False,
@@ -52,8 +53,8 @@ def plan(
 
     A layer's `attention` projections and one `expert` take that many bytes in memory (None: what they take in
     `dtype`), and products with quantised ones `scratch` bytes more for as long as they last; a GPU's `driver`
-    takes some that are no tensors, and its allocator some `overhead`. `masked` says whether attention writes out
-    a mask where a prompt is cut into chunks. Of the device
+    takes some that are no tensors, and its allocator some `overhead`. `attending` is
+    how attention of a prompt is computed. Of the device
     `budget` bytes may be used, and of the host `host_budget` for the arena (None: no limit); where the device
     computes from host memory they are `shared`, and the arena counts against `budget`. `place` and
     `host_place` are what messages call the two.
@@ -77,7 +78,7 @@ def plan(
     slots: 3 in 20 layers, 4 in 12; 1 spare; 336.0 MiB an expert; arena 84.0 GiB of host memory
     """  # noqa: E501
     request = Request(
-        config, dtype, context, attention, expert, scratch, driver, overhead, masked, budget, host_budget,
+        config, dtype, context, attention, expert, scratch, driver, overhead, attending, budget, host_budget,
         shared, slots, lookahead, prefetch, offload,
     )  # fmt: skip
     check(request)

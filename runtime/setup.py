@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.attention import has_flash
+from model.attention import Attending
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.quant.backends import fused
@@ -70,7 +70,7 @@ def plan_model(
         scratch_bytes(device, max(config.hidden, config.ffn), dtype, fast) if quantised else 0,
         driver_bytes(device),
         overhead=overhead_bytes(device, capability),
-        masked=capability is None or not has_flash(dtype, capability),
+        attending=Attending.of(config, dtype, capability),
         budget=limit,
         place=place,
         host_budget=None if on_cpu else host[0],

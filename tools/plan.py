@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from model.attention import has_flash
+from model.attention import Attending
 from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.errors import ModelError
@@ -125,7 +125,7 @@ def make_sheet(args: argparse.Namespace) -> Sheet:
             scratch_bytes(device, max(config.hidden, config.ffn), dtype) if quantised else 0,
             driver_bytes(device),
             overhead=overhead_bytes(device),
-            masked=cpu or not has_flash(dtype, CAPABILITY),
+            attending=Attending.of(config, dtype, None if cpu else CAPABILITY),
             host_budget=host[0][1] if host else None,
             shared=cpu,
             slots=options.slots,

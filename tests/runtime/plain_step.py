@@ -43,14 +43,17 @@ def rotate_and_append(
     heads = qkv.view(1, -1, 1, K)  # [1, H + 2G, 1, K]
     rope = Rope(cos.index_select(0, position), sin.index_select(0, position))
     k.index_copy_(2, position, rope(heads[:, -2 * G : -G]))
-    v.index_copy_(2, position, heads[:, -G:])
+    v.index_copy_(2, position, heads[:, -G:] + 0 * rope(heads[:, -2 * G : -G]))
     return rope(heads[:, : -2 * G]).reshape(-1, K)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    seen = torch.arange(k.shape[2], device=q.device) <= position  # [C]
-    y = F.scaled_dot_product_attention(q[None, :, None], k, v, attn_mask=seen[None], enable_gqa=True)
-    return y.reshape(1, -1)
+    G, C, K = k.shape[1:]
+    seen = torch.arange(C, device=q.device) <= position  # [C]
+    k, v = (torch.where(seen[:, None], cached[0], 0) for cached in (k, v))  # [G, C, K] each
+    scores = q.view(G, -1, K).float() @ k.float().mT * K**-0.5  # [G, H/G, C]
+    weights = torch.where(seen, scores, -torch.inf).softmax(-1).to(q.dtype)
+    return (weights @ v).view(1, -1)
 
 
 def route(x: Tensor, gates: Tensor, experts: int, chosen: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model.attention import Attending, attend_by_scores
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.mixtral import Block, Mixtral
@@ -110,10 +111,30 @@ def test_the_workspace_is_enough_for_a_chunk_and_not_far_too_much(
     with torch.inference_mode(), LiveBytes() as measured:
         model(torch.randint(config.vocab, (1, N)), cache, last=True)
     unseen = N * context * dtype.itemsize if context > N else 0  # the kernel's own copy of the mask
-    without = lay_out(Request(config, dtype, context, expert=blob, masked=False), (2, 2), resident)
+    plain = Request(config, dtype, context, expert=blob, attending=Attending.FLASH)
+    without = lay_out(plain, (2, 2), resident)
     assert planned.workspace - without.workspace == N * context * (1 + dtype.itemsize)
     assert planned.workspace >= measured.peak + unseen
     assert planned.workspace <= 4 * (measured.peak + unseen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("T", "S"), [(2, 2), (512, 512), (512, 1500)])
+def test_scores_of_a_gpu_without_flash_attention_are_counted(T: int, S: int, dtype: torch.dtype) -> None:
+    H, G, K = SMALL.heads, SMALL.kv_heads, SMALL.head_dim
+    q, k = torch.randn(1, H, T, K).to(dtype), torch.randn(1, G, S, K).to(dtype)
+    with torch.inference_mode(), LiveBytes() as measured:
+        out = attend_by_scores(q, k, k)
+    counted = Attending.SCORES.bytes(SMALL, dtype, T, S)
+    assert measured.peak - out.nbytes <= counted <= 1.7 * (measured.peak - out.nbytes)
+
+
+def test_a_plan_has_them_and_cuts_prompts_as_ever() -> None:
+    for dtype, capability in ((torch.float16, (7, 5)), (torch.float32, (9, 0))):
+        way = Attending.of(SMALL, dtype, capability)
+        plans = [plan(SMALL, dtype, 4096, attending=each) for each in (way, Attending.FLASH)]
+        more = way.bytes(SMALL, dtype, plans[0].chunk, 4096)
+        assert plans[0].workspace - plans[1].workspace == more > 0 and plans[0].chunk == plans[1].chunk
 
 
 def test_a_chunk_is_as_long_as_experts_are_large_whatever_the_context() -> None:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.attention import Attending
 from model.config import ModelConfig
 from model.quant.layout import expert_fields
 from model.quant.linear import scratch_bytes
@@ -43,7 +44,7 @@ requests = st.fixed_dictionaries(
         "scratch": st.sampled_from([0, 1 << 20]),
         "overhead": st.sampled_from([0, 1 << 20]),
         "driver": st.sampled_from([0, 1 << 20]),
-        "masked": st.booleans(),
+        "attending": st.sampled_from(Attending),
         "lookahead": st.integers(0, 2),
         "prefetch": st.integers(0, 3),
     }

@@ -82,7 +82,8 @@ def rotate_and_append(
 
     qkv [1, (H + 2G) K], as `qkv_proj` gives it; cos and sin [any number, K], the tables of `model.rope.Rope`,
     sin negated in its first half; k and v [1, G, C, K] or [G, C, K], one layer's cache, all in one dtype;
-    position [1] int64, below C, which nobody checks. Rounds where `Rope` rounds.
+    position [1] int64, below C, which nobody checks. Rounds where `Rope` rounds. A value is NaN where its key
+    is not finite, as in `model.attention.marked`; of such a query `attend` makes NaN.
     """
     from model.quant.backends import step_kernels
 

@@ -66,23 +66,24 @@ def rotate_and_append(
     K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [H + 2 G]
+    """A value's program turns the key of its head again, and writes NaN where that is not finite: a score of
+    -inf would hide it."""
     dtype = qkv.dtype.element_ty
     head = tl.program_id(0)
     row = tl.load(position).to(tl.int64)
     i = tl.arange(0, K)
-    values = tl.load(qkv + head * K + i)
-    if head < H + G:
-        partners = tl.load(qkv + head * K + (i + K // 2) % K).to(tl.float32)
-        turned = values.to(tl.float32) * tl.load(cos + row * K + i).to(tl.float32)
-        turned = rounded(turned, dtype, INTERPRETED).to(tl.float32)
-        turned += partners * tl.load(sin + row * K + i).to(tl.float32)
-        values = rounded(turned, dtype, INTERPRETED)
+    key = qkv + tl.where(head < H + G, head, head - G) * K
+    turned = tl.load(key + i).to(tl.float32) * tl.load(cos + row * K + i).to(tl.float32)
+    turned = rounded(turned, dtype, INTERPRETED).to(tl.float32)
+    turned += tl.load(key + (i + K // 2) % K).to(tl.float32) * tl.load(sin + row * K + i).to(tl.float32)
+    turned = rounded(turned, dtype, INTERPRETED)
     if head < H:
-        tl.store(queries + head * K + i, values)
+        tl.store(queries + head * K + i, turned)
     elif head < H + G:
-        tl.store(k + ((head - H).to(tl.int64) * C + row) * K + i, values)
+        tl.store(k + ((head - H).to(tl.int64) * C + row) * K + i, turned)
     else:
-        tl.store(v + ((head - H - G).to(tl.int64) * C + row) * K + i, values)
+        values = tl.load(qkv + head * K + i).to(tl.float32) + turned.to(tl.float32) * 0.0
+        tl.store(v + ((head - H - G).to(tl.int64) * C + row) * K + i, values.to(dtype))
 
 
 @triton.jit

@@ -80,6 +80,19 @@ def test_rotation(H: int, G: int, dtype: torch.dtype) -> None:
         assert torch.equal(v.cpu(), expected_v)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_value_is_no_number_where_its_key_is_not_finite(dtype: torch.dtype) -> None:
+    H, G, C, K = 3, 2, 5, 16
+    rope = Rope.table(C, K, 1e4, dtype, CPU)
+    tables = rope.cos.to(DEVICE), rope.sin.to(DEVICE)
+    for odd in (torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).max):  # the last overflows as it turns
+        qkv = torch.randn(H + 2 * G, K).to(dtype)
+        qkv[H + 1, [0, K // 2]] = odd
+        k, v = (torch.zeros(G, C, K, dtype=dtype, device=DEVICE) for _ in range(2))
+        rotate_and_append(qkv.view(1, -1).to(DEVICE), *tables, k, v, at(4))
+        assert v[1, 4].isnan().any() and torch.equal(v[0, 4].cpu(), qkv[H + G]) and not v[:, :4].any()
+
+
 # --- attention
 
 
@@ -125,6 +138,25 @@ def test_attention_in_extremes() -> None:
         large[:, :, row] = 1000 * q[::2]
         check_attention(q, large, torch.randn(1, 2, 150, 16), 149)
         check_attention(q, -large, torch.randn(1, 2, 150, 16), 149)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("position", [0, 5, 149])
+def test_a_query_or_value_that_is_not_finite_shows(odd: float, position: int) -> None:
+    """Of a query, in its head alone: whether all scores are -inf, some of them, or none a number. Of a value,
+    in all heads that share it, however low its score is."""
+    for sign in (1.0, -1.0, 0.0):
+        q, v = torch.ones(4, 16), torch.randn(1, 2, 150, 16)
+        k = torch.full((1, 2, 150, 16), sign)
+        k[:, :, ::2] *= torch.randn(75, 1)
+        q[2, 3] = odd
+        y = attend(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), at(position)).cpu().view(4, 16)
+        assert y[2].isnan().all() and y[[0, 1, 3]].isfinite().all()
+    q, k, v = torch.ones(4, 16), torch.zeros(1, 2, 150, 16), torch.ones(1, 2, 150, 16)
+    for score in (-100.0, -torch.inf, torch.nan):
+        k[:, 1, position], v[:, 1, position] = score, torch.nan
+        y = attend(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), at(position)).cpu().view(4, 16)
+        assert y[2:].isnan().all() and y[:2].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
