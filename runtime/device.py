@@ -1,6 +1,8 @@
 """Which device to compute on, and in which dtype."""
 
 import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,12 +12,14 @@ from runtime.errors import DeviceError, OptionError
 
 
 def choose_device(name: str | None) -> torch.device:
-    """`name` as a device of this machine; None is the first CUDA device if there is one, else the CPU.
+    """`name` as a device of this machine; None is the first GPU that this build of torch can use, else the
+    CPU. Warns if there are GPUs, and none of them can be used.
 
-    Raises `OptionError` if that is no device's name, `DeviceError` if this machine does not have it.
+    Raises `OptionError` if that is no device's name, `DeviceError` if this machine does not have it, or if
+    this build has no kernels for it.
     """
     if name is None:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return first_gpu() or torch.device("cpu")
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
     if match is None:
         raise OptionError(f"device is {name!r}, and must be cpu, cuda or cuda:N")
@@ -29,7 +33,56 @@ def choose_device(name: str | None) -> torch.device:
     index = int(match[1] or 0)
     if index >= torch.cuda.device_count():
         raise DeviceError(f"device {name}: there are {torch.cuda.device_count()}, numbered from cuda:0")
-    return torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    if reason := without_kernels(device):
+        raise DeviceError(f"device {name}: {reason}; use --device cpu or install a build of torch for it")
+    return device
+
+
+def first_gpu() -> torch.device | None:
+    """The first GPU that this build of torch has kernels for. Warns if there are GPUs, but no such."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    reasons = {torch.device("cuda", n): without_kernels(torch.device("cuda", n)) for n in range(count)}
+    usable = [device for device, reason in reasons.items() if reason is None]
+    if reasons and not usable:
+        warnings.warn(
+            f"computing on the CPU, because {next(iter(reasons.values()))}; install a build of torch for it",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return usable[0] if usable else None
+
+
+def without_kernels(device: torch.device) -> str | None:
+    """Why this build of torch cannot compute anything on a GPU; None if it can. CUDA would say so after
+    everything has been loaded, with "no kernel image"."""
+    capability = torch.cuda.get_device_capability(device)
+    built = torch.cuda.get_arch_list()
+    if has_kernels(capability, built):
+        return None
+    return (
+        f"this GPU has compute capability {capability[0]}.{capability[1]}, and torch {torch.__version__} "
+        f"has kernels for {', '.join(built)}"
+    )
+
+
+def has_kernels(capability: tuple[int, int], built: Sequence[str]) -> bool:
+    """Whether a build for these architectures runs on a GPU. Compiled code (`sm_86`) runs from its own
+    capability on, within the same major number; intermediate code (`compute_90`) from its own on. What ends
+    in a letter runs on that very one. True where nothing is known.
+
+    >>> built = ["sm_75", "sm_80", "sm_90a", "sm_120", "compute_120"]
+    >>> [has_kernels(found, built) for found in ((7, 0), (7, 5), (8, 9), (9, 0), (10, 0), (12, 1), (13, 0))]
+    [False, True, True, True, False, True, True]
+    """
+    known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", name) for name in built]
+    for match in filter(None, known):
+        kind, letter, made = match[1], match[4], (int(match[2]), int(match[3]))
+        if capability == made or (
+            not letter and capability >= made and (kind == "compute" or capability[0] == made[0])
+        ):
+            return True
+    return not any(known)
 
 
 SMALL_MODEL = 1 << 28  # weights: 1 GiB in float32

@@ -36,6 +36,7 @@ from model.errors import ModelError
 from model.quant.solve import quantise
 from model.quant.spec import QuantSpec
 from runtime.arguments import new_parser
+from runtime.device import choose_device
 from runtime.errors import MixtralError
 from tools.quantise.journal import Journal, settings
 from tools.quantise.output import (
@@ -90,7 +91,9 @@ def quantize(argv: list[str] | None) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the pool's workers are the threads
     try:
-        job = make_job(args.source, args.out, args.attention, args.experts, args.device)
+        job = make_job(
+            args.source, args.out, args.attention, args.experts, args.device or choose_device(None)
+        )
         errors = write_output(job, args.force, threads, args.quiet)
     except OSError as error:
         raise MixtralError(explain(error, args.out)) from error
@@ -107,9 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--attention", type=spec, default=QuantSpec(4), metavar="FORMAT", help=f"{FORMAT} (default: 4)"
     )
     parser.add_argument("--experts", type=spec, default=QuantSpec(4), metavar="FORMAT", help="(default: 4)")
-    parser.add_argument(
-        "--device", type=device, default=default_device(), help="(default: the GPU if there is one, else cpu)"
-    )
+    parser.add_argument("--device", type=device, help="(default: the GPU if there is one, else cpu)")
     parser.add_argument("--threads", type=positive, metavar="N", help="(default: all cores)")
     parser.add_argument("--force", action="store_true", help="replace an output of this tool that is in OUT")
     parser.add_argument("--json", action="store_true", help="print every matrix's error, as JSON")
@@ -126,14 +127,9 @@ def spec(text: str) -> QuantSpec:
 
 def device(text: str) -> torch.device:
     try:
-        torch.empty(0, device=torch.device(text))
-        return torch.device(text)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a device of this machine") from error
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return choose_device(text)
+    except MixtralError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def positive(text: str) -> int:

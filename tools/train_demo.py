@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from model.checkpoint import save_hf
 from model.config import ModelConfig
 from model.mixtral import Mixtral
+from runtime.device import choose_device
 from tools.balance import Balance
 from tools.corpus import Corpus, standard_library
 from tools.held_out import judge
@@ -243,7 +244,7 @@ class Every:
 
 def train(out: Path, recipe: Recipe, corpus: Corpus) -> None:
     torch.manual_seed(recipe.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(None)
     if not (out / "tokenizer.model").exists():
         (out / "tokenizer.model").write_bytes(train_tokenizer(corpus.train, DEMO.vocab))
     tokenizer = Processor(model_file=str(out / "tokenizer.model"))

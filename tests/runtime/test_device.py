@@ -1,5 +1,6 @@
 """Choosing device and dtype, and telling free memory, on machines this one is not."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,15 @@ GIB = 1 << 30
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What this build of torch has kernels for."""
+    built = ["sm_75", "sm_80", "sm_90", "compute_90"]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    return built
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch, built: list[str]) -> None:
     """Two GPUs of compute capability 7.5 (turing) and 8.0 (ampere)."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -36,8 +45,32 @@ def test_with_gpus() -> None:
         choose_device("cuda:256")
 
 
+@pytest.mark.usefixtures("gpus")
+def test_a_gpu_that_the_build_has_no_kernels_for_is_not_chosen(built: list[str]) -> None:
+    """And asked for, it is refused before anything is loaded."""
+    warnings.simplefilter("error")
+    built.remove("sm_75")
+    assert choose_device(None) == torch.device("cuda", 1)
+    with pytest.raises(DeviceError) as caught:
+        choose_device("cuda")
+    assert str(caught.value) == (
+        f"device cuda: this GPU has compute capability 7.5, and torch {torch.__version__} has kernels for "
+        "sm_80, sm_90, compute_90; use --device cpu or install a build of torch for it"
+    )
+    built[:] = ["sm_90", "compute_90"]
+    with pytest.warns(RuntimeWarning, match=r"on the CPU, because .* 7\.5, and torch .* sm_90") as warned:
+        assert choose_device(None) == CPU
+    assert len(warned) == 1
+    assert choose_device("cpu") == CPU
+    built.append("compute_70")  # intermediate code is compiled for any later GPU
+    assert choose_device(None) == choose_device("cuda") == CUDA
+    built[:] = ["gfx90a"]
+    assert choose_device(None) == CUDA, "nothing is known of it"
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_without_gpus() -> None:
+    warnings.simplefilter("error")
     assert choose_device(None) == choose_device("cpu") == CPU
     with pytest.raises(DeviceError, match=r"device cuda: .*use --device cpu"):
         choose_device("cuda")

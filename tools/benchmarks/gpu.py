@@ -184,7 +184,7 @@ def parts(args: argparse.Namespace, on_gpu: bool) -> list[Part]:
     turns = ("--tokens", str(args.tokens), "--routing", "synthetic,own", "--seconds", str(budget - 25))
     brief = ("--tokens", str(max(args.tokens // 4, 1)), "--repeats", "2", "--routing", "synthetic")
     return [
-        Part("link", bench("link", *device, "--repeats", "3"), 40),
+        Part("link", bench("link", *device, "--repeats", "3"), 60),
         resident("4", 90),
         resident("2g64", 60),
         Part("offload", bench("offload", *shape, "--sweep", sweep, *modes, *turns), budget),

@@ -22,6 +22,7 @@ They are fixed, since to choose them by timing would make results depend on it.
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -52,22 +53,39 @@ def unsupported(device: torch.device) -> str | None:
         return f"needs a GPU of compute capability {needed}, and this one has {found}; there is no other way"
     if find_spec("triton") is None:
         return "needs Triton, which is not installed; pip install triton"
-    return uncompiled(device)
+    return untried(device)
 
 
-@functools.cache  # it is the same all along, and found out again and again
+MEMORY = re.compile(r"out of memory|(cannot|can't|not enough|failed to) (allocate )?memory", re.IGNORECASE)
+
+
+def untried(device: torch.device) -> str | None:
+    """The same where Triton is there, but has nothing to compile with, or no memory to try. The latter may be
+    otherwise the next time."""
+    try:
+        return uncompiled(device)
+    except Exception as error:  # `uncompiled` raises none but for want of memory
+        return f"needs to try a kernel, and there was no memory for that ({first_line(error)}); free some"
+
+
+@functools.cache  # it is the same all along, and found out again and again; what is raised is not kept
 def uncompiled(device: torch.device) -> str | None:
-    """The same where Triton is there, but has nothing to compile with: a small kernel is tried."""
+    """Why a small kernel cannot be compiled. Raises what tells of memory that ran out."""
     from model.quant.backends import step
 
     try:
         numbers = torch.ones(1, 16, device=device)
         step.add_and_norm(numbers, numbers, numbers[0], numbers[0, :1])
     except Exception as error:  # of Triton, of the compiler's process, of the driver
-        why = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or MEMORY.search(str(error)):
+            raise
         remedy = "install a C compiler (gcc) and Python's headers"
-        return f"needs to compile kernels, and that failed ({why}); {remedy}"
+        return f"needs to compile kernels, and that failed ({first_line(error)}); {remedy}"
     return None
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @dataclass(frozen=True)

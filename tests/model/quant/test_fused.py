@@ -107,7 +107,7 @@ def test_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "find_spec", lambda name: None)
     assert "pip install triton" in str(unsupported(cuda))
     monkeypatch.setattr(fused, "find_spec", lambda name: name)
-    monkeypatch.setattr(fused, "uncompiled", lambda device: f"tried {device}")
+    monkeypatch.setattr(fused, "untried", lambda device: f"tried {device}")
     assert unsupported(cuda) == "tried cuda:1"
 
 
@@ -129,6 +129,36 @@ def test_where_kernels_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch, text:
             assert said and f"({text.partition(chr(10))[0] or 'RuntimeError'}); install a C compiler" in said
         assert tried == [(1, 16, 1, 16, 16, 1)], "once for a device"
         assert fused.uncompiled(torch.device("cpu", 0)) is None
+    finally:
+        fused.uncompiled.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: out of memory\nCompile with this and that"),
+        OSError(12, "Cannot allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_short_memory_is_not_kept_for_a_compiler_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def add_and_norm(x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        if left.pop(0):
+            raise error
+        return x
+
+    left = [True, False]
+    monkeypatch.setattr(step, "add_and_norm", add_and_norm)
+    fused.uncompiled.cache_clear()
+    try:
+        said = str(fused.untried(torch.device("cpu")))  # stands for a GPU
+        assert "no memory for that" in said and "compiler" not in said and "\n" not in said
+        assert fused.untried(torch.device("cpu")) is None and not left
+        assert fused.untried(torch.device("cpu")) is None  # that is kept
     finally:
         fused.uncompiled.cache_clear()
 
