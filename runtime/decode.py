@@ -46,6 +46,7 @@ class Decoder:
         self.inputs = graphs.shared(2, dtype=torch.int64)  # the id, and how many tokens there are before it
         self.inputs_there = torch.zeros(2, dtype=torch.int64, device=device)
         most = 2 * config.experts_per_token + 2 * config.experts  # two layers ahead
+        most = -(-most // 4) * 4  # every row begins at 16 bytes, so all are written by one kernel
         self.choices = graphs.shared(config.layers, most, dtype=torch.int32)
         self.numbers = self.choices.numpy()  # the same memory
         self.weights = [row[: config.experts_per_token].view(torch.float32) for row in self.choices]
@@ -101,7 +102,7 @@ class Decoder:
             if isinstance(result, Tensor):
                 self.logits.copy_(result[0])
             elif self.cache is not None:
-                self.choices[layer, : len(result.all)].copy_(result.all, non_blocking=True)
+                kernels.fetch(result.all, self.choices[layer, : len(result.all)])
 
         def whole() -> None:
             for layer in layers:

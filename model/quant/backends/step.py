@@ -46,13 +46,15 @@ def unfit(heads: int, kv_heads: int, head_dim: int, hidden: int, experts: int, c
 
 
 def fetch(source: Tensor, target: Tensor) -> None:  # [n] integers each
-    """Bring a few numbers from page-locked host memory to the device. A kernel reads them, because a copy
-    would queue up behind the experts that are on their way."""
+    """Bring a few numbers from page-locked host memory to the device, or from there to such memory. A kernel
+    reads and writes them, because a copy would queue up behind the experts that are on their way."""
     from model.quant.backends import step_kernels
 
     n = target.numel()
     assert source.shape == target.shape == (n,) and source.dtype == target.dtype, (source.shape, target.shape)
-    launch(step_kernels.fetch, (1,), target, source, COUNT=n, WIDE=power_of_two(n), num_warps=1)
+    there = source if target.device.type == "cpu" else target
+    with torch.cuda.device_of(there):  # `launch` looks at the target, which may be in the host's memory
+        launch(step_kernels.fetch, (1,), target, source, COUNT=n, WIDE=power_of_two(n), num_warps=1)
 
 
 def add_and_norm(x: Tensor, more: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:

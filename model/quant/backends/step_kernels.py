@@ -15,8 +15,8 @@ from model.quant.backends.triton_kernels import rounded
 
 @triton.jit
 def fetch(
-    target: tl.tensor,  # [COUNT]
-    source: tl.tensor,  # [COUNT], in the host's memory
+    target: tl.tensor,  # [COUNT]; this one
+    source: tl.tensor,  # [COUNT], or this one is in the host's memory
     COUNT: tl.constexpr,
     WIDE: tl.constexpr,  # a power of two, at least COUNT
     INTERPRETED: tl.constexpr,

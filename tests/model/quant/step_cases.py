@@ -4,14 +4,17 @@ on a CPU.
 With TRITON_INTERPRET=1 in the environment, the kernels run on the CPU; without, on a GPU.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from model.mixtral import RMSNorm
+from model.quant.backends import step
 from model.quant.backends.step import (
     SPLITS,
     add_and_norm,
@@ -244,3 +247,23 @@ def test_numbers_come_from_the_host(n: int) -> None:
     target = torch.full((n + 2,), -1, dtype=torch.int64, device=DEVICE)
     fetch(source, target[1 : n + 1])
     assert target.tolist() == [-1, *range(7, 7 + n), -1]
+
+
+@pytest.mark.parametrize("n", [1, 2, 6, 20, 33])
+def test_numbers_go_to_the_host(n: int) -> None:
+    source = torch.arange(40, dtype=torch.int32, device=DEVICE)[7 : 7 + n]
+    target = torch.full((n + 2,), -1, dtype=torch.int32, pin_memory=DEVICE == "cuda")
+    fetch(source, target[1 : n + 1])
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert target.tolist() == [-1, *range(7, 7 + n), -1]
+
+
+def test_the_device_launches_whichever_way_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(step, "launch", lambda *args, **values: None)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: contextlib.nullcontext(seen.append(t.device.type)))
+    host, device = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32, device="meta")
+    fetch(host, device)
+    fetch(device, host)
+    assert seen == ["meta", "meta"]
