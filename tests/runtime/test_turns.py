@@ -1,6 +1,5 @@
 """Finalisers, signal handlers and forks in the midst of a request: nothing hangs, and no token is wrong."""
 
-import _thread
 import contextlib
 import gc
 import os
@@ -268,41 +267,3 @@ def test_a_fork_is_refused_at_once_and_ends_quietly(checkpoint: Path, offload: s
     program = [sys.executable, "-c", FORKED, str(checkpoint), offload]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(sys.implementation.name != "cpython", reason="interrupts come where CPython has them")
-def test_interrupts_of_requests_leave_nothing_locked(engine: Engine) -> None:
-    """Ctrl-C at any moment of a request, from another thread, as a signal is delivered."""
-    expected, ended, failed = ids(engine), threading.Event(), 0
-    armed = [False]
-
-    def interrupt() -> None:
-        while not ended.wait(2e-4):
-            if armed[0]:
-                armed[0] = False
-                _thread.interrupt_main()
-
-    other = threading.Thread(target=interrupt)
-    other.start()
-    try:
-        for _ in range(150):
-            got = []
-            try:
-                armed[0] = True
-                for token in engine.generate(PROMPT, PARAMS):
-                    got.append(token.id)
-                while armed[0]:
-                    time.sleep(1e-4)
-            except KeyboardInterrupt:
-                failed += 1
-            assert got == expected[: len(got)]
-    finally:
-        with contextlib.suppress(KeyboardInterrupt):
-            ended.set()
-            other.join()
-    assert failed > 100
-    free = threading.Thread(target=lambda: engine.turns.take(lambda: None))
-    free.start()
-    free.join(10)
-    assert not free.is_alive(), "another thread can have its turn"
-    assert ids(engine) == expected

@@ -2,6 +2,7 @@
 is right."""
 
 import _thread
+import contextlib
 import gc
 import os
 import random
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from runtime import Engine, EngineOptions, LoadError, RequestError, SamplingParams
+from runtime.errors import DeviceError
 from runtime.experts.copying import HostLink, TransferError
 
 COUNT = 12
@@ -251,6 +253,50 @@ def test_interrupted_between_any_two_lines(rig: Any) -> None:
             slots = sorted([slot for table in cache.tables for slot in table.slots] + cache.spares.free)
             assert slots == list(range(len(cache.last_use)))
     assert failed > 60
+
+
+def test_a_load_that_fails_anywhere_leaves_no_thread(variant: Callable[..., Path]) -> None:
+    """An error at every other line of what makes an engine and its cache, from the arena to the first use."""
+    files = ("runtime/engine.py", "experts/cache.py", "experts/copying.py")
+    ends = ("close", "end", "let_go", "drop", "in_its_thread")
+    folder, before, left, failed = variant(), threads(), [0], list[str]()
+    options = EngineOptions(device="cpu", dtype="float32", offload="always", slots=2)
+
+    def watch(frame: Any, event: str, arg: Any) -> Any:
+        name = frame.f_code.co_name
+        if not frame.f_code.co_filename.endswith(files) or name in ends or name.startswith("<"):
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                failed.append(name)
+                raise MemoryError
+        return watch
+
+    for n in range(12, 2000, 2):
+        left[0] = n
+        sys.settrace(watch)
+        loaded = False
+        with contextlib.suppress(MemoryError, DeviceError):
+            try:
+                Engine.load(folder, options).close()
+                loaded = True
+            finally:
+                sys.settrace(None)
+        gc.collect()
+        await_threads(before)
+        if loaded:
+            break
+    assert len(failed) > 25 and {"make", "over", "__init__", "start", "load"} <= set(failed)
+    await_threads(before)
+
+
+def await_threads(expected: list[str]) -> None:
+    """One that was told to end by a finaliser ends by itself."""
+    deadline = time.monotonic() + 10
+    while threads() != expected:
+        assert time.monotonic() < deadline, threads()
+        time.sleep(1e-3)
 
 
 def test_a_file_cut_off_between_opening_and_reading(variant: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,0 +1,26 @@
+"""Ctrl-C wherever it comes: a short run of `interrupts.py`, whose long one is 40 times this."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import Engine, EngineOptions
+from runtime.experts.copying import HostLink
+from tests.runtime.experts.interrupts import AtOnce, hammer_copies, hammer_requests
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no such timer")
+
+
+@pytest.mark.parametrize("link", [HostLink, AtOnce, lambda: HostLink(50e6)], ids=["host", "at once", "slow"])
+def test_interrupts_of_copies_leave_nothing_locked_and_no_wrong_byte(link: Any) -> None:
+    assert hammer_copies(500, link()) == 500 * 4
+
+
+@pytest.mark.parametrize("options", [{"offload": "never"}, {"offload": "always", "slots": 2, "prefetch": 2}])
+def test_interrupts_of_requests_leave_nothing_locked_and_no_wrong_token(
+    checkpoint: Path, options: dict[str, Any]
+) -> None:
+    with Engine.load(checkpoint, EngineOptions(device="cpu", dtype="float32", **options)) as engine:
+        hammer_requests(100, engine, [5, 6, 7])
