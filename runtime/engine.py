@@ -110,11 +110,13 @@ class Engine:
             with out_of_memory(DeviceError), torch.inference_mode(False):
                 with bar as advance:
                     model, cache = load(checkpoint, setup, options, advance)
-                engine = Engine(model, tokenizer, setup.plan, setup.dtype, options, cache)
+                engine = None
                 try:
+                    engine = Engine(model, tokenizer, setup.plan, setup.dtype, options, cache)
                     engine.take_planned()
-                except BaseException:
-                    engine.close()
+                except BaseException:  # which may be kept, and with it what its frames refer to
+                    if made := engine or cache:
+                        made.close()
                     raise
         except (ModelError, TokenizerError) as error:
             raise LoadError(str(error)) from error
