@@ -96,8 +96,8 @@ def rotate_and_append(
     assert qkv.dtype == cos.dtype == sin.dtype == k.dtype, (qkv.dtype, cos.dtype, k.dtype)
     queries = qkv.new_empty(H, K)
     launch(
-        step_kernels.rotate_and_append, (H + 2 * G,), qkv.contiguous(), cos, sin, k, v, position, queries,
-        H=H, G=G, C=C, K=K, num_warps=1,
+        step_kernels.rotate_and_append, (H + 2 * G,), qkv.contiguous(), cos, sin, k, v, position, queries, C,
+        H=H, G=G, K=K, num_warps=1,
     )  # fmt: skip
     return queries
 
@@ -121,8 +121,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:  # [H, 
     scales = q.new_empty(H, SPLITS, 2, dtype=torch.float32)
     y = q.new_empty(1, H * K)
     launch(
-        step_kernels.attend_stretch, (G, SPLITS), q.contiguous(), k, v, position, sums, scales,
-        C=C, K=K, SHARE=share, HEADS=MAX_SHARE, TILE=tile, SPLITS=SPLITS,
+        step_kernels.attend_stretch, (G, SPLITS), q.contiguous(), k, v, position, sums, scales, C,
+        K=K, SHARE=share, HEADS=MAX_SHARE, TILE=tile, SPLITS=SPLITS,
         SCALE=K**-0.5 * math.log2(math.e), num_warps=4, num_stages=2,
     )  # fmt: skip
     launch(

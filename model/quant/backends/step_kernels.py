@@ -51,7 +51,7 @@ def add_and_norm(
     tl.store(y + i, rounded(normed * scale, dtype, INTERPRETED), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def rotate_and_append(
     qkv: tl.tensor,  # [H + 2 G, K]
     cos: tl.tensor,  # [C', K]
@@ -60,9 +60,9 @@ def rotate_and_append(
     v: tl.tensor,  # [G, C, K]
     position: tl.tensor,  # [1]
     queries: tl.tensor,  # [H, K]
+    C: tl.tensor,
     H: tl.constexpr,
     G: tl.constexpr,
-    C: tl.constexpr,
     K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [H + 2 G]
@@ -86,7 +86,7 @@ def rotate_and_append(
         tl.store(v + ((head - H - G).to(tl.int64) * C + row) * K + i, values.to(dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def attend_stretch(
     q: tl.tensor,  # [G * SHARE, K]
     k: tl.tensor,  # [G, C, K]
@@ -94,7 +94,7 @@ def attend_stretch(
     position: tl.tensor,  # [1]
     sums: tl.tensor,  # [G * SHARE, SPLITS, K] float32
     scales: tl.tensor,  # [G * SHARE, SPLITS, 2] float32
-    C: tl.constexpr,
+    C: tl.tensor,
     K: tl.constexpr,
     SHARE: tl.constexpr,  # query heads to a kv head
     HEADS: tl.constexpr,  # 16, which a tensor core multiplies at least; those beyond SHARE are zeros

@@ -219,7 +219,7 @@ def multiply_one(
     tl.store(y + first + tl.arange(0, ROWS), rounded(sums, y.dtype.element_ty, INTERPRETED))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def multiply_few(
     x: tl.tensor,  # [M, K]
     matrix: tl.tensor,  # *uint8
