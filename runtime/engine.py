@@ -236,6 +236,10 @@ class Engine:
         writer = TraceWriter.open(path, header)
         try:
             self.alone(partial(self.cache.record, writer))  # from the beginning of a step on
+        except BaseException:
+            writer.close()
+            raise
+        try:
             yield
         finally:
             self.cache.record(None)

@@ -55,7 +55,7 @@ class Session:
         self.ids: list[int] = []  # whose keys and values are in the cache
         self.cache = engine.take_cache()
         self.requests = 0
-        self.closed = False
+        self.closed = self.computing = False
 
     def send(self, content: str) -> None:
         """Add the user's next message. Raises `RequestError` if the one before has not been answered."""
@@ -164,21 +164,29 @@ class Session:
         reused = min(common_prefix(self.ids, ids), len(ids) - 1)
         self.cache.truncate(reused)
         del self.ids[reused:]
-        logits = self.engine.forward(ids[reused:], self.cache)
+        logits = self.forward(ids[reused:])
         self.ids = list(ids)
         self.engine.count_prompt(len(ids) - reused, reused)
         return logits
 
     def step(self, token: int) -> Tensor:  # -> [V] float32
-        logits = self.engine.forward([token], self.cache)
+        logits = self.forward([token])
         self.ids.append(token)
         return logits
+
+    def forward(self, ids: list[int]) -> Tensor:
+        self.computing = True
+        try:
+            return self.engine.forward(ids, self.cache)
+        finally:
+            self.computing = False
 
     def close(self) -> None:
         """Give the KV cache back to the engine, for the next session. The session ends with it."""
         if not self.closed:
             self.closed = True
-            self.engine.give_cache(self.cache)
+            if not self.computing:  # else a signal's handler called this, and the step still writes to it
+                self.engine.give_cache(self.cache)
 
     def __enter__(self) -> Session:
         return self

@@ -153,9 +153,9 @@ class CopyEngine:
         self.link = link
         self.orders: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # for the copy thread
         self.turn = threading.Lock()  # to put a piece on the link, and to count it
-        self.urgent: deque[Ticket] = deque()  # these three are the copy thread's alone
+        self.urgent: deque[Ticket] = deque()  # these two are the copy thread's alone
         self.guesses: deque[Ticket] = deque()
-        self.waits: list[tuple[Ticket, int, threading.Lock]] = []
+        self.waits: deque[tuple[Ticket, int, threading.Lock]] = deque()  # added to by who waits
         self.era = 0
         self.closed = self.ended = False  # told to end; has ended, and nothing is on its way
         self.moved = 0  # bytes, in all
@@ -194,6 +194,8 @@ class CopyEngine:
     def promote(self, ticket: Ticket) -> None:
         """A guess has come true: what is left of it is needed now."""
         ticket.urgent = True
+        if ticket.complete:
+            return
         if not self.link.blocks(ticket.source):
             self.move_at_once(ticket)
         else:
@@ -223,9 +225,11 @@ class CopyEngine:
             start = time.perf_counter()
             arrived = threading.Lock()
             arrived.acquire()
-            self.orders.put(partial(self.watch, ticket, count, arrived))
-            while not self.closed and not arrived.acquire(timeout=PATIENCE):
-                pass  # by then, there may be nobody any more to release it
+            self.waits.append((ticket, count, arrived))
+            # Asked once more, because the copy thread may have moved it before it could find this wait; and
+            # by then it may have ended.
+            while ticket.moved < count and ticket.error is None and not self.closed:
+                arrived.acquire(timeout=PATIENCE)
             waited = time.perf_counter() - start
         if ticket.moved < count:
             if ticket.error is None:
@@ -241,7 +245,7 @@ class CopyEngine:
         try:
             with self.turn:
                 while not ticket.complete and ticket.error is None:
-                    self.move_piece(ticket, ticket.source)
+                    self.move_piece(ticket, ticket.source[ticket.moved : ticket.moved + self.link.piece])
         except Exception as error:
             ticket.error = error
         except BaseException:  # Ctrl-C: the one who asked will not learn of this copy
@@ -250,18 +254,16 @@ class CopyEngine:
         if ticket.complete:
             self.tell(ticket)
 
-    def move_piece(self, ticket: Ticket, source: Tensor, start: int = 0) -> None:
-        """The next piece of a copy; `source` holds its bytes from `start` on. With the turn taken."""
-        began = time.perf_counter()
-        if ticket.moved == 0:
+    def move_piece(self, ticket: Ticket, piece: Tensor) -> None:
+        """The next piece of a copy. With the turn taken."""
+        began, start, size = time.perf_counter(), ticket.moved, piece.numel()
+        if start == 0:
             self.link.begin(ticket.free)
-        piece = source[ticket.moved - start :][: self.link.piece]
-        target = ticket.target[ticket.moved : ticket.moved + piece.numel()]
-        mark = self.link.move(piece, target, ticket.urgent)
-        self.moved += piece.numel()
+        mark = self.link.move(piece, ticket.target[start : start + size], ticket.urgent)
+        self.moved += size
         ticket.seconds += time.perf_counter() - began
-        ticket.marks.append((ticket.moved + piece.numel(), mark))
-        ticket.moved += piece.numel()  # last: who finds the bytes there asks for their mark
+        ticket.marks.append((start + size, mark))
+        ticket.moved = start + size  # last: who finds the bytes there asks for their mark
 
     def tell(self, ticket: Ticket) -> None:
         if (finished := self.finished) is not None:  # another thread may set it to None
@@ -299,10 +301,10 @@ class CopyEngine:
             self.closed = True
             while not self.orders.empty():
                 self.orders.get()()
-            for _, _, arrived in self.waits:
-                arrived.release()
-            for held in (self.urgent, self.guesses, self.waits):
-                held.clear()
+            while self.waits:
+                self.waits.popleft()[2].release()
+            self.urgent.clear()
+            self.guesses.clear()
             with contextlib.suppress(Exception):  # of a device that is lost
                 self.link.close()
             self.keep = ()
@@ -315,14 +317,13 @@ class CopyEngine:
 
     def advance(self, ticket: Ticket) -> None:
         """One piece of a copy."""
-        start, size = ticket.moved, self.link.piece
-        moved = False
+        start, moved = ticket.moved, False
         try:
-            source = self.link.prepare(ticket.source[start : start + size], ticket.urgent)
+            piece = self.link.prepare(ticket.source[start : start + self.link.piece], ticket.urgent)
             with self.turn:
                 # The other thread may have cancelled it, or moved all the rest.
                 if ticket.moved == start and not ticket.cancelled and ticket.era == self.era:
-                    self.move_piece(ticket, source, start)
+                    self.move_piece(ticket, piece)
                     moved = True
         except BaseException as error:  # whatever it is belongs to whoever waits for this copy
             ticket.error = error
@@ -356,19 +357,14 @@ class CopyEngine:
             if ticket in waiting:
                 waiting.remove(ticket)
 
-    def watch(self, ticket: Ticket, count: int, arrived: threading.Lock) -> None:
-        self.waits.append((ticket, count, arrived))
-        self.wake()
-
     def wake(self) -> None:
         """Release those who wait for what is there by now, or will never be."""
-        still = []
-        for ticket, count, arrived in self.waits:
+        for _ in range(len(self.waits)):
+            ticket, count, arrived = self.waits.popleft()
             if ticket.moved >= count or ticket.error is not None or ticket.cancelled:
                 arrived.release()
             else:
-                still.append((ticket, count, arrived))
-        self.waits = still
+                self.waits.append((ticket, count, arrived))
 
 
 def describe(error: BaseException) -> str:

@@ -126,6 +126,25 @@ def test_what_a_handler_may_ask_for_in_the_midst_of_a_step(engine: Engine) -> No
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert len(seen) == 1 and ids(engine) == expected
+    assert len(engine.logits(PROMPT)) == len(PROMPT)  # with what was made in the midst of that step
+
+
+def test_a_session_closed_in_the_midst_of_its_step_keeps_its_cache(engine: Engine) -> None:
+    """Another session may begin at once, and must not be given what the step still writes to."""
+    expected, others = ids(engine), list[Any]()
+    session = engine.session()
+    tokens = session.complete(PROMPT, PARAMS)
+
+    def act() -> None:
+        session.close()
+        others.append(engine.session())
+
+    got = []
+    with in_a_step(engine, act), pytest.raises(RequestError, match="the session is closed"):
+        for token in tokens:
+            got.append(token.id)
+    assert got == expected[: len(got)] and others[0].cache is not session.cache
+    assert [token.id for token in others[0].complete(PROMPT, PARAMS)] == expected
 
 
 def test_closed_in_the_midst_of_a_step(engine: Engine) -> None:
