@@ -1,8 +1,17 @@
 """The matrix product of the network."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.rows import in_pieces
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:  # [..., inputs], [outputs, inputs] -> [..., outputs]
+    """`x @ weight.T`."""
+    return in_pieces(partial(F.linear, weight=weight), x)
 
 
 class Linear(nn.Module):
@@ -17,7 +26,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class PackedLinear(nn.Module):
@@ -32,6 +41,9 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
+        return in_pieces(self.product, x)
+
+    def product(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
 

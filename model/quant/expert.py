@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.linear import linear
 from model.moe import Product, gated, mix
 from model.quant.backends import Backend, fused
 from model.quant.backends.fused import ExpertForm
@@ -91,7 +91,7 @@ class ExpertFormat:
             if self.spec.quantised:
                 products.append(self.backends[name](self.spec, shape, memory))
             else:
-                products.append(partial(F.linear, weight=memory["weight"]))
+                products.append(partial(linear, weight=memory["weight"]))
         return BoundExpert(*products)
 
 

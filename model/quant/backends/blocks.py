@@ -8,9 +8,9 @@ in float32 and rounded once, so it is the number that `QuantisedTensor.dequantis
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from model.linear import linear
 from model.quant.layout import Field, matrix_fields
 from model.quant.packing import unpack
 from model.quant.spec import QuantSpec
@@ -41,7 +41,7 @@ class Blocks:
             groups.copy_(codes.view_as(groups)).sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
             if rounded is not wide:
                 rounded[:n].copy_(wide[:n])
-            out[:, rows] = F.linear(x, rounded[:n])
+            out[:, rows] = linear(x, rounded[:n])
         return out
 
     @staticmethod

@@ -18,6 +18,7 @@ The kernel takes longer the more rows x has; from `FEW` rows on it pays to expan
 
 import functools
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from model.quant.layout import Field
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
+from model.rows import in_pieces
 
 KERNEL_GROUPS = (32, 64, 128, 256)
 FEW = 48  # rows of x, measured at 14336 x 4096
@@ -77,7 +79,7 @@ class Int4Pack:
         work = Workspace(K, min(EXPANDED, N), len(self.nibbles), x.device)
         for start in range(0, N, EXPANDED):
             rows = slice(start, min(start + EXPANDED, N))
-            torch.mm(x, self.expand(rows, work), out=out[:, rows])
+            out[:, rows] = in_pieces(partial(torch.mm, mat2=self.expand(rows, work)), x)
         return out
 
     def expand(self, rows: slice, work: "Workspace") -> Tensor:

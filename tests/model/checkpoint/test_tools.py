@@ -27,8 +27,12 @@ def test_random_checkpoint_is_sane_and_about_that_size(tmp_path: Path, size: int
     assert result["model_bytes"] == sum(parameter.nbytes for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("arguments", [["load", "no/such/folder"], ["load", "--bytes", "many"]])
-def test_bench_says_what_is_wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(arguments) == 1
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["load", "no/such/folder"], 1), (["load", "--bytes", "many"], 2)]
+)
+def test_bench_says_what_is_wrong(
+    arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(arguments) == status
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
