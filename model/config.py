@@ -1,14 +1,28 @@
 """The architecture's numbers, read from a checkpoint's own files and from nowhere else."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import ModelError
+from model.errors import ModelError, quoted
 
 MAX_CONFIG_BYTES = 1 << 20
+MOST = {  # far above any Mixtral: no claim of a file makes anything else long, or large
+    "vocab": 1 << 24,
+    "hidden": 1 << 20,
+    "layers": 1 << 12,
+    "heads": 1 << 16,
+    "kv_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "ffn": 1 << 24,
+    "experts": 1 << 8,
+    "context": 1 << 24,
+}
+MAX_ENDS = 64  # end-of-sequence ids
+FLOAT32 = (2.0**-126, 2.0**127)  # the network computes with these numbers in float32
 NATIVE = "mixtral-runtime"  # the quant_method of our own checkpoints: see `model.checkpoint.native`
 
 
@@ -36,10 +50,11 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
-        sizes = ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "experts", "context")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ModelError(f"config: {name} is {getattr(self, name)}, and must be at least 1")
+        for name, most in MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                value = quoted(getattr(self, name))
+                bound = "at least 1" if getattr(self, name) < 1 else f"at most {most}"
+                raise ModelError(f"config: {name} is {value}, and must be {bound}")
         if self.heads % self.kv_heads:
             raise ModelError(
                 f"config: {self.heads} query heads are not a multiple of {self.kv_heads} kv heads"
@@ -47,7 +62,14 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ModelError(f"config: head_dim {self.head_dim} is odd, and rotary embedding needs pairs")
         if not 1 <= self.experts_per_token <= self.experts:
-            raise ModelError(f"config: {self.experts_per_token} experts per token out of {self.experts}")
+            raise ModelError(
+                f"config: {quoted(self.experts_per_token)} experts per token out of {self.experts}"
+            )
+        for id in (self.bos_id, *self.eos_ids):
+            if not 0 <= id < self.vocab:
+                raise ModelError(
+                    f"config: the begin or end id {quoted(id)} is outside the vocabulary of {self.vocab}"
+                )
 
     @staticmethod
     def read(folder: Path) -> "ModelConfig":
@@ -76,23 +98,25 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
     """
     get = Fields("config.json", config)
     if config.get("model_type") != "mixtral":
-        raise ModelError(
-            f"config.json: model_type is {config.get('model_type')!r}; only 'mixtral' is supported"
-        )
-    method = section(config, "quantization_config").get("quant_method", "unknown")
-    if config.get("quantization_config") and method != NATIVE:
-        raise ModelError(
-            f"config.json: weights are quantised by {method!r}; start from the 16-bit checkpoint instead"
-        )
+        found = quoted(config.get("model_type"))
+        raise ModelError(f"config.json: model_type is {found}; only 'mixtral' is supported")
+    check_quantisation(config)
     if config.get("tie_word_embeddings"):
         raise ModelError(
             "config.json: tie_word_embeddings is true; Mixtral's embeddings and head are separate"
         )
     if config.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"config.json: hidden_act is {config['hidden_act']!r}; Mixtral's is 'silu'")
+        raise ModelError(f"config.json: hidden_act is {quoted(config['hidden_act'])}; Mixtral's is 'silu'")
+    if (window := config.get("sliding_window")) is not None:
+        warnings.warn(
+            f"config.json: sliding_window is {quoted(window)}, and is ignored: Mixtral attends to all tokens",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     heads, hidden = get.int("num_attention_heads"), get.int("hidden_size")
+    vocab = get.int("vocab_size")
     return ModelConfig(
-        vocab=get.int("vocab_size"),
+        vocab=vocab,
         hidden=hidden,
         layers=get.int("num_hidden_layers"),
         heads=heads,
@@ -105,7 +129,20 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
         rope_theta=hf_rope_theta(config),
         norm_eps=get.float("rms_norm_eps", 1e-5),
         bos_id=get.int("bos_token_id", 1),
-        eos_ids=eos_ids({"eos_token_id": 2} | dict(config) | dict(generation or {})),
+        eos_ids=eos_ids({"eos_token_id": 2} | dict(config) | dict(generation or {}), vocab),
+    )
+
+
+def check_quantisation(config: Mapping[str, Any]) -> None:
+    """Raises `ModelError` where `config.json` says that another program quantised the weights."""
+    method = section(config, "quantization_config").get("quant_method", "another program")
+    if config.get("quantization"):  # MLX writes its sizes there
+        method = "mlx"
+    elif not config.get("quantization_config") or method == NATIVE:
+        return
+    raise ModelError(
+        f"config.json: the weights were quantized by {quoted(method)}; start from the 16-bit checkpoint, and "
+        "quantize it with tools.quantize"
     )
 
 
@@ -163,24 +200,38 @@ def hf_rope_theta(config: Mapping[str, Any]) -> float:
     scaling = nested | section(config, "rope_scaling")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
-        raise ModelError(f"config.json: rope_type is {kind!r}; Mixtral's is 'default' (unscaled)")
+        raise ModelError(f"config.json: rope_type is {quoted(kind)}; Mixtral's is 'default' (unscaled)")
     return Fields("config.json", dict(config) | nested).float("rope_theta", 1e6)
 
 
-def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """End-of-sequence ids: a number, a list of numbers, or none at all."""
+def eos_ids(config: Mapping[str, Any], vocab: int) -> tuple[int, ...]:
+    """End-of-sequence ids: a number, a list of numbers, or none at all.
+
+    Ids outside the vocabulary are left out, with a warning: the model cannot write them.
+    """
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ModelError(f"config.json: eos_token_id is {value!r}, and must be a token id or a list of them")
-    return tuple(ids)
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids) or len(ids) > MAX_ENDS:
+        raise ModelError(
+            f"config.json: eos_token_id is {quoted(value)}, and must be a token id or a list of at most "
+            f"{MAX_ENDS} of them"
+        )
+    outside = [i for i in ids if not 0 <= i < vocab]
+    if outside:
+        warnings.warn(
+            f"config.json: eos_token_id {quoted(outside)} is outside the vocabulary of {quoted(vocab)}, and "
+            "ends no text",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return tuple(dict.fromkeys(i for i in ids if i not in outside))
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """An object inside the configuration; empty if it is absent or null."""
     value = config.get(name) or {}
     if not isinstance(value, Mapping):
-        raise ModelError(f"config.json: {name} is {value!r}, and must be an object")
+        raise ModelError(f"config.json: {name} is {quoted(value)}, and must be an object")
     return dict(value)
 
 
@@ -196,26 +247,33 @@ class Fields:
         if value is None and default is not None:  # HF writes null for "derive it"
             return default
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ModelError(f"{self.source}: {name} is {value!r}, and must be an integer")
+            raise ModelError(f"{self.source}: {name} is {quoted(value)}, and must be an integer")
         return value
 
     def float(self, name: str, default: float | None = None) -> float:
         value = self.values.get(name)
         if value is None and default is not None:
             return default
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e300:
-            raise ModelError(f"{self.source}: {name} is {value!r}, and must be a positive number")
+        least, most = FLOAT32
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
+            raise ModelError(
+                f"{self.source}: {name} is {quoted(value)}, and must be a positive number that float32 holds"
+            )
         return float(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object from a file. Raises `ModelError` naming the file."""
     try:
-        size = path.stat().st_size
-        value = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_CONFIG_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, endless numbers
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+            size = path.stat().st_size
+        value = json.loads(data.decode("utf-8")) if len(data) <= MAX_CONFIG_BYTES else None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, endless numbers; brackets too deep
         raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
-    if size > MAX_CONFIG_BYTES:
+    if len(data) > MAX_CONFIG_BYTES:
         raise ModelError(f"{path}: {size} bytes, too large for a configuration file")
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds a {type(value).__name__} where an object was expected")

@@ -26,6 +26,17 @@ def parameter_rows(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tupl
     }
 
 
+def copies(template: str, config: ModelConfig) -> int:
+    """For how many names this one stands.
+
+    >>> tiny = ModelConfig(vocab=9, hidden=4, layers=5, heads=2, kv_heads=1, head_dim=2, ffn=3, experts=2,
+    ...                    experts_per_token=1, context=8, rope_theta=1e4, norm_eps=1e-5)
+    >>> [copies(name, tiny) for name in ("norm.weight", "layers.{n}.gate", "layers.{n}.experts.{e}.w2")]
+    [1, 5, 10]
+    """
+    return (config.layers if "{n}" in template else 1) * (config.experts if "{e}" in template else 1)
+
+
 def instances(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
     """Every parameter as (template, layer, expert): a layer's parameters together, and in it an expert's."""
     templates = list(parameter_rows(config))

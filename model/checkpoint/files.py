@@ -1,11 +1,13 @@
 """Which files of a folder are the checkpoint's weights. What is in them is not judged here."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.foreign import GGUF, START_OVER
 from model.config import read_json
-from model.errors import ModelError
+from model.errors import ModelError, quoted
 
 STEMS = ("model", "consolidated")  # HF's, Mistral's. A folder with both holds the same weights twice
 SHARD = re.compile(r"(?P<stem>[a-z]+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -41,6 +43,8 @@ def check_folder(folder: Path) -> None:
     """Raises `ModelError` unless `folder` is a folder, with something in it."""
     if not folder.exists():
         raise ModelError(f"{folder}: no such folder")
+    if not folder.is_dir() and folder.suffix.lower() == GGUF:
+        raise ModelError(f"{folder}: a GGUF file, which is not read here; {START_OVER}")
     if not folder.is_dir():
         raise ModelError(f"{folder}: a file; a checkpoint is a folder with a configuration and weights in it")
     if not any(folder.iterdir()):
@@ -54,7 +58,9 @@ def indexed_shards(index: Path) -> list[Path]:
         raise ModelError(f"{index}: no weight_map of tensors to files")
     for tensor, name in weight_map.items():
         if not is_plain_name(name):
-            raise ModelError(f"{index}: tensor {tensor!r} is in {str(name)[:80]!r}, which is not a file name")
+            raise ModelError(
+                f"{index}: tensor {quoted(tensor)} is in {quoted(name)}, which is not a file name"
+            )
     shards = [index.parent / name for name in sorted(set(weight_map.values()))]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
@@ -72,7 +78,7 @@ def is_plain_name(name: Any) -> bool:
     >>> any(map(is_plain_name, ["../a.safetensors", "/a.safetensors", "b\\\\a.safetensors", "", ".", 3]))
     False
     """
-    return isinstance(name, str) and re.fullmatch(r"[\w.+-]+\.safetensors", name, re.ASCII) is not None
+    return isinstance(name, str) and re.fullmatch(r"[\w.+-]{1,240}\.safetensors", name, re.ASCII) is not None
 
 
 def numbered_shards(folder: Path, stem: str) -> list[Path]:
@@ -81,9 +87,7 @@ def numbered_shards(folder: Path, stem: str) -> list[Path]:
     found = {path: match for path, match in found.items() if match["stem"] == stem}
     counts = {int(match["count"]) for match in found.values()}
     if len(counts) > 1:
-        raise ModelError(
-            f"{folder}: shards of different exports, of {some([str(n) for n in sorted(counts)])} files"
-        )
+        raise ModelError(f"{folder}: shards of different exports, of {some(sorted(counts))} files")
     for count in counts:
         names = (f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
         missing = [name for name in names if folder / name not in found]
@@ -94,11 +98,11 @@ def numbered_shards(folder: Path, stem: str) -> list[Path]:
     return sorted(found)
 
 
-def some(names: list[str], limit: int = 3) -> str:
+def some(names: Sequence[object], limit: int = 3) -> str:
     """The first few of many names, for a message.
 
-    >>> some(["a", "b", "c", "d", "e"])
-    'a, b, c and 2 more'
+    >>> print(some(["a", "b", "c", "d\\n", "e"]))
+    'a', 'b', 'c' and 2 more
     """
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(map(quoted, names[:limit])) + more

@@ -16,10 +16,11 @@ from model.checkpoint.files import some
 from model.checkpoint.names import IGNORED, SPELLINGS, Rows, Table, stored_tensors
 from model.checkpoint.safetensors import DTYPES, Header, TensorEntry
 from model.config import ModelConfig
-from model.errors import ModelError
+from model.errors import ModelError, quoted
+from model.parameters import copies
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
-MAX_EXPERTS = 1 << 20  # over all layers; a sane bound for what a configuration may claim
+MANY = 1000  # tensors more than files have, and as many again: a configuration of another model
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ def match(folder: Path, headers: Mapping[Path, Header], config: ModelConfig) -> 
     Raises `ModelError` naming the tensors that are missing, unexpected, in two files, or of the wrong shape
     or dtype.
     """
-    check_size(folder, config)
     found = collect(folder, headers)
     spelling = recognise(found)
-    expected = stored_tensors(SPELLINGS[spelling], config)
+    table = SPELLINGS[spelling]
+    count = sum(copies(source, config) for sources in table.values() for source in sources)
+    check_count(folder, config, count, len(found))
+    expected = stored_tensors(table, config)
     check_names(folder, expected, found)
     pieces = []
     for name, stored in expected.items():
@@ -114,11 +117,16 @@ def match(folder: Path, headers: Mapping[Path, Header], config: ModelConfig) -> 
     return Layout.of(spelling, pieces, headers)
 
 
-def check_size(folder: Path, config: ModelConfig) -> None:
-    """Raises `ModelError` where the names alone of what a configuration claims would fill the memory."""
-    if config.layers * config.experts > MAX_EXPERTS:
+def check_count(folder: Path, config: ModelConfig, expected: int, found: int) -> None:
+    """Raises `ModelError` where a configuration claims far more tensors than there are.
+
+    Comparing names takes time and memory for each name, and a file of 500 bytes can claim millions.
+    """
+    if expected > 2 * found + MANY:
         raise ModelError(
-            f"{folder}: the configuration claims {config.layers} layers of {config.experts} experts"
+            f"{folder}: holds {found} tensors, and {config.layers} layers of {config.experts} experts, as "
+            f"the configuration says, are {expected}; the files are incomplete or not those of this "
+            "configuration"
         )
 
 
@@ -129,7 +137,7 @@ def collect(folder: Path, headers: Mapping[Path, Header]) -> dict[str, tuple[Pat
         for name, entry in header.tensors.items():
             if name in found:
                 raise ModelError(
-                    f"{folder}: tensor {name!r} is in {found[name][0].name} and again in {path.name}"
+                    f"{folder}: tensor {quoted(name)} is in {found[name][0].name} and again in {path.name}"
                 )
             if not name.endswith(IGNORED):
                 found[name] = (path, entry)
@@ -149,8 +157,8 @@ def recognise(names: Iterable[str]) -> str:
 def check_names(folder: Path, expected: Iterable[str], found: Iterable[str]) -> None:
     """Raises `ModelError` listing what is missing and what does not belong."""
     present, wanted = set(found), set(expected)
-    missing = [repr(name) for name in expected if name not in present]
-    unexpected = [repr(name) for name in found if name not in wanted]
+    missing = [name for name in expected if name not in present]
+    unexpected = [name for name in found if name not in wanted]
     faults = [
         f"{len(names)} tensor{'s' * (len(names) > 1)} {what} ({some(names)})"
         for names, what in ((missing, "missing"), (unexpected, "unexpected"))
@@ -168,12 +176,14 @@ def check_tensor(
     """Raises `ModelError` for a wrong shape, or a dtype that is none of `dtypes`."""
     if entry.shape != shape:
         raise ModelError(
-            f"{path}: tensor {name!r} has shape {list(entry.shape)}, where {list(shape)} was expected"
+            f"{path}: tensor {quoted(name)} has shape {quoted(list(entry.shape))}, where {list(shape)} was "
+            "expected"
         )
     if entry.dtype not in dtypes:
         what = "weights" if dtypes == WEIGHT_DTYPES else "it"
+        wanted = ", ".join(dtypes)
         raise ModelError(
-            f"{path}: tensor {name!r} is {entry.dtype}, and {what} must be {', '.join(dtypes)}; {remedy}"
+            f"{path}: tensor {quoted(name)} is {entry.dtype}, and {what} must be {wanted}; {remedy}"
         )
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.checkpoint import foreign
 from model.checkpoint.files import check_folder, weight_files
 from model.checkpoint.layout import Layout, Piece, match
 from model.checkpoint.native import native_layout, read_format
 from model.checkpoint.safetensors import byte_view, read_header, readable
 from model.config import ModelConfig
-from model.errors import ModelError
+from model.errors import ModelError, quoted
 from model.mixtral import Mixtral
 from model.quant.spec import QuantSpec
 
@@ -162,12 +163,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         check_folder(folder)
+        foreign.check_files(folder)
         config, native = ModelConfig.read(folder), read_format(folder)
         files = weight_files(folder)
         headers = {path: read_header(path) for path in files}
     except OSError as error:
         raise ModelError(f"{folder}: cannot be read ({error.strerror})") from error
     if native is None:
+        foreign.check_tensors(folder, (name for header in headers.values() for name in header.tensors))
         return Checkpoint(folder, config, match(folder, headers, config), len(files))
     layout = native_layout(folder, headers, config, native)
     return Checkpoint(folder, config, layout, len(files), native.attention, native.experts)
@@ -219,11 +222,11 @@ def read_bytes(piece: Piece, tensor: Tensor) -> None:
                 memory = memory[count:]
     except OSError as error:
         raise ModelError(
-            f"{piece.path}: tensor {piece.tensor!r} cannot be read ({error.strerror})"
+            f"{piece.path}: tensor {quoted(piece.tensor)} cannot be read ({error.strerror})"
         ) from error
     if memory:
         raise ModelError(
-            f"{piece.path}: ended {len(memory)} bytes early, in tensor {piece.tensor!r}; did it change?"
+            f"{piece.path}: ended {len(memory)} bytes early, in tensor {quoted(piece.tensor)}; did it change?"
         )
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.layout import Layout, Piece, check_names, check_size, check_tensor, collect
+from model.checkpoint.layout import Layout, Piece, check_count, check_names, check_tensor, collect
 from model.checkpoint.names import Rows
 from model.checkpoint.safetensors import DTYPES, NAMES, Header
 from model.checkpoint.writer import TensorSpec
 from model.config import NATIVE, Fields, ModelConfig, read_json, section
-from model.errors import ModelError
-from model.parameters import instances, parameter_rows
+from model.errors import ModelError, quoted
+from model.parameters import copies, instances, parameter_rows
 from model.quant.layout import ATTENTION, EXPERT, matrix_fields
 from model.quant.spec import MAX_GROUP, QuantSpec
 
@@ -98,7 +98,7 @@ def parse_format(found: Mapping[str, Any]) -> NativeFormat:
         )
     source = found.get("source")
     if not isinstance(source, str):
-        raise ModelError(f"{where}: source is {str(source)[:80]!r}, and must be a text")
+        raise ModelError(f"{where}: source is {quoted(source)}, and must be a text")
     return NativeFormat(parse_spec(where, found, "attention"), parse_spec(where, found, "experts"), source)
 
 
@@ -166,16 +166,28 @@ def stored_parameters(
     """Every parameter with its layer, -1 for those of none."""
     shapes = parameter_rows(config)
     for template, n, e in instances(config):
-        spec = QuantSpec(16)
-        if template.startswith(EXPERT):
-            spec = experts
-        elif template in ATTENTION:
-            spec = attention
+        spec = spec_of(template, attention, experts)
         rows, row = shapes[template]
         name = template.format(n=n, e=e)
         fields = matrix_fields(name.removesuffix(".weight"), (sum(rows), *row), spec, dtype=dtype)
         tensors = tuple(TensorSpec(field.name, field.dtype, field.shape) for field in fields)
         yield n if "{n}" in template else -1, StoredParameter(name, spec, tensors)
+
+
+def spec_of(template: str, attention: QuantSpec, experts: QuantSpec) -> QuantSpec:
+    """The format of the parameters of this name; what belongs to neither is not quantised."""
+    if template.startswith(EXPERT):
+        return experts
+    return attention if template in ATTENTION else QuantSpec(16)
+
+
+def stream_count(config: ModelConfig, attention: QuantSpec, experts: QuantSpec) -> int:
+    """How many tensors `stored_parameters` come to, without going through them."""
+    return sum(
+        copies(template, config)
+        * len(matrix_fields("", (sum(rows), *row), spec_of(template, attention, experts)))
+        for template, (rows, row) in parameter_rows(config).items()
+    )
 
 
 def native_layout(
@@ -186,16 +198,16 @@ def native_layout(
     Raises `ModelError` naming what is missing, unexpected, of the wrong shape or dtype, or in a file of
     another checkpoint.
     """
-    check_size(folder, config)
     for path, header in headers.items():
         for key, value in native.metadata().items():
             said = header.metadata.get(key)
             if said != value:
                 raise ModelError(
-                    f"{path}: its metadata says {key} {said and said[:80]!r}, and config.json "
-                    f"{value[:80]!r}; the files are of different checkpoints, {AGAIN}"
+                    f"{path}: its metadata says {key} {quoted(said)}, and config.json "
+                    f"{quoted(value)}; the files are of different checkpoints, {AGAIN}"
                 )
     found = collect(folder, headers)
+    check_count(folder, config, stream_count(config, native.attention, native.experts), len(found))
     expected = {
         tensor.name: (tensor, parameter.spec)
         for _, parameter in stored_parameters(config, native.attention, native.experts, torch.bfloat16)

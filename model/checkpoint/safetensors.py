@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.errors import ModelError
+from model.errors import ModelError, quoted
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MAX_ELEMENTS = 1 << 60
@@ -111,7 +111,7 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise ModelError(f"{path}: the header names {twice!r} twice")
+            raise ModelError(f"{path}: the header names {quoted(twice)} twice")
         return values
 
     try:
@@ -131,20 +131,20 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
 
 def parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorEntry:
     """One tensor's entry, its size checked against its shape. The file's tensors begin at byte `start`."""
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {quoted(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ModelError(f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ModelError(f"{where} has the unknown dtype {str(dtype)[:40]!r}")
+        raise ModelError(f"{where} has the unknown dtype {quoted(dtype)}")
     if not is_sizes(shape) or len(shape) > MAX_DIMENSIONS or math.prod(shape) > MAX_ELEMENTS:
-        raise ModelError(f"{where} has the impossible shape {str(shape)[:80]}")
+        raise ModelError(f"{where} has the impossible shape {quoted(shape)}")
     if not is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ModelError(f"{where} has the impossible data_offsets {str(offsets)[:80]}")
+        raise ModelError(f"{where} has the impossible data_offsets {quoted(offsets)}")
     begin, end = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (end - begin):
-        raise ModelError(f"{where} has {end - begin} bytes, but {dtype} {shape} takes {bits // 8}")
+        raise ModelError(f"{where} has {end - begin} bytes, but {dtype} {quoted(shape)} takes {bits // 8}")
     return TensorEntry(dtype, tuple(shape), start + begin, end - begin)
 
 
@@ -165,10 +165,12 @@ def check_extent(path: Path, tensors: list[tuple[str, TensorEntry]], start: int,
     for name, entry in tensors:
         if entry.offset < end:
             raise ModelError(
-                f"{path}: tensor {name!r} overlaps the one before it by {end - entry.offset} bytes"
+                f"{path}: tensor {quoted(name)} overlaps the one before it by {end - entry.offset} bytes"
             )
         if entry.offset > end:
-            raise ModelError(f"{path}: {entry.offset - end} bytes before tensor {name!r} belong to no tensor")
+            raise ModelError(
+                f"{path}: {entry.offset - end} bytes before tensor {quoted(name)} belong to no tensor"
+            )
         end += entry.bytes
     if file_bytes < end:
         raise ModelError(

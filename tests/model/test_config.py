@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, MixtralConfig
 
-from model.config import MAX_CONFIG_BYTES, ModelConfig, from_hf, from_mistral, read_json, to_hf
+from model.config import (
+    MAX_CONFIG_BYTES,
+    MAX_ENDS,
+    MOST,
+    ModelConfig,
+    from_hf,
+    from_mistral,
+    read_json,
+    to_hf,
+)
 from model.errors import ModelError
 from tests.model.reference import GEOMETRIES, TINY
 
@@ -101,9 +110,12 @@ def test_rope_spellings(change: dict[str, Any], theta: float) -> None:
     assert from_hf(without(MIXTRAL_8X7B, "rope_theta") | change).rope_theta == theta
 
 
-@pytest.mark.parametrize("window", [4096, None])
-def test_sliding_window_is_ignored(window: int | None) -> None:
-    assert from_hf(MIXTRAL_8X7B | {"sliding_window": window}) == EXPECTED_8X7B
+def test_sliding_window_is_ignored_and_that_is_said(recwarn: pytest.WarningsRecorder) -> None:
+    assert from_hf(MIXTRAL_8X7B | {"sliding_window": None}) == EXPECTED_8X7B
+    assert not recwarn.list
+    assert from_hf(MIXTRAL_8X7B | {"sliding_window": 4096}) == EXPECTED_8X7B
+    (said,) = [str(warning.message) for warning in recwarn.list]
+    assert said == "config.json: sliding_window is 4096, and is ignored: Mixtral attends to all tokens"
 
 
 def test_head_dim() -> None:
@@ -137,6 +149,13 @@ def test_end_of_sequence(
     assert from_hf(MIXTRAL_8X7B | {"vocab_size": 32002} | config, generation).eos_ids == expected
 
 
+@pytest.mark.parametrize("value", [32002, -1, 10**30])
+def test_ends_outside_the_vocabulary_are_left_out_and_that_is_said(value: int) -> None:
+    config = MIXTRAL_8X7B | {"vocab_size": 32002, "eos_token_id": [value, 7, 7]}
+    with pytest.warns(RuntimeWarning, match=rf"eos_token_id \[{value}\] is outside the vocabulary of 32002"):
+        assert from_hf(config).eos_ids == (7,)
+
+
 def test_end_of_sequence_defaults() -> None:
     assert from_hf(without(MIXTRAL_8X7B, "eos_token_id", "bos_token_id")) == EXPECTED_8X7B
 
@@ -163,7 +182,9 @@ def test_what_is_no_integer_is_refused(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["rope_theta", "rms_norm_eps"])
-@pytest.mark.parametrize("value", ["1e6", True, 0, -1.0, float("nan"), float("inf"), 10**400, [1.0]])
+@pytest.mark.parametrize(
+    "value", ["1e6", True, 0, -1.0, 1e-39, 4e38, float("nan"), float("inf"), 10**400, [1.0]]
+)
 def test_what_is_no_positive_number_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ModelError, match=rf"config\.json: {name} is .*positive number"):
         from_hf(MIXTRAL_8X7B | {name: value})
@@ -182,8 +203,12 @@ def test_what_is_missing_is_named(name: str) -> None:
     [
         ({"model_type": "llama"}, r"model_type is 'llama'"),
         ({"model_type": None}, r"model_type is None"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"quantised by 'awq'"),
-        ({"quantization_config": {"bits": 4}}, r"quantised by 'unknown'"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            r"quantized by 'awq'; start from the 16-bit checkpoint, and quantize it with",
+        ),
+        ({"quantization_config": {"bits": 4}}, r"quantized by 'another program'"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantized by 'mlx'"),
         ({"tie_word_embeddings": True}, r"tie_word_embeddings is true"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_type is 'linear'"),
@@ -195,6 +220,9 @@ def test_what_is_missing_is_named(name: str) -> None:
         ({"eos_token_id": "2"}, r"eos_token_id is '2'"),
         ({"eos_token_id": [2, None]}, r"eos_token_id is \[2, None\]"),
         ({"eos_token_id": True}, r"eos_token_id is True"),
+        ({"eos_token_id": [2] * (MAX_ENDS + 1)}, r"eos_token_id is \[2, 2, .* at most 64 of them"),
+        ({"bos_token_id": 32000}, r"id 32000 is outside the vocabulary of 32000"),
+        ({"bos_token_id": -1}, r"id -1 is outside the vocabulary of 32000"),
     ],
 )
 def test_what_is_not_mixtral_is_refused(change: dict[str, Any], message: str) -> None:
@@ -212,13 +240,19 @@ def test_what_is_not_mixtral_is_refused(change: dict[str, Any], message: str) ->
         *(({name: -3}, f"{name} is -3") for name in ("ffn", "experts", "context", "heads")),
         ({"heads": 6, "kv_heads": 4}, "6 query heads .* 4 kv heads"),
         ({"head_dim": 7}, "head_dim 7"),
+        *(
+            ({name: most + 1}, f"{name} is {most + 1}, and must be at most {most}")
+            for name, most in MOST.items()
+        ),
+        ({"layers": 10**5000}, "layers is <int>, and must be at most 4096"),
+        ({"eos_ids": (TINY.vocab,)}, f"id {TINY.vocab} is outside the vocabulary"),
         ({"experts_per_token": 0}, "0 experts per token out of 4"),
         ({"experts_per_token": 5}, "5 experts per token out of 4"),
     ],
 )
-def test_impossible_shapes_are_refused(change: dict[str, int], message: str) -> None:
+def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        replace(TINY, **change)  # type: ignore[arg-type]
+        replace(TINY, **change)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +262,32 @@ def test_params_json_refusals(name: str) -> None:
     for broken in (without(PARAMS_8X7B, name), PARAMS_8X7B | {name: "8"}):
         with pytest.raises(ModelError, match=rf"params\.json: {name} is"):
             from_mistral(broken)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {name: "\x1b[2J\n" + "x" * 10**6}
+        for name in (
+            "model_type",
+            "hidden_act",
+            "vocab_size",
+            "rope_theta",
+            "eos_token_id",
+            "rope_parameters",
+        )
+    ]
+    + [
+        {"rope_scaling": {"type": "\x1b[2J\n" + "x" * 10**6}},
+        {"quantization_config": {"quant_method": "\x1b[2J\n" + "x" * 10**6}},
+        {"eos_token_id": ["\x1b[2J\n" + "x" * 10**6] * 10**4},
+    ],
+)
+def test_what_a_file_says_is_shown_escaped_and_cut(change: dict[str, Any]) -> None:
+    with pytest.raises(ModelError) as error:
+        from_hf(MIXTRAL_8X7B | change)
+    said = str(error.value)
+    assert said.isprintable() and len(said) < 300 and "\\x1b[2J" in said
 
 
 def test_params_json_without_experts() -> None:
@@ -353,7 +413,8 @@ def test_we_read_what_transformers_writes_by_default(tmp_path: Path) -> None:
     assert replace(ModelConfig.read(tmp_path), context=32768) == EXPECTED_8X7B
 
 
-sizes = st.integers(1, 1 << 17)
+def up_to(name: str) -> st.SearchStrategy[int]:
+    return st.integers(1, MOST[name])
 
 
 @st.composite
@@ -363,15 +424,15 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     tokens = st.integers(0, vocab - 1)
     return ModelConfig(
         vocab=vocab,
-        hidden=draw(sizes),
-        layers=draw(sizes),
+        hidden=draw(up_to("hidden")),
+        layers=draw(up_to("layers")),
         heads=kv_heads * draw(st.integers(1, 16)),
         kv_heads=kv_heads,
         head_dim=2 * draw(st.integers(1, 128)),
-        ffn=draw(sizes),
+        ffn=draw(up_to("ffn")),
         experts=experts,
         experts_per_token=draw(st.integers(1, experts)),
-        context=draw(sizes),
+        context=draw(up_to("context")),
         rope_theta=draw(st.floats(1.0, 1e9)),
         norm_eps=draw(st.floats(1e-12, 1.0)),
         bos_id=draw(tokens),

@@ -1,6 +1,7 @@
 """Native checkpoints: which byte is where, reading any part of one, and what is refused."""
 
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from model.checkpoint import Checkpoint, open_checkpoint, save_hf
 from model.checkpoint import load as loading
+from model.checkpoint import native as storage
 from model.checkpoint.native import NativeFormat, native_shards, read_format
 from model.checkpoint.safetensors import read_header
 from model.checkpoint.writer import Writer
@@ -181,11 +183,11 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("quant_method", "gptq", "quantised by 'gptq'; start from the 16-bit checkpoint"),
+        ("quant_method", "gptq", "quantized by 'gptq'; start from the 16-bit checkpoint"),
         ("version", 2, "version 2, and this program reads version 1; make it again"),
         ("version", "1", "version is '1', and must be an integer"),
         ("version", None, "version is None"),
-        ("source", 3, "source is '3', and must be a text"),
+        ("source", 3, "source is 3, and must be a text"),
         ("source", "elsewhere", "its metadata says source 'somewhere', and config.json 'elsewhere'"),
         ("attention", 4, "attention is 4, and must be an object"),
         ("attention", {"bits": 4}, "attention: group_size is None"),
@@ -201,21 +203,25 @@ def test_configurations_that_cannot_be_right(native: Path, key: str, value: obje
     assert said in refusal(native)
 
 
-def test_a_configuration_of_another_size(native: Path) -> None:
+def test_a_configuration_of_another_size(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit(native, lambda config: config.update(intermediate_size=512))
     assert "has shape [512, 32], where [1024, 32] was expected" in refusal(native)
     edit(native, lambda config: config.update(intermediate_size=192))
     assert "do not divide into groups of 128" in refusal(native)
     edit(native, lambda config: config.update(intermediate_size=256, num_local_experts=4))
     assert "tensors missing" in refusal(native)
-    edit(native, lambda config: config.update(num_local_experts=1 << 30))
-    assert "the configuration claims 2 layers of 1073741824 experts" in refusal(native)
+    edit(native, lambda config: config.update(num_hidden_layers=4096, num_local_experts=256))
+    monkeypatch.setattr(storage, "stored_parameters", pytest.fail)
+    said = refusal(native)  # by arithmetic: no name of them is spelled out
+    assert re.search(
+        r"holds \d+ tensors, and 4096 layers of 256 experts, as the configuration says, are", said
+    )
 
 
 def test_quantised_and_plain_are_not_taken_for_one_another(native: Path, hf: Path) -> None:
     assert read_format(hf) is None and read_format(native) is not None
     edit(native, lambda config: config.pop("quantization_config"))
-    assert "missing" in refusal(native)
+    assert "quantized by tools.quantize, and config.json does not say so" in refusal(native)
     edit(hf, lambda config: config.update(quantization_config={"quant_method": "mixtral-runtime"}))
     assert "version is None" in refusal(hf)
 

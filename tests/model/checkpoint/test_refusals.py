@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from model.checkpoint import open_checkpoint, save_hf
+from model.checkpoint import layout, open_checkpoint, save_hf
+from model.checkpoint.names import SPELLINGS, stored_tensors
 from model.errors import ModelError
 from model.mixtral import Mixtral
+from model.parameters import copies
 from tests.model.checkpoint.conftest import TINY, random_model, read_index
 
 UP = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
@@ -64,9 +66,9 @@ def test_another_architecture(hf: Path) -> None:
 def test_missing_shards(sharded: Path) -> None:
     shards = sorted(sharded.glob("*.safetensors"))
     shards[1].unlink()
-    assert f"1 of {len(shards)} shards missing ({shards[1].name})" in refusal(sharded)
+    assert f"1 of {len(shards)} shards missing ({shards[1].name!r})" in refusal(sharded)
     (sharded / "model.safetensors.index.json").unlink()  # their own numbers tell, too
-    assert f"1 of {len(shards)} shards missing ({shards[1].name})" in refusal(sharded)
+    assert f"1 of {len(shards)} shards missing ({shards[1].name!r})" in refusal(sharded)
 
 
 def test_numbered_shards_need_no_index_and_must_be_of_one_export(sharded: Path) -> None:
@@ -125,7 +127,106 @@ def test_many_names_are_cut_short(hf: Path) -> None:
     edit_config(hf, num_hidden_layers=1)
     assert f"{7 + 9} tensors unexpected" in refusal(hf)
     edit_config(hf, num_hidden_layers=1_000_000_000)
-    assert "claims 1000000000 layers" in refusal(hf)
+    assert "layers is 1000000000, and must be at most 4096" in refusal(hf)
+
+
+def test_a_claim_of_millions_of_tensors_is_refused_by_arithmetic(
+    hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_config(hf, num_hidden_layers=4096, num_local_experts=256)
+    monkeypatch.setattr(layout, "stored_tensors", pytest.fail)  # it would spell out every name
+    held, expected = 3 + 2 * (7 + 9), 3 + 4096 * (7 + 3 * 256)
+    assert (
+        f"holds {held} tensors, and 4096 layers of 256 experts, as the configuration says, are {expected};"
+        in (refusal(hf))
+    )
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_arithmetic_is_that_of_the_tables(spelling: str) -> None:
+    table = SPELLINGS[spelling]
+    counted = sum(copies(source, TINY) for sources in table.values() for source in sources)
+    assert counted == len(stored_tensors(table, TINY))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter (adapter_config.json)"),
+        (["model.Q4_K_M.gguf", "config.json"], "the weights are in GGUF ('model.Q4_K_M.gguf'); start from"),
+        (["\x1b[2J.gguf"], r"GGUF ('\x1b[2J.gguf')"),
+        (["qmodel.pt", "config.json"], "quantized by HQQ and are a pickle (qmodel.pt), which runs code"),
+    ],
+)
+def test_folders_of_other_programs_are_named(tmp_path: Path, files: list[str], said: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text("{}")
+    assert said in refusal(folder)
+    if files[0].endswith(".gguf"):
+        assert "a GGUF file, which is not read here" in refusal(folder / files[0])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "who"),
+    [
+        ("w1.W_q", "HQQ"),
+        ("model.layers.0.self_attn.q_proj.W_q", "HQQ"),
+        ("model.layers.0.block_sparse_moe.experts.0.w1.qweight", "GPTQ or AWQ"),
+        ("model.layers.0.self_attn.q_proj.weight.absmax", "bitsandbytes"),
+        ("model.layers.0.block_sparse_moe.switch_mlp.up_proj.scales", "MLX"),
+        ("model.layers.0.self_attn.q_proj.weight_scale", "FP8"),
+    ],
+)
+def test_tensors_of_other_programs_are_named(rewrite: Callable[..., Path], tensor: str, who: str) -> None:
+    said = refusal(rewrite({tensor: torch.zeros(2)}))
+    assert who in said and repr(tensor) in said
+    assert "start from the 16-bit checkpoint, and quantize it with tools.quantize" in said
+
+
+def test_the_same_name_in_many_files_does_not_hide_who_made_them(hf: Path) -> None:
+    """One file for each expert, in each of which names are the same."""
+    (hf / "model.safetensors").rename(hf / "trunk.safetensors")
+    for e in range(2):
+        save_file({"w1.W_q": torch.zeros(1)}, hf / f"{e}.safetensors")
+    weight_map = {"a": "trunk.safetensors", "b": "0.safetensors", "c": "1.safetensors"}
+    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "were quantized by HQQ (tensor 'w1.W_q')" in refusal(hf)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "\x1b[2J" + "y" * 10**6, "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": ["\x1b[2J\n" * 10**5], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": ["\x1b[2J\n" * 10**5]},
+        {"dtype": "F32", "shape": [10**17] * 60, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1] * 60, "data_offsets": [0, 8]},
+        {},
+    ],
+)
+def test_what_a_header_says_is_shown_escaped_and_cut(hf: Path, entry: dict[str, object]) -> None:
+    name = "\x1b[2J\n" + "x" * 10**6
+    text = json.dumps({name: entry}).encode()
+    (hf / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    said = refusal(hf)
+    assert said.isprintable() and r"tensor '\x1b[2J\nxx" in said
+
+
+def test_what_an_index_says_is_shown_escaped_and_cut(sharded: Path) -> None:
+    edit_index(sharded, lambda weight_map: weight_map.update({"\x1b[2J\n" + "x" * 10**6: "\n" * 10**6}))
+    assert refusal(sharded).isprintable()
+    edit_index(sharded, lambda weight_map: weight_map.clear())
+    edit_index(sharded, lambda weight_map: weight_map.update({"a": "x" * 10**5 + ".safetensors"}))
+    assert "not a file name" in refusal(sharded)
+
+
+def test_paths_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    assert "cannot be read (File name too long)" in refusal(tmp_path / ("x" * 300))
+    assert "no such folder" in refusal(tmp_path / "a\0b")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "no such folder" in refusal(tmp_path / "loop")
 
 
 def test_foreign_tensors(rewrite: Callable[..., Path]) -> None:

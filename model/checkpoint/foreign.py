@@ -1,0 +1,58 @@
+"""Checkpoints that other programs quantized or packed, told by their files and tensors, so that a refusal can
+name what they are and what to do instead."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from model.errors import ModelError, quoted
+
+START_OVER = "start from the 16-bit checkpoint, and quantize it with tools.quantize"
+GGUF = ".gguf"
+OWN_WEIGHTS = ("model", "consolidated")  # how the names of files begin that are read here
+
+ENDINGS = {  # of tensors' names, in the order in which they are looked for
+    ".codes": "were quantized by tools.quantize, and config.json does not say so",
+    ".W_q": "were quantized by HQQ",
+    ".qweight": "were quantized by GPTQ or AWQ",
+    ".absmax": "were quantized by bitsandbytes",
+    ".SCB": "were quantized by bitsandbytes",
+    ".q_weight": "were quantized by ExLlamaV2",
+    ".trellis": "were quantized by ExLlamaV3",
+    ".weight_packed": "were quantized by compressed-tensors",
+    ".weight_scale": "are in FP8",
+    ".weight_scale_inv": "are in FP8",
+    ".input_scale": "are in FP8",
+    ".lora_A.weight": "are a LoRA adapter, not a model",
+    ".scales": "were quantized by MLX",
+}
+
+
+def check_files(folder: Path) -> None:
+    """Raises `ModelError` for a folder without weights that are read here, but with another program's."""
+    names = sorted(path.name for path in folder.iterdir())
+    if any(name.startswith(OWN_WEIGHTS) and ".safetensors" in name for name in names):
+        return
+    if "adapter_config.json" in names:
+        raise ModelError(
+            f"{folder}: a LoRA adapter (adapter_config.json), which changes a model and is none; merge it "
+            "into its 16-bit base model, and give that"
+        )
+    if packed := [name for name in names if name.lower().endswith(GGUF)]:
+        raise ModelError(f"{folder}: the weights are in GGUF ({quoted(packed[0])}); {START_OVER}")
+    if "qmodel.pt" in names:
+        raise ModelError(
+            f"{folder}: the weights were quantized by HQQ and are a pickle (qmodel.pt), which runs code when "
+            f"opened and is never read; {START_OVER}"
+        )
+
+
+def check_tensors(folder: Path, names: Iterable[str]) -> None:
+    """Raises `ModelError` where tensors have names that another program gives to what it quantized."""
+    found: dict[str, str] = {}
+    for name in names:
+        for ending in ENDINGS:
+            if name.endswith(ending):
+                found.setdefault(ending, name)
+    for ending, what in ENDINGS.items():
+        if ending in found:
+            raise ModelError(f"{folder}: the weights {what} (tensor {quoted(found[ending])}); {START_OVER}")
