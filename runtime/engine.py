@@ -26,6 +26,8 @@ from model.checkpoint import Checkpoint, open_checkpoint
 from model.errors import ModelError
 from model.kv_cache import KVCache
 from model.mixtral import Block, Mixtral
+from model.moe import Product
+from model.quant.expert import BlobExperts
 from runtime.decode import make_decoder
 from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, RequestError
 from runtime.experts.cache import ExpertCache
@@ -39,6 +41,7 @@ from runtime.session import DEFAULT_PARAMS, Session, Token
 from runtime.setup import Setup, make_plan
 from runtime.stats import Stats
 from runtime.turns import Nested, Turns
+from runtime.warm_up import warm_ups
 from tokenizer import Tokenizer, TokenizerError
 
 DEMO = Path(__file__).parent / "demo"
@@ -86,11 +89,13 @@ class Engine:
         path: str | PathLike[str] | None = None,
         options: EngineOptions | None = None,
         progress: Bar | None = None,
+        compiling: Bar | None = None,
     ) -> "Engine":
         """Load the checkpoint in folder `path`; None is the small demo model that comes with the package.
 
         `progress(total)` is entered while weights are read, and gives a function that is called with each
-        number of bytes read (`runtime.progress.byte_bar` is one such).
+        number of bytes read (`runtime.progress.byte_bar` is one such); `compiling` likewise while a GPU's
+        kernels are compiled, with each number of steps done.
 
         Raises `LoadError` for a checkpoint that cannot be used, `DeviceError` for what this machine cannot do
         (before anything is read), `OptionError` for options that do not fit the model.
@@ -113,7 +118,7 @@ class Engine:
                 engine = None
                 try:
                     engine = Engine(model, tokenizer, setup.plan, setup.dtype, options, cache)
-                    engine.take_planned()
+                    engine.prepare(compiling)
                 except BaseException:  # which may be kept, and with it what its frames refer to
                     if made := engine or cache:
                         made.close()
@@ -122,13 +127,45 @@ class Engine:
             raise LoadError(str(error)) from error
         return engine
 
+    def prepare(self, compiling: Bar | None = None) -> None:
+        """Do on a GPU what the first request would have to do. A CPU's system gives memory as it is used, and
+        nothing is compiled there."""
+        if self.device.type == "cuda":
+            self.take_planned()
+            self.warm_up(compiling)
+
     def take_planned(self) -> None:
         """Have a GPU's allocator hold what is planned and not yet there, a piece for the KV cache and one for
-        activations. A CPU's system gives memory as it is used."""
-        if self.device.type == "cuda":
-            release(self.device)  # what loading took
-            self.give_cache(KVCache.allocate(self.config, 1, self.plan.context, self.dtype, self.device))
-            reserve(self.device, self.plan.workspace)
+        activations."""
+        release(self.device)  # what loading took
+        self.give_cache(KVCache.allocate(self.config, 1, self.plan.context, self.dtype, self.device))
+        reserve(self.device, self.plan.workspace)
+
+    def warm_up(self, progress: Bar | None = None) -> None:
+        """Compile kernels, set up libraries and make the first session's graphs, so that no request waits for
+        that. Nothing else is different after it.
+
+        Raises `DeviceError` if the device does not do it.
+        """
+        kv = self.take_cache()
+        works = warm_ups(self.model, self.first_expert(), kv, self.forward)
+        try:
+            with progress(len(works)) if progress else nullcontext(None) as advance:
+                for work in works:
+                    work()
+                    if advance:
+                        advance(1)
+        except RequestError as error:
+            raise DeviceError(str(error)) from error
+        if self.cache:
+            self.cache.start_over()
+        self.give_cache(kv)
+
+    def first_expert(self) -> Product:
+        """An expert as prompts are computed with; which one does not matter."""
+        if self.cache:
+            return self.cache.computed[0]
+        return cast(BlobExperts, cast(Block, self.model.layers[0]).block_sparse_moe.experts).experts[0]
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams = DEFAULT_PARAMS

@@ -28,7 +28,7 @@ from model.errors import ModelError
 from runtime.arguments import add_flags, from_flags, new_parser
 from runtime.errors import LoadError, OptionError, RequestError
 from runtime.options import EngineOptions, SamplingParams
-from runtime.progress import byte_bar
+from runtime.progress import byte_bar, kernel_bar
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -105,7 +105,8 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
 
     by_turns = args.chat and args.prompt is None and args.prompt_file is None and sys.stdin.isatty()
     prompt = "" if by_turns else read_prompt(args.prompt, args.prompt_file)
-    with Engine.load(args.model, options, progress=None if args.quiet else byte_bar) as engine:
+    bars = (None, None) if args.quiet else (byte_bar, kernel_bar)
+    with Engine.load(args.model, options, *bars) as engine:
         if not args.quiet:
             say(f"{dtype_name(engine.dtype)} on {engine.device}: {engine.plan}")
         with engine.recording(args.trace) if args.trace else nullcontext():

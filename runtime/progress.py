@@ -17,3 +17,14 @@ def byte_bar(total: int) -> Iterator[Callable[[int], None]]:
             bar.update(done)
 
         yield advance
+
+
+@contextmanager
+def kernel_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of steps done while a GPU's kernels are compiled, which takes seconds where they never were."""
+    with tqdm(total=total, desc="compiling kernels", delay=1, leave=False) as bar:
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        yield advance

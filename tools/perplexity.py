@@ -37,7 +37,7 @@ from runtime.engine import DEMO, Engine, out_of_memory
 from runtime.errors import LoadError, OptionError, RequestError
 from runtime.options import EngineOptions
 from runtime.planner import PREFILL_CHUNK
-from runtime.progress import byte_bar
+from runtime.progress import byte_bar, kernel_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,7 @@ def make_report(args: argparse.Namespace, options: EngineOptions) -> dict[str, A
         )
     if options.context is None:
         options = dataclasses.replace(options, context=args.window)
-    with Engine.load(args.model, options, progress=byte_bar) as engine:
+    with Engine.load(args.model, options, byte_bar, kernel_bar) as engine:
         window = args.window or engine.plan.context
         stride = args.stride or window // 2
         check_window(window, stride, None)

@@ -24,7 +24,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -106,6 +106,7 @@ class ExpertCache:
         self.lookahead: Lookahead | None = None
         self.ledger = Ledger()
         self.counters = self.ledger.counters
+        self.uncounted = Counters()  # what was before `start_over`
         self.complete = True  # the step before came to its end
         # A cache that is never closed would leave its thread, and the memory that it holds. Registered before
         # the thread starts: however making an engine fails, no thread is left.
@@ -170,6 +171,10 @@ class ExpertCache:
 
     def count(self) -> Counters:
         """A copy of the counters."""
+        now, before = self.count_all(), self.uncounted
+        return Counters(**{f.name: getattr(now, f.name) - getattr(before, f.name) for f in fields(now)})
+
+    def count_all(self) -> Counters:
         stalled = self.counters.stall_seconds + self.copies.link.stalled()
         return replace(
             self.counters,
@@ -177,6 +182,12 @@ class ExpertCache:
             copied_bytes=self.copies.moved,
             wasted_bytes=self.copies.wasted,
         )
+
+    def start_over(self) -> None:
+        """Begin with empty slots, and count from here: what has been computed was for no request."""
+        self.forget()
+        self.ledger.step = -1
+        self.uncounted = self.count_all()
 
     def record(self, recorder: trace.Recorder | None) -> None:
         """Tell `recorder` all that happens from now on; None ends that."""

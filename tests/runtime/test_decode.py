@@ -207,8 +207,8 @@ def test_where_nothing_can_be_captured_steps_are_launched_one_by_one(
         raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
 
     monkeypatch.setattr(Counted, "capture", capture)
-    engine = load("16", offload="always", slots=3)
     with pytest.warns(RuntimeWarning, match=r"graphs cannot be made \(operation not .* capturing\).*slower"):
+        engine = load("16", offload="always", slots=3)  # on a GPU it shows here
         assert torch.equal(decoded(engine), expected)
     warnings.simplefilter("error")
     assert torch.equal(decoded(engine), expected)

@@ -541,10 +541,10 @@ def test_an_engine_whose_plan_is_not_there_is_closed(
 ) -> None:
     closed: list[Engine] = []
 
-    def fail(engine: Engine) -> None:
+    def fail(engine: Engine, compiling: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
-    monkeypatch.setattr(Engine, "take_planned", fail)
+    monkeypatch.setattr(Engine, "prepare", fail)
     monkeypatch.setattr(Engine, "close", lambda engine: closed.append(engine))
     with pytest.raises(DeviceError, match=r"out of memory \(CUDA out of memory. Tried to allocate 2 GiB\)"):
         load()
