@@ -9,6 +9,9 @@ places all layers of the shape within the whole limit; the model that is measure
 many of each as is the model's share (at least one); and the time of a token of the whole model is the sum of
 each kind's median and of what is not in layers.
 
+cuDNN's attention is switched off meanwhile: PyTorch prefers it on some GPUs, and it makes a plan for every
+length, which is to say for every token, and would make this row slower than it has to be.
+
 Without a GPU the same calls are made and nothing is moved: a check of this program, not a figure.
 """
 
@@ -20,6 +23,8 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of what is meant to happen here
     try:
-        result = run(args)
+        with without_cudnn_attention():
+            result = run(args)
     except (MixtralError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
@@ -66,6 +72,17 @@ def main(argv: list[str] | None = None) -> int:
     lines = [f"{name:26} {value}" for name, value in result.items()]
     print(json.dumps(result, indent=2) if args.json else "\n".join(lines))
     return 0
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """A setting of the whole process, as it was before once this is left."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -104,6 +121,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "kernels": {
             name: getattr(model.config, f"_{name}_implementation", None) for name in ("attn", "experts")
         },
+        "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),
         "device": str(device) if device.type == "cuda" else "cpu, where nothing is moved: not a figure",
         "limit_bytes": limit,
         "placement": f"accelerate's own for {full.layers} layers within the limit, {sum(on_device)} of them "

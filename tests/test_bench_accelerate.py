@@ -32,6 +32,7 @@ def result(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 
 
 def test_layers_of_both_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
     limit = EMBEDDINGS + 3 * LAYER + LAYER // 2  # of which accelerate keeps room for the largest layer
     found = result(capsys, "--layers", "4", "--vram", str(limit))
     assert "6 layers within the limit, 2 of them on the device; measured with 1 of 4" in found["placement"]
@@ -45,6 +46,7 @@ def test_layers_of_both_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     head_and_norm = EMBEDDINGS + 2 * 64  # behind the layers that no longer fit
     assert found["bytes_moved_per_token"] == 4 * LAYER + head_and_norm
     assert found["device"].startswith("cpu, where nothing is moved")
+    assert found["cudnn_attention"] is False and torch.backends.cuda.cudnn_sdp_enabled() is before
     assert found["kernels"]["experts"] == "grouped_mm" and found["machine"]["accelerate"]
 
 

@@ -69,6 +69,7 @@ def test_the_whole_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert text.startswith("# No GPU") and text.count("## ") == 7 and "Not shown" not in text
     assert text.count("| synthetic |") == text.count("| own |") == 2
     assert text.count("Not measured.") == 2 and "**not run: on a CPU nothing is moved**" in text
+    assert "| tokens | thread | first time, ms | second, ms |" in text and "| another |" in text
     assert "| whole layers |" in text and "quarter, 2 layers, random, attention 4, experts 3g128" in text
 
 
@@ -137,7 +138,8 @@ def memory_report(tokens_per_s: float, peak: int) -> dict[str, Any]:
 
 
 def test_tables_of_what_only_a_gpu_has() -> None:
-    naive = {"machine": {}, "tokens_per_s": 0.5, "bytes_moved_per_token": 84.4e9, "placement": "as it likes"}
+    naive = {"machine": {}, "tokens_per_s": 0.5, "bytes_moved_per_token": 84.4e9, "placement": "as it likes",
+             "cudnn_attention": False}  # fmt: skip
     about = {"command": "python -m x", "seconds": 1.0}
     results = {
         "memory-12GiB": about | {"report": memory_report(6.0, 11 << 30)},

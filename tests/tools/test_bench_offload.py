@@ -82,4 +82,7 @@ def test_a_long_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     assert bound["copying_ms"] == pytest.approx(report["missed_bytes"] / report["link_bytes_per_s"] * 1e3)
     took = 700 / report["prompt"]["tokens_per_s"] * 1e3
     assert bound["share_of_bound"] == pytest.approx(bound["bound_ms"] / took)
+    lengths = [(row["tokens"], row["thread"]) for row in report["first_times"]]
+    assert lengths == [(347, "main"), (178, "main"), (37, "main"), (347, "another")]
+    assert all(row["first_ms"] > 0 and row["again_ms"] > 0 for row in report["first_times"])
     assert bench.main(["prefill", str(DEMO), "--tokens", "20", "--repeats", "1", "--device", "cpu"]) == 0

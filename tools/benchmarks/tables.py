@@ -162,7 +162,12 @@ def prefill_table(reports: Mapping[str, Any], results: Results) -> str:
         "slots", "tokens", "chunk", "missing per layer", "missed GB", "copying, ms", "computing, ms",
         "took, ms", "tokens/s", "of the bound",
     ]  # fmt: skip
-    return f"{described(report)}\n\n{table(header, [row])}"
+    again = [
+        [first["tokens"], first["thread"], number(first["first_ms"]), number(first["again_ms"])]
+        for first in report["first_times"]
+    ]
+    times = table(["tokens", "thread", "first time, ms", "second, ms"], again)
+    return f"{described(report)}\n\n{table(header, [row])}\n\nOther lengths, computing alone:\n\n{times}"
 
 
 def memory_table(reports: Mapping[str, Any], results: Results) -> str:
@@ -195,7 +200,7 @@ def naive_table(reports: Mapping[str, Any], results: Results) -> str:
         )
     return (
         table(["12 GiB", "tokens/s", "GB moved per token", "times as fast"], rows)
-        + f"\n\n{report['placement']}."
+        + f"\n\n{report['placement']}. cuDNN's attention is {'on' if report['cudnn_attention'] else 'off'}."
     )
 
 
