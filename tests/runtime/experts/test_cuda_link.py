@@ -193,6 +193,7 @@ def test_the_thread_that_computes_puts_what_it_needs_on_the_stream_itself(
     copies.wait(second)
     assert [entry[0] for entry in movers[6:]] == ["expert-copies"] * 3
     assert torch.equal(other.source, other.target) and copies.moved == 30 and copies.wasted == 0
+    assert first.error is None and first.moved == 10  # though the copy thread was about to move the rest
     assert copies.close()
 
 

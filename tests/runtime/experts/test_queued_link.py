@@ -15,7 +15,7 @@ from torch import Tensor
 from runtime.experts.copying import HostLink, TransferError
 from tests.runtime.experts.test_bookkeeping import Events, agree, recount
 
-COUNT = 20
+COUNT = 12
 
 
 class QueuedLink(HostLink):
@@ -51,6 +51,8 @@ class QueuedLink(HostLink):
         self.log.append((threading.current_thread().name, urgent, target.data_ptr(), before))
         if self.fails(len(self.log)):
             raise OSError("the bus is on strike")
+        if urgent and self.random.random() < 0.2:
+            time.sleep(1e-4)  # time enough for a guess to come in between, if it may
         mark = threading.Event()
         self.work.put(partial(target.copy_, source))
         self.work.put(mark.set)
@@ -87,7 +89,7 @@ def test_tokens_and_accounts_are_the_same(
     rigs: Any, sample: Any, make_link: Callable[..., QueuedLink], slots: int, lookahead: int, prefetch: int
 ) -> None:
     rig = rigs(4)
-    for seed, prompt in enumerate((1, 9, 100)):
+    for seed, prompt in enumerate((1, 60)):
         events, link = Events(), make_link(seed)
         with rig.cached(slots, "lru", lookahead, prefetch, link) as cache:
             cache.record(events)
@@ -116,8 +118,8 @@ def test_a_needed_expert_waits_for_two_pieces_of_guesses(
     assert max(before for _, urgent, _, before in link.log if not urgent) <= 1  # and itself
     if link.staged is None:  # the pieces of one expert follow each other: no guess comes in between
         runs = [(target, urgent) for _, urgent, target, _ in link.log]
-        for n in range(1, len(runs) - 1):
-            assert runs[n][1] or not (runs[n - 1][1] and runs[n - 1] == runs[n + 1])
+        between = range(1, len(runs) - 1)
+        assert all(runs[n][1] or not runs[n - 1][1] or runs[n - 1] != runs[n + 1] for n in between)
 
 
 def test_failures_are_the_request_s_that_needed_it(
@@ -125,7 +127,7 @@ def test_failures_are_the_request_s_that_needed_it(
 ) -> None:
     rig, failed = rigs(4), 0
     prompt = rig.ids(3)
-    for k in range(1, 80, 4):
+    for k in range(1, 80, 7):
         link = make_link(k)
         link.fails = lambda n, k=k: n == k  # type: ignore[misc]
         with rig.cached(3, "lru", 2, 2, link):
@@ -135,4 +137,4 @@ def test_failures_are_the_request_s_that_needed_it(
                 assert "could not be copied to the device (the bus is on strike)" in str(error)
                 failed += 1
             assert sample(rig.engine, prompt, COUNT) == rig.tokens(prompt, COUNT)
-    assert failed > 5
+    assert failed > 3
