@@ -262,18 +262,18 @@ class Fields:
         return float(value)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object from a file. Raises `ModelError` naming the file."""
+def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes. Raises `ModelError` naming the file."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
+            data = file.read(limit + 1)
             size = path.stat().st_size
-        value = json.loads(data.decode("utf-8")) if len(data) <= MAX_CONFIG_BYTES else None
+        value = json.loads(data.decode("utf-8")) if len(data) <= limit else None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, endless numbers; brackets too deep
         raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
-    if len(data) > MAX_CONFIG_BYTES:
+    if len(data) > limit:
         raise ModelError(f"{path}: {size} bytes, too large for a configuration file")
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds a {type(value).__name__} where an object was expected")

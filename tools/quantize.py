@@ -15,7 +15,9 @@ if __name__ == "__main__":
 import argparse
 import errno
 import json
+import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,14 +41,11 @@ from runtime.arguments import new_parser
 from runtime.device import choose_device
 from runtime.errors import MixtralError
 from tools.quantise.journal import Journal, settings
+from tools.quantise.names import CONFIG, INDEX, RECORD, files_to_copy, tokenizer_missing
 from tools.quantise.output import (
-    CONFIG,
-    INDEX,
-    RECORD,
     check_space,
     claim,
     copy,
-    files_to_copy,
     is_finished,
     leftovers,
     reserved,
@@ -66,7 +65,15 @@ class Job:
     dtype: torch.dtype  # of tensors that are not quantised
     device: torch.device
     shards: list[Shard]
-    copied: list[str]
+    copied: dict[str, Path]  # by the name in the output
+
+    @property
+    def matrices(self) -> dict[str, list[str]]:
+        """The matrices that are quantised, by their shard's name."""
+        return {
+            shard.name: [parameter.matrix for parameter in shard.parameters if parameter.spec.quantised]
+            for shard in self.shards
+        }
 
     @property
     def files(self) -> list[str]:
@@ -92,8 +99,15 @@ def quantize(argv: list[str] | None) -> None:
     torch.set_num_threads(1)  # the pool's workers are the threads
     try:
         job = make_job(
-            args.source, args.out, args.attention, args.experts, args.device or choose_device(None)
+            args.source,
+            args.out,
+            args.attention,
+            args.experts,
+            args.device or choose_device(None),
+            args.tokenizer,
         )
+        if missing := tokenizer_missing(job.copied, args.source):
+            warnings.warn(missing, RuntimeWarning, stacklevel=2)
         errors = write_output(job, args.force, threads, args.quiet)
     except OSError as error:
         raise MixtralError(explain(error, args.out)) from error
@@ -112,6 +126,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--experts", type=spec, default=QuantSpec(4), metavar="FORMAT", help="(default: 4)")
     parser.add_argument("--device", type=device, help="(default: the GPU if there is one, else cpu)")
     parser.add_argument("--threads", type=positive, metavar="N", help="(default: all cores)")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="a tokenizer to go along instead of SRC's: file or folder",
+    )
     parser.add_argument("--force", action="store_true", help="replace an output of this tool that is in OUT")
     parser.add_argument("--json", action="store_true", help="print every matrix's error, as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -138,8 +158,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def make_job(source: Path, out: Path, attention: QuantSpec, experts: QuantSpec, device: torch.device) -> Job:
-    """Everything checked that can be before the output is looked at. Raises `ModelError`, `MixtralError`."""
+def make_job(
+    source: Path,
+    out: Path,
+    attention: QuantSpec,
+    experts: QuantSpec,
+    device: torch.device,
+    tokenizer: Path | None = None,
+) -> Job:
+    """Everything checked that can be before the output is looked at. Raises `ModelError`, `MixtralError`,
+    `TokenizerError`."""
     checkpoint = open_checkpoint(source)
     if checkpoint.native:
         raise ModelError(f"{source}: quantised already ({checkpoint.description}); start from 16 bits")
@@ -148,7 +176,7 @@ def make_job(source: Path, out: Path, attention: QuantSpec, experts: QuantSpec, 
     format = NativeFormat(attention, experts, source.resolve().name)
     dtype = checkpoint.dtype if checkpoint.dtype.itemsize == 2 else torch.bfloat16
     shards = native_shards(checkpoint.config, attention, experts, dtype)
-    return Job(checkpoint, out, format, dtype, device, shards, files_to_copy(source))
+    return Job(checkpoint, out, format, dtype, device, shards, files_to_copy(source, tokenizer))
 
 
 def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, float]:
@@ -159,9 +187,8 @@ def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, 
     folder, metadata = job.out, job.format.metadata()
     source = job.source
     with reserved(folder):
-        journal = claim(
-            folder, settings(source.folder, source.config, job.format, job.device.type), job.files, force
-        )
+        ours = settings(source.folder, source.config, job.format, job.device.type)
+        journal = claim(folder, ours, job.files, job.matrices, force)
         by_name = {shard.name: shard for shard in job.shards}
         journal.shards = {
             name: errors
@@ -188,14 +215,27 @@ def write_shard(job: Job, shard: Shard, advance: Callable[[int], None], pool: Ex
         for parameter in shard.parameters:
             weight = read(job, parameter)
             if parameter.spec.quantised:
-                made, errors[parameter.matrix] = quantise(weight, parameter.spec, parameter.matrix, pool)
+                made, error = quantise(weight, parameter.spec, parameter.matrix, pool)
+                if not math.isfinite(error):
+                    raise ModelError(f"{parameter.matrix}: has weights too large to quantize")
+                errors[parameter.matrix] = error
                 tensors = list(made.streams().values())
             else:
-                tensors = [weight.to(job.dtype)]
+                tensors = [converted(parameter.name, weight, job.dtype)]
             for tensor, stored in zip(tensors, parameter.tensors, strict=True):
                 writer.write(stored.name, tensor)
             advance(job.source_bytes(parameter))
     return errors
+
+
+def converted(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in this dtype. Raises `ModelError` unless all of it is finite there."""
+    made = weight.to(dtype)
+    if torch.isfinite(made).all():
+        return made
+    if torch.isfinite(weight).all():
+        raise ModelError(f"{name}: has weights too large for {str(dtype).removeprefix('torch.')}")
+    raise ModelError(f"{name}: has weights that are not finite numbers; the source is damaged")
 
 
 def read(job: Job, parameter: StoredParameter) -> Tensor:
@@ -214,8 +254,8 @@ def finish(job: Job, journal: Journal) -> dict[str, float]:
     index = {"metadata": {"total_size": total}, "weight_map": {tensor.name: file for tensor, file in tensors}}
     errors = {name: error for shard in job.shards for name, error in journal.shards[shard.name].items()}
     write_json(job.out / INDEX, index)
-    for name in job.copied:
-        copy(job.source.folder / name, job.out / name)
+    for name, path in job.copied.items():
+        copy(path, job.out / name)
     write_json(job.out / RECORD, record(job, errors))
     config = to_hf(job.source.config, str(job.dtype).removeprefix("torch."))
     write_json(job.out / CONFIG, config | {"quantization_config": job.format.section()})

@@ -7,10 +7,12 @@ happens before then leaves nothing that could be taken for it.
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -50,9 +52,9 @@ class Writer:
     ) -> None:
         header = encode_header(specs, metadata or {})
         self.path = path
-        self.part = path.with_name(path.name + ".part")
+        self.part = part_of(path)
         self.remaining = list(reversed(specs))
-        self.file = self.part.open("wb")
+        self.file = create(self.part)
         self.file.write(header)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -112,12 +114,38 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> b
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file so that it is there completely or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    put_in_place(part, path)
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name once it is complete and on the disk, replacing one that is there.
+
+    Leaving the block by an exception removes what was written.
+    """
+    part = part_of(path)
+    try:
+        with create(part) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        put_in_place(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """What a file is called until it is complete."""
+    return path.with_name(path.name + ".part")
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file, open for writing. One of this name that is there is removed first, and where it was a link,
+    what that leads to stays as it is."""
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)  # O_EXCL follows no links
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 def put_in_place(part: Path, path: Path) -> None:

@@ -26,6 +26,7 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from tools import quantize
 from tools.quantise.journal import NAME as JOURNAL
+from tools.quantise.lock import NAME as LOCK
 from tools.random_checkpoint import random_checkpoint
 
 FORMATS = ["--attention", "4", "--experts", "2g64", "--threads", "2", "--quiet"]
@@ -64,7 +65,7 @@ def finish(child: int) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
 
 
 def die_at(number: int, log: Path | None = None) -> Callable[[], None]:

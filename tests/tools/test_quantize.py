@@ -19,6 +19,7 @@ from model.checkpoint import open_checkpoint, save_hf
 from model.checkpoint.safetensors import read_header
 from model.checkpoint.writer import Writer
 from model.config import ModelConfig
+from model.errors import ModelError
 from model.mixtral import Mixtral
 from model.quant.layout import model_fields
 from model.quant.size import model_size
@@ -27,8 +28,9 @@ from model.quant.tensor import QuantisedTensor
 from tests.model.checkpoint.conftest import read_all
 from tools import quantize
 from tools.benchmarks import quantize as benchmark
-from tools.quantise import output
+from tools.quantise import lock, output
 from tools.quantise.journal import NAME as JOURNAL
+from tools.quantise.names import COPIED, files_to_copy
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ModelConfig(
@@ -140,7 +142,7 @@ def test_float32_sources_float16_sources_and_the_summary(run: Run, tmp_path: Pat
         folder = tmp_path / str(dtype)
         save_hf(model(), folder, dtype)
         status, printed, err = run(source=folder, out=tmp_path / f"{dtype}-out")
-        assert (status, err) == (0, "")
+        assert status == 0 and f"warning: {folder}: holds no tokenizer.model; " in err
         assert open_checkpoint(tmp_path / f"{dtype}-out").dtype == kept
     assert "native, 3 files, attention 4, experts 4, " in printed
     assert "experts.w13: relative error 0.08" in printed and printed.count(" at worst in layers.") == 4
@@ -268,6 +270,60 @@ def test_a_damaged_journal(run: Run, tmp_path: Path, damage: str) -> None:
     assert "damaged; remove the folder" in one_line(run("--force"))
 
 
+FIRST, SECOND = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
+
+
+def change_shards(change: Callable[[Any], object]) -> Callable[[Any], object]:
+    return lambda journal: change(journal["shards"][SECOND])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda journal: journal.update(shards=[]),
+        lambda journal: journal.update(shards={"thesis.txt": {}}),
+        lambda journal: journal.update(shards={"model-00009-of-00009.safetensors": {}}),
+        lambda journal: journal.update(shards={FIRST: {"layers.0.self_attn.qkv_proj": 0.1}}),
+        lambda journal: journal.update(shards={FIRST: []}),
+        lambda journal: journal.update(files="config.json"),
+        lambda journal: journal.update(files=["thesis.txt"]),
+        lambda journal: journal.update(stale=[["config.json"]]),
+        lambda journal: journal.update(stale={"config.json": 1}),
+        lambda journal: journal.update(settings=[]),
+        lambda journal: journal.update(more=1),
+        lambda journal: journal.pop("stale"),
+        change_shards(lambda errors: errors.popitem()),
+        change_shards(lambda errors: errors.update({"experts": 0.1})),
+        change_shards(lambda errors: errors.update({min(errors): float("nan")})),
+        change_shards(lambda errors: errors.update({min(errors): float("inf")})),
+        change_shards(lambda errors: errors.update({min(errors): -0.1})),
+        change_shards(lambda errors: errors.update({min(errors): None})),
+        change_shards(lambda errors: errors.update({min(errors): True})),
+        change_shards(lambda errors: errors.update({min(errors): 10**400})),
+        change_shards(lambda errors: errors.update({min(errors): {"a": 0.1}})),
+    ],
+)
+def test_a_journal_is_believed_in_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], object]
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_at(40, KeyboardInterrupt(), patch)
+        assert run()[0] == 130
+    path = tmp_path / "out" / JOURNAL
+    journal = json.loads(path.read_text())
+    change(journal)
+    path.write_text(json.dumps(journal))
+    before = contents(tmp_path / "out")
+    assert "damaged; remove the folder" in one_line(run())
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_journal_too_deep_to_read(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / JOURNAL).write_text('{"settings": ' + "[" * 10**5)
+    assert "damaged; remove the folder" in one_line(run())
+
+
 def test_a_shard_that_is_not_what_the_journal_says_is_made_again(
     run: Run, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,14 +338,153 @@ def test_a_shard_that_is_not_what_the_journal_says_is_made_again(
 
 def test_one_process_at_a_time(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    handle = os.open(tmp_path / "out", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
+    with lock.locked(tmp_path / "out"):
         assert "another process is quantising into it" in one_line(run())
-    finally:
-        os.close(handle)
-    (tmp_path / "out").mkdir(exist_ok=True)
+        assert contents(tmp_path / "out") == {lock.NAME: b""}
+    assert contents(tmp_path / "out") == {}
     assert run()[0] == 0
+
+
+def test_a_lock_that_was_removed_while_it_was_awaited_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, calls = fcntl.flock, 0
+
+    def late(handle: int, flags: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:  # the process before ends between our open and our lock
+            (tmp_path / lock.NAME).unlink()
+        flock(handle, flags)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with lock.locked(tmp_path):
+        assert calls == 2 and (tmp_path / lock.NAME).exists()
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_locks_are_unknown_it_goes_on(
+    run: Run, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(handle: int, flags: int) -> None:
+        assert fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR  # NFS locks no other
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run()[0] == 0
+    assert contents(tmp_path / "out") == whole
+
+
+def test_links_are_not_written_through(run: Run, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    out, thesis = tmp_path / "out", tmp_path / "thesis.txt"
+    thesis.write_text("mine")
+    assert run("--experts", "2", "--quiet")[0] == 0
+    names = [*sorted(contents(out)), JOURNAL]
+    for name in names:
+        (out / (name + ".part")).symlink_to(thesis)
+    (out / "model.safetensors.index.json").unlink()
+    (out / "model.safetensors.index.json").symlink_to(thesis)
+    assert run("--force")[0] == 0
+    assert thesis.read_text() == "mine"
+    assert contents(out) == whole and not any(path.is_symlink() for path in out.iterdir())
+    (out / lock.NAME).symlink_to(tmp_path / "elsewhere")
+    assert "Too many levels of symbolic links" in one_line(run("--force"))
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_force_removes_only_what_this_program_writes(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("--quiet")[0] == 0
+    names = ["thesis.txt", ".bashrc", "consolidated.safetensors", "tokenizer.model.a b"]
+    record = json.loads((out / "quantization.json").read_text())
+    record["files"] += [*names, "../thesis.txt", "model-00009-of-00009.safetensors", 3, None]
+    (out / "quantization.json").write_text(json.dumps(record))
+    for name in [*names, "model-00009-of-00009.safetensors"]:
+        (out / name).write_text("mine")
+    assert run("--force")[0] == 0
+    assert all((out / name).read_text() == "mine" for name in names)
+    assert not (out / "model-00009-of-00009.safetensors").exists()
+
+
+def test_a_copy_that_ends_early_is_refused(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output.shutil, "copyfileobj", lambda read, written: written.write(read.read(7)))
+    said = one_line(run("--quiet"))
+    size = (source / "generation_config.json").stat().st_size
+    assert f"generation_config.json: {size} bytes, and 7 could be read; did it change?" in said
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        "embed_tokens.weight",
+        "lm_head.weight",
+        "norm.weight",
+        "layers.1.input_layernorm.weight",
+        "layers.0.block_sparse_moe.gate.weight",
+        "layers.1.block_sparse_moe.experts.2.w2.weight",
+        "layers.0.self_attn.o_proj.weight",
+    ],
+)
+def test_weights_that_are_not_finite_are_named(run: Run, tmp_path: Path, parameter: str) -> None:
+    damaged = model()
+    with torch.no_grad():
+        dict(damaged.named_parameters())[parameter].view(-1)[-1] = float("nan")
+    save_hf(damaged, tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer.model").touch()
+    said = one_line(run(source=tmp_path / "damaged"))
+    assert parameter.removesuffix(".weight") in said and "not finite numbers; the source is damaged" in said
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_weights_beyond_the_outputs_dtype_are_named() -> None:
+    large = torch.tensor([1e6])
+    with pytest.raises(ModelError, match=r"norm\.weight: has weights too large for float16"):
+        quantize.converted("norm.weight", large, torch.float16)
+    assert quantize.converted("norm.weight", large, torch.bfloat16).item() == 999424
+
+
+def test_another_tokenizer(run: Run, source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    said = one_line(run("--tokenizer", str(other)))
+    assert f"{other}: holds no tokenizer.model" in said and not out.exists()
+    (other / "spm.model").write_text("a tokenizer")
+    (other / "generation_config.json").write_text("{}")
+    assert run("--tokenizer", str(other / "spm.model"))[0] == 0
+    assert contents(out) == whole | {"tokenizer.model": b"a tokenizer"}
+    (other / "tokenizer.model").write_text("another")
+    (other / "added_tokens.json").write_text("{}")
+    assert run("--force", "--tokenizer", str(other))[0] == 0
+    record = json.loads((out / "quantization.json").read_text())
+    assert sorted(record["files"]) == sorted(contents(out))
+    assert (out / "tokenizer.model").read_text() == "another"
+    assert (out / "generation_config.json").read_bytes() == whole["generation_config.json"]
+    assert (out / "added_tokens.json").exists() and not (out / "tokenizer_config.json").exists()
+
+
+def test_what_goes_along(tmp_path: Path) -> None:
+    names = [*COPIED, "tokenizer.model.v3", "tokenizer.model.v3.part", "tokenizer.model.\n", "other.json"]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "tokenizer.model.v4").mkdir()
+    assert sorted(files_to_copy(tmp_path)) == sorted([*COPIED, "tokenizer.model.v3"])
+
+
+def test_a_run_goes_on_with_another_tokenizer(
+    run: Run, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("tokenizer.model", "added_tokens.json"):
+        (other / name).write_text("another")
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize.Journal, "remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run("--tokenizer", str(other))[0] == 130  # all is written
+    assert run()[0] == 0
+    assert contents(tmp_path / "out") == whole
 
 
 def test_killed_runs_go_on() -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,22 +14,26 @@ from model.checkpoint.writer import write_text
 from model.config import ModelConfig, read_json, to_hf
 from model.errors import ModelError
 from runtime.errors import MixtralError
+from tools.quantise.names import is_ours
 
 NAME = "quantize.journal.json"
+MAX_BYTES = 64 << 20
 SAMPLE = 1 << 16  # bytes of weights from the middle of each file
+
+Errors = dict[str, float]  # relative error of every matrix
 
 
 @dataclass
 class Journal:
     """`settings` make the result what it is: a run goes on only under the same. `files` are all that the
-    run will have written, and `stale` those of an earlier output, to be removed; both are plain names.
+    run will have written, and `stale` those of an earlier output, to be removed.
     `shards` are finished: {file: {matrix: relative error}}.
     """
 
     settings: dict[str, Any]
     files: list[str]
     stale: list[str]
-    shards: dict[str, dict[str, float]]
+    shards: dict[str, Errors]
 
     @staticmethod
     def read(folder: Path) -> "Journal | None":
@@ -36,14 +42,16 @@ class Journal:
         if not path.is_file():
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            journal = Journal(found["settings"], found["files"], found["stale"], found["shards"])
-            names = [*journal.files, *journal.stale, *journal.shards]
-            if not isinstance(journal.settings, dict) or not all(is_plain(name) for name in names):
-                raise ValueError("settings or names")
-        except (ValueError, KeyError, TypeError) as error:
-            raise MixtralError(f"{path}: damaged; remove the folder and begin again") from error
-        return journal
+            return parse(read_json(path, MAX_BYTES))
+        except ValueError as error:  # `ModelError` is one
+            raise damaged(folder) from error
+
+    def check(self, folder: Path, matrices: Mapping[str, Sequence[str]]) -> None:
+        """Raises `MixtralError` unless finished shards are of those that the run makes, {file: matrices}, and
+        have an error for each matrix."""
+        for name, errors in self.shards.items():
+            if name not in matrices or sorted(errors) != sorted(matrices[name]):
+                raise damaged(folder)
 
     def save(self, folder: Path) -> None:
         write_text(folder / NAME, json.dumps(vars(self), indent=2) + "\n")
@@ -52,13 +60,33 @@ class Journal:
         (folder / NAME).unlink(missing_ok=True)
 
 
-def is_plain(name: Any) -> bool:
-    """Whether this names a file in the same folder, and nothing elsewhere.
+def parse(found: dict[str, Any]) -> Journal:
+    """A journal from the contents of its file, every part of it checked. Raises `ValueError`."""
+    if found.keys() != {"settings", "files", "stale", "shards"}:
+        raise ValueError("keys")
+    journal = Journal(**found)
+    if not isinstance(journal.settings, dict) or not isinstance(journal.shards, dict):
+        raise ValueError("settings or shards")
+    for names in (journal.files, journal.stale, list(journal.shards)):
+        if not isinstance(names, list) or not all(map(is_ours, names)):
+            raise ValueError("names")
+    if not all(map(is_errors, journal.shards.values())):
+        raise ValueError("errors")
+    return journal
 
-    >>> [is_plain(name) for name in ("config.json", "../config.json", "/etc/passwd", "..", "", 3)]
-    [True, False, False, False, False, False]
+
+def is_errors(value: object) -> bool:
     """
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    >>> [is_errors(value) for value in ({"o_proj": 0.01}, {"o_proj": math.nan}, {"o_proj": 1}, [])]
+    [True, False, False, False]
+    """
+    return isinstance(value, dict) and all(
+        isinstance(error, float) and 0 <= error < math.inf for error in value.values()
+    )
+
+
+def damaged(folder: Path) -> MixtralError:
+    return MixtralError(f"{folder / NAME}: damaged; remove the folder and begin again")
 
 
 def settings(source: Path, config: ModelConfig, native: NativeFormat, device: str) -> dict[str, Any]:
@@ -95,9 +123,9 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
 
 
 def recorded_files(path: Path) -> list[str]:
-    """The files that a finished output says are its own."""
+    """The files that a finished output says are its own, of those that this program writes."""
     try:
-        files = read_json(path).get("files")
+        files = read_json(path, MAX_BYTES).get("files")
     except ModelError:  # nothing is known to be ours then
         return []
-    return [name for name in files if is_plain(name)] if isinstance(files, list) else []
+    return [name for name in files if is_ours(name)] if isinstance(files, list) else []

@@ -5,32 +5,22 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from model.checkpoint.native import Shard
 from model.checkpoint.safetensors import readable
-from model.checkpoint.writer import encode_header, put_in_place
+from model.checkpoint.writer import encode_header, part_of, replacing
 from model.config import NATIVE, read_json
 from model.errors import ModelError
 from runtime.errors import MixtralError
 from tools.quantise import journal as journals
+from tools.quantise import lock
 from tools.quantise.journal import Journal
+from tools.quantise.names import CONFIG, INDEX, RECORD
 
-CONFIG, INDEX, RECORD = "config.json", "model.safetensors.index.json", "quantization.json"
-COPIED = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "tekken.json", "generation_config.json",
-)  # fmt: skip
 OTHER_FILES = 1 << 22  # bytes: index, record and configuration
-
-
-def files_to_copy(source: Path) -> list[str]:
-    """What goes along with the weights: the tokenizer, its chat template, and generation's settings."""
-    found = {name for name in COPIED if (source / name).is_file()}
-    found |= {path.name for path in source.glob("tokenizer.model.*") if path.is_file()}
-    return sorted(name for name in found if not name.endswith(".part"))
 
 
 @contextmanager
@@ -40,43 +30,32 @@ def reserved(folder: Path) -> Iterator[None]:
         raise MixtralError(f"{folder}: a file; the output is a folder")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder):
+        with lock.locked(folder):
             yield
     finally:
         if not any(folder.iterdir()):
             folder.rmdir()
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Refuse a folder that another process has; where the system cannot tell, trust that none has."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise MixtralError(
-                f"{folder}: another process is quantising into it; wait for its end"
-            ) from error
-        yield
-    finally:
-        os.close(handle)
-
-
-def claim(folder: Path, settings: dict[str, object], files: list[str], force: bool) -> Journal:
+def claim(
+    folder: Path,
+    settings: dict[str, object],
+    files: list[str],
+    matrices: Mapping[str, Sequence[str]],
+    force: bool,
+) -> Journal:
     """The journal to go on with, or a new one. Nothing has been changed when this returns.
+
+    `files` are what the output will consist of, `matrices` those of each shard that are quantised.
 
     Raises `MixtralError` for a folder that is not ours, and without `force` for one that holds a finished
     checkpoint or an unfinished one of other settings.
     """
     journal = Journal.read(folder)
     if journal is not None and journal.settings == settings:
-        return journal
+        journal.check(folder, matrices)
+        stale = {*journal.stale, *journal.files} - set(files)  # another tokenizer's, perhaps
+        return Journal(settings, files, sorted(stale), journal.shards)
     if journal is not None and not force:
         raise MixtralError(
             f"{folder}: holds an unfinished run with {journals.difference(settings, journal.settings)}; "
@@ -84,7 +63,7 @@ def claim(folder: Path, settings: dict[str, object], files: list[str], force: bo
         )
     if journal is not None:
         return Journal(settings, files, sorted({*journal.files, *journal.stale}), {})
-    there = {path.name for path in folder.iterdir()} - {journals.NAME + ".part"}
+    there = {path.name for path in folder.iterdir()} - {journals.NAME + ".part", lock.NAME}
     if not there:
         return Journal(settings, files, [], {})
     if not is_native(folder):
@@ -132,14 +111,13 @@ def check_space(folder: Path, needed: int, removable: Iterable[Path]) -> None:
 def leftovers(folder: Path, journal: Journal, finished: Iterable[str]) -> list[Path]:
     """Files of this run and earlier ones that are not part of what is finished, `config.json` first."""
     names = [CONFIG, *sorted({*journal.files, *journal.stale} - {CONFIG, *finished})]
-    return [folder / (name + ending) for name in names for ending in ("", ".part")]
+    return [path for name in names for path in (folder / name, part_of(folder / name))]
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file so that it is there completely or not at all."""
-    part = target.with_name(target.name + ".part")
-    with source.open("rb") as read, part.open("wb") as written:
+    """Copy a file so that it is there completely or not at all. Raises `MixtralError` where it ends early."""
+    with source.open("rb") as read, replacing(target) as written:
+        size = os.fstat(read.fileno()).st_size
         shutil.copyfileobj(read, written)
-        written.flush()
-        os.fsync(written.fileno())
-    put_in_place(part, target)
+        if written.tell() != size:
+            raise MixtralError(f"{source}: {size} bytes, and {written.tell()} could be read; did it change?")

@@ -1,0 +1,76 @@
+"""The files that `tools.quantize` writes: nothing else in a folder is ever replaced or removed."""
+
+from pathlib import Path
+
+from model.checkpoint.files import SHARD
+from tokenizer.errors import TokenizerError
+from tokenizer.model_file import NAME as TOKENIZER
+from tokenizer.model_file import find_model, read_model
+
+CONFIG, INDEX, RECORD = "config.json", "model.safetensors.index.json", "quantization.json"
+GENERATION = "generation_config.json"
+COPIED = (
+    TOKENIZER, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "tekken.json", GENERATION,
+)  # fmt: skip
+
+
+def is_ours(name: object) -> bool:
+    """Whether this is the name of a file that this program may have written, in its output's folder.
+
+    >>> [is_ours(name) for name in ("config.json", "model-00001-of-00033.safetensors", "tokenizer.model.v3")]
+    [True, True, True]
+    >>> [is_ours(name) for name in ("thesis.txt", "../config.json", "/etc/passwd", "..", "", 3)]
+    [False, False, False, False, False, False]
+    """
+    if not isinstance(name, str):
+        return False
+    shard = SHARD.fullmatch(name)
+    return name in (CONFIG, INDEX, RECORD, *COPIED) or is_tokenizer(name) or bool(shard and name.isascii())
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether this names a sentencepiece model: `tokenizer.model`, or Mistral's `tokenizer.model.v3`."""
+    ending = name.removeprefix(TOKENIZER)
+    if ending == name or ending == ".part" or not name.isascii():
+        return False
+    return ending == "" or (ending[0] == "." and ending[1:].isalnum())
+
+
+def files_to_copy(source: Path, tokenizer: Path | None = None) -> dict[str, Path]:
+    """What goes along with the weights, by the name it gets: tokenizer, chat template, generation's settings.
+
+    `tokenizer` is a folder whose files go instead of the source's, all but generation's settings, or one
+    file, which goes instead of the source's tokenizer. Raises `TokenizerError` if there is none in it.
+    """
+    found = copied_from(source)
+    if tokenizer is None:
+        return found
+    file = find_model(tokenizer)
+    read_model(file)
+    if tokenizer.is_dir():
+        settings = {name: path for name, path in found.items() if name == GENERATION}
+        return dict(sorted({**copied_from(tokenizer), **settings}.items()))
+    name = file.name if file.name in COPIED or is_tokenizer(file.name) else TOKENIZER
+    others = {name: path for name, path in found.items() if not is_tokenizer(name)}
+    return dict(sorted({**others, name: file}.items()))
+
+
+def copied_from(folder: Path) -> dict[str, Path]:
+    names = sorted({*COPIED, *(path.name for path in folder.glob(TOKENIZER + ".*"))})
+    return {
+        name: folder / name
+        for name in names
+        if (name in COPIED or is_tokenizer(name)) and (folder / name).is_file()
+    }
+
+
+def tokenizer_missing(copied: dict[str, Path], source: Path) -> str | None:
+    """Why the output could not generate text, if it could not."""
+    if any(is_tokenizer(name) for name in copied):
+        return None
+    try:
+        find_model(source)
+    except TokenizerError as error:
+        return f"{error}; or name one by --tokenizer: without it the output generates no text"
+    return None
