@@ -242,16 +242,15 @@ class CopyEngine:
     def move_at_once(self, ticket: Ticket) -> None:
         """Put what is left of a needed copy on a link that does not block: in one turn, so that no piece of a
         guess comes in between."""
+        moved = False
         try:
             with self.turn:
-                while not ticket.complete and ticket.error is None:
+                while not ticket.complete and ticket.error is None and not self.closed:
                     self.move_piece(ticket, ticket.source[ticket.moved : ticket.moved + self.link.piece])
+                    moved = True
         except Exception as error:
             ticket.error = error
-        except BaseException:  # Ctrl-C: the one who asked will not learn of this copy
-            self.wasted_whole += ticket.moved
-            raise
-        if ticket.complete:
+        if moved and ticket.complete:
             self.tell(ticket)
 
     def move_piece(self, ticket: Ticket, piece: Tensor) -> None:
@@ -305,7 +304,8 @@ class CopyEngine:
                 self.waits.popleft()[2].release()
             self.urgent.clear()
             self.guesses.clear()
-            with contextlib.suppress(Exception):  # of a device that is lost
+            # In turn: what the other thread puts on the link comes before, or finds this engine closed.
+            with self.turn, contextlib.suppress(Exception):  # of a device that is lost
                 self.link.close()
             self.keep = ()
             self.ended = True

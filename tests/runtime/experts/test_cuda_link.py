@@ -235,6 +235,31 @@ def test_an_error_on_the_stream_reaches_the_one_who_waits(monkeypatch: pytest.Mo
     assert copies.close()
 
 
+def test_closed_in_the_midst_of_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a signal's handler: nothing is put on the stream after the copy thread has seen it empty."""
+    cuda = Cuda(monkeypatch)
+    link = CudaLink(CPU)
+    link.piece = 4
+    move = link.move
+    copies = CopyEngine(link)
+
+    def ending(*args: Any) -> Any:
+        copies.end()
+        copies.thread.join(0.05)
+        return move(*args)
+
+    monkeypatch.setattr(link, "move", ending)
+    copies.start()
+    slot = torch.zeros(10, dtype=torch.uint8)
+    ticket = copies.submit(torch.ones_like(slot), slot, urgent=True)
+    assert ticket.moved == 4
+    with pytest.raises(TransferError, match="the engine is closed; load it again"):
+        copies.wait(ticket)
+    copies.promote(ticket)
+    assert ticket.moved == 4 and copies.close()
+    assert cuda.take() == [*pieces("e0"), "host waits for copies"]
+
+
 def test_all_engines_share_the_streams_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
 
