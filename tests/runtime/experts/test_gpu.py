@@ -21,20 +21,23 @@ GPU = torch.device("cuda", 0)
 BLOB = 3 * PIECE + 4096  # bytes
 
 
-@pytest.mark.parametrize("pin", [True, False])
+@pytest.mark.parametrize("locked", ["all", "half", "none"])
 @pytest.mark.parametrize("urgent", [True, False])
 @pytest.mark.parametrize("size", [BLOB, BLOB - 4096 - 16])
 def test_what_computing_sees_behind_a_mark_has_arrived(
-    size: int, urgent: bool, pin: bool, monkeypatch: pytest.MonkeyPatch
+    size: int, urgent: bool, locked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slots are overwritten again and again, in the midst of computing with them. The arena is locked in many
     pieces."""
     monkeypatch.setattr(arena_module, "PIN_PIECE", 2 * BLOB)
+    pin = locked != "none"
     arena = Arena(1, 8, size, pin, GPU)
+    middle = arena.blob(0, 4).data_ptr()
+    ways = {"all": None, "half": lambda source: source.data_ptr() < middle, "none": arena.locked}
     assert arena.pinned == pin and len(arena.registered) == 4 * pin
     for e in range(8):
         arena.blob(0, e).fill_(e + 1)
-    copies = CopyEngine(CudaLink(GPU, None if pin else arena.locked))
+    copies = CopyEngine(CudaLink(GPU, ways[locked]))
     copies.start(arena)
     try:
         slots, sums = torch.zeros(2, size, dtype=torch.uint8, device=GPU), []
