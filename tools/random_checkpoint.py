@@ -11,7 +11,6 @@ one tensor.
 import argparse
 import dataclasses
 import math
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from model.errors import ModelError
 from runtime.engine import DEMO
 from runtime.errors import MixtralError
 from runtime.units import parse_bytes
+from tools.quantise.output import copy
 
 SMALL = ModelConfig(  # a quarter of Mixtral-8x7B's width, in its proportions
     vocab=32000, hidden=1024, layers=1, heads=8, kv_heads=2, head_dim=128, ffn=3584, experts=8,
@@ -79,7 +79,7 @@ def random_checkpoint(config: ModelConfig, folder: Path, seed: int = 0) -> None:
 
     write_hf(config, folder, values)
     if DEMO_TOKENIZER.is_file():
-        shutil.copyfile(DEMO_TOKENIZER, folder / "tokenizer.model")
+        copy(DEMO_TOKENIZER, folder / "tokenizer.model")
 
 
 def main(argv: list[str] | None = None) -> int:

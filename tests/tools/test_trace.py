@@ -1,6 +1,7 @@
 """The trace tool: its simulation against the runtime's slot tables, its optimum against brute force, its
 figures and sums against traces worked out by hand, and what it refuses."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -30,7 +31,8 @@ from runtime.experts.trace import (
 from tools import trace as tool
 from tools.traces.read import Trace
 from tools.traces.replay import optimum, replay
-from tools.traces.statistics import recall, replay_agrees, summarise
+from tools.traces.statistics import recall, replay_agrees, replayed, summarise
+from tools.traces.text import as_text
 
 E = 6
 NEEDS = st.lists(st.lists(st.integers(0, E - 1), min_size=1, max_size=4, unique=True).map(tuple), max_size=80)
@@ -160,6 +162,16 @@ def test_sums_are_those_of_a_worked_example() -> None:
     assert report["seconds"] == {"copying": 1.0, "stalled": 0.125}
 
 
+def test_of_many_experts_some_numbers_of_slots_are_replayed() -> None:
+    many = dataclasses.replace(header(), experts=100)
+    events: list[Event] = [Routing(0, 0, 1, tuple(range(100))), *(Miss(0, 0, e) for e in range(100))]
+    report = summarise(Trace(many, events, truncated=False))
+    for ratios in report["replay"].values():
+        assert [slots for slots, ratio in enumerate(ratios, 1) if ratio is not None] == sorted(replayed(100))
+        assert len(ratios) == 100 and ratios[99] == 0.0
+    assert len(replayed(100)) == 32 and as_text(report).count("0.000") >= 32
+
+
 def test_without_decode_steps_ratios_are_of_the_prompt() -> None:
     events: list[Event] = [Routing(0, 0, 5, (0, 1)), Miss(0, 0, 0), Miss(0, 0, 1), Ranking(0, 0, 2, (1,))]
     report = summarise(Trace(header(), events, truncated=False))
@@ -230,6 +242,31 @@ def test_figures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in names)
     assert tool.main(["plot", str(path), "--out", str(out), "--layers", "1"]) == 1
     assert capsys.readouterr().err == "error: there is no layer 1; the trace's layers are 0 to 0\n"
+
+
+def test_figures_that_cannot_be_drawn_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = write(tmp_path / "t.jsonl", worked_example())
+    monkeypatch.setattr("tools.traces.plot.MAX_PIXELS", 10**5)
+    assert tool.main(["plot", str(path), "--out", str(tmp_path / "figures")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: 4 tokens through 1 layers of 6 experts make a figure of 900 x 346 pixels, too"
+    )
+    assert not list((tmp_path / "figures").iterdir())
+
+
+def test_figures_are_not_written_through_links(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("mine")
+    for name in ("experts.png", "hit_ratio.png.part"):
+        (tmp_path / name).symlink_to(thesis)
+    path = write(tmp_path / "t.jsonl", worked_example())
+    assert tool.main(["plot", str(path), "--out", str(tmp_path)]) == 0
+    assert thesis.read_text() == "mine" and not (tmp_path / "experts.png").is_symlink()
 
 
 def test_without_matplotlib_one_line_says_what_to_install(

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.writer import replacing
 from runtime.experts.trace import TraceError
 from tools.traces.read import Trace
 from tools.traces.statistics import accesses_by_layer, recall, replayed_ratios, routing_by_layer
 
+DPI = 150
+MAX_SIDE, MAX_PIXELS = 1 << 16, 1 << 26  # what can be drawn, and what fits any memory
 CACHED, MISSED = "0.87", "tab:red"
 LINES = {
     "belady": {"color": "black", "linestyle": "--", "label": "Belady's optimum"},
@@ -21,7 +24,7 @@ LINES = {
 def plot(trace: Trace, out: Path, layers: Sequence[int] | None = None, tokens: int = 100) -> list[Path]:
     """Writes the figures that the trace has data for to folder `out`, which is made if need be.
 
-    Raises `TraceError` if matplotlib is missing, or the trace has no such layers.
+    Raises `TraceError` if matplotlib is missing, the trace has no such layers, or a figure is too large.
     """
     try:
         from matplotlib.figure import Figure
@@ -40,10 +43,11 @@ def plot(trace: Trace, out: Path, layers: Sequence[int] | None = None, tokens: i
         ("hit_ratio", lambda figure: draw_hit_ratio(figure, trace)),
         ("recall", lambda figure: draw_recall(figure, trace)),
     ):
-        figure = Figure(layout="constrained", dpi=150)
+        figure = Figure(layout="constrained", dpi=DPI)
         if draw(figure):
             paths.append(out / f"{name}.png")
-            figure.savefig(paths[-1])
+            with replacing(paths[-1]) as file:
+                figure.savefig(file, format="png")
     return paths
 
 
@@ -58,7 +62,9 @@ def draw_experts(figure: Any, trace: Trace, layers: Sequence[int], tokens: int) 
     columns = max((len(grid) for grid in grids), default=0)
     if columns == 0:
         return False
-    figure.set_size_inches(max(6.0, 1.5 + 0.11 * columns), 0.9 + len(layers) * (0.45 + 0.16 * E))
+    width, height = max(6.0, 1.5 + 0.11 * columns), 0.9 + len(layers) * (0.45 + 0.16 * E)
+    check_pixels(width, height, f"{columns} tokens through {len(layers)} layers of {E} experts")
+    figure.set_size_inches(width, height)
     panels = figure.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
     for panel, layer, grid in zip(panels, layers, grids, strict=True):
         white, grey = (1.0, 1.0, 1.0, 1.0), (float(CACHED), float(CACHED), float(CACHED), 1.0)
@@ -88,6 +94,15 @@ def draw_experts(figure: Any, trace: Trace, layers: Sequence[int], tokens: int) 
         frameon=False,
     )
     return True
+
+
+def check_pixels(width: float, height: float, what: str) -> None:
+    """Raises `TraceError` for a figure, in inches, that is more than can be drawn."""
+    if max(width, height) * DPI >= MAX_SIDE or width * height * DPI**2 > MAX_PIXELS:
+        raise TraceError(
+            f"{what} make a figure of {width * DPI:.0f} x {height * DPI:.0f} pixels, too large to draw; show "
+            "fewer by --layers or --tokens"
+        )
 
 
 def decoded(trace: Trace, layer: int, tokens: int) -> list[tuple[dict[int, float], set[int]]]:

@@ -2,14 +2,20 @@
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, BinaryIO
 
+from model.checkpoint.files import some
+from model.config import MOST
+from model.errors import quoted
 from runtime.experts.trace import FORMAT, NAMES, VERSION, Event, Header, TraceError
 
+MAX_LINE = 1 << 20  # bytes; a trace's are of a few hundred
+MAX_NUMBER = 1 << 53  # up to here floats and JSON are exact, and no sum of such numbers overflows
+POLICY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 EVENTS: dict[str, Callable[..., Event]] = {name: kind for kind, name in NAMES.items()}
 FIELDS = {name: [f.name for f in dataclasses.fields(kind)] for kind, name in NAMES.items()}
 
@@ -30,7 +36,7 @@ def read_trace(path: str | PathLike[str]) -> Trace:
     number = 0
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(lines(file), start=1):
                 try:
                     content = parse_line(line)
                     if header is None:
@@ -38,18 +44,28 @@ def read_trace(path: str | PathLike[str]) -> Trace:
                     else:
                         events.append(parse_event(content, header))
                 except ValueError as error:
-                    if header and not line.endswith(b"\n"):
+                    if header and not line.endswith(b"\n") and len(line) <= MAX_LINE:
                         return Trace(header, events, truncated=True)
                     raise TraceError(f"{path}:{number}: {error}") from None
     except OSError as error:
         raise TraceError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # a path with a NUL in it
+        raise TraceError(f"{quoted(path)}: {error}") from error
     if header is None:
         raise TraceError(f"{path}:1: the file is empty; a trace begins with a header")
     return Trace(header, events, truncated=False)
 
 
+def lines(file: BinaryIO) -> Iterator[bytes]:
+    """The file's lines, of which one that is too long comes in part."""
+    while line := file.readline(MAX_LINE + 1):
+        yield line
+
+
 def parse_line(line: bytes) -> dict[str, Any]:
     """Raises `ValueError`, as all of these do."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"a line of more than {MAX_LINE} bytes; not a trace")
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not a number")
@@ -62,6 +78,10 @@ def parse_line(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("not JSON that a trace would have: nested too deep") from None
+    except ValueError as error:
+        if "digits" in str(error):  # Python's limit, whose remedy is none here
+            raise ValueError("not JSON that a trace would have: a number too long") from None
+        raise
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     return content
@@ -77,18 +97,24 @@ def parse_header(content: dict[str, Any]) -> Header:
     if content.pop("format", None) != FORMAT:
         raise ValueError(f'not a trace: a trace\'s first line has "format": "{FORMAT}"')
     if (version := content.pop("version", None)) != VERSION:
-        raise ValueError(f"format version {version}; this program reads version {VERSION}")
+        raise ValueError(f"format version {quoted(version)}; this program reads version {VERSION}")
     check_names(content, [f.name for f in dataclasses.fields(Header)], "the header")
     for name in ("layers", "experts", "experts_per_token", "spares", "seed", "expert_bytes"):
         least = 0 if name in ("spares", "seed") else 1
         require(whole(content[name]) and content[name] >= least, name, content, f"a whole number >= {least}")
+    for name in ("layers", "experts"):
+        require(content[name] <= MOST[name], name, content, f"at most {MOST[name]}")
     L, E = content["layers"], content["experts"]
     slots = content["slots"]
     counts = isinstance(slots, list) and len(slots) == L and all(whole(s) and s >= 1 for s in slots)
     require(counts, "slots", content, f"{L} whole numbers >= 1, one for each layer")
     require(content["experts_per_token"] <= E, "experts_per_token", content, f"at most {E}, the experts")
-    require(isinstance(content["policy"], str), "policy", content, "a name")
-    require(isinstance(content["options"], dict), "options", content, "an object")
+    policy, options = content["policy"], content["options"]
+    require(isinstance(policy, str) and bool(POLICY.fullmatch(policy)), "policy", content, "a name")
+    plain = isinstance(options, dict) and all(
+        value is None or isinstance(value, str | bool) or number(value) for value in options.values()
+    )
+    require(plain, "options", content, "an object of plain values")
     return Header(**content | {"slots": tuple(slots)})
 
 
@@ -104,13 +130,13 @@ def parse_event(content: dict[str, Any], header: Header) -> Event:
     """
     name = content.pop("event", None)
     if not isinstance(name, str) or name not in EVENTS:
-        raise ValueError(f"event is {json.dumps(name)}, and must be one of {', '.join(EVENTS)}")
+        raise ValueError(f"event is {quoted(name)}, and must be one of {', '.join(EVENTS)}")
     check_names(content, FIELDS[name], name)
     for field_name, value in content.items():
         try:
             content[field_name] = parse_field(field_name, value, header)
         except ValueError as error:
-            raise ValueError(f"{name}: {field_name} is {json.dumps(value)}, and must be {error}") from None
+            raise ValueError(f"{name}: {field_name} is {quoted(value)}, and must be {error}") from None
     weights = content.get("weights")
     if weights is not None and len(weights) != len(content["experts"]):
         raise ValueError(f"{name}: {len(weights)} weights for {len(content['experts'])} experts")
@@ -135,8 +161,11 @@ def parse_field(name: str, value: Any, header: Header) -> Any:
         good, expected = value in ("demand", "guess"), '"demand" or "guess"'
     elif name == "seconds":
         good, expected = number(value) and value >= 0, "a number >= 0"
+    elif name == "distance":
+        good = whole(value) and 1 <= value <= header.layers
+        expected = f"a whole number from 1 to {header.layers}"
     else:
-        least = 1 if name in ("tokens", "distance") else 0
+        least = 1 if name == "tokens" else 0
         good, expected = whole(value) and value >= least, f"a whole number >= {least}"
     if not good:
         raise ValueError(expected)
@@ -147,17 +176,18 @@ def check_names(content: dict[str, Any], expected: list[str], what: str) -> None
     if missing := [name for name in expected if name not in content]:
         raise ValueError(f"{what} lacks {', '.join(missing)}")
     if unknown := [name for name in content if name not in expected]:
-        raise ValueError(f"{what} has the unknown {', '.join(unknown)}")
+        raise ValueError(f"{what} has the unknown {some(unknown)}")
 
 
 def require(holds: bool, name: str, content: dict[str, Any], expected: str) -> None:
     if not holds:
-        raise ValueError(f"{name} is {json.dumps(content[name])}, and must be {expected}")
+        raise ValueError(f"{name} is {quoted(content[name])}, and must be {expected}")
 
 
 def whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether this is a whole number that a float can have exactly."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
 def number(value: object) -> bool:
-    return whole(value) or (isinstance(value, float) and math.isfinite(value))
+    return whole(value) or (isinstance(value, float) and abs(value) <= MAX_NUMBER)

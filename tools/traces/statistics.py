@@ -24,6 +24,9 @@ from tools.traces.read import Trace
 from tools.traces.replay import POLICIES, Access, optimum, replay
 
 
+REPLAYS = 32  # numbers of slots; each takes time with the square of the experts that a step needs
+
+
 def summarise(trace: Trace) -> dict[str, Any]:
     """All statistics, as JSON has them. Ratios are null where there is nothing to take them of."""
     header, events = trace.header, trace.events
@@ -120,13 +123,20 @@ def replay_agrees(trace: Trace) -> bool | None:
 
 
 def replayed_ratios(layers: list[list[Routing]], experts: int, seed: int) -> dict[str, list[float | None]]:
-    """The hit ratio with 1, 2, ... slots in every layer, for each policy and the optimum."""
+    """The hit ratio with 1, 2, ... slots in every layer, for each policy and the optimum; None for numbers of
+    slots that are left out."""
     steps = counted(layers)
     ratios: dict[str, list[float | None]] = {name: [] for name in (*POLICIES, "belady")}
     accesses = sum(len(r.experts) for routings in layers for r in routings if r.step in steps)
     for slots in range(1, experts + 1):
+        if slots not in replayed(experts):
+            for name in ratios:
+                ratios[name].append(None)
+            continue
         hits = dict.fromkeys(ratios, 0)
         for layer, routings in enumerate(layers):
+            if not routings:
+                continue
             needs = [routing.experts for routing in routings]
             by_policy = {
                 name: [sum(access.hit for access in step) for step in replay(needs, slots, name, seed, layer)]
@@ -139,6 +149,16 @@ def replayed_ratios(layers: list[list[Routing]], experts: int, seed: int) -> dic
         for name in ratios:
             ratios[name].append(ratio(hits[name], accesses))
     return ratios
+
+
+def replayed(experts: int) -> set[int]:
+    """The numbers of slots that a trace is replayed with: all, or `REPLAYS` of them, evenly spread.
+
+    >>> replayed(4), sorted(replayed(256))[:3], max(replayed(256))
+    ({1, 2, 3, 4}, [8, 16, 24], 256)
+    """
+    count = min(experts, REPLAYS)
+    return {experts * i // count for i in range(1, count + 1)}
 
 
 def recall(trace: Trace) -> dict[int, list[float]]:

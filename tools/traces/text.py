@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime.units import format_bytes
+from tools.traces.statistics import replayed
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -46,6 +47,7 @@ def as_text(report: dict[str, Any]) -> str:
             [
                 [slots, *map(share, ratios)]
                 for slots, ratios in enumerate(zip(*report["replay"].values(), strict=True), start=1)
+                if slots in replayed(trace["experts"])
             ],
         ),
         "",
