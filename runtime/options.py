@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from model.errors import quoted
+from runtime.checks import choice, number, plain, require, truth, whole
 from runtime.errors import OptionError
 from runtime.experts.policy import POLICIES
 from runtime.units import parse_bytes
@@ -72,30 +74,25 @@ class EngineOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise OptionError(f"dtype is {self.dtype!r}, and must be one of {', '.join(DTYPES)}")
         if self.device is not None:
-            object.__setattr__(self, "device", str(self.device))  # a torch.device will do
+            settle(self, "device", str(self.device))  # a torch.device will do
+        if self.dtype is not None:
+            choice("dtype", self.dtype, DTYPES)
         for name in ("vram", "ram"):
-            if (size := getattr(self, name)) is not None:
-                object.__setattr__(self, name, size := str(size))  # a plain number is bytes
-                try:
-                    enough = parse_bytes(size, whole=1 << 60) >= 1
-                except OptionError as error:
-                    raise OptionError(f"{name}: {error}") from None
-                require(enough, name, size, "at least 1 byte; leave it out to use what is free")
-        enough = self.context is None or (isinstance(self.context, int) and self.context >= 2)
-        require(enough, "context", self.context, "a whole number of tokens, at least 2")
-        for name, choices in (("offload", OFFLOAD), ("policy", tuple(POLICIES))):
-            value = getattr(self, name)
-            require(value in choices, name, value, f"one of {', '.join(choices)}")
+            if getattr(self, name) is not None:
+                settle(self, name, check_size(name, getattr(self, name)))
+        if self.context is not None:
+            expected = "a whole number of tokens, at least 2"
+            settle(self, "context", whole("context", self.context, 2, expected=expected))
+        choice("offload", self.offload, OFFLOAD)
+        choice("policy", self.policy, POLICIES)
         for name, least, most in (("slots", 1, 1 << 20), ("lookahead", 0, 2), ("prefetch", 0, 64)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-            require(whole or (name == "slots" and value is None), name, value, f"from {least} to {most}")
-        require(isinstance(self.graphs, bool), "graphs", self.graphs, "True or False")
-        number = isinstance(self.link_gbps, (int, float)) and 0 < self.link_gbps < math.inf
-        require(number or self.link_gbps is None, "link_gbps", self.link_gbps, "a number above 0")
+            if name != "slots" or self.slots is not None:
+                settle(self, name, whole(name, getattr(self, name), least, most))
+        settle(self, "graphs", truth("graphs", self.graphs))
+        if self.link_gbps is not None:
+            rate = number("link_gbps", self.link_gbps, lambda g: 0 < g < math.inf, "a number above 0")
+            settle(self, "link_gbps", rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,32 +125,69 @@ class SamplingParams:
     ignore_eos: bool = option(False, "go on past the model's end-of-sequence token", action="store_true")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-        for name in ("max_new_tokens", "top_k", "seed"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int) or (name == "seed" and value is None), name, value, "a whole number"
-            )
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            require(isinstance(getattr(self, name), (int, float)), name, getattr(self, name), "a number")
-        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
-        require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
-        require(
-            0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0"
-        )
-        require(all(isinstance(text, str) and text for text in self.stop), "stop", self.stop,
-                "texts that are not empty")  # fmt: skip
-        for token, bias in self.logit_bias.items():
-            numbers = isinstance(token, int) and isinstance(bias, (int, float))
-            require(numbers and token >= 0 and not math.isnan(bias) and bias < math.inf, "logit_bias",
-                    f"{token}={bias}", "a token id and a number (-inf forbids the token)")  # fmt: skip
-        require(self.seed is None or 0 <= self.seed < 1 << 63, "seed", self.seed, "from 0 to 2**63 - 1")
+        settle(self, "stop", check_stop(self.stop))
+        settle(self, "logit_bias", check_bias(self.logit_bias))
+        for name, least, expected in WHOLE:
+            if name != "seed" or self.seed is not None:
+                settle(self, name, whole(name, getattr(self, name), least, expected=expected))
+        for name, holds, expected in NUMBERS:
+            settle(self, name, number(name, getattr(self, name), holds, expected))
+        settle(self, "ignore_eos", truth("ignore_eos", self.ignore_eos))
 
 
-def require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise OptionError(f"{name} is {value!r}, and must be {expected}")
+WHOLE = (
+    ("max_new_tokens", 1, "a whole number, at least 1"),
+    ("top_k", 0, "a whole number, 0 (all) or more"),
+    ("seed", 0, "a whole number from 0 to 2**63 - 1"),
+)
+NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("temperature", lambda t: 0 <= t < math.inf, "a number, 0 or more"),
+    ("top_p", lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
+    ("min_p", lambda p: 0 <= p <= 1, "a number from 0 to 1"),
+    ("repetition_penalty", lambda r: 0 < r < math.inf, "a number above 0"),
+)
+
+
+def settle(options: object, name: str, value: object) -> None:
+    """Give a frozen dataclass's field its checked value."""
+    object.__setattr__(options, name, value)
+
+
+def check_size(name: str, size: object) -> str:
+    """A size as users write it; a plain number is bytes."""
+    expected = "at least 1 byte; leave it out to use what is free"
+    size = plain(size)
+    text = str(whole(name, size, 1, expected=expected)) if isinstance(size, int) else str(size)
+    try:
+        enough = parse_bytes(text, whole=1 << 60) >= 1
+    except OptionError as error:
+        raise OptionError(f"{name}: {error}") from None
+    require(enough, name, text, expected)
+    return text
+
+
+def check_stop(stop: object) -> tuple[str, ...]:
+    """One text or several, as a tuple."""
+    several = [stop] if isinstance(stop, str) else stop
+    require(isinstance(several, Iterable), "stop", stop, "a text or several")
+    texts: tuple[str, ...] = tuple(several)  # type: ignore[arg-type]
+    require(all(isinstance(text, str) and text for text in texts), "stop", texts, "texts that are not empty")
+    return texts
+
+
+def check_bias(bias: Any) -> dict[int, float]:
+    """Token ids and what to add to their logits, from a mapping or from pairs."""
+    try:
+        pairs = dict(bias).items()
+    except (TypeError, ValueError):
+        raise OptionError(f"logit_bias is {quoted(bias)}, and must map token ids to numbers") from None
+    checked = {}
+    for token, value in pairs:
+        try:
+            checked[whole("", token, 0)] = number("", value, lambda b: b < math.inf, "")
+        except OptionError:
+            raise OptionError(
+                f"logit_bias is {quoted(token)}={quoted(value)}, and must be a token id and a number "
+                "(-inf forbids the token)"
+            ) from None
+    return checked

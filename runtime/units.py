@@ -3,6 +3,7 @@
 import math
 import re
 
+from model.errors import quoted
 from runtime.errors import OptionError
 
 UNITS = {"": 1, "B": 1} | {
@@ -24,13 +25,13 @@ def parse_bytes(text: str, whole: int | None = None) -> int:
     unit = match[2] if match else ""
     known = {name.lower(): size for name, size in UNITS.items()}
     if match is None or (unit != "%" and unit.lower() not in known):
-        raise OptionError(f"{text!r} is not a size: write it like 11GiB, 900MB or 90%")
+        raise OptionError(f"{quoted(text)} is not a size: write it like 11GiB, 900MB or 90%")
     if unit != "%":
         return int(float(match[1]) * known[unit.lower()])
     if whole is None:
-        raise OptionError(f"{text!r}: how much memory there is cannot be told here; write the size in GiB")
+        raise OptionError(f"{quoted(text)}: how much memory there is cannot be told; write the size in GiB")
     if float(match[1]) > 100:
-        raise OptionError(f"{text!r} is more than all there is; write 100% or less")
+        raise OptionError(f"{quoted(text)} is more than all there is; write 100% or less")
     return int(float(match[1]) / 100 * whole)
 
 

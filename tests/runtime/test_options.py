@@ -4,9 +4,12 @@ import argparse
 import dataclasses
 import math
 import shlex
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -112,6 +115,44 @@ def test_sampling_params_refuse(field: str, value: Any) -> None:
     with pytest.raises(OptionError) as caught:
         SamplingParams(**{field: value})
     assert str(caught.value).startswith(f"{field} is {value!r}, and must be ")
+
+
+NUMERIC = [
+    *((EngineOptions, name) for name in ("context", "slots", "lookahead", "prefetch", "link_gbps")),
+    *((EngineOptions, name) for name in ("vram", "ram", "graphs")),
+    *((SamplingParams, name) for name in ("max_new_tokens", "top_k", "seed", "temperature", "top_p")),
+    *((SamplingParams, name) for name in ("min_p", "repetition_penalty", "ignore_eos", "logit_bias", "stop")),
+]
+HOSTILE: list[Any] = [
+    10**400, 10**5000, -(10**5000), math.nan, -math.inf, 1j, [3], object(), b"1", np.float32("nan"),
+    np.array([1, 2]), torch.tensor([1.0, 2.0]), {1: True}, {1: 10**400}, {10**400: 1.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "field"), NUMERIC, ids=[field for _, field in NUMERIC])
+def test_no_value_passes_that_fails_later(options: type, field: str) -> None:
+    """What is hostile to a field is refused at once, in one short line."""
+    texts, truths = (
+        ["\x1b[2J", {"a": 1}] * (field != "stop"),
+        [True] * (field not in ("graphs", "ignore_eos")),
+    )
+    for value in HOSTILE + texts + truths:
+        with pytest.raises(OptionError) as caught:
+            options(**{field: value})
+        message = str(caught.value)
+        assert field in message and message.isprintable() and len(message) < 250
+
+
+def test_scalars_of_numpy_and_torch_are_numbers() -> None:
+    params = SamplingParams(
+        max_new_tokens=np.int64(5), top_k=torch.tensor(3), seed=np.uint8(7), temperature=np.float32(0.5),
+        top_p=1, ignore_eos=np.bool_(True), logit_bias={np.int32(3): np.float64(1.5)}, min_p=Fraction(1, 4),
+    )  # type: ignore[arg-type]  # fmt: skip
+    assert params == SamplingParams(5, 0.5, 3, 1.0, 0.25, 1.0, {3: 1.5}, 7, (), True)
+    kinds = [type(value) for value in dataclasses.asdict(params).values()]
+    assert kinds == [int, float, int, float, float, float, dict, int, tuple, bool]
+    options = EngineOptions(context=np.int64(512), vram=np.int64(4096), link_gbps=1)  # type: ignore[arg-type]
+    assert options == EngineOptions(context=512, vram="4096", link_gbps=1.0)
 
 
 @pytest.mark.parametrize("bias", [{-1: 0.0}, {3: math.inf}, {3: math.nan}])

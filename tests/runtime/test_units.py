@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.errors import quoted
 from runtime import OptionError
 from runtime.units import format_bytes, parse_bytes
 
@@ -57,7 +58,7 @@ def test_percentages_are_of_the_whole(text: str, size: int) -> None:
 def test_anything_else_is_refused_by_its_text(text: str) -> None:
     with pytest.raises(OptionError) as caught:
         parse_bytes(text)
-    assert repr(text) in str(caught.value)
+    assert quoted(text) in str(caught.value)
 
 
 def test_percentages_need_a_whole_and_stay_below_it() -> None:
