@@ -28,6 +28,7 @@ from model.kv_cache import KVCache
 from model.mixtral import Block, Mixtral
 from model.moe import Product
 from model.quant.expert import BlobExperts
+from runtime.ambient import unaffected
 from runtime.decode import make_decoder
 from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, RequestError
 from runtime.experts.cache import ExpertCache
@@ -112,7 +113,7 @@ class Engine:
                 )
             bar = progress(checkpoint.bytes) if progress else nullcontext(None)
             # whoever calls may be in inference mode, and what is made there cannot be filled by other threads
-            with out_of_memory(DeviceError), torch.inference_mode(False):
+            with out_of_memory(DeviceError), unaffected(setup.device), torch.inference_mode(False):
                 with bar as advance:
                     model, cache = load(checkpoint, setup, options, advance)
                 engine = None
@@ -204,7 +205,7 @@ class Engine:
             self.give_cache(cache)
 
     def compute_logits(self, ids: list[int], cache: KVCache) -> Tensor:
-        with out_of_memory(RequestError), torch.no_grad():
+        with out_of_memory(RequestError), unaffected(self.device), torch.no_grad():
             row = torch.tensor([ids], device=self.device)  # [1, T]
             shape = len(ids), self.config.vocab
             logits = torch.empty(shape, dtype=torch.float32, device=self.device)  # [T, V]
@@ -219,7 +220,7 @@ class Engine:
         return self.alone(partial(self.compute, ids, cache))
 
     def compute(self, ids: list[int], cache: KVCache) -> Tensor:
-        with out_of_memory(RequestError), torch.inference_mode():
+        with out_of_memory(RequestError), unaffected(self.device), torch.inference_mode():
             if self.decoder is not None and len(ids) == 1:
                 row = self.decoder.step(ids[0], cache).clone()
             else:

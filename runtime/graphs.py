@@ -43,7 +43,7 @@ class CudaGraphs:
         self.broken: list[torch.cuda.CUDAGraph] = []  # PyTorch may go on referring to them
 
     def shared(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(*shape, dtype=dtype, pin_memory=True)
+        return torch.zeros(*shape, dtype=dtype, device="cpu", pin_memory=True)
 
     def capture(self, work: Work) -> Work:
         with self.streams.turn:

@@ -144,11 +144,11 @@ def other_parts(
     direct = form.stored == form.kept
     stagings: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
     for _ in range(0 if direct else WORKERS):
-        stagings.put(torch.empty(form.stored[-1].end, dtype=torch.uint8))
+        stagings.put(torch.empty(form.stored[-1].end, dtype=torch.uint8, device="cpu"))
 
     def read_matrix(name: str, module: QuantisedLinear) -> int:
         fields = matrix_fields(name, module.shape, module.spec)
-        streams = {f.name: torch.empty(f.shape, dtype=f.dtype) for f in fields}
+        streams = {f.name: torch.empty(f.shape, dtype=f.dtype, device="cpu") for f in fields}
         checkpoint.fill(streams)
         by_stream = {full.rpartition(".")[2]: stream for full, stream in streams.items()}
         module.store(QuantisedTensor.of(module.spec, module.shape, by_stream))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from runtime.ambient import unaffected
 from runtime.errors import PromptTooLong, RequestError
 from runtime.options import SamplingParams
 from runtime.sampler import choose
@@ -121,7 +122,8 @@ class Session:
         logits = self.prefill(ids)  # [V]
         seen = mark_seen(ids, logits) if params.repetition_penalty != 1 else None
         for made in range(1, limit + 1):
-            token, logprob = choose(logits, params, seen, generator)
+            with unaffected(engine.device):
+                token, logprob = choose(logits, params, seen, generator)
             engine.count_token(time.perf_counter() - began, first=made == 1)
             text: str = ""
             finish: Finish | None = None

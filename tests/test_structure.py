@@ -131,3 +131,41 @@ assert settings() == before, (before, settings())
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+
+
+FACTORIES = {
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "Generator",
+}
+
+
+def made_anywhere(source: str, path: str) -> list[str]:
+    """Calls that make a tensor without saying where: `torch.set_default_device` would decide for them."""
+    return [
+        f"{path}:{node.lineno} {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(source, path))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "torch"
+        and node.func.attr in FACTORIES
+        and not any(keyword.arg == "device" for keyword in node.keywords)
+        and not (node.func.attr == "Generator" and node.args)
+    ]
+
+
+@pytest.mark.parametrize("package", ["model", "runtime"])
+def test_every_tensor_is_made_on_a_named_device(package: str) -> None:
+    assert made_anywhere("torch.empty(3)", "x.py") and not made_anywhere("torch.empty(3, device=d)", "x.py")
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert [
+        m for f in files for m in made_anywhere(f.read_text("utf-8"), f.relative_to(ROOT).as_posix())
+    ] == []

@@ -111,7 +111,7 @@ class Checkpoint:
         pinned = any(tensor.is_cuda for tensor in tensors.values())
         buffers: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         for _ in range(min(READERS, len(indirect))):
-            buffers.put(torch.empty(max(indirect), dtype=torch.uint8, pin_memory=pinned))
+            buffers.put(torch.empty(max(indirect), dtype=torch.uint8, device="cpu", pin_memory=pinned))
 
         def read(chunk: Piece) -> int:
             tensor = tensors[chunk.rows.parameter]

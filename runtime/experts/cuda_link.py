@@ -26,7 +26,9 @@ class CudaLink:
         self.device, self.locked = device, locked
         self.stream = same(streams(device).copies)
         self.staging = (
-            [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in (0, 1)] if locked else []
+            [torch.empty(PIECE, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in (0, 1)]
+            if locked
+            else []
         )
         self.before: list[torch.cuda.Event | None] = [None, None]  # behind each staging buffer's last use
         self.guesses: list[torch.cuda.Event | None] = [None, None]  # behind the last two pieces of guesses

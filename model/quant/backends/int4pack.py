@@ -159,7 +159,7 @@ def kernel_block() -> int:
     64 rows of AVX-512, 32 of AVX2: byte j of column k has row j in its low and row j + block / 2 in its high
     nibble.
     """
-    codes = (torch.arange(ROWS * 64) % 13).view(ROWS, 64).to(torch.uint8)
+    codes = (torch.arange(ROWS * 64, device="cpu") % 13).view(ROWS, 64).to(torch.uint8)
     try:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     except (AttributeError, RuntimeError):
