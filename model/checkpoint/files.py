@@ -11,6 +11,7 @@ from model.errors import ModelError, quoted
 
 STEMS = ("model", "consolidated")  # HF's, Mistral's. A folder with both holds the same weights twice
 SHARD = re.compile(r"(?P<stem>[a-z]+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+MAX_INDEX_BYTES = 16 << 20  # a line for each tensor, of which others' quantized models have thousands
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -53,7 +54,7 @@ def check_folder(folder: Path) -> None:
 
 def indexed_shards(index: Path) -> list[Path]:
     """Every shard that an index's `weight_map` {tensor: file} lists; all must be there, beside the index."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: no weight_map of tensors to files")
     for tensor, name in weight_map.items():

@@ -93,7 +93,7 @@ def parse_format(found: Mapping[str, Any]) -> NativeFormat:
     version = Fields(where, found).int("version")
     if version != VERSION:
         raise ModelError(
-            f"{where}: version {version}, and this program reads version {VERSION}; {AGAIN}, "
+            f"{where}: version {quoted(version)}, and this program reads version {VERSION}; {AGAIN}, "
             "or use the program that wrote it"
         )
     source = found.get("source")
@@ -106,8 +106,8 @@ def parse_spec(where: str, found: Mapping[str, Any], name: str) -> QuantSpec:
     """One format, all three numbers of it written out."""
     fields = Fields(f"{where} {name}", section(found, name))
     numbers = [fields.int(key) for key in ("bits", "group_size", "meta_group_size")]
-    if max(numbers) > MAX_GROUP:
-        raise ModelError(f"{fields.source}: a size is above {MAX_GROUP}; {AGAIN}")
+    if not all(0 <= number <= MAX_GROUP for number in numbers):
+        raise ModelError(f"{fields.source}: a size is below 0 or above {MAX_GROUP}; {AGAIN}")
     try:
         spec = QuantSpec(*numbers)
     except ModelError as error:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Protocol, TextIO
 
+from model.errors import quoted
 from runtime.errors import MixtralError
 
 FORMAT, VERSION = "mixtral-trace", 1
@@ -188,6 +189,8 @@ class TraceWriter:
             return TraceWriter(open(path, "w", encoding="utf-8"), header)
         except OSError as error:
             raise TraceError(f"{path}: {error.strerror}") from error
+        except ValueError as error:  # a path with a NUL in it
+            raise TraceError(f"{quoted(path)}: {error}") from error
 
     def add(self, event: Event) -> None:
         """An event behind `close`, from a copy that was still under way, is dropped."""

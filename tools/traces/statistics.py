@@ -23,7 +23,6 @@ from runtime.experts.trace import (
 from tools.traces.read import Trace
 from tools.traces.replay import POLICIES, Access, optimum, replay
 
-
 REPLAYS = 32  # numbers of slots; each takes time with the square of the experts that a step needs
 
 

@@ -195,7 +195,17 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         ("attention", {"bits": 4, "group_size": 0, "meta_group_size": 0}, "sizes are not written out"),
         ("experts", {"bits": 3, "group_size": 48, "meta_group_size": 128}, "48 is not a power of two"),
         ("experts", {"bits": 3, "group_size": 64, "meta_group_size": 128}, "says experts '3g128m128', and"),
-        ("experts", {"bits": 10**400, "group_size": 64, "meta_group_size": 128}, "a size is above 4096"),
+        (
+            "experts",
+            {"bits": 10**400, "group_size": 64, "meta_group_size": 128},
+            "a size is below 0 or above 4096",
+        ),
+        (
+            "experts",
+            {"bits": -(10**400), "group_size": 64, "meta_group_size": 128},
+            "a size is below 0 or above",
+        ),
+        ("version", 10**400, "version 1000"),
     ],
 )
 def test_configurations_that_cannot_be_right(native: Path, key: str, value: object, said: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runtime.experts.trace import TraceError
+from runtime.experts.trace import Header, TraceError, TraceWriter
 from tools.trace import main
 from tools.traces.read import read_trace
 
@@ -140,5 +140,6 @@ def test_the_largest_trace_that_is_read_is_summarised(
 
 
 def test_a_path_that_cannot_be_one() -> None:
-    with pytest.raises(TraceError, match=r"'a\\x00b': embedded null byte"):
-        read_trace("a\0b")
+    for use in (read_trace, lambda path: TraceWriter.open(path, Header(1, E, 2, (2,), 1, "lru", 0, 100))):
+        with pytest.raises(TraceError, match=r"'a\\x00b': embedded null byte"):
+            use("a\0b")
