@@ -20,6 +20,17 @@ def choose_device(name: str | None) -> torch.device:
     """
     if name is None:
         return first_gpu() or torch.device("cpu")
+    device = find_device(name)
+    if device.type == "cuda" and (reason := without_kernels(device)):
+        raise DeviceError(f"device {name}: {reason}; use --device cpu or install a build of torch for it")
+    return device
+
+
+def find_device(name: str | None) -> torch.device:
+    """The same without asking the GPU what it is, which might take some of its memory: None is the first GPU
+    if there is one."""
+    if name is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
     if match is None:
         raise OptionError(f"device is {name!r}, and must be cpu, cuda or cuda:N")
@@ -33,10 +44,7 @@ def choose_device(name: str | None) -> torch.device:
     index = int(match[1] or 0)
     if index >= torch.cuda.device_count():
         raise DeviceError(f"device {name}: there are {torch.cuda.device_count()}, numbered from cuda:0")
-    device = torch.device("cuda", index)
-    if reason := without_kernels(device):
-        raise DeviceError(f"device {name}: {reason}; use --device cpu or install a build of torch for it")
-    return device
+    return torch.device("cuda", index)
 
 
 def first_gpu() -> torch.device | None:

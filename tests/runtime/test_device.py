@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runtime import DeviceError, EngineOptions, OptionError, device, memory
-from runtime.device import choose_device, choose_dtype
+from runtime.device import choose_device, choose_dtype, find_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 1 << 30
@@ -62,6 +62,7 @@ def test_a_gpu_that_the_build_has_no_kernels_for_is_not_chosen(built: list[str])
         assert choose_device(None) == CPU
     assert len(warned) == 1
     assert choose_device("cpu") == CPU
+    assert find_device(None) == find_device("cuda") == CUDA, "nothing is asked of it"
     built.append("compute_70")  # intermediate code is compiled for any later GPU
     assert choose_device(None) == choose_device("cuda") == CUDA
     built[:] = ["gfx90a"]

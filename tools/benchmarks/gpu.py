@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.device import choose_device
+from runtime.device import find_device
 from runtime.errors import DeviceError
 from tools.benchmarks.load import at_least_one
 from tools.benchmarks.tables import tables
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_parts(args: argparse.Namespace, runner: Runner) -> dict[str, Any]:
-    on_gpu = choose_device(args.device).type == "cuda"
+    on_gpu = find_device(args.device).type == "cuda"  # whose memory is its parts' alone
     if not on_gpu and args.shape in FULL and args.layers is None:
         raise DeviceError(
             "there is no GPU here to measure; at reduced size most of this runs on a CPU, which tests it and "
