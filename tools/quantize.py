@@ -106,7 +106,7 @@ def quantize(argv: list[str] | None) -> None:
             args.device or choose_device(None),
             args.tokenizer,
         )
-        if missing := tokenizer_missing(job.copied, args.source):
+        if not args.tokenizer and (missing := tokenizer_missing(args.source)):
             warnings.warn(missing, RuntimeWarning, stacklevel=2)
         errors = write_output(job, args.force, threads, args.quiet)
     except OSError as error:

@@ -39,6 +39,10 @@ def check_files(folder: Path) -> None:
         )
     if packed := [name for name in names if name.lower().endswith(GGUF)]:
         raise ModelError(f"{folder}: the weights are in GGUF ({quoted(packed[0])}); {START_OVER}")
+    if any(name.endswith(".npz") for name in names):
+        raise ModelError(
+            f"{folder}: the weights were written by MLX (.npz), and are not read here; {START_OVER}"
+        )
     if "qmodel.pt" in names:
         raise ModelError(
             f"{folder}: the weights were quantized by HQQ and are a pickle (qmodel.pt), which runs code when "

@@ -433,7 +433,7 @@ def test_weights_that_are_not_finite_are_named(run: Run, tmp_path: Path, paramet
     with torch.no_grad():
         dict(damaged.named_parameters())[parameter].view(-1)[-1] = float("nan")
     save_hf(damaged, tmp_path / "damaged")
-    (tmp_path / "damaged" / "tokenizer.model").touch()
+    (tmp_path / "damaged" / "tokenizer.model").write_text("a tokenizer")
     said = one_line(run(source=tmp_path / "damaged"))
     assert parameter.removesuffix(".weight") in said and "not finite numbers; the source is damaged" in said
     assert not (tmp_path / "out" / "config.json").exists()
@@ -463,6 +463,20 @@ def test_another_tokenizer(run: Run, source: Path, tmp_path: Path, whole: dict[s
     assert (out / "tokenizer.model").read_text() == "another"
     assert (out / "generation_config.json").read_bytes() == whole["generation_config.json"]
     assert (out / "added_tokens.json").exists() and not (out / "tokenizer_config.json").exists()
+
+
+def test_a_tokenizer_that_is_none_is_named_before_a_weight_is_read(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pointed = tmp_path / source.name
+    shutil.copytree(source, pointed)
+    (pointed / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
+    monkeypatch.setattr(quantize, "write_output", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    status, _, err = run(source=pointed)
+    assert status == 130 and err.startswith("warning: ") and "is a Git LFS pointer" in err
+    assert "or name another by --tokenizer: without one the output generates no text" in err
+    status, _, err = run("--tokenizer", str(source), source=pointed)
+    assert status == 130 and "warning" not in err
 
 
 def test_what_goes_along(tmp_path: Path) -> None:

@@ -65,12 +65,10 @@ def copied_from(folder: Path) -> dict[str, Path]:
     }
 
 
-def tokenizer_missing(copied: dict[str, Path], source: Path) -> str | None:
-    """Why the output could not generate text, if it could not."""
-    if any(is_tokenizer(name) for name in copied):
-        return None
+def tokenizer_missing(source: Path) -> str | None:
+    """Why an output with this folder's tokenizer could not generate text, if it could not."""
     try:
-        find_model(source)
+        read_model(find_model(source))
     except TokenizerError as error:
-        return f"{error}; or name one by --tokenizer: without it the output generates no text"
+        return f"{error}, or name another by --tokenizer: without one the output generates no text"
     return None

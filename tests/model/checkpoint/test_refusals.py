@@ -155,6 +155,7 @@ def test_the_arithmetic_is_that_of_the_tables(spelling: str) -> None:
         (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter (adapter_config.json)"),
         (["model.Q4_K_M.gguf", "config.json"], "the weights are in GGUF ('model.Q4_K_M.gguf'); start from"),
         (["\x1b[2J.gguf"], r"GGUF ('\x1b[2J.gguf')"),
+        (["weights.0.npz", "config.json"], "written by MLX (.npz), and are not read here; start from"),
         (["qmodel.pt", "config.json"], "quantized by HQQ and are a pickle (qmodel.pt), which runs code"),
     ],
 )
