@@ -10,6 +10,7 @@ import shutil
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 
 from runtime import Engine, EngineOptions, LoadError, RequestError, SamplingParams
 from runtime.errors import DeviceError
+from runtime.experts import copying
 from runtime.experts.copying import HostLink, TransferError
 
 COUNT = 12
@@ -170,6 +172,27 @@ def test_closing_while_a_request_waits(variant: Callable[..., Path], opens: bool
         engine.generate([1])
     engine.close()
     assert engine.stats().copied_bytes >= 0
+
+
+def test_closing_does_not_wait_for_ever_and_memory_stays_until_the_piece_has_passed(
+    variant: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "LIMIT", 0.1)
+    engine = Engine.load(variant(), EngineOptions(device="cpu", dtype="float32", offload="always", slots=2))
+    assert engine.cache
+    engine.cache.copies.link = gate = Gate()
+    engine.cache.submit(0, 0, 0, urgent=True)
+    assert gate.reached_it.wait(60)
+    copies, arena = engine.cache.copies, weakref.ref(engine.cache.arena)
+    engine.close()
+    assert copies.closed and not copies.ended and not hasattr(engine.cache, "pool")
+    del engine
+    gc.collect()
+    assert arena() is not None and hasattr(arena(), "blobs"), "a piece of it is under way"
+    gate.open.set()
+    copies.thread.join(60)
+    gc.collect()
+    assert copies.ended and arena() is None
 
 
 def test_no_thread_outlives_its_engine_and_no_memory(variant: Callable[..., Path]) -> None:
