@@ -10,7 +10,7 @@ turn).
 
 from __future__ import annotations
 
-from runtime.command import launch, put, run, say
+from runtime.command import launch, run, say
 
 if __name__ == "__main__":
     launch("runtime.generate")
@@ -19,20 +19,21 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from model.errors import ModelError
 from runtime.arguments import add_flags, from_flags, new_parser
-from runtime.errors import LoadError, OptionError, RequestError
+from runtime.aside import check_writable, written_aside
+from runtime.conversation import converse, show
+from runtime.errors import LoadError, OptionError
 from runtime.options import EngineOptions, SamplingParams
 from runtime.progress import byte_bar, kernel_bar
+from runtime.prompts import read_prompt
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
-    from runtime.session import Session, Token
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,7 +107,12 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
     by_turns = args.chat and args.prompt is None and args.prompt_file is None and sys.stdin.isatty()
     prompt = "" if by_turns else read_prompt(args.prompt, args.prompt_file)
     bars = (None, None) if args.quiet else (byte_bar, kernel_bar)
-    with Engine.load(args.model, options, *bars) as engine:
+    if args.trace:
+        check_writable(args.trace)
+    with (
+        written_aside(args.stats_file) if args.stats_file else nullcontext() as stats_file,
+        Engine.load(args.model, options, *bars) as engine,
+    ):
         if not args.quiet:
             say(f"{dtype_name(engine.dtype)} on {engine.device}: {engine.plan}")
         with engine.recording(args.trace) if args.trace else nullcontext():
@@ -118,72 +124,15 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
                 show(session.generate(params), engine)
             else:
                 show(engine.generate(prompt, params), engine)
-        report(engine, args)
+        report(engine, args, stats_file)
 
 
 def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def converse(session: Session, params: SamplingParams) -> None:
-    """Turn by turn on a terminal, until end of file. A turn that fails says why, and the next may succeed."""
-    print("Write a message and press Enter; Ctrl-D ends.", file=sys.stderr)
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.buffer.readline()
-        if not line:
-            print(file=sys.stderr)
-            return
-        if not line.strip():
-            continue
-        try:
-            session.send(decode(line, "the message"))
-            show(session.generate(params), session.engine)
-        except RequestError as error:
-            say(f"error: {error}")
-
-
-def show(tokens: Iterator[Token], engine: Engine) -> None:
-    """Write tokens to stdout as they come."""
-    finish = None
-    for token in tokens:
-        put(token.text)
-        finish = token.finish
-    if sys.stdout.isatty():
-        put("\n")
-    if finish == "context":
-        say(
-            f"warning: stopped early, the context of {engine.plan.context} tokens is full"
-            + engine.more_context("; ")
-        )
-
-
-def read_prompt(text: str | None, file: Path | None) -> str:
-    """The prompt, from wherever it is to come. Of a file or stdin one newline at the very end is dropped: it
-    is the editor's or the shell's, and a model would take it for the end of a line."""
-    if text is not None:
-        return text
-    source = str(file) if file else "stdin"
-    if not file and sys.stdin.isatty():
-        print("Write the text to continue; Ctrl-D on a new line ends it.", file=sys.stderr)
-    data = file.read_bytes() if file else sys.stdin.buffer.read()
-    if not data:
-        raise RequestError(f"{source} is empty; give a prompt (--prompt '' lets the model begin by itself)")
-    return decode(data, source)
-
-
-def decode(data: bytes, source: str) -> str:
-    """Text that was typed or piped in, less one newline at the end."""
-    try:
-        return data.decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"
-        ) from error
-
-
-def report(engine: Engine, args: argparse.Namespace) -> None:
-    """Statistics to stderr as asked, and to a file if one was named."""
+def report(engine: Engine, args: argparse.Namespace, file: TextIO | None) -> None:
+    """Statistics to stderr as asked, and to a file if there is one."""
     stats = engine.stats()
     rates = {"prompt_tokens_per_s": stats.prompt_rate, "decode_tokens_per_s": stats.decode_rate}
     rates |= {"hit_ratio": stats.hit_ratio, "lookahead_recall": stats.recall}
@@ -192,5 +141,5 @@ def report(engine: Engine, args: argparse.Namespace) -> None:
         say(as_json)
     elif args.stats == "text" or not args.quiet:
         print(stats, file=sys.stderr)
-    if args.stats_file:
-        args.stats_file.write_text(as_json + "\n")
+    if file:
+        file.write(as_json + "\n")

@@ -208,7 +208,7 @@ def record(
             begun = True
             answer["content"] += token.text
             yield token
-    except RequestError:
+    except (RequestError, KeyboardInterrupt):
         if not begun and messages[-1] is answer:
             del messages[-2:]
         raise

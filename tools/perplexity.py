@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from model.checkpoint import open_checkpoint
 from model.errors import ModelError
@@ -37,7 +36,7 @@ from runtime.engine import DEMO, Engine, out_of_memory
 from runtime.errors import LoadError, OptionError, RequestError
 from runtime.options import EngineOptions
 from runtime.planner import PREFILL_CHUNK
-from runtime.progress import byte_bar, kernel_bar
+from runtime.progress import byte_bar, kernel_bar, progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,13 +264,13 @@ def make_report(args: argparse.Namespace, options: EngineOptions) -> dict[str, A
 
 
 def score_all(engine: Engine, texts: dict[str, str], window: int, stride: int) -> dict[str, Score]:
-    """Each text by itself, with a bar if stderr is a terminal."""
+    """Each text by itself, saying how far it is."""
     total = sum(len(engine.tokenizer.encode(text)) - 1 for text in texts.values())
     scores = {}
-    with tqdm(total=total, desc="scoring", unit=" tokens", delay=1, leave=False, disable=None) as bar:
+    with progress(total, "scoring", " tokens") as advance:
         for name, text in texts.items():
             try:
-                scores[name] = score(engine, text, window, stride, progress=bar.update)
+                scores[name] = score(engine, text, window, stride, progress=advance)
             except RequestError as error:
                 raise RequestError(f"{name}: {error}") from error
     return scores

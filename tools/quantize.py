@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.checkpoint.native import NativeFormat, Shard, StoredParameter, native_shards
@@ -40,6 +39,7 @@ from model.quant.spec import QuantSpec
 from runtime.arguments import new_parser
 from runtime.device import choose_device
 from runtime.errors import MixtralError
+from runtime.progress import progress
 from tools.quantise.journal import Journal, settings
 from tools.quantise.names import CONFIG, INDEX, RECORD, files_to_copy, tokenizer_missing
 from tools.quantise.output import (
@@ -293,19 +293,15 @@ def summary(job: Job, errors: dict[str, float]) -> str:
 
 @contextmanager
 def byte_bar(job: Job, missing: list[Shard], quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of the source's bytes, with rate and time left, on a stderr that is a terminal."""
+    """Say how many of the source's bytes are done."""
     parameters = [parameter for shard in missing for parameter in shard.parameters]
     done = job.source.bytes - sum(job.source_bytes(parameter) for parameter in parameters)
     if done and not quiet:
         say(f"going on after {readable(done)} of {readable(job.source.bytes)}")
-    with tqdm(
-        total=job.source.bytes, initial=done, desc="quantising", unit="B", unit_scale=True, unit_divisor=1000,
-        leave=False, disable=True if quiet else None,
-    ) as bar:  # fmt: skip
-
-        def advance(size: int) -> None:
-            bar.update(size)
-
+    if quiet:
+        yield lambda size: None
+        return
+    with progress(job.source.bytes, "quantizing", "", done, readable) as advance:
         yield advance
 
 

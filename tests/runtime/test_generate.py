@@ -22,6 +22,7 @@ import pytest
 from runtime import Engine, SamplingParams, Token
 from runtime.command import ESCAPES
 from runtime.generate import main
+from runtime.prompts import read_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def alpha_"
@@ -94,6 +95,13 @@ def test_only_one_newline_at_the_very_end_of_a_prompt_is_the_shells(
     assert run(*FLAGS, "--prompt", "\nx = é\n").out == expected
 
 
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_text_files_of_other_systems(tmp_path: Path, end: bytes, mark: bytes) -> None:
+    (tmp_path / "prompt.txt").write_bytes(mark + b"one\r\ntwo" + end)
+    assert read_prompt(None, tmp_path / "prompt.txt") == "one\r\ntwo"
+
+
 def test_an_empty_prompt_by_flag_lets_the_model_begin(run: Callable[..., Outcome], engine: Engine) -> None:
     assert run(*FLAGS, "--prompt", "").out == text_of(engine.generate("", sampled(4)))
 
@@ -138,6 +146,35 @@ def test_statistics_as_json_and_in_a_file(run: Callable[..., Outcome], tmp_path:
     assert json.loads(file.read_text()) == stats
 
 
+def test_a_stats_file_is_there_whole_or_not_at_all(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("mine")
+    link.symlink_to(target)
+    assert run(*FLAGS, "--prompt", PROMPT, "--stats-file", link).status == 0
+    assert target.read_text() == "mine" and json.loads(link.read_text())["requests"] == 1
+    link.write_text("before")
+    assert run("--prompt", "x" * 3000, "--stats-file", link).status == 1
+    assert link.read_text() == "before" and sorted(tmp_path.iterdir()) == [link, target]
+
+
+@pytest.mark.parametrize(
+    "words", [("--stats-file", "/nowhere/s"), ("--stats-file", "/"), ("--trace", "/nowhere/s")]
+)
+def test_outputs_are_judged_before_weights_are_read(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, words: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("weights were read"))
+    outcome = run("--prompt", "x", *words)
+    assert outcome.status == 1 and outcome.err.startswith(f"error: {words[1]}: ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk without room")
+def test_devices_are_written_as_they_are(run: Callable[..., Outcome]) -> None:
+    outcome = run(*FLAGS, "--prompt", PROMPT, "--quiet", "--stats-file", "/dev/full")
+    assert outcome.status == 1 and "No space left" in outcome.err
+    assert Path("/dev/full").is_char_device()
+
+
 def test_a_dry_run_says_the_plan_and_reads_no_prompt(run: Callable[..., Outcome]) -> None:
     outcome = run("--dry-run", "--context", 77, stdin=b"")
     assert (outcome.status, outcome.out) == (0, "")
@@ -177,11 +214,12 @@ FAILURES: list[tuple[list[object], bytes, str]] = [
     (["--model", "/nowhere/at all", "--prompt", "x"], b"", "/nowhere/at all: no such folder"),
     (["--model", __file__, "--prompt", "x"], b"", "folder"),
     ([], b"", "stdin is empty"),
+    ([], b"\xff\xfed\x00", "stdin is UTF-16; save it as UTF-8"),
     ([], b"def \xff", "stdin is not UTF-8: byte 0xff at offset 4"),
     ([], b"def caf\xc3", "stdin is not UTF-8: byte 0xc3 at offset 7"),
     (["--prompt-file", "/nowhere/prompt"], b"", "/nowhere/prompt"),
     (["--prompt-file", "/"], b"", "directory"),
-    (["--prompt-file", os.devnull], b"", "/dev/null is empty"),
+    (["--prompt-file", os.devnull], b"", "'/dev/null' is empty"),
     (["--prompt", "x" * 3000], b"", "tokens and the context holds 640"),
     (["--prompt", "x", "--context", 2], b"", "context holds 2"),
     (["--prompt", os.fsdecode(b"caf\xe9")], b"", "lone surrogate"),
@@ -358,12 +396,12 @@ def test_a_conversation_on_a_terminal(
 
     session, expected = engine.session(), ""
     assert b"Ctrl-D ends" in said()
-    for typed, message in (("Hello\n", "Hello"), ("\n", None), ("And é?\n", "And é?")):
+    for typed, message in (("Hello\n", "Hello"), ("\n", None), ("And é?\nTwo\n", "And é?\nTwo")):
         os.write(ours, typed.encode())
         if message is None:
             assert said() == b"> "
             os.write(ours, b"\xff\n")
-            assert said() == b"error: the message is not UTF-8: byte 0xff at offset 0\n> "
+            assert said() == b"error: the message is not UTF-8: byte 0xff at offset 0; save it as UTF-8\n> "
             os.write(ours, b"x" * 2000 + b"\n")
             assert b"error: the prompt has" in said()
             continue
@@ -378,3 +416,35 @@ def test_a_conversation_on_a_terminal(
         shown += os.read(ours, 4096)
     os.close(ours)
     assert shown.decode() == expected.translate(ESCAPES)  # what a random model writes is full of controls
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_program(
+    start: Callable[..., subprocess.Popen[bytes]], long_checkpoint: Path
+) -> None:
+    ours, theirs = pty.openpty()
+    process = start(long_checkpoint, *ENDLESS, "--chat", stdin=theirs)
+    os.close(theirs)
+    assert process.stdout and process.stderr
+
+    def said() -> bytes:
+        assert process.stderr
+        text = b""
+        while not text.endswith(b"> "):
+            byte = process.stderr.read(1)
+            assert byte, text
+            text += byte
+        return text
+
+    said()
+    for _ in range(2):
+        os.write(ours, b"Hello\n")
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert said() == b"the answer was ended; Ctrl-C once more ends the program\n> "
+        os.set_blocking(process.stdout.fileno(), False)
+        process.stdout.read()
+        os.set_blocking(process.stdout.fileno(), True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert process.stderr.read() == b"interrupted\n"
+    os.close(ours)
