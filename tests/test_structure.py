@@ -1,4 +1,4 @@
-"""Who may import whom: tools -> runtime -> model, runtime -> tokenizer; and what an import brings along."""
+"""Who may import whom: dev -> tools -> runtime -> model, tokenizer; and what an import brings along."""
 
 import ast
 import subprocess
@@ -9,19 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("model", "tokenizer", "runtime", "tools")
+PACKAGES = ("model", "tokenizer", "runtime", "tools", "dev")
 
 OURS = {
     "model": {"model"},
     "tokenizer": {"tokenizer"},
     "runtime": {"runtime", "model", "tokenizer"},
     "tools": {"tools", "runtime", "model", "tokenizer"},
+    "dev": {"dev", "tools", "runtime", "model", "tokenizer"},
 }
 OTHERS = {
     "model": {"torch", "safetensors", "numpy", "hqq"},
     "tokenizer": {"sentencepiece", "numpy"},
     "runtime": {"torch", "safetensors", "numpy", "tqdm"},
     "tools": {"torch", "safetensors", "numpy", "sentencepiece", "hqq", "tqdm", "matplotlib"},
+    "dev": {"torch", "numpy", "hqq", "transformers", "accelerate"},
 }
 TRITON = "model/quant/backends/"
 
@@ -76,6 +78,7 @@ def test_imports(package: str) -> None:
         ("runtime/trace.py", "import matplotlib.pyplot as plt"),
         ("tools/bench.py", "if True:\n    import transformers"),
         ("tools/bench.py", "import tests.model.reference"),
+        ("tools/bench.py", "import dev.harness"),
     ],
 )
 def test_a_forbidden_import_is_found(path: str, source: str) -> None:
@@ -86,6 +89,7 @@ def test_a_forbidden_import_is_found(path: str, source: str) -> None:
     ("path", "source"),
     [
         ("tools/plan.py", "import runtime, model.config, tokenizer, tools.units"),
+        ("dev/harness/child.py", "import tools.quantize, runtime, model.config, tokenizer, transformers"),
         ("runtime/engine.py", "import json\nfrom model import mixtral\nfrom tokenizer import Tokenizer"),
         ("model/quant/backends/gpu.py", "import triton.language as tl\nfrom ... import moe"),
     ],

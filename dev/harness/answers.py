@@ -1,0 +1,34 @@
+"""What a checkpoint answers: how a case knows that a result is right."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dev.harness.subject import RESIDENT
+from runtime import Engine, EngineOptions, RequestError, SamplingParams
+
+PROMPTS: tuple[tuple[int, ...], ...] = ((1, 300, 400, 500), (1, 9), (1, *range(700, 740)), (1, 1999, 3))
+GREEDY = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
+Answer = list[int]
+
+
+def answer(engine: Engine, prompt: Sequence[int] = PROMPTS[0], params: SamplingParams = GREEDY) -> Answer:
+    return [token.id for token in engine.generate(list(prompt), params)]
+
+
+def answers(folder: Path, options: EngineOptions = RESIDENT) -> list[Answer]:
+    """To all of the prompts, by an engine of their own."""
+    with Engine.load(folder, options) as engine:
+        return [answer(engine, prompt) for prompt in PROMPTS]
+
+
+def use(folder: Path) -> list[Answer | str]:
+    """The same for a checkpoint that may be damaged in ways that only a request can show: such as NaN. An
+    error of the family stands for the answer. Others are raised."""
+    found: list[Answer | str] = []
+    with Engine.load(folder, RESIDENT) as engine:
+        for prompt in PROMPTS:
+            try:
+                found.append(answer(engine, prompt))
+            except RequestError as error:
+                found.append(str(error))
+    return found

@@ -1,0 +1,206 @@
+"""Faults at the n-th of the calls that could fail: calls to the disk, for memory, for threads.
+
+Each context manager replaces functions of the standard library or of torch while inside, and has a `Fault`
+count them. Without a number the fault only counts.
+"""
+
+import builtins
+import errno
+import functools
+import io
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+ON_DISK = ("open", "stat", "mkdir", "rmdir", "unlink", "replace", "rename", "listdir", "scandir", "statvfs")
+BY_HANDLE = ("fsync", "pread", "read", "write")
+IN_FILES = ("read", "readinto", "readline", "readlines", "write", "flush", "seek", "truncate", "tell")
+ALLOCATING = (
+    "empty", "zeros", "ones", "full", "arange", "tensor", "cat", "stack", "empty_like", "zeros_like",
+    "full_like", "where", "topk", "softmax", "log_softmax", "multinomial", "outer", "matmul",
+)  # fmt: skip
+OF_TENSORS = ("clone", "float", "to", "contiguous", "new_empty", "new_zeros", "masked_fill", "sort", "topk")
+NO_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+    "allocate 16777216 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+class Fault:
+    """Counts calls. The call number `at`, and with `lasting` every one from there until `over`, raises what
+    `make` makes of the name of the call's file."""
+
+    def __init__(
+        self,
+        at: int | None = None,
+        make: Callable[[str], BaseException] = OSError,
+        lasting: bool = False,
+    ) -> None:
+        self.at, self.make, self.lasting = at, make, lasting
+        self.calls = 0
+        self.fired = ""  # the call that failed
+        self.lock = threading.Lock()
+
+    def hit(self, call: str, name: str = "") -> None:
+        with self.lock:
+            self.calls += 1
+            if self.at is None or self.calls < self.at or (self.fired and not self.lasting):
+                return
+            self.fired = self.fired or call
+        raise self.make(name)
+
+    def over(self) -> None:
+        with self.lock:
+            self.at = None
+
+
+def system_error(number: int) -> Callable[[str], BaseException]:
+    return lambda name: OSError(number, os.strerror(number), *([name] if name else []))
+
+
+DISK_ERRORS = tuple(
+    system_error(number)
+    for number in (
+        errno.EIO,
+        errno.ENOSPC,
+        errno.EACCES,
+        errno.ENOENT,
+        errno.EMFILE,
+        errno.ESTALE,
+        errno.EROFS,
+    )
+)
+
+
+@contextmanager
+def disk(fault: Fault, folder: Path) -> Iterator[None]:
+    """Whatever is done to files of `folder`, and to what the system tells of itself."""
+    places = (str(folder), "/proc", "/sys")
+
+    def ours(target: Any) -> bool:
+        return isinstance(target, (str, os.PathLike)) and str(target).startswith(places)
+
+    def guarded(real: Callable[..., Any], call: str) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            if any(map(ours, args)):
+                fault.hit(call, str(args[0]))
+            return real(*args, **kwargs)
+
+        return replacement
+
+    def counted(real: Callable[..., Any], call: str) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            fault.hit(call)
+            return real(*args, **kwargs)
+
+        return replacement
+
+    real_open = io.open
+
+    def opened(target: Any, *args: Any, **kwargs: Any) -> Any:
+        if not ours(target):
+            return real_open(target, *args, **kwargs)
+        fault.hit("open", str(target))
+        return FaultyFile(real_open(target, *args, **kwargs), fault)
+
+    with ExitStack() as stack:
+        for name in ON_DISK:
+            stack.enter_context(mock.patch.object(os, name, guarded(getattr(os, name), name)))
+        for name in BY_HANDLE:
+            stack.enter_context(mock.patch.object(os, name, counted(getattr(os, name), name)))
+        stack.enter_context(mock.patch.object(io, "open", opened))
+        stack.enter_context(mock.patch.object(builtins, "open", opened))
+        yield
+
+
+class FaultyFile:
+    """An open file whose calls count."""
+
+    def __init__(self, file: Any, fault: Fault) -> None:
+        self.file, self.fault = file, fault
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self.file, name)
+        if name not in IN_FILES:
+            return real
+
+        def counted(*args: Any) -> Any:
+            self.fault.hit(name)
+            return real(*args)
+
+        return counted
+
+    def __enter__(self) -> "FaultyFile":
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.file.__exit__(*error)
+
+    def __iter__(self) -> Iterator[Any]:
+        for line in self.file:
+            self.fault.hit("next line")
+            yield line
+
+
+def no_memory(name: str) -> BaseException:
+    return RuntimeError(NO_MEMORY)
+
+
+def python_memory(name: str) -> BaseException:
+    return MemoryError()
+
+
+def interrupted(name: str) -> BaseException:
+    return KeyboardInterrupt()
+
+
+@contextmanager
+def memory(fault: Fault) -> Iterator[None]:
+    """Whatever makes a tensor, as far as Python sees it."""
+
+    def guarded(real: Callable[..., Any], call: str) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            fault.hit(call)
+            return real(*args, **kwargs)
+
+        return replacement
+
+    with ExitStack() as stack:
+        for name in ALLOCATING:
+            stack.enter_context(mock.patch.object(torch, name, guarded(getattr(torch, name), name)))
+        for name in OF_TENSORS:
+            real = getattr(torch.Tensor, name)
+            stack.enter_context(mock.patch.object(torch.Tensor, name, guarded(real, f"Tensor.{name}")))
+        yield
+
+
+def no_thread(name: str) -> BaseException:
+    return RuntimeError("can't start new thread")
+
+
+@contextmanager
+def thread_starts(fault: Fault, afterwards: bool = False) -> Iterator[None]:
+    """The start of a thread; `afterwards`, when it runs, as an interrupt may come."""
+    name = next(n for n in ("_start_joinable_thread", "_start_new_thread") if hasattr(threading, n))
+    real = getattr(threading, name)
+
+    def started(*args: Any, **kwargs: Any) -> Any:
+        if afterwards:
+            found = real(*args, **kwargs)
+            fault.hit("thread")
+            return found
+        fault.hit("thread")
+        return real(*args, **kwargs)
+
+    with mock.patch.object(threading, name, started):
+        yield

@@ -1,0 +1,65 @@
+"""Runs a case in a fork of this process, which may be given too little memory, or be killed."""
+
+import json
+import os
+import select
+import signal
+from collections.abc import Callable
+from dataclasses import asdict
+
+from dev.harness.judge import judge, shown
+from dev.harness.outcome import Leaked, Outcome, Verdict, Wrong
+
+LOST = 99
+
+
+class Crashed(Exception):
+    """The fork died, or ended otherwise than by telling."""
+
+
+class Stuck(Exception):
+    """The fork did not end."""
+
+
+def isolated(function: Callable[[], Verdict], patience: float = 60.0) -> Verdict:
+    """What the function comes to in a fork. Errors that are not of the family are raised again here, as text."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        tell(function, writer)
+    os.close(writer)
+    try:
+        ready = select.select([reader], [], [], patience)[0]
+        told = b""
+        while ready and (more := os.read(reader, 1 << 16)):
+            told += more
+    finally:
+        os.close(reader)
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    if not ready:
+        raise Stuck(f"no end within {patience:.0f} s")
+    if os.WIFSIGNALED(status) or not told:
+        raise Crashed(f"the process died (status {status})")
+    outcome = Outcome(**json.loads(told))
+    verdict = Verdict(outcome.verdict)
+    if verdict is Verdict.WRONG:
+        raise Wrong(outcome.said)
+    if verdict is Verdict.LEAK:
+        raise Leaked(outcome.said)
+    if verdict.failure:
+        raise Crashed(f"{outcome.said}\n{outcome.trace}")
+    return verdict
+
+
+def tell(function: Callable[[], Verdict], writer: int) -> None:
+    try:
+        try:
+            outcome = Outcome(-1, function())
+        except BaseException as error:
+            outcome = judge(-1, error)
+        os.write(writer, json.dumps(asdict(outcome) | {"said": shown(outcome.said)}).encode())
+    finally:
+        os._exit(0)

@@ -1,0 +1,1 @@
+"""Damage that knows the structure of what it damages."""

@@ -1,0 +1,29 @@
+"""The parts, by name."""
+
+from dev.harness.part import Part
+from dev.harness.parts.allocation import open_allocation
+from dev.harness.parts.configs import open_configs
+from dev.harness.parts.headers import open_headers
+from dev.harness.parts.index import open_index
+from dev.harness.parts.io import open_io
+from dev.harness.parts.journal import open_journal
+from dev.harness.parts.options import open_options
+from dev.harness.parts.threads import open_threads
+from dev.harness.parts.tokenizers import open_tokenizer
+from dev.harness.parts.traces import open_trace
+
+PARTS = {
+    part.name: part
+    for part in (
+        Part("headers", open_headers),
+        Part("index", open_index),
+        Part("configs", open_configs),
+        Part("tokenizer", open_tokenizer),
+        Part("trace", open_trace),
+        Part("journal", open_journal),
+        Part("options", open_options),
+        Part("io", open_io),
+        Part("allocation", open_allocation),
+        Part("threads", open_threads),
+    )
+}

@@ -1,0 +1,87 @@
+"""Damaged configurations, of the model, of generation and of the tokenizer."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from dev.harness.answers import answers, use
+from dev.harness.mutate.json_tree import as_text, mutated
+from dev.harness.mutate.values import NUMBERS, weird
+from dev.harness.outcome import Verdict, Wrong
+from dev.harness.part import Case
+from dev.harness.subject import Subject
+
+OTHERS: dict[str, Any] = {  # files that a checkpoint may have besides
+    "generation_config.json": {"eos_token_id": [2, 7], "bos_token_id": 1, "temperature": 0.5},
+    "tokenizer_config.json": {
+        "bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}, "add_bos_token": True,
+        "added_tokens_decoder": {
+            "0": {"content": "<unk>", "special": True, "lstrip": False},
+            "2": {"content": "</s>", "special": True, "lstrip": False},
+        },
+        "chat_template": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
+    },
+    "added_tokens.json": {"<unk>": 0, "</s>": 2},
+    "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}},
+}  # fmt: skip
+HARMLESS = {
+    "_name_or_path": "x",
+    "transformers_version": "9.9",
+    "use_cache": False,
+    "router_jitter_noise": 0.1,
+}
+STRANGE = (
+    "rope_scaling", "rope_parameters", "quantization_config", "eos_token_id", "head_dim", "sliding_window",
+    "added_tokens_decoder", "chat_template", "eos_token", "moe", "model_type", "tie_word_embeddings",
+)  # fmt: skip
+
+
+@contextmanager
+def open_configs(subject: Subject) -> Iterator[Case]:
+    folders = {
+        name: subject.copy(getattr(subject, name), f"configs-{name}") for name in ("hf", "mistral", "native")
+    }
+    known = {name: answers(folder) for name, folder in folders.items()}
+
+    def case(chance: Random) -> Verdict:
+        name = chance.choice(list(folders))
+        folder = folders[name]
+        target, original = chosen(folder, name, chance)
+        kept = target.read_bytes() if target.is_file() else None
+        try:
+            if chance.random() < 0.05 and target.name == "config.json":
+                target.write_text(json.dumps(original | HARMLESS, indent=chance.choice((None, 1))))
+                if answers(folder) != known[name]:
+                    raise Wrong(f"{name}: settings that the network does not have changed its answers")
+                return Verdict.ACCEPTED
+            target.write_bytes(as_text(changed(original, chance), chance))
+            use(folder)
+            return Verdict.ACCEPTED
+        finally:
+            target.unlink()
+            if kept is not None:
+                target.write_bytes(kept)
+
+    yield case
+
+
+def chosen(folder: Path, name: str, chance: Random) -> tuple[Path, Any]:
+    """A file to damage, and what it holds undamaged."""
+    if chance.random() < 0.5:
+        other = chance.choice(list(OTHERS))
+        return folder / other, OTHERS[other]
+    target = folder / ("params.json" if name == "mistral" else "config.json")
+    return target, json.loads(target.read_bytes())
+
+
+def changed(original: Any, chance: Random) -> Any:
+    if chance.random() < 0.5:
+        return mutated(original, chance)
+    numbers = [name for name, value in original.items() if isinstance(value, (int, float))]
+    if not numbers or chance.random() < 0.3:
+        strange = weird(chance) if chance.random() < 0.7 else {"type": "linear", "factor": weird(chance)}
+        return {**original, chance.choice(STRANGE): strange}
+    return {**original, chance.choice(numbers): chance.choice(NUMBERS)}

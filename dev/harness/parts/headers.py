@@ -1,0 +1,46 @@
+"""Damaged safetensors files, in every spelling of a checkpoint."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+from dev.harness.answers import answers, use
+from dev.harness.mutate.header import File, damaged, harmless
+from dev.harness.outcome import Verdict, Wrong
+from dev.harness.part import Case
+from dev.harness.subject import Subject
+
+
+@contextmanager
+def open_headers(subject: Subject) -> Iterator[Case]:
+    folders = [subject.copy(folder, f"headers-{folder.name}") for folder in sources(subject)]
+    files = {folder: whole_file(folder) for folder in folders}
+    known = {folder: answers(folder) for folder in folders}
+
+    def case(chance: Random) -> Verdict:
+        folder = chance.choice(folders)
+        target, file = files[folder]
+        if chance.random() < 0.1:
+            target.write_bytes(harmless(file, chance))
+            if answers(folder) != known[folder]:
+                raise Wrong(f"{folder.name}: other answers from the same tensors in another order")
+            return Verdict.ACCEPTED
+        target.write_bytes(damaged(file, chance))
+        use(folder)
+        return Verdict.ACCEPTED
+
+    yield case
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+def sources(subject: Subject) -> tuple[Path, ...]:
+    return subject.hf, subject.mistral, subject.native
+
+
+def whole_file(folder: Path) -> tuple[Path, File]:
+    """The first weights file of a folder, and what is in it."""
+    target = min(folder.glob("*.safetensors"))
+    return target, File.parse(target.read_bytes())

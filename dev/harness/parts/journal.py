@@ -1,0 +1,76 @@
+"""What `tools.quantize` finds in its output folder and did not write so: journals, records, links."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from dev.harness.command import DONE
+from dev.harness.mutate.json_tree import as_text, mutated
+from dev.harness.mutate.values import weird
+from dev.harness.outcome import Verdict, Wrong
+from dev.harness.part import Case
+from dev.harness.quantizing import JOURNAL, check_left, contents, interrupt, quantise
+from dev.harness.subject import Subject
+
+RECORD = "quantization.json"
+PRECIOUS = b"years of work"
+
+
+@contextmanager
+def open_journal(subject: Subject) -> Iterator[Case]:
+    folder = subject.work("journal")
+    out, unfinished, outside = folder / "out", folder / "unfinished", folder / "outside.txt"
+    interrupt(subject, unfinished, 30)
+    expected = contents(subject.native)
+
+    def case(chance: Random) -> Verdict:
+        shutil.rmtree(out, ignore_errors=True)
+        outside.write_bytes(PRECIOUS)
+        force = chance.random() < 0.4
+        shutil.copytree(subject.native if force else unfinished, out)
+        (out / "notes.txt").write_bytes(PRECIOUS)
+        if force:
+            spoil(out / RECORD, chance, "files", ["notes.txt", "../outside.txt", str(outside), "config.json"])
+        else:
+            spoil(out / JOURNAL, chance, "stale", ["notes.txt", "../outside.txt"])
+        if chance.random() < 0.2:
+            plant(out, outside, chance)
+        ended = quantise(subject.hf, out, *(["--force"] if force else []))
+        for path in (out / "notes.txt", outside):
+            if not path.is_file() or path.read_bytes() != PRECIOUS:
+                raise Wrong(f"{path.name} is none of its files, and was removed or written to")
+        if not force or ended.status == DONE:
+            check_left(out, expected)
+        return ended.judged()
+
+    yield case
+
+
+def spoil(path: Path, chance: Random, key: str, names: list[str]) -> None:
+    content: Any = json.loads(path.read_bytes())
+    match chance.randrange(5):
+        case 0:
+            content[key] = [*content.get(key, []), chance.choice(names)]
+        case 1:
+            shard = chance.choice(list(content.get("shards", {})) or ["x"])
+            content["shards"] = {**content.get("shards", {}), shard: weird(chance)}
+        case 2 if content.get("shards"):
+            errors = content["shards"][chance.choice(list(content["shards"]))]
+            if isinstance(errors, dict) and errors:
+                errors[chance.choice(list(errors))] = weird(chance)
+        case _:
+            content = mutated(content, chance)
+    path.write_bytes(as_text(content, chance))
+
+
+def plant(out: Path, outside: Path, chance: Random) -> None:
+    """A link in the place of a file that the run will write."""
+    name = chance.choice(("config.json", RECORD, JOURNAL, "model.safetensors.index.json", "tokenizer.model"))
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    place = out / (chance.choice((name, *shards)) + ".part")
+    place.unlink(missing_ok=True)
+    place.symlink_to(outside)

@@ -1,0 +1,103 @@
+"""What is done while faults come: loading and answering, quantising, the command. Each knows its result."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dev.harness.answers import PROMPTS, answer, answers
+from dev.harness.command import DONE, run_main
+from dev.harness.faults import Fault
+from dev.harness.outcome import Verdict, Wrong
+from dev.harness.quantizing import check_left, contents, quantise
+from dev.harness.subject import OFFLOADED, RESIDENT, Subject
+from runtime import Engine, EngineOptions, RequestError, generate
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`run` tries it under a fault, and again when it is over."""
+
+    name: str
+    run: Callable[[Fault], Verdict]
+
+
+def scenarios(subject: Subject, work: Path) -> list[Scenario]:
+    return [
+        engine("resident", subject.hf, RESIDENT),
+        engine("offloaded", subject.hf, OFFLOADED),
+        engine("native", subject.native, OFFLOADED),
+        command(subject, work),
+        quantizer(subject, work),
+    ]
+
+
+def engine(name: str, folder: Path, options: EngineOptions) -> Scenario:
+    known = answers(folder, options)
+
+    def run(fault: Fault) -> Verdict:
+        try:
+            with Engine.load(folder, options) as engine:
+                try:
+                    found = [answer(engine, prompt) for prompt in PROMPTS]
+                except (RequestError, KeyboardInterrupt):
+                    fault.over()
+                    if [answer(engine, prompt) for prompt in PROMPTS] != known:
+                        raise Wrong(
+                            f"after {fault.fired} failed, the next request is answered wrongly"
+                        ) from None
+                    raise
+        except KeyboardInterrupt:
+            if not fault.fired:
+                raise
+            return Verdict.REFUSED
+        if found != known:
+            raise Wrong(f"{fault.fired} failed, and the answers are others")
+        return Verdict.ACCEPTED
+
+    return Scenario(name, run)
+
+
+def command(subject: Subject, work: Path) -> Scenario:
+    stats, trace = work / "stats.json", work / "trace.jsonl"
+    argv = ["--model", str(subject.hf), "--prompt", "def f(", "--temperature", "0", "--max-new-tokens", "5",
+            "--device", "cpu", "--dtype", "float32", "--slots", "2", "--stats-file", str(stats),
+            "--trace", str(trace)]  # fmt: skip
+    known = run_main(generate.main, argv).out
+
+    def run(fault: Fault) -> Verdict:
+        stats.unlink(missing_ok=True)
+        fault.calls = 0
+        ended = run_main(generate.main, argv)
+        fault.over()
+        if ended.status == DONE and ended.out != known:
+            raise Wrong(f"{fault.fired} failed, and the text is another")
+        if stats.is_file() and not stats.read_bytes().endswith(b"}\n"):
+            raise Wrong(f"{fault.fired} failed, and half a statistics file is left")
+        verdict = ended.judged()
+        if run_main(generate.main, argv).out != known:
+            raise Wrong(f"after {fault.fired} failed, the next text is another")
+        return verdict
+
+    return Scenario("command", run)
+
+
+def quantizer(subject: Subject, work: Path) -> Scenario:
+    out = work / "out"
+    expected = contents(subject.native)
+
+    def run(fault: Fault) -> Verdict:
+        shutil.rmtree(out, ignore_errors=True)
+        fault.calls = 0
+        ended = quantise(subject.hf, out)
+        fault.over()
+        if out.is_dir():
+            check_left(out, expected)
+        verdict = ended.judged()
+        if ended.status != DONE and (again := quantise(subject.hf, out)).status != DONE:
+            raise Wrong(f"after {fault.fired} failed, the same command ends with: {again.said}")
+        if contents(out) != expected:
+            raise Wrong(f"{fault.fired} failed, and the result is another")
+        return verdict
+
+    return Scenario("quantize", run)
