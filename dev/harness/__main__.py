@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         subject = make_subject(Path(folder))
         tallies = []
         for name in names:
-            most = args.cases if args.at is None else 1
+            most = args.cases.get(name, args.cases.get("")) if args.at is None else 1
             seconds = args.seconds / len(names)
             tallies.append(run_part(PARTS[name], subject, args.seed, args.at or 0, most, seconds))
             if not args.quiet:
@@ -52,12 +52,22 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=120, metavar="N", help="in all (default: 120)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
     parser.add_argument("--only", metavar="PART,...", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--cases", type=int, metavar="N", help="at most, of each part")
+    parser.add_argument(
+        "--cases", type=counts, default={}, metavar="N", help="at most, of each part; or PART=N,..."
+    )
     parser.add_argument("--at", type=int, metavar="K", help="only case K, with the traces of what it raises")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and all findings there")
     parser.add_argument("--findings", type=Path, metavar="DIR", help="write a file for every kind of failure")
     parser.add_argument("--quiet", action="store_true", help="nothing until the end")
     return parser
+
+
+def counts(text: str) -> dict[str, int]:
+    """
+    >>> counts("20"), counts("io=3,soak=4")
+    ({'': 20}, {'io': 3, 'soak': 4})
+    """
+    return {name: int(count) for name, _, count in (item.rpartition("=") for item in text.split(","))}
 
 
 def tell(tallies: list[Tally], args: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ class Ended:
         if self.status not in (FAILED, USAGE, INTERRUPTED):
             raise Wrong(f"status {self.status}: {self.said[:200]}")
         if "Traceback" in self.err:
-            raise Wrong(f"a traceback: {self.said[:200]}")
+            raise Wrong(f"a traceback: {self.err[-1500:]}")
         if fault := fault_of(self.said):
             raise Wrong(f"status {self.status} with {fault}: {self.said[:200]}")
         if self.status == FAILED and not self.said.startswith("error: "):

@@ -33,31 +33,47 @@ NO_MEMORY = (
 
 
 class Fault:
-    """Counts calls. The call number `at`, and with `lasting` every one from there until `over`, raises what
-    `make` makes of the name of the call's file."""
+    """Counts calls while it is entered. The call number `at`, and with `lasting` every one from there on,
+    raises what `make` makes of the name of the call's file. `begin` and `end` are called on entering and
+    leaving."""
 
     def __init__(
         self,
         at: int | None = None,
         make: Callable[[str], BaseException] = OSError,
         lasting: bool = False,
+        begin: Callable[[], object] = bool,
+        end: Callable[[], object] = bool,
     ) -> None:
-        self.at, self.make, self.lasting = at, make, lasting
+        self.at, self.make, self.lasting, self.begin, self.end = at, make, lasting, begin, end
         self.calls = 0
+        self.entered = False
         self.fired = ""  # the call that failed
         self.lock = threading.Lock()
 
+    def __enter__(self) -> "Fault":
+        self.entered = True
+        self.begin()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over()
+
+    def over(self) -> None:
+        self.entered = False
+        self.end()
+
     def hit(self, call: str, name: str = "") -> None:
         with self.lock:
+            if not self.entered:
+                return
             self.calls += 1
             if self.at is None or self.calls < self.at or (self.fired and not self.lasting):
                 return
+            if self.make is interrupted and threading.current_thread() is not threading.main_thread():
+                return  # Python interrupts no other: the next call of the main thread is it
             self.fired = self.fired or call
         raise self.make(name)
-
-    def over(self) -> None:
-        with self.lock:
-            self.at = None
 
 
 def system_error(number: int) -> Callable[[str], BaseException]:

@@ -22,7 +22,7 @@ class Stuck(Exception):
 
 
 def isolated(function: Callable[[], Verdict], patience: float = 60.0) -> Verdict:
-    """What the function comes to in a fork. Errors that are not of the family are raised again here, as text."""
+    """What the function comes to in a fork. Errors outside of the family are raised here again, as text."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

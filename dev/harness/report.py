@@ -32,7 +32,7 @@ def kinds(findings: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
     """Findings by what they have in common: the verdict, and what was said, numbers and quotations apart."""
     found: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in findings:
-        said = re.sub(r"'[^']*'|\"[^\"]*\"|/\S+|\d+", "#", outcome.said)[:120]
+        said = re.sub(r"'[^']*'|\"[^\"]*\"|/\S+|\d+", "#", outcome.said)[:40]
         found.setdefault((outcome.verdict.value, said), []).append(outcome)
     return found
 

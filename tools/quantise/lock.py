@@ -27,8 +27,10 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / NAME).unlink(missing_ok=True)  # while it is locked, so it is no one else's
-        os.close(handle)
+        try:
+            (folder / NAME).unlink(missing_ok=True)  # while it is locked, so it is no one else's
+        finally:
+            os.close(handle)  # also on a disk that takes nothing more: else no later run in this process could
 
 
 def take(folder: Path) -> int:

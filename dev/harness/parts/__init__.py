@@ -5,9 +5,12 @@ from dev.harness.parts.allocation import open_allocation
 from dev.harness.parts.configs import open_configs
 from dev.harness.parts.headers import open_headers
 from dev.harness.parts.index import open_index
+from dev.harness.parts.interrupts import open_interrupts
 from dev.harness.parts.io import open_io
 from dev.harness.parts.journal import open_journal
 from dev.harness.parts.options import open_options
+from dev.harness.parts.signals import open_signals
+from dev.harness.parts.soak import open_soak
 from dev.harness.parts.threads import open_threads
 from dev.harness.parts.tokenizers import open_tokenizer
 from dev.harness.parts.traces import open_trace
@@ -25,5 +28,8 @@ PARTS = {
         Part("io", open_io),
         Part("allocation", open_allocation),
         Part("threads", open_threads),
+        Part("signals", open_signals, patience=180),
+        Part("interrupts", open_interrupts, patience=30),
+        Part("soak", open_soak),
     )
 }

@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -40,16 +41,10 @@ def open_allocation(subject: Subject) -> Iterator[Case]:
 
 def limited(scenario: Scenario, room: int) -> Verdict:
     """The scenario with so much room for memory. When a request has failed there is all the room again."""
+    scenario.run(Fault())  # what a process makes once, and PyTorch does not expect to miss, is there then
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-
-    def over() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-
-    fault = Fault()
-    fault.fired, fault.over = "memory", over  # type: ignore[method-assign]
-    resource.setrlimit(resource.RLIMIT_AS, (taken + room, hard))
-    try:
-        return scenario.run(fault)
-    finally:
-        over()
+    limit, none = (
+        partial(resource.setrlimit, resource.RLIMIT_AS, (most, hard)) for most in (taken + room, hard)
+    )
+    return scenario.run(Fault(begin=limit, end=none))
