@@ -19,8 +19,8 @@ from runtime.engine import DEMO
 ROOT = Path(__file__).resolve().parents[2]
 # Of each part about as many cases as two seconds have room for. Fewer are tried where the machine is slow.
 CASES = {
-    "headers": 60, "index": 30, "configs": 30, "tokenizer": 40, "trace": 40, "journal": 8, "options": 60,
-    "io": 12, "signals": 5, "interrupts": 30, "soak": 4,
+    "headers": 60, "index": 30, "configs": 30, "tokenizer": 40, "template": 40, "trace": 40, "journal": 8,
+    "options": 60, "io": 12, "signals": 5, "interrupts": 30, "soak": 4,
 }  # fmt: skip
 
 

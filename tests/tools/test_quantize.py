@@ -30,6 +30,7 @@ from tools import quantize
 from tools.benchmarks import quantize as benchmark
 from tools.quantise import lock, output
 from tools.quantise.journal import NAME as JOURNAL
+from tools.quantise.lock import locked
 from tools.quantise.names import COPIED, files_to_copy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -499,6 +500,18 @@ def test_a_run_goes_on_with_another_tokenizer(
         assert run("--tokenizer", str(other))[0] == 130  # all is written
     assert run()[0] == 0
     assert contents(tmp_path / "out") == whole
+
+
+def test_a_lock_file_that_cannot_be_removed_locks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **words: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Read-only"), locked(tmp_path):
+        patch.setattr(Path, "unlink", refuse)
+    with locked(tmp_path):
+        pass
 
 
 def test_killed_runs_go_on() -> None:

@@ -30,7 +30,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             (folder / NAME).unlink(missing_ok=True)  # while it is locked, so it is no one else's
         finally:
-            os.close(handle)  # also on a disk that takes nothing more: else no later run in this process could
+            os.close(handle)  # or no later run of this process could take it
 
 
 def take(folder: Path) -> int:

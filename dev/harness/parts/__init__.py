@@ -11,6 +11,7 @@ from dev.harness.parts.journal import open_journal
 from dev.harness.parts.options import open_options
 from dev.harness.parts.signals import open_signals
 from dev.harness.parts.soak import open_soak
+from dev.harness.parts.templates import open_template
 from dev.harness.parts.threads import open_threads
 from dev.harness.parts.tokenizers import open_tokenizer
 from dev.harness.parts.traces import open_trace
@@ -22,6 +23,7 @@ PARTS = {
         Part("index", open_index),
         Part("configs", open_configs),
         Part("tokenizer", open_tokenizer),
+        Part("template", open_template),
         Part("trace", open_trace),
         Part("journal", open_journal),
         Part("options", open_options),

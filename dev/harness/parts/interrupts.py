@@ -89,7 +89,7 @@ class Victim:
         return Verdict.REFUSED if ended else Verdict.ACCEPTED
 
     def interrupt(self, chance: Random, what: str, action: Callable[[], object]) -> bool:
-        return interrupted(action, chance.random() * self.seconds[what] * 1.1)
+        return interrupted(action, chance.random() * self.seconds[what] * 0.9)
 
     def drop(self, prompt: tuple[int, ...], count: int) -> None:
         tokens = self.engine.generate(list(prompt))
