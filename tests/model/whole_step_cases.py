@@ -1,6 +1,5 @@
 """What `test_step.py` runs in a process of its own: a whole step by Triton's kernels, against the network."""
 
-import os
 from functools import partial
 from typing import cast
 
@@ -16,10 +15,10 @@ from model.quant.expert import BlobExperts, ExpertFormat
 from model.quant.linear import QuantisedLinear
 from model.quant.spec import QuantSpec
 from model.step import Choice, router, step
+from tests.model.quant import interpreted
 from tests.model.quant.matrices import make_matrix
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DEVICE = torch.device(interpreted.DEVICE)
 CONFIG = ModelConfig(
     vocab=48, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=32, experts=3, experts_per_token=2,
     context=12, rope_theta=1e4, norm_eps=1e-5,
@@ -50,7 +49,7 @@ def random_network(spec: QuantSpec) -> Mixtral:
 
 
 def test_tokens_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    if INTERPRETED:
+    if interpreted.INTERPRETED:
         monkeypatch.setattr(fused, "unsupported", lambda device: None)
     torch.manual_seed(0)
     model, ids = random_network(QuantSpec(4, 16)), [3, 40, 7]

@@ -4,7 +4,6 @@ With TRITON_INTERPRET=1 in the environment, the kernels run on the CPU; without,
 """
 
 import itertools
-import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,9 +17,9 @@ from model.quant.backends.fused import ExpertForm, FewRows, Fused, down, expert_
 from model.quant.layout import matrix_fields
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
+from tests.model.quant.interpreted import DEVICE
 from tests.model.quant.matrices import check, make_matrix
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 BITS, GROUPS = (8, 4, 3, 2), (16, 32, 128, 1024, 4096)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 0.01, torch.float16: 0.002}
 DTYPES = list(TOLERANCE)

@@ -25,7 +25,8 @@ from model.quant.backends.step import (
     tile_positions,
 )
 from model.rope import Rope
-from tests.model.quant.fused_cases import DEVICE, DTYPES, TOLERANCE
+from tests.model.quant.fused_cases import DTYPES, TOLERANCE
+from tests.model.quant.interpreted import DEVICE
 from tests.model.reference import TINY
 
 CPU = torch.device("cpu")

@@ -1,0 +1,25 @@
+"""Whether kernels run in Triton's interpreter, on a CPU, or on a GPU; and what the former needs."""
+
+import os
+from typing import Any
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def mend() -> None:
+    """The interpreter of Triton 3.6 takes a loop's bounds from arrays of one number by `int(array)`, which
+    NumPy refuses from 2.4 on. Later ones do as this does."""
+    from triton.runtime import interpreter
+
+    prepare = interpreter._patch_lang_tensor
+
+    def prepared(tensor: Any, *scope: Any) -> None:
+        prepare(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = prepared
+
+
+if INTERPRETED:
+    mend()
