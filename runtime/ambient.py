@@ -41,7 +41,7 @@ def set_determinism(value: tuple[bool, bool]) -> None:
 backends = torch.backends
 SETTINGS = (
     # "none" is what PyTorch begins with: it means "ieee", unless one of the two above it says otherwise
-    attribute(backends.mkldnn.matmul, "fp32_precision", "ieee", "none"),
+    attribute(backends.mkldnn.matmul, "fp32_precision", "ieee", "none"),  # type: ignore[attr-defined]
     attribute(backends.mkldnn, "fp32_precision", "none", "ieee"),
     attribute(backends.cuda.matmul, "fp32_precision", "ieee", "none"),
     attribute(backends, "fp32_precision", "none", "ieee"),

@@ -24,6 +24,7 @@ from importlib import import_module
 from types import FrameType
 
 from model.errors import ModelError
+from runtime import shortage
 from runtime.errors import MixtralError, OptionError
 
 TYPE_CHECKING = False  # all that `typing` is needed for, and it takes milliseconds to import
@@ -84,6 +85,10 @@ def run(work: Callable[[], int | None], interrupted: str = "interrupted") -> int
             return USAGE
         except (MixtralError, ModelError, OSError) as error:
             say(f"error: {reason(error)}")
+        except (MemoryError, RuntimeError) as error:
+            if not shortage.ran_short(error):
+                raise
+            say(f"error: out of memory ({shortage.reason(error)}); free some")
         except tokenizer_error() as error:
             say(f"error: {error}")
         return FAILED

@@ -30,7 +30,7 @@ from model.moe import Product
 from model.quant.expert import BlobExperts
 from runtime.ambient import unaffected
 from runtime.decode import make_decoder
-from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, RequestError
+from runtime.errors import DeviceError, LoadError, OptionError, RequestError
 from runtime.experts.cache import ExpertCache
 from runtime.experts.lookahead import Lookahead
 from runtime.experts.trace import Header, TraceWriter
@@ -40,12 +40,15 @@ from runtime.options import EngineOptions, SamplingParams
 from runtime.planner import Plan
 from runtime.session import DEFAULT_PARAMS, Session, Token
 from runtime.setup import Setup, make_plan
+from runtime.shortage import shortage_as
 from runtime.stats import Stats
+from runtime.threads import computing, start_threads, usable_processors
 from runtime.turns import Nested, Turns
 from runtime.warm_up import warm_ups
 from tokenizer import Tokenizer, TokenizerError
 
 DEMO = Path(__file__).parent / "demo"
+LOAD_REMEDY = "lower --context, give the model fewer bits (python -m tools.quantize), or free some"
 
 Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 Result = TypeVar("Result")
@@ -79,6 +82,7 @@ class Engine:
         self.decoder = make_decoder(model, cache, options.graphs)
         self.eos_ids = frozenset(model.config.eos_ids or (tokenizer.eos_id,))
         self.unused = unused_ids(self.config.vocab, tokenizer.vocab_size, self.eos_ids, self.device)
+        self.usable = usable_processors()
         self.counters = Stats()
         self.turns = Turns()
         self.idle_caches: deque[KVCache] = deque(maxlen=1)  # one is what the plan counts
@@ -102,8 +106,17 @@ class Engine:
         (before anything is read), `OptionError` for options that do not fit the model.
         """
         options = options or EngineOptions()
+        with shortage_as(DeviceError, LOAD_REMEDY), computing(options.threads):
+            start_threads()
+            return Engine.load_checked(DEMO if path is None else Path(path), options, progress, compiling)
+
+    @staticmethod
+    def load_checked(
+        path: Path, options: EngineOptions, progress: Bar | None, compiling: Bar | None
+    ) -> "Engine":
+        """`load`, but for memory that runs short."""
         try:
-            checkpoint = open_checkpoint(DEMO if path is None else Path(path))
+            checkpoint = open_checkpoint(path)
             setup = make_plan(checkpoint, options)
             tokenizer = Tokenizer.load(checkpoint.folder)
             if tokenizer.vocab_size > checkpoint.config.vocab:
@@ -113,7 +126,7 @@ class Engine:
                 )
             bar = progress(checkpoint.bytes) if progress else nullcontext(None)
             # whoever calls may be in inference mode, and what is made there cannot be filled by other threads
-            with out_of_memory(DeviceError), unaffected(setup.device), torch.inference_mode(False):
+            with unaffected(setup.device), torch.inference_mode(False):
                 with bar as advance:
                     model, cache = load(checkpoint, setup, options, advance)
                 engine = None
@@ -168,6 +181,18 @@ class Engine:
             return self.cache.computed[0]
         return cast(BlobExperts, cast(Block, self.model.layers[0]).block_sparse_moe.experts).experts[0]
 
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """While inside, the calling thread computes with this engine's number of threads and as if the
+        program had set nothing for PyTorch, and memory that runs short is a `RequestError`. All that serves a
+        request is in such a block, and no `yield`."""
+        with (
+            shortage_as(RequestError),
+            computing(self.options.threads, self.usable),
+            unaffected(self.device),
+        ):
+            yield
+
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams = DEFAULT_PARAMS
     ) -> Iterator[Token]:
@@ -178,7 +203,8 @@ class Engine:
         """
         session = self.session()
         try:
-            return closing(session, session.complete(prompt, params))
+            with self.working():
+                return closing(session, session.complete(prompt, params))
         except RequestError:
             session.close()
             raise
@@ -205,7 +231,7 @@ class Engine:
             self.give_cache(cache)
 
     def compute_logits(self, ids: list[int], cache: KVCache) -> Tensor:
-        with out_of_memory(RequestError), unaffected(self.device), torch.no_grad():
+        with self.working(), torch.no_grad():
             row = torch.tensor([ids], device=self.device)  # [1, T]
             shape = len(ids), self.config.vocab
             logits = torch.empty(shape, dtype=torch.float32, device=self.device)  # [T, V]
@@ -220,7 +246,7 @@ class Engine:
         return self.alone(partial(self.compute, ids, cache))
 
     def compute(self, ids: list[int], cache: KVCache) -> Tensor:
-        with out_of_memory(RequestError), unaffected(self.device), torch.inference_mode():
+        with self.working(), torch.inference_mode():
             if self.decoder is not None and len(ids) == 1:
                 row = self.decoder.step(ids[0], cache).clone()
             else:
@@ -311,7 +337,7 @@ class Engine:
         try:
             cache = self.idle_caches.pop()
         except IndexError:
-            with out_of_memory(RequestError):
+            with self.working():
                 return KVCache.allocate(self.config, 1, self.plan.context, self.dtype, self.device)
         cache.truncate(0)
         return cache
@@ -434,18 +460,6 @@ def unused_ids(model: int, tokenizer: int, used: Iterable[int], device: torch.de
     unused = torch.arange(model, device=device) >= tokenizer
     unused[[i for i in used if i < model]] = False
     return unused
-
-
-@contextmanager
-def out_of_memory(kind: type[MixtralError]) -> Iterator[None]:
-    """Raise memory running out, on either device, as an error of this family."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises it plain
-        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
-            reason = str(error).splitlines()[0]
-            raise kind(f"out of memory ({reason}); lower --context or free some") from error
-        raise
 
 
 def closing(session: Session, tokens: Iterator[Token]) -> Iterator[Token]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from runtime.cgroups import ROOT, memory_left, read_lines
+
 HOST_MARGIN = 512 << 20  # left to the rest of the machine
 # Of a GPU, and not measured: what the CUDA context takes that is there as soon as the device is asked for its
 # free memory, and, behind that, kernels as they are first used, graphs, and cuBLAS's and cuDNN's own.
@@ -15,48 +17,27 @@ LATER_BYTES = 96 << 20
 # PyTorch's allocator takes small tensors 2 MiB at a time, larger ones 20, and apart for graphs and the rest.
 ROUNDING_BYTES = 32 << 20
 CUBLAS_STREAMS = 2  # PyTorch keeps a workspace for each stream: the one that computes, the one that captures
-CGROUPS = (  # versions 2 and 1: folder, limit, use, and what of it is page cache that nobody is using
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 
 
-def free_host_bytes() -> int | None:
+def free_host_bytes(root: Path = ROOT) -> int | None:
     """Bytes of host memory that can be taken without swapping, or None where the system does not tell.
 
-    The smaller of what the kernel calls available and what this process's control group still allows (a
+    The smaller of what the kernel calls available and what this process's control groups still allow (a
     container's limit is not in the former).
     """
-    limits = [available_bytes(), cgroup_bytes()]
+    limits = [available_bytes(root), memory_left(root)]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else None
 
 
-def available_bytes() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    try:
+def available_bytes(root: Path = ROOT) -> int | None:
+    for line in read_lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    try:  # not Linux
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def cgroup_bytes() -> int | None:
-    """What the control group's limit leaves. Files in its page cache count as used there, and are given up
-    when memory is asked for: a checkpoint that has just been read must not seem to fill the machine."""
-    for place, limit_file, used_file, cached in CGROUPS:
-        folder = Path(place)
-        try:
-            limit, used = (int((folder / name).read_text()) for name in (limit_file, used_file))
-            counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            return max(limit - used + int(counters[cached]), 0)
-        except (OSError, ValueError, KeyError):  # no such group, or its limit is "max"
-            continue
-    return None
 
 
 def free_device_bytes(device: torch.device) -> int | None:

@@ -55,6 +55,14 @@ class EngineOptions:
         None, "tokens of KV cache (default: 4096, or the model's limit if smaller)", int, metavar="N"
     )
 
+    threads: int | None = option(
+        None,
+        "threads to compute with on the CPU (default: PyTorch's choice, within the processors that affinity "
+        "and control groups allow)",
+        int,
+        metavar="N",
+    )
+
     offload: str = option(
         "auto", "keep experts in host memory: if they do not all fit the device, never, or always (a study)",
         choices=OFFLOAD,
@@ -86,8 +94,9 @@ class EngineOptions:
             settle(self, "context", whole("context", self.context, 2, expected=expected))
         choice("offload", self.offload, OFFLOAD)
         choice("policy", self.policy, POLICIES)
-        for name, least, most in (("slots", 1, 1 << 20), ("lookahead", 0, 2), ("prefetch", 0, 64)):
-            if name != "slots" or self.slots is not None:
+        numbers = {"slots": (1, 1 << 20), "threads": (1, 1 << 12), "lookahead": (0, 2), "prefetch": (0, 64)}
+        for name, (least, most) in numbers.items():
+            if name not in ("slots", "threads") or getattr(self, name) is not None:
                 settle(self, name, whole(name, getattr(self, name), least, most))
         settle(self, "graphs", truth("graphs", self.graphs))
         if self.link_gbps is not None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from runtime.ambient import unaffected
 from runtime.errors import PromptTooLong, RequestError
 from runtime.options import SamplingParams
 from runtime.sampler import choose
@@ -73,7 +72,8 @@ class Session:
         if not self.messages or self.messages[-1]["role"] != "user":
             raise RequestError("there is no message to answer; call send first")
         try:
-            ids = self.engine.tokenizer.encode_chat(self.messages)
+            with self.engine.working():
+                ids = self.engine.tokenizer.encode_chat(self.messages)
             tokens = self.run(ids, params, self.engine.tokenizer.stream())
         except (TokenizerError, RequestError) as error:
             self.messages.pop()
@@ -91,8 +91,9 @@ class Session:
         Raises `RequestError` if the prompt is empty, too long, or holds ids that the model does not have.
         """
         try:
-            ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            ids = self.engine.check_ids(ids)
+            with self.engine.working():
+                ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+                ids = self.engine.check_ids(ids)
             return self.run(ids, params, self.engine.tokenizer.stream(prefix=ids))
         except TokenizerError as error:
             raise RequestError(str(error)) from error
@@ -120,23 +121,24 @@ class Session:
         limit = min(params.max_new_tokens, room)
         began = time.perf_counter()
         logits = self.prefill(ids)  # [V]
-        seen = mark_seen(ids, logits) if params.repetition_penalty != 1 else None
+        with engine.working():
+            seen = mark_seen(ids, logits) if params.repetition_penalty != 1 else None
         for made in range(1, limit + 1):
-            with unaffected(engine.device):
+            with engine.working():
                 token, logprob = choose(logits, params, seen, generator)
-            engine.count_token(time.perf_counter() - began, first=made == 1)
-            text: str = ""
-            finish: Finish | None = None
-            if token in ends:
-                finish = "eos"
-            else:
-                text = scanner.push(decoder.push(token)) if token < engine.tokenizer.vocab_size else ""
-                if scanner.found:
-                    finish = "stop"
-                elif made == limit:
-                    finish = "length" if made == params.max_new_tokens else "context"
-            if finish:
-                text += scanner.push(decoder.flush()) + scanner.flush()
+                engine.count_token(time.perf_counter() - began, first=made == 1)
+                text: str = ""
+                finish: Finish | None = None
+                if token in ends:
+                    finish = "eos"
+                else:
+                    text = scanner.push(decoder.push(token)) if token < engine.tokenizer.vocab_size else ""
+                    if scanner.found:
+                        finish = "stop"
+                    elif made == limit:
+                        finish = "length" if made == params.max_new_tokens else "context"
+                if finish:
+                    text += scanner.push(decoder.flush()) + scanner.flush()
             yield Token(token, text, logprob, finish)
             if finish:
                 return

@@ -22,10 +22,11 @@ import json
 import subprocess
 from typing import Any
 
-import torch
-
 from runtime.arguments import help_by_put, new_parser
-from runtime.errors import MixtralError
+from runtime.errors import DeviceError, MixtralError
+from runtime.options import EngineOptions
+from runtime.shortage import shortage_as
+from runtime.threads import computing
 from tools.benchmarks import decode, gpu, link, load, offload, prefill, quality, quantize
 from tools.benchmarks.machine import machine
 
@@ -50,13 +51,13 @@ def measure(argv: list[str] | None) -> None:
     args = make_parser().parse_args(argv)
     benchmark = SUBCOMMANDS[args.subcommand]
     try:
-        measured = benchmark.run(args)
+        threads = EngineOptions(threads=getattr(args, "threads", None)).threads  # which checks it
+        with shortage_as(DeviceError, "take a smaller model, or free some"), computing(threads):
+            measured = benchmark.run(args)
         # After it: asking a GPU its name takes of its memory, which processes that `gpu` starts would see.
         report = {"benchmark": args.subcommand, "machine": machine()} | measured
     except subprocess.CalledProcessError as error:
         raise MixtralError(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise MixtralError(f"out of memory ({str(error).splitlines()[0]})") from error
     text = getattr(benchmark, "as_text", as_text)
     put((json.dumps(report, indent=2) if args.json else text(report)) + "\n")
 

@@ -32,7 +32,7 @@ from model.errors import ModelError
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from runtime.arguments import add_flags, from_flags, new_parser
-from runtime.engine import DEMO, Engine, out_of_memory
+from runtime.engine import DEMO, Engine
 from runtime.errors import LoadError, OptionError, RequestError
 from runtime.options import EngineOptions
 from runtime.planner import PREFILL_CHUNK
@@ -159,7 +159,7 @@ def score(
     if len(ids) < 2:
         raise RequestError(f"the text of {len(text)} characters comes to no token; give one with words in it")
     began = time.perf_counter()
-    with out_of_memory(RequestError):
+    with engine.working():
         nats = engine.alone(
             lambda: negative_log_likelihood(engine.model, ids, window, stride, chunk, progress)
         )

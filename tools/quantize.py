@@ -38,8 +38,10 @@ from model.quant.solve import quantise
 from model.quant.spec import QuantSpec
 from runtime.arguments import new_parser
 from runtime.device import choose_device
-from runtime.errors import MixtralError
+from runtime.errors import DeviceError, MixtralError
 from runtime.progress import progress
+from runtime.shortage import shortage_as
+from runtime.threads import choose_threads, computing
 from tools.quantise.journal import Journal, settings
 from tools.quantise.names import CONFIG, INDEX, RECORD, files_to_copy, tokenizer_missing
 from tools.quantise.output import (
@@ -52,6 +54,7 @@ from tools.quantise.output import (
     shard_bytes,
 )
 
+REMEDY = "free some, or use fewer --threads; the same command goes on from the last finished file"
 FORMAT = "16, 8, 4, 3 or 2, or with a group size, like 3g128"
 
 
@@ -94,25 +97,22 @@ def main(argv: list[str] | None = None) -> int:
 def quantize(argv: list[str] | None) -> None:
     """Do what the command line asks. Everything that can go wrong is raised."""
     args = make_parser().parse_args(argv)
-    threads = args.threads or torch.get_num_threads()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the pool's workers are the threads
+    threads = choose_threads(args.threads)
     try:
-        job = make_job(
-            args.source,
-            args.out,
-            args.attention,
-            args.experts,
-            args.device or choose_device(None),
-            args.tokenizer,
-        )
-        if not args.tokenizer and (missing := tokenizer_missing(args.source)):
-            warnings.warn(missing, RuntimeWarning, stacklevel=2)
-        errors = write_output(job, args.force, threads, args.quiet)
+        with shortage_as(DeviceError, REMEDY), computing(1):  # the pool's workers are the threads
+            job = make_job(
+                args.source,
+                args.out,
+                args.attention,
+                args.experts,
+                args.device or choose_device(None),
+                args.tokenizer,
+            )
+            if not args.tokenizer and (missing := tokenizer_missing(args.source)):
+                warnings.warn(missing, RuntimeWarning, stacklevel=2)
+            errors = write_output(job, args.force, threads, args.quiet)
     except OSError as error:
         raise MixtralError(explain(error, args.out)) from error
-    finally:
-        torch.set_num_threads(before)
     put((json.dumps(record(job, errors), indent=2) if args.json else summary(job, errors)) + "\n")
 
 
@@ -125,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--experts", type=spec, default=QuantSpec(4), metavar="FORMAT", help="(default: 4)")
     parser.add_argument("--device", type=device, help="(default: the GPU if there is one, else cpu)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="(default: all cores)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="(default: the processors it may use)")
     parser.add_argument(
         "--tokenizer",
         type=Path,

@@ -101,12 +101,15 @@ def test_dtype_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root folder for what the system tells about memory."""
-    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (tmp_path / "proc/self/mountinfo").write_text("30 24 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text(
         "MemTotal: 9999999 kB\nMemAvailable:    8388608 kB\nBuffers: 1 kB\n"
     )
-    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / path.lstrip("/"))
+    free = memory.free_host_bytes
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: free(tmp_path))
     return tmp_path
 
 

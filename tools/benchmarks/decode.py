@@ -61,19 +61,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises `OptionError`, `DeviceError` or `ModelError` before anything is loaded or made.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads or before)
+    subject = make_subject(args, args.prompt + args.tokens)
+    stage = set_up(subject, ("full", "computing"), args.routing, args.prompt + args.tokens)
     try:
-        subject = make_subject(args, args.prompt + args.tokens)
-        stage = set_up(subject, ("full", "computing"), args.routing, args.prompt + args.tokens)
-        try:
-            report = subject.describe() | {"routing": args.routing}
-            return report | measure(stage, args.prompt, args.tokens, args.repeats)
-        finally:
-            stage.close()
-            subject.close()
+        report = subject.describe() | {"routing": args.routing}
+        return report | measure(stage, args.prompt, args.tokens, args.repeats)
     finally:
-        torch.set_num_threads(before)
+        stage.close()
+        subject.close()
 
 
 def set_up(subject: Subject, ways: tuple[str, ...], routing: str, positions: int) -> Stage:

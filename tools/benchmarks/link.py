@@ -38,6 +38,7 @@ Copy = Callable[[Tensor, Tensor], object]  # source, target [bytes] uint8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="(default: cuda if there is one)")
+    parser.add_argument("--threads", type=at_least_one, metavar="N", help="(default: as an engine has)")
     parser.add_argument("--repeats", type=at_least_one, default=5, help="medians of these (default: 5)")
 
 

@@ -13,7 +13,6 @@ one core is left to it: computing takes the others.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from runtime.errors import MixtralError, OptionError
 from runtime.experts.copying import HostLink
 from runtime.experts.ledger import Counters
 from runtime.footprint import Plan
+from runtime.threads import choose_threads, computing
 from tools.benchmarks.decode import make_trace, random_ids
 from tools.benchmarks.figures import bound, device_memory, traffic
 from tools.benchmarks.load import at_least_one
@@ -97,14 +97,13 @@ def names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, printing a line per turn on stderr. Returns all figures: where there are several numbers of
     slots or routings, under "rows"."""
-    before, start = torch.get_num_threads(), time.perf_counter()
-    torch.set_num_threads(args.threads or max((os.cpu_count() or 2) - 1, 1))
+    start = time.perf_counter()
     defaults: dict[str, Any] = {"offload": "always"}
     if args.sweep:
         defaults["slots"] = args.sweep[0]
     elif getattr(args, "vram", None) is None:
         defaults["slots"] = SLOTS
-    try:
+    with computing(getattr(args, "threads", None) or max(choose_threads() - 1, 1)):  # one copies
         subject = make_subject(args, args.tokens + WARM_UP, **defaults)
         try:
             if subject.store is None:
@@ -122,8 +121,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             return subject.describe() | (rows[0] if len(rows) == 1 else {"rows": rows})
         finally:
             subject.close()
-    finally:
-        torch.set_num_threads(before)
 
 
 def row(subject: Subject, slots: int | None, routing: str, args: argparse.Namespace) -> dict[str, Any]:

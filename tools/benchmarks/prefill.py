@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import torch
-
 from tools.benchmarks.decode import random_ids, rates, set_up
 from tools.benchmarks.figures import bound, device_memory
 from tools.benchmarks.load import at_least_one
@@ -42,19 +40,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises `OptionError`, `DeviceError` or `ModelError` before anything is loaded or made.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads or before)
+    subject = make_subject(args, args.tokens)
+    stage = set_up(subject, ("full", "computing"), "own", args.tokens)
     try:
-        subject = make_subject(args, args.tokens)
-        stage = set_up(subject, ("full", "computing"), "own", args.tokens)
-        try:
-            report = subject.describe() | measure(stage, args.tokens, args.repeats)
-            return report | {"first_times": measure_first_times(stage, args.tokens)}
-        finally:
-            stage.close()
-            subject.close()
+        report = subject.describe() | measure(stage, args.tokens, args.repeats)
+        return report | {"first_times": measure_first_times(stage, args.tokens)}
     finally:
-        torch.set_num_threads(before)
+        stage.close()
+        subject.close()
 
 
 def measure(stage: Stage, tokens: int, repeats: int) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from model.quant.spec import QuantSpec
 from runtime.engine import DEMO, Engine
 from runtime.errors import MixtralError, OptionError
 from runtime.options import EngineOptions
+from runtime.threads import choose_threads
 from tools import quantize
+from tools.benchmarks.load import at_least_one
 from tools.corpus import standard_library
 from tools.perplexity import Score, score
 
@@ -225,6 +227,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formats", nargs="+", metavar="A/E", help="formats of attention and experts (default: 21 pairs)"
     )
+    parser.add_argument("--threads", type=at_least_one, metavar="N", help="(default: as an engine has)")
     parser.add_argument("--bytes", type=int, metavar="N", help="of the text, the first N (default: all)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw size against perplexity")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to a file as well")
@@ -311,7 +314,7 @@ def write(source: Path, out: Path, formats: Formats) -> None:
 
 def judge(folder: Path, formats: Formats, texts: Iterable[str]) -> Result:
     """How well the checkpoint predicts texts, each behind a begin id, half a context or more in view."""
-    with Engine.load(folder, EngineOptions(dtype="float32")) as engine:
+    with Engine.load(folder, EngineOptions(dtype="float32", threads=choose_threads())) as engine:
         window = engine.plan.context
         scores = [score(engine, text, window, window // 2) for text in texts]
     return Result(formats, open_checkpoint(folder).bytes, sum(scores, Score()))

@@ -24,6 +24,7 @@ STD = 0.02  # of the random weights, about a Mixtral's
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=at_least_one, default=14336, help="default: 14336")
     parser.add_argument("--columns", type=at_least_one, default=4096, help="default: 4096")
+    parser.add_argument("--threads", type=at_least_one, metavar="N", help="(default: as an engine has)")
     parser.add_argument("--bits", nargs="+", default=["4", "3", "2"], help="formats, like 4 or 3g128")
     parser.add_argument(
         "--runs", type=at_least_one, default=3, help="of each; the median counts (default: 3)"

@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention", metavar="FORMAT", help="of the random model, like 4 or 3g128 (default: 4)"
     )
     parser.add_argument("--experts", metavar="FORMAT", help="of the random model (default: 4)")
-    parser.add_argument("--threads", type=at_least_one, help="(default: as PyTorch chooses)")
     parser.add_argument(
         "--enforce",
         action="store_true",

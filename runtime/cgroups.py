@@ -1,0 +1,126 @@
+"""What this process's control groups allow: memory, and time of processors.
+
+A process is in one group of each hierarchy, and every group from there up to the root may set a limit: the
+smallest counts. Version 2 is one hierarchy for everything; version 1 has one for each controller, and a
+machine may have both. `/proc/self/cgroup` names the process's groups, and `/proc/self/mountinfo` says where
+their hierarchies are mounted, and from which group down: a container often sees only a part.
+
+Functions take the root of the file system, so that tests can give them another machine's.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+ROOT = Path("/")
+
+
+def memory_left(root: Path = ROOT) -> int | None:
+    """Bytes of memory that every control group still allows; None where none sets a limit.
+
+    A group counts files in the page cache as used, and gives up those that are not in use when memory is
+    asked for: a checkpoint that has just been read must not seem to fill the machine.
+    """
+    names = ("memory.max", "memory.current", "inactive_file")
+    left = [bytes_left(folder, *names) for folder in groups(root, None)]
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    left += [bytes_left(folder, *names) for folder in groups(root, "memory")]
+    return min((size for size in left if size is not None), default=None)
+
+
+def bytes_left(folder: Path, limit_name: str, used_name: str, cached_name: str) -> int | None:
+    limit, used = read_numbers(folder / limit_name), read_numbers(folder / used_name)
+    if not limit or not used:  # no such file, or no limit
+        return None
+    return max(limit[0] - used[0] + read_counters(folder / "memory.stat").get(cached_name, 0), 0)
+
+
+def processors(root: Path = ROOT) -> float | None:
+    """How many processors' time every control group allows, such as 1.5; None where none sets a limit."""
+    shares = [share(read_numbers(folder / "cpu.max")) for folder in groups(root, None)]
+    for folder in groups(root, "cpu"):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        shares.append(share([number for name in names for number in read_numbers(folder / name)]))
+    return min((allowed for allowed in shares if allowed is not None), default=None)
+
+
+def share(numbers: list[int]) -> float | None:
+    """Of a quota and the period that it is for, in microseconds. A quota of -1 is none.
+
+    >>> share([150000, 100000]), share([-1, 100000]), share([100000])
+    (1.5, None, None)
+    """
+    if len(numbers) != 2 or min(numbers) <= 0:
+        return None
+    return numbers[0] / numbers[1]
+
+
+def groups(root: Path, controller: str | None) -> Iterator[Path]:
+    """The folders of the process's own group in the hierarchy of a version 1 `controller`, or in that of
+    version 2 (None), and of all groups above it that can be seen."""
+    own, mounts = own_group(root, controller), list(mounted(root, controller))
+    if own is None:
+        return
+    for top, mount in mounts:
+        inside = PurePosixPath(own)
+        inside = inside.relative_to(top) if inside.is_relative_to(top) else PurePosixPath()
+        if ".." in inside.parts:  # of a group outside of what this process may see
+            inside = PurePosixPath()
+        for part in (inside, *inside.parents) if inside.parts else (inside,):
+            yield mount / part
+
+
+def own_group(root: Path, controller: str | None) -> str | None:
+    """The path of the process's group, from lines like `4:cpu,cpuacct:/user`, or for version 2 `0::/user`."""
+    for line in read_lines(root / "proc/self/cgroup"):
+        number, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if controller in controllers.split(",") if controller else number == "0" and not controllers:
+            return group
+    return None
+
+
+def mounted(root: Path, controller: str | None) -> Iterator[tuple[str, Path]]:
+    """Where a hierarchy is mounted: the group that is the top of what is seen, and its folder.
+
+    A line is `34 31 0:31 /top /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory`, where any number
+    of words may stand before the dash.
+    """
+    for line in read_lines(root / "proc/self/mountinfo"):
+        before, _, after = line.partition(" - ")
+        words, (kind, *options) = before.split(), after.split() or [""]
+        controllers = options[-1].split(",") if options else []
+        fits = kind == "cgroup" and controller in controllers if controller else kind == "cgroup2"
+        if fits and len(words) > 4:
+            yield unescaped(words[3]), root / unescaped(words[4]).lstrip("/")
+
+
+def unescaped(path: str) -> str:
+    r"""A path as mountinfo writes it, with spaces and the like in octal.
+
+    >>> unescaped(r"/a\040b")
+    '/a b'
+    """
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
+
+
+def read_lines(path: Path) -> list[str]:
+    """No lines where there is no such file: not Linux, or a controller that is not there."""
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def read_numbers(path: Path) -> list[int]:
+    """The whole numbers in a file; none where it says that there is no limit."""
+    try:
+        return [int(word) for line in read_lines(path) for word in line.split()]
+    except ValueError:  # max
+        return []
+
+
+def read_counters(path: Path) -> dict[str, int]:
+    """Of lines with a name and a number each."""
+    pairs = [line.split() for line in read_lines(path)]
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
