@@ -1,37 +1,14 @@
 """Transformers' Mixtral holding the same weights as ours, by a mapping of its own."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 
+from dev.peer import their_config
 from model.config import ModelConfig
 from model.mixtral import Mixtral
-
-# Ours attends with PyTorch's fused kernels: let the oracle spell everything out.
-FORMULAS: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
-
-
-def their_config(config: ModelConfig) -> MixtralConfig:
-    return MixtralConfig(
-        vocab_size=config.vocab,
-        hidden_size=config.hidden,
-        intermediate_size=config.ffn,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.context,
-        rms_norm_eps=config.norm_eps,
-        num_experts_per_tok=config.experts_per_token,
-        num_local_experts=config.experts,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        bos_token_id=None,
-        eos_token_id=None,
-        **FORMULAS,
-    )
 
 
 def random_oracle(config: ModelConfig, seed: int) -> MixtralForCausalLM:

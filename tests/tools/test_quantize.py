@@ -517,7 +517,7 @@ def test_a_lock_file_that_cannot_be_removed_locks_nothing(
 def test_killed_runs_go_on() -> None:
     """Four SIGKILL-like ends of real processes; `--random 20` of the same script takes longer."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.tools.kill_quantize", "--writes", "4"],
+        [sys.executable, "-m", "dev.kill_quantize", "--writes", "4"],
         cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

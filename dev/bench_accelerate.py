@@ -1,7 +1,7 @@
 """The naive way to run a model that the GPU cannot hold: Transformers' Mixtral in bfloat16, its layers placed
 by accelerate's `device_map`, which moves all experts of every layer that did not fit, for every token.
 
-    python -m tests.bench_accelerate [--shape mixtral-8x7b] [--layers 4] [--vram 12GiB] [--tokens 4] [--json]
+    python -m dev.bench_accelerate [--shape mixtral-8x7b] [--layers 4] [--vram 12GiB] [--tokens 4] [--json]
 
 Weights are random and only some layers are made: all of Mixtral-8x7B's would take 87 GiB of host memory. The
 memory limit is not scaled with them, for accelerate sets room aside for one layer, whatever their number. It
@@ -32,12 +32,12 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from dev.peer import their_config
 from model.config import ModelConfig
 from runtime.device import choose_device
 from runtime.errors import DeviceError, MixtralError, OptionError
 from runtime.memory import free_host_bytes
 from runtime.units import format_bytes, parse_bytes
-from tests.model.oracle import their_config
 from tools.benchmarks.load import at_least_one
 from tools.benchmarks.machine import machine
 from tools.random_model import SHAPES
@@ -144,7 +144,8 @@ def empty_model(config: ModelConfig) -> Any:
     """Transformers' model in bfloat16 without memory for its weights."""
     own_choices = MixtralConfig.from_dict(their_config(config).to_dict())  # of kernels, not the oracle's
     with torch.device("meta"):
-        return MixtralForCausalLM(own_choices).to(torch.bfloat16).eval()
+        model: nn.Module = MixtralForCausalLM(own_choices)
+        return model.to(torch.bfloat16).eval()
 
 
 def weight_bytes(module: nn.Module) -> int:

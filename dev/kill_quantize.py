@@ -1,7 +1,7 @@
 """Kill the quantiser at many moments, let it go on, and compare with a run that nobody disturbed.
 
-    python -m tests.tools.kill_quantize --random 20   SIGKILL after random times, up to three in a row
-    python -m tests.tools.kill_quantize --writes 10      at the moment of writing, renaming or removing a file
+    python -m dev.kill_quantize --random 20   SIGKILL after random times, up to three in a row
+    python -m dev.kill_quantize --writes 10      at the moment of writing, renaming or removing a file
 
 Ends with status 1 at the first difference. Runs are forks of this process, so that hqq is imported once.
 """
