@@ -23,3 +23,11 @@ def pytest_make_collect_report(
         report.outcome = "skipped"
         report.longrepr = (str(collector.path), 0, f"Skipped: it needs {missing}, which is not installed")
     return report
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patient_progress() -> Generator[None, None, None]:
+    """Nothing says how far it is, however slow the machine: what a command prints does not depend on that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.progress.PATIENCE", 1e9)
+        yield
