@@ -9,7 +9,6 @@ with Engine.load("path/to/checkpoint") as engine:
 
 import dataclasses
 import operator
-import reprlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint, open_checkpoint
-from model.errors import ModelError
+from model.errors import ModelError, quoted
 from model.kv_cache import KVCache
 from model.mixtral import Block, Mixtral
 from model.moe import Product
@@ -361,17 +360,22 @@ class Engine:
     def check_ids(self, ids: Sequence[int]) -> list[int]:
         """The ids as plain integers. Raises `RequestError` unless they are one or more of the model's."""
         V = self.config.vocab
-        if isinstance(ids, bytes) or not hasattr(ids, "__iter__"):
+        try:
+            items = None if isinstance(ids, bytes) else iter(ids)
+        except TypeError:  # a number, or a tensor without dimensions
+            items = None
+        if items is None:
             raise RequestError(f"the prompt is of type {type(ids).__name__}; give a str or token ids")
         checked = []
-        for i in ids:
+        for i in items:
             try:
                 index = operator.index(i)
             except TypeError:  # a fraction, a word, a row of a matrix
                 index = -1
             if not 0 <= index < V:
-                shown = reprlib.repr(i)
-                raise RequestError(f"the prompt holds {shown}, and token ids are integers from 0 to {V - 1}")
+                raise RequestError(
+                    f"the prompt holds {quoted(i)}, and token ids are integers from 0 to {V - 1}"
+                )
             checked.append(index)
         if not checked:
             raise RequestError("the prompt is empty; give at least one token")

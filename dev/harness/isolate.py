@@ -7,6 +7,8 @@ import signal
 from collections.abc import Callable
 from dataclasses import asdict
 
+import torch
+
 from dev.harness.judge import judge, shown
 from dev.harness.outcome import Leaked, Outcome, Verdict, Wrong
 
@@ -21,12 +23,19 @@ class Stuck(Exception):
     """The fork did not end."""
 
 
+def settle_in() -> None:
+    """To be called first in a fork. PyTorch replaces its pool of threads there at the first use, and two
+    threads that come to it at once find none ("Invalid thread pool!")."""
+    torch.set_num_threads(1)
+
+
 def isolated(function: Callable[[], Verdict], patience: float = 60.0) -> Verdict:
     """What the function comes to in a fork. Errors outside of the family are raised here again, as text."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         os.close(reader)
+        settle_in()
         tell(function, writer)
     os.close(writer)
     try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dev.harness.command import DONE, INTERRUPTED, Ended, Main
+from dev.harness.isolate import settle_in
 from dev.harness.outcome import Verdict, Wrong
 
 PATIENCE = 60.0  # seconds for a process to end
@@ -70,6 +71,7 @@ def forked(main: Main, argv: Sequence[str], log: Path) -> Running:
 def run_and_exit(main: Main, argv: Sequence[str]) -> None:
     """What a shell's child does; an interrupt before the command begins, or when it has ended, is none."""
     status: int | None = None
+    settle_in()
     try:
         try:
             status = main(list(argv))

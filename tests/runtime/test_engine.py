@@ -257,6 +257,8 @@ FAILURES: list[tuple[Any, dict[str, Any], str]] = [
     ([5, 400], {}, "400"),
     ([5, "a"], {}, "'a'"),
     ([1.0], {}, "1.0"),
+    (5, {}, "of type int"),
+    (torch.tensor(5), {}, "of type Tensor"),
 ]
 
 

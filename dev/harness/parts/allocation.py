@@ -41,7 +41,6 @@ def open_allocation(subject: Subject) -> Iterator[Case]:
 
 def limited(scenario: Scenario, room: int) -> Verdict:
     """The scenario with so much room for memory. When a request has failed there is all the room again."""
-    scenario.run(Fault())  # what a process makes once, and PyTorch does not expect to miss, is there then
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit, none = (
