@@ -9,6 +9,7 @@ with Engine.load("path/to/checkpoint") as engine:
 
 import dataclasses
 import operator
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -46,6 +47,7 @@ from runtime.turns import Nested, Turns
 from runtime.warm_up import warm_ups
 from tokenizer import Tokenizer, TokenizerError
 
+MOST_PADDING = 256  # ids that a model has beyond its tokenizer's for a round number's sake
 DEMO = Path(__file__).parent / "demo"
 LOAD_REMEDY = "lower --context, give the model fewer bits (python -m tools.quantize), or free some"
 
@@ -79,7 +81,7 @@ class Engine:
         self.cache = cache  # of experts, where they do not all stay on the device
         self.device = model.embed_tokens.weight.device
         self.decoder = make_decoder(model, cache, options.graphs)
-        self.eos_ids = frozenset(model.config.eos_ids or (tokenizer.eos_id,))
+        self.eos_ids = frozenset(model.config.eos_ids) | {i for i in tokenizer.ends if i < model.config.vocab}
         self.unused = unused_ids(self.config.vocab, tokenizer.vocab_size, self.eos_ids, self.device)
         self.usable = usable_processors()
         self.counters = Stats()
@@ -117,11 +119,18 @@ class Engine:
         try:
             checkpoint = open_checkpoint(path)
             setup = make_plan(checkpoint, options)
-            tokenizer = Tokenizer.load(checkpoint.folder)
+            tokenizer = Tokenizer.load(checkpoint.folder, options.chat_template, checkpoint.config.vocab)
             if tokenizer.vocab_size > checkpoint.config.vocab:
                 raise LoadError(
                     f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} ids and the model "
                     f"{checkpoint.config.vocab}; they do not belong together"
+                )
+            if (missing := checkpoint.config.vocab - tokenizer.vocab_size) > MOST_PADDING:
+                warnings.warn(
+                    f"{checkpoint.folder}: the tokenizer lacks {missing} of the model's "
+                    f"{checkpoint.config.vocab} ids; look whether the model has a newer tokenizer.model",
+                    RuntimeWarning,
+                    stacklevel=3,
                 )
             bar = progress(checkpoint.bytes) if progress else nullcontext(None)
             # whoever calls may be in inference mode, and what is made there cannot be filled by other threads
@@ -382,7 +391,7 @@ class Engine:
         return checked
 
     def check_bias(self, params: SamplingParams) -> None:
-        last = self.tokenizer.vocab_size - 1
+        last = self.config.vocab - 1
         for i in params.logit_bias:
             if i > last:
                 raise RequestError(f"logit_bias names token {i}, and ids end at {last}")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -55,6 +56,9 @@ class EngineOptions:
         None, "tokens of KV cache (default: 4096, or the model's limit if smaller)", int, metavar="N"
     )
 
+    chat_template: str | None = option(
+        None, "file with the template that writes conversations (default: the checkpoint's)", metavar="FILE"
+    )
     threads: int | None = option(
         None,
         "threads to compute with on the CPU (default: PyTorch's choice, within the processors that affinity "
@@ -84,6 +88,10 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.device is not None:
             settle(self, "device", str(self.device))  # a torch.device will do
+        if self.chat_template is not None:
+            file = isinstance(self.chat_template, (str, os.PathLike))
+            require(file, "chat_template", self.chat_template, "the path of a file")
+            settle(self, "chat_template", os.fsdecode(self.chat_template))
         if self.dtype is not None:
             choice("dtype", self.dtype, DTYPES)
         for name in ("vram", "ram"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from model.errors import quoted
 from runtime.errors import PromptTooLong, RequestError
 from runtime.options import SamplingParams
 from runtime.sampler import choose
@@ -74,7 +76,7 @@ class Session:
         try:
             with self.engine.working():
                 ids = self.engine.tokenizer.encode_chat(self.messages)
-            tokens = self.run(ids, params, self.engine.tokenizer.stream())
+            tokens = self.run(ids, params, self.engine.tokenizer.answer_stream(ids))
         except (TokenizerError, RequestError) as error:
             self.messages.pop()
             raise error if isinstance(error, RequestError) else RequestError(str(error)) from error
@@ -90,6 +92,8 @@ class Session:
         What the prompt shares with the text before it, from the beginning on, is not computed again.
         Raises `RequestError` if the prompt is empty, too long, or holds ids that the model does not have.
         """
+        if isinstance(prompt, str):
+            self.warn_of_control(prompt)
         try:
             with self.engine.working():
                 ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -97,6 +101,17 @@ class Session:
             return self.run(ids, params, self.engine.tokenizer.stream(prefix=ids))
         except TokenizerError as error:
             raise RequestError(str(error)) from error
+
+    def warn_of_control(self, prompt: str) -> None:
+        """Warn where a text spells control tokens: to the model, they are letters."""
+        if found := self.engine.tokenizer.control_in(prompt):
+            names = ", ".join(map(quoted, found[:4])) + (", ..." if len(found) > 4 else "")
+            warnings.warn(
+                f"the prompt spells {names}, which is text like any other there; conversations (--chat, "
+                "Engine.session) have control tokens, and so have prompts of token ids",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def run(self, ids: list[int], params: SamplingParams, decoder: StreamDecoder) -> Iterator[Token]:
         """Check a request at once; serve it as the iterator that comes back is taken."""
@@ -132,7 +147,7 @@ class Session:
                 if token in ends:
                     finish = "eos"
                 else:
-                    text = scanner.push(decoder.push(token)) if token < engine.tokenizer.vocab_size else ""
+                    text = scanner.push(decoder.push(token))
                     if scanner.found:
                         finish = "stop"
                     elif made == limit:

@@ -20,7 +20,7 @@ OURS = {
 }
 OTHERS = {
     "model": {"torch", "safetensors", "numpy", "hqq"},
-    "tokenizer": {"sentencepiece", "numpy"},
+    "tokenizer": {"sentencepiece", "numpy", "jinja2"},
     "runtime": {"torch", "safetensors", "numpy", "tqdm"},
     "tools": {"torch", "safetensors", "numpy", "sentencepiece", "hqq", "tqdm", "matplotlib"},
     "dev": {"torch", "numpy", "hqq", "transformers", "accelerate"},

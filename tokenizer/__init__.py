@@ -1,6 +1,7 @@
 """Text to token ids and back, for Mixtral's sentencepiece models: plain, streamed and as conversations."""
 
-from tokenizer.chat import ChatVersion, Message
+from tokenizer.chat import ChatVersion
+from tokenizer.conversation import Message
 from tokenizer.errors import TokenizerError
 from tokenizer.stream import StreamDecoder
 from tokenizer.tokenizer import Tokenizer

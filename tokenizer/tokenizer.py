@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from os import PathLike
-
-from sentencepiece import SentencePieceProcessor
+from pathlib import Path
 
 from tokenizer import chat
 from tokenizer.chat import ChatVersion
+from tokenizer.conversation import check_conversation
+from tokenizer.encoder import Encoder
 from tokenizer.errors import TokenizerError
+from tokenizer.guard import render_guarded
 from tokenizer.model_file import find_model, read_model
+from tokenizer.settings import Settings, Template, read_settings
+from tokenizer.specials import Specials, extend, place, sort_tokens
 from tokenizer.stream import StreamDecoder
+from tokenizer.template import render, turn_end
 from tokenizer.vocabulary import Vocabulary, parse_model
 from tokenizer.wire import WireError
 
@@ -19,56 +25,65 @@ PROBE = "  Zwölf\tfoxes 🦊, 12 of them:\n\n  x = 1  "
 
 
 class Tokenizer:
-    """A sentencepiece model, guarded on the way in and decoded by a table on the way out.
+    """A sentencepiece model with a checkpoint's added tokens, guarded on the way in and decoded by a table on
+    the way out.
 
-    Text is only ever text: whatever a user writes, `encode` gives no control id. With a model that keeps text
-    as it is (identity normalisation, all spaces, byte fallback: Mixtral's are such), `decode` gives back what
-    was encoded. The one exception is U+2581: sentencepiece itself writes a space so, and a space comes back.
+    Text is only ever text: whatever a user writes, `encode` and `encode_chat` give no control id for it. With
+    a model that keeps text as it is (identity normalisation, all spaces, byte fallback: Mixtral's are such),
+    `decode` gives back what was encoded. The one exception is U+2581: sentencepiece itself writes a space so,
+    and a space comes back.
+
+    bos_id, eos_id  of the sentencepiece model
+    ends            the ids that end a text, by all that the checkpoint's files say
+    vocab_size      how many ids have a meaning
     """
 
-    def __init__(self, vocabulary: Vocabulary, processor: SentencePieceProcessor) -> None:
-        self.vocabulary = vocabulary
-        self._processor = processor
-        self.bos_id: int = processor.bos_id()
-        self.eos_id: int = processor.eos_id()
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        encoder: Encoder,
+        specials: Specials,
+        template: Template | None = None,
+        vocab: int | None = None,
+    ) -> None:
+        """`template` writes conversations, where Mistral's own format does not. Decoding takes the ids of a
+        model with `vocab` of them, also those that have no meaning."""
+        self._encoder = encoder
+        self.bos_id, self.eos_id = encoder.bos_id, encoder.eos_id
         self.vocab_size = len(vocabulary.decoded)
+        self.vocabulary = vocabulary.padded(vocab or 0)
+        self.specials = specials
+        self.template = template
+        self.ends = specials.ends
+        if template is not None and (end := turn_end(self._written)) is not None:
+            self.ends |= {end}
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Tokenizer:
+    def load(
+        cls,
+        path: str | PathLike[str],
+        chat_template: str | PathLike[str] | None = None,
+        vocab: int | None = None,
+    ) -> Tokenizer:
         """Load from a checkpoint folder, or from the `tokenizer.model` itself.
 
+        Of a folder, the files beside `tokenizer.model` count too (see `tokenizer.settings`). Conversations
+        are written by the template in the file `chat_template`, else by the folder's own, or, where that is
+        none or Mistral's, as the reference encoder of Mistral does. `vocab` is the number of the model's ids.
+
         Raises:
-            TokenizerError: There is no such file, or it is no sentencepiece model that this runtime can use.
+            TokenizerError: There is no such file, or it is none that this runtime can use.
         """
         file = find_model(path)
-        data = read_model(file)
-        try:
-            vocabulary, safe_model = parse_model(data)
-        except WireError as error:
-            raise TokenizerError(
-                f"{file}: {error}; not a sentencepiece model, or cut short: download it again"
-            ) from None
-        try:
-            processor = SentencePieceProcessor(model_proto=safe_model)
-            probe: list[int] = processor.encode(PROBE)
-            expected: str = processor.decode(probe)
-        except (RuntimeError, ValueError, LookupError, OSError):
-            raise TokenizerError(
-                f"{file}: sentencepiece refuses this model of {len(vocabulary.decoded)} pieces; "
-                "download it again"
-            ) from None
-        tokenizer = cls(vocabulary, processor)
-        if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-            raise TokenizerError(
-                f"{file}: names no begin or end piece (bos {tokenizer.bos_id}, eos {tokenizer.eos_id}); "
-                "train it with bos_id and eos_id"
-            )
-        if tokenizer.decode(probe) != expected:
-            raise TokenizerError(
-                f"{file}: sentencepiece decodes {len(probe)} test ids otherwise than this runtime, "
-                "which knows no denormaliser; train the model without one"
-            )
-        return tokenizer
+        folder = file.parent if Path(path) != file else None
+        settings = read_settings(folder, Path(chat_template) if chat_template is not None else None)
+        vocabulary, encoder = load_model(file, settings)
+        tokens = place(settings, encoder.piece_id, len(vocabulary.decoded), vocab)
+        specials = sort_tokens(settings, tokens, vocabulary, encoder)
+        template = settings.template
+        if chat_template is None and template is not None and is_mistrals(template, specials):
+            template = None
+        return cls(extend(vocabulary, tokens), encoder, specials, template, vocab)
 
     @property
     def chat_version(self) -> ChatVersion:
@@ -87,15 +102,13 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TokenizerError(f"text must be a str, got {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"text holds a lone surrogate (U+{ord(text[error.start]):04X} at character {error.start}); "
-                "it stands for no character: remove it"
-            ) from None
-        ids: list[int] = self._processor.encode(text)
+        check_text(text)
+        ids = self._encoder.encode(self.specials.words.split(text))
         return [self.bos_id, *ids] if bos else ids
+
+    def control_in(self, text: str) -> list[str]:
+        """The control tokens that `text` spells, which `encode` takes for text like any other."""
+        return self.specials.control.found(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids. Control pieces vanish; broken UTF-8 from byte pieces becomes U+FFFD, one for each byte.
@@ -121,23 +134,88 @@ class Tokenizer:
         """Encode a conversation, up to and including the user message that is to be answered.
 
         `messages` are dicts of "role" and "content": a system message first if any, then user and assistant
-        in turn, the user last. An empty system message counts as none; an empty answer is the end piece
-        alone.
+        in turn, the user last.
 
         Raises:
-            TokenizerError: The messages are not such a conversation; their text cannot be encoded; or the
-                vocabulary's chat format is later than V3.
+            TokenizerError: The messages are not such a conversation; their text cannot be encoded; the
+                checkpoint's chat template does not write it; or, without one, the vocabulary's chat format is
+                later than V3.
         """
-        return chat.encode_chat(self, messages)
+        if self.template is None:
+            return chat.encode_chat(
+                messages, partial(self.encode, bos=False), self.vocabulary.control, self.bos_id, self.eos_id
+            )
+        checked = check_conversation(messages)
+        for message in checked:
+            check_text(message["content"])
+        parts = self._written([{"role": m["role"], "content": m["content"]} for m in checked])
+        words = (word for part in parts for word in self._with_words(part))
+        return self._encoder.encode(words)
 
-    def encode_turn(self, content: str) -> list[int]:
-        """Encode the next user message of a conversation whose ids so far end with the end piece.
+    def answer_stream(self, conversation: Sequence[int]) -> StreamDecoder:
+        """Decode the answer to a conversation, the ids of `encode_chat`, as it comes.
 
-        Appended to them it gives what `encode_chat` gives for the whole conversation, if the answers' ids are
-        this tokenizer's own encoding of them (in V3: of them without trailing spaces). Not so in V3 with a
-        system message: it moves to the newest turn there, so the conversation must be encoded whole.
-
-        Raises:
-            TokenizerError: As for `encode`, and if the vocabulary's chat format is later than V3.
+        After Mistral's own format, and after a control token, an answer is a text of its own, and its leading
+        space the encoder's. Otherwise it goes on where the template's text ends.
         """
-        return chat.encode_turn(self, content)
+        ends_in_text = conversation and conversation[-1] not in self.vocabulary.control.values()
+        return self.stream(conversation if self.template is not None and ends_in_text else ())
+
+    def _written(self, messages: Sequence[Mapping[str, str]]) -> list[str | int]:
+        """A conversation as the template writes it: texts, and ids of control tokens."""
+        assert self.template is not None
+        names = {"bos_token": self._encoder.piece(self.bos_id), "eos_token": self._encoder.piece(self.eos_id)}
+        write = partial(render, self.template, names={**names, **self.specials.names})
+        return render_guarded(write, messages, self.specials.control, [self.template.text])
+
+    def _with_words(self, part: str | int) -> Iterable[str | int]:
+        return [part] if isinstance(part, int) else self.specials.words.split(part)
+
+
+def load_model(file: Path, settings: Settings) -> tuple[Vocabulary, Encoder]:
+    """The sentencepiece model in a file. Raises `TokenizerError`."""
+    data = read_model(file)
+    special = {token.content for token in (*settings.added, *settings.special) if token.special}
+    try:
+        vocabulary, safe_model = parse_model(data, special)
+    except WireError as error:
+        raise TokenizerError(
+            f"{file}: {error}; not a sentencepiece model, or cut short: download it again"
+        ) from None
+    try:
+        encoder = Encoder(safe_model, settings.legacy)
+        probe = encoder.encode([PROBE])
+        expected = encoder.decode(probe)
+    except (RuntimeError, ValueError, LookupError, OSError):
+        raise TokenizerError(
+            f"{file}: sentencepiece refuses this model of {len(vocabulary.decoded)} pieces; download it again"
+        ) from None
+    if min(encoder.bos_id, encoder.eos_id) < 0:
+        raise TokenizerError(
+            f"{file}: names no begin or end piece (bos {encoder.bos_id}, eos {encoder.eos_id}); "
+            "train it with bos_id and eos_id"
+        )
+    stream = StreamDecoder(vocabulary)
+    if "".join([stream.push(i) for i in probe]) + stream.flush() != expected:
+        raise TokenizerError(
+            f"{file}: sentencepiece decodes {len(probe)} test ids otherwise than this runtime, "
+            "which knows no denormaliser; train the model without one"
+        )
+    return vocabulary, encoder
+
+
+def is_mistrals(template: Template, specials: Specials) -> bool:
+    """Whether a folder's template is an approximation of the format that `tokenizer.chat` writes exactly: it
+    has Mistral's tags, not Llama's system tags, and there are no added tokens."""
+    return not specials.added and chat.BEGIN in template.text and "<<SYS>>" not in template.text
+
+
+def check_text(text: str) -> None:
+    """Raises `TokenizerError` for half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"text holds a lone surrogate (U+{ord(text[error.start]):04X} at character {error.start}); "
+            "it stands for no character: remove it"
+        ) from None

@@ -7,12 +7,12 @@ whatever encodes to a control id. What a hostile file can cost is bounded by the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from tokenizer.errors import quoted
-from tokenizer.wire import LENGTH_DELIMITED, VARINT, WireError, fields, read_varint
+from tokenizer.wire import LENGTH_DELIMITED, VARINT, WireError, fields, read_varint, varint
 
 SPACE = "\u2581"  # how a piece spells a space
 MAX_PIECES = 1 << 17  # Mixtral's models have 32,768 at most
@@ -25,6 +25,11 @@ Field = tuple[int, int, int, int]  # as `fields` gives it
 
 # A user-defined piece that is a marker of a chat format, such as <|im_start|>, </s> or [INST].
 MARKER = re.compile(r"<\|[^<>|]*\|>|</?s>|\[/?[A-Z][A-Z_]*\]")
+
+
+PIECE_TAG = b"\x0a"  # field 1, the pieces
+AS_CONTROL = b"\x18\x03"  # behind a piece's other fields: its kind (field 3) is CONTROL, whatever they say
+WITHOUT_PREFIX = b"\x1a\x02\x18\x00"  # behind a model: its normalizer (field 3) puts no space before a text
 
 
 class Kind(IntEnum):
@@ -54,18 +59,26 @@ class Vocabulary:
     strip_first: bool
     strip_all: bool
 
+    def padded(self, size: int) -> Vocabulary:
+        """The same with ids up to `size`; those added decode to nothing."""
+        return replace(self, decoded=self.decoded + ("",) * (size - len(self.decoded)))
 
-def parse_model(data: bytes) -> tuple[Vocabulary, bytes]:
+
+def parse_model(data: bytes, special: Collection[str] = ()) -> tuple[Vocabulary, bytes]:
     """Read the vocabulary of a serialised sentencepiece model; return it with a safe copy of the model.
 
     Sentencepiece finds user-defined pieces in plain text and turns them into their ids. Where such a piece is
     a marker of a chat format, anybody's text could speak for the system. In the safe copy these are control
-    pieces, which text never matches: the same number of bytes, the kind overwritten in place.
+    pieces, which text never matches. So are ordinary pieces that other files call `special`.
 
     Raises:
         WireError: The bytes are not a sentencepiece model.
     """
-    safe = bytearray(data)
+    safe, copied, previous = (
+        bytearray(),
+        0,
+        0,
+    )  # data[:copied] is in `safe`; the field before ends at `previous`
     pieces: list[tuple[str, Kind]] = []
     unknown_surface = " \u2047 "  # sentencepiece's own default
     dummy_prefix = squeeze = True  # the format's defaults
@@ -75,28 +88,30 @@ def parse_model(data: bytes) -> tuple[Vocabulary, bytes]:
         sections += number != 1
         if sections > MAX_SECTIONS:
             raise WireError(f"holds more than {MAX_SECTIONS} sections of settings")
-        if wire_type != LENGTH_DELIMITED:
-            continue
-        if number == 1:
+        if number == 1 and wire_type == LENGTH_DELIMITED:
             if end - start > MAX_PIECE_BYTES:
                 raise WireError(
                     f"spends {end - start} bytes on piece {len(pieces)} (limit {MAX_PIECE_BYTES})"
                 )
-            name, kind, kind_at = _piece(data, start, end, len(pieces))
-            if kind is Kind.USER_DEFINED and MARKER.fullmatch(name):
+            name, kind = _piece(data, start, end, len(pieces))
+            marker = kind is Kind.USER_DEFINED and MARKER.fullmatch(name)
+            if marker or (name in special and kind in (Kind.NORMAL, Kind.USER_DEFINED)):
                 kind = Kind.CONTROL
-                safe[kind_at] = Kind.CONTROL
+                piece = data[start:end] + AS_CONTROL
+                safe += data[copied:previous] + PIECE_TAG + varint(len(piece)) + piece
+                copied = end
             pieces.append((name, kind))
-        elif number == 2:  # trainer_spec
+        elif number == 2 and wire_type == LENGTH_DELIMITED:  # trainer_spec
             for field, field_type, at, stop in _counted(fields(data, start, end), MAX_SETTINGS, "settings"):
                 if field == 44 and field_type == LENGTH_DELIMITED:
                     unknown_surface = data[at:stop].decode("utf-8", "replace")
-        elif number == 3:  # normalizer_spec
+        elif number == 3 and wire_type == LENGTH_DELIMITED:  # normalizer_spec
             for field, field_type, at, stop in _counted(fields(data, start, end), MAX_SETTINGS, "settings"):
                 if field == 3 and field_type == VARINT:
                     dummy_prefix = bool(read_varint(data, at, stop)[0])
                 elif field == 4 and field_type == VARINT:
                     squeeze = bool(read_varint(data, at, stop)[0])
+        previous = end
     if not pieces:
         raise WireError("holds no pieces")
 
@@ -106,7 +121,7 @@ def parse_model(data: bytes) -> tuple[Vocabulary, bytes]:
         strip_first=dummy_prefix or squeeze,
         strip_all=squeeze,
     )
-    return vocabulary, bytes(safe)
+    return vocabulary, bytes(safe) + data[copied:]
 
 
 def _counted(found: Iterator[Field], most: int, what: str) -> Iterator[Field]:
@@ -117,9 +132,9 @@ def _counted(found: Iterator[Field], most: int, what: str) -> Iterator[Field]:
         yield field
 
 
-def _piece(data: bytes, start: int, end: int, index: int) -> tuple[str, Kind, int]:
-    """Read one piece: name, kind, and where in the file the kind is written (-1: nowhere, it is NORMAL)."""
-    name, kind, kind_at = "", Kind.NORMAL, -1
+def _piece(data: bytes, start: int, end: int, index: int) -> tuple[str, Kind]:
+    """Read one piece: name and kind."""
+    name, kind = "", Kind.NORMAL
     parts = _counted(fields(data, start, end), MAX_PIECE_FIELDS, f"fields in piece {index}")
     for number, wire_type, at, stop in parts:
         if number == 1 and wire_type == LENGTH_DELIMITED:
@@ -131,12 +146,12 @@ def _piece(data: bytes, start: int, end: int, index: int) -> tuple[str, Kind, in
             value = read_varint(data, at, stop)[0]
             if not Kind.NORMAL <= value <= Kind.BYTE:
                 raise WireError(f"gives piece {index} the unknown kind {value}")
-            kind, kind_at = Kind(value), at
+            kind = Kind(value)
     if not name:
         raise WireError(f"leaves piece {index} without a name")
     if kind is Kind.BYTE and not re.fullmatch("<0x[0-9A-F]{2}>", name):
         raise WireError(f"calls piece {index} a byte, but its name is {quoted(name)}")
-    return name, kind, kind_at
+    return name, kind
 
 
 def _decoded(name: str, kind: Kind, unknown_surface: str) -> str | int:

@@ -41,6 +41,19 @@ def read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     raise WireError(f"holds a number of more than 64 bits at byte {at}")
 
 
+def varint(number: int) -> bytes:
+    """Write what `read_varint` reads.
+
+    >>> varint(300)
+    b'\\xac\\x02'
+    """
+    head = b""
+    while number > 0x7F:
+        head += bytes([number & 0x7F | 0x80])
+        number >>= 7
+    return head + bytes([number])
+
+
 def fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Walk the message in `data[start:end]`, yielding (number, wire type, start, end) for each field's value.
 

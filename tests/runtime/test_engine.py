@@ -410,17 +410,20 @@ def test_ids_beyond_the_tokenizers_are_never_generated(
     assert engine.logits([1, 599]).shape == (2, 600)
     made = ids_of(engine.generate(PROMPT, SamplingParams(100, temperature=100, seed=0, ignore_eos=True)))
     assert max(made) < 400 and len(set(made)) > 50
-    with pytest.raises(RequestError, match="400"):
-        engine.generate([1, 599])
-    with pytest.raises(RequestError, match="logit_bias names token 400"):
-        engine.generate(PROMPT, greedy(logit_bias={400: 1.0}))
+    assert len(list(engine.generate([1, 599], greedy(max_new_tokens=2, logit_bias={400: 1.0})))) == 2
+    assert engine.tokenizer.decode([1, 599]) == ""
+    with pytest.raises(RequestError, match="600"):
+        engine.generate([1, 600])
+    with pytest.raises(RequestError, match="logit_bias names token 600"):
+        engine.generate(PROMPT, greedy(logit_bias={600: 1.0}))
 
 
 def test_an_end_that_only_the_configuration_names_ends_the_text(
     load: Callable[..., Engine], variant: Callable[..., Path]
 ) -> None:
     engine = load(variant(vocab=600, eos_ids=(500,)))
-    made = list(engine.generate(PROMPT, SamplingParams(2000, temperature=100, seed=0)))
+    params = SamplingParams(2000, temperature=100, seed=0, logit_bias={engine.tokenizer.eos_id: -math.inf})
+    made = list(engine.generate(PROMPT, params))
     assert made[-1].finish == "eos" and made[-1].id == 500
     assert max(token.id for token in made[:-1]) < 400
 

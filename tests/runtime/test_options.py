@@ -29,6 +29,7 @@ def test_defaults() -> None:
         "policy": "lru",
         "lookahead": 1,
         "prefetch": 1,
+        "chat_template": None,
         "threads": None,
         "graphs": True,
         "link_gbps": None,

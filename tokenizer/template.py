@@ -1,0 +1,128 @@
+"""Chat templates: the program, in Jinja, by which a fine-tune writes conversations.
+
+They are rendered as Transformers renders them, in Jinja's sandbox and within `tokenizer.meter`'s bounds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from itertools import pairwise
+from typing import Any
+
+from tokenizer.errors import TokenizerError, quoted
+from tokenizer.settings import Template
+
+STEPS = 1 << 22  # what a template may cost, beside WORK for each character of the template and conversation
+WORK = 64
+# Marks what the model has written, for training; here it is a block like any other.
+GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+
+
+def render(
+    template: Template,
+    messages: Sequence[Mapping[str, str]],
+    names: Mapping[str, str | None],
+    prompt: bool = True,
+) -> str:
+    """The conversation as `template` writes it, up to where the answer begins if `prompt`.
+
+    `names` are special tokens by the names that templates use, "bos_token" and the like.
+
+    Raises:
+        TokenizerError: The template refuses the conversation, is wrong, or costs too much.
+    """
+    size = len(template.text) + sum(len(message["content"]) for message in messages)
+    given = {name: value for name, value in names.items() if value is not None}
+    try:
+        compiled = compile_template(template.text, STEPS + WORK * size)
+        text: str = compiled.render(
+            **given,
+            messages=[dict(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=prompt,
+        )
+    except Exception as error:  # a program can fail in any way
+        reason = quoted(str(error) or type(error).__name__, 200)
+        raise TokenizerError(
+            f"{template.source}: the chat template does not write this conversation ({reason}); "
+            "change the conversation, or give another template with --chat-template FILE"
+        ) from None
+    return text
+
+
+def compile_template(text: str, allowance: int) -> Any:
+    """A template that can be rendered once: what it may cost is counted from here on."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from tokenizer.meter import Meter, metered
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], optimized=False
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals = {
+        "range": environment.globals["range"],
+        "namespace": environment.globals["namespace"],
+        "dict": make_dict,
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+    }
+    Meter(allowance).install(environment)
+    tree = environment.parse(GENERATION.sub(plain_block, text))
+    return environment.from_string(metered(tree, environment))
+
+
+def plain_block(tag: re.Match[str]) -> str:
+    """
+    >>> GENERATION.sub(plain_block, "{%- generation %}x{% endgeneration -%}")
+    '{%- if true %}x{% endif -%}'
+    """
+    return f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}"
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without the escapes that Jinja's own filter makes for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def make_dict(*pairs: Any, **items: Any) -> dict[Any, Any]:
+    return dict(*pairs, **items)
+
+
+def raise_exception(message: object) -> None:
+    raise ValueError(str(message))
+
+
+def strftime_now(form: str) -> str:
+    return datetime.now().strftime(str(form)[:200])
+
+
+def turn_end(write: Callable[[Sequence[Mapping[str, str]]], list[str | int]]) -> int | None:
+    """The control token that `write` puts after an answer; None where it writes none, or not this way."""
+    answer = "An answer."
+    try:
+        parts = write(
+            [
+                {"role": "user", "content": "A question."},
+                {"role": "assistant", "content": answer},
+                {"role": "user", "content": "Another one."},
+            ]
+        )
+    except TokenizerError:
+        return None
+    for part, following in pairwise(parts):
+        if isinstance(part, str) and part.rstrip().endswith(answer) and isinstance(following, int):
+            return following
+    return None
