@@ -26,6 +26,7 @@ from types import FrameType
 from model.errors import ModelError
 from runtime import shortage
 from runtime.errors import MixtralError, OptionError
+from runtime.interrupts import interrupts_told
 
 TYPE_CHECKING = False  # all that `typing` is needed for, and it takes milliseconds to import
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def run(work: Callable[[], int | None], interrupted: str = "interrupted") -> int
     """
     with standard_streams():
         try:
-            with one_line_warnings():
+            with one_line_warnings(), interrupts_told():
                 status = work()
             return DONE if status is None else status
         except SystemExit:  # argparse has said all

@@ -34,6 +34,7 @@ from runtime.errors import DeviceError, LoadError, OptionError, RequestError
 from runtime.experts.cache import ExpertCache
 from runtime.experts.lookahead import Lookahead
 from runtime.experts.trace import Header, TraceWriter
+from runtime.interrupts import interrupts_told
 from runtime.loader import load_model, load_resident
 from runtime.memory import release, reserve
 from runtime.options import EngineOptions, SamplingParams
@@ -107,7 +108,7 @@ class Engine:
         (before anything is read), `OptionError` for options that do not fit the model.
         """
         options = options or EngineOptions()
-        with shortage_as(DeviceError, LOAD_REMEDY), computing(options.threads):
+        with interrupts_told(), shortage_as(DeviceError, LOAD_REMEDY), computing(options.threads):
             start_threads()
             return Engine.load_checked(DEMO if path is None else Path(path), options, progress, compiling)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from random import Random
 
-from dev.harness.answers import PROMPTS, answer, answers
+from dev.harness.answers import GREEDY, PROMPTS, answer, answers
 from dev.harness.outcome import Verdict, Wrong
 from dev.harness.part import Case
 from dev.harness.subject import OFFLOADED, Subject
@@ -92,6 +92,6 @@ class Victim:
         return interrupted(action, chance.random() * self.seconds[what] * 0.9)
 
     def drop(self, prompt: tuple[int, ...], count: int) -> None:
-        tokens = self.engine.generate(list(prompt))
+        tokens = self.engine.generate(list(prompt), GREEDY)
         for _ in range(count):
             next(tokens)
