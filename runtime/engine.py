@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint, open_checkpoint
+from model.config import ModelConfig
 from model.errors import ModelError, quoted
 from model.kv_cache import KVCache
 from model.mixtral import Block, Mixtral
@@ -39,6 +40,7 @@ from runtime.loader import load_model, load_resident
 from runtime.memory import release, reserve
 from runtime.options import EngineOptions, SamplingParams
 from runtime.planner import Plan
+from runtime.requests import more_context
 from runtime.session import DEFAULT_PARAMS, Session, Token
 from runtime.setup import Setup, make_plan
 from runtime.shortage import shortage_as
@@ -50,9 +52,11 @@ from tokenizer import Tokenizer, TokenizerError
 
 MOST_PADDING = 256  # ids that a model has beyond its tokenizer's for a round number's sake
 DEMO = Path(__file__).parent / "demo"
+NOTHING_TO_TRACE = "all experts are resident, so there is nothing to trace; use --offload always"
 LOAD_REMEDY = "lower --context, give the model fewer bits (python -m tools.quantize), or free some"
 
 Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+Judge = Callable[[Tokenizer, Plan, ModelConfig], None]
 Result = TypeVar("Result")
 
 
@@ -97,12 +101,14 @@ class Engine:
         options: EngineOptions | None = None,
         progress: Bar | None = None,
         compiling: Bar | None = None,
+        judge: Judge | None = None,
     ) -> "Engine":
         """Load the checkpoint in folder `path`; None is the small demo model that comes with the package.
 
         `progress(total)` is entered while weights are read, and gives a function that is called with each
         number of bytes read (`runtime.progress.byte_bar` is one such); `compiling` likewise while a GPU's
-        kernels are compiled, with each number of steps done.
+        kernels are compiled, with each number of steps done. `judge` is called when the tokenizer, the plan
+        and the configuration are known, and no weight has been read: what it raises ends the load.
 
         Raises `LoadError` for a checkpoint that cannot be used, `DeviceError` for what this machine cannot do
         (before anything is read), `OptionError` for options that do not fit the model.
@@ -110,11 +116,17 @@ class Engine:
         options = options or EngineOptions()
         with interrupts_told(), shortage_as(DeviceError, LOAD_REMEDY), computing(options.threads):
             start_threads()
-            return Engine.load_checked(DEMO if path is None else Path(path), options, progress, compiling)
+            return Engine.load_checked(
+                DEMO if path is None else Path(path), options, progress, compiling, judge
+            )
 
     @staticmethod
     def load_checked(
-        path: Path, options: EngineOptions, progress: Bar | None, compiling: Bar | None
+        path: Path,
+        options: EngineOptions,
+        progress: Bar | None,
+        compiling: Bar | None,
+        judge: Judge | None,
     ) -> "Engine":
         """`load`, but for memory that runs short."""
         try:
@@ -133,6 +145,8 @@ class Engine:
                     RuntimeWarning,
                     stacklevel=3,
                 )
+            if judge:
+                judge(tokenizer, setup.plan, checkpoint.config)
             bar = progress(checkpoint.bytes) if progress else nullcontext(None)
             # whoever calls may be in inference mode, and what is made there cannot be filled by other threads
             with unaffected(setup.device), torch.inference_mode(False):
@@ -294,7 +308,7 @@ class Engine:
         cannot be written, at the latest on leaving.
         """
         if self.cache is None:
-            raise OptionError("all experts are resident, so there is nothing to trace; use --offload always")
+            raise OptionError(NOTHING_TO_TRACE)
         header = Header(
             layers=self.config.layers,
             experts=self.config.experts,
@@ -359,8 +373,8 @@ class Engine:
             self.idle_caches.clear()
 
     def more_context(self, before: str) -> str:
-        """The remedy for a full context, behind `before`; nothing if the model was made for no more."""
-        return f"{before}raise --context" if self.plan.context < self.config.context else ""
+        """The remedy for a full context, after `before`; nothing if the model was made for no more."""
+        return more_context(before, self.plan.context, self.config.context)
 
     def check_open(self) -> None:
         self.turns.check_process()
@@ -390,12 +404,6 @@ class Engine:
         if not checked:
             raise RequestError("the prompt is empty; give at least one token")
         return checked
-
-    def check_bias(self, params: SamplingParams) -> None:
-        last = self.config.vocab - 1
-        for i in params.logit_bias:
-            if i > last:
-                raise RequestError(f"logit_bias names token {i}, and ids end at {last}")
 
     def close(self) -> None:
         """Let go of the weights and caches. Sessions of a closed engine raise `RequestError`.

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -31,9 +32,13 @@ from runtime.errors import LoadError, OptionError
 from runtime.options import EngineOptions, SamplingParams
 from runtime.progress import byte_bar, kernel_bar
 from runtime.prompts import read_prompt
+from runtime.requests import check_bias, check_room
 
 if TYPE_CHECKING:
+    from model.config import ModelConfig
     from runtime.engine import Engine
+    from runtime.footprint import Plan
+    from tokenizer import Tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,18 +110,18 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
     from runtime.engine import Engine
 
     by_turns = args.chat and args.prompt is None and args.prompt_file is None and sys.stdin.isatty()
-    prompt = "" if by_turns else read_prompt(args.prompt, args.prompt_file)
-    bars = (None, None) if args.quiet else (byte_bar, kernel_bar)
+    prompt = None if by_turns else read_prompt(args.prompt, args.prompt_file)
+    loading, compiling = (None, None) if args.quiet else (byte_bar, kernel_bar)
     if args.trace:
         check_writable(args.trace)
     with (
         written_aside(args.stats_file) if args.stats_file else nullcontext() as stats_file,
-        Engine.load(args.model, options, *bars) as engine,
+        Engine.load(args.model, options, loading, compiling, partial(judge, args, params, prompt)) as engine,
     ):
         if not args.quiet:
             say(f"{dtype_name(engine.dtype)} on {engine.device}: {engine.plan}")
         with engine.recording(args.trace) if args.trace else nullcontext():
-            if by_turns:
+            if prompt is None:
                 converse(engine.session(args.system), params)
             elif args.chat:
                 session = engine.session(args.system)
@@ -125,6 +130,30 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
             else:
                 show(engine.generate(prompt, params), engine)
         report(engine, args, stats_file)
+
+
+def judge(
+    args: argparse.Namespace,
+    params: SamplingParams,
+    prompt: str | None,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    config: ModelConfig,
+) -> None:
+    """Say what will not work, before weights are read. Without a `prompt` the user will write messages."""
+    from runtime.engine import NOTHING_TO_TRACE
+
+    if args.trace and plan.resident:
+        raise OptionError(NOTHING_TO_TRACE)
+    check_bias(params.logit_bias, config.vocab)
+    if prompt is None:
+        return
+    if args.chat:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        ids = tokenizer.encode_chat([*system, {"role": "user", "content": prompt}])
+    else:
+        ids = tokenizer.encode(prompt)
+    check_room(len(ids), plan.context, config.context)
 
 
 def dtype_name(dtype: object) -> str:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from model.errors import quoted
-from runtime.errors import PromptTooLong, RequestError
+from runtime.errors import RequestError
 from runtime.options import SamplingParams
+from runtime.requests import check_bias, check_room
 from runtime.sampler import choose
 from runtime.stop import StopScanner
 from tokenizer import StreamDecoder, TokenizerError
@@ -117,13 +118,8 @@ class Session:
         """Check a request at once; serve it as the iterator that comes back is taken."""
         self.engine.check_open()
         self.check_open()
-        self.engine.check_bias(params)
-        room = self.cache.capacity - len(ids)
-        if room < 1:
-            raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens and the context holds {self.cache.capacity}, "
-                f"with room for at least 1 new one; shorten the prompt{self.engine.more_context(' or ')}"
-            )
+        check_bias(params.logit_bias, self.engine.config.vocab)
+        room = check_room(len(ids), self.cache.capacity, self.engine.config.context)
         return self.decode_loop(ids, params, decoder, room)
 
     def decode_loop(

@@ -168,6 +168,27 @@ def test_outputs_are_judged_before_weights_are_read(
     assert outcome.status == 1 and outcome.err.startswith(f"error: {words[1]}: ")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--prompt", "word " * 500, "--context", "64"), "tokens and the context holds 64"),
+        (("--prompt", "word " * 500, "--context", "64", "--chat"), "tokens and the context holds 64"),
+        (("--prompt", "x", "--logit-bias", "99999=1"), "logit_bias names token 99999"),
+        (("--prompt", "x", "--trace", "{folder}/t.jsonl", "--offload", "never"), "nothing to trace"),
+    ],
+)
+def test_requests_are_judged_before_weights_are_read(
+    run: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.setattr("runtime.engine.load", lambda *_: pytest.fail("weights were read"))
+    outcome = run(*(word.format(folder=tmp_path) for word in words))
+    assert outcome.status in (1, 2) and outcome.err.count("\n") == 1 and message in outcome.err
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk without room")
 def test_devices_are_written_as_they_are(run: Callable[..., Outcome]) -> None:
     outcome = run(*FLAGS, "--prompt", PROMPT, "--quiet", "--stats-file", "/dev/full")
