@@ -45,6 +45,7 @@ def render(
             documents=None,
             add_generation_prompt=prompt,
         )
+        text.encode()  # half of a surrogate pair, which a template can spell, is no text
     except Exception as error:  # a program can fail in any way
         reason = quoted(str(error) or type(error).__name__, 200)
         raise TokenizerError(

@@ -136,6 +136,7 @@ HOSTILE = {
     "import": "{% import 'os' as os %}",
     "refusal": "{{ raise_exception('no\\x1b[2J way') }}",
     "unknown": "{{ nothing.there }}",
+    "half a character": "{{ '\\ud800' }}",
 }
 
 
