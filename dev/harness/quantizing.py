@@ -11,6 +11,7 @@ from model.checkpoint.writer import Writer
 from tools import quantize
 from tools.quantise.journal import NAME as JOURNAL
 
+LOCK = "quantize.lock"
 __all__ = ["JOURNAL", "check_left", "contents", "interrupt", "quantise"]
 
 
@@ -19,7 +20,9 @@ def quantise(source: Path, out: Path, *flags: str) -> Ended:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """Every file but the lock, which is empty, and stays where it cannot be removed."""
+    files = (path for path in folder.iterdir() if path.is_file() and path.name != LOCK)
+    return {path.name: path.read_bytes() for path in files}
 
 
 def interrupt(subject: Subject, out: Path, write: int) -> None:
