@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from model.errors import quoted
 from model.quant.backends.int4pack import kernel_block
 from runtime.errors import DeviceError, OptionError
 
@@ -33,7 +34,7 @@ def find_device(name: str | None) -> torch.device:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
     if match is None:
-        raise OptionError(f"device is {name!r}, and must be cpu, cuda or cuda:N")
+        raise OptionError(f"device is {quoted(name)}, and must be cpu, cuda or cuda:N")
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

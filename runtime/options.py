@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from model.errors import quoted
@@ -185,9 +185,10 @@ def check_size(name: str, size: object) -> str:
 
 def check_stop(stop: object) -> tuple[str, ...]:
     """One text or several, as a tuple."""
-    several = [stop] if isinstance(stop, str) else stop
-    require(isinstance(several, Iterable), "stop", stop, "a text or several")
-    texts: tuple[str, ...] = tuple(several)  # type: ignore[arg-type]
+    try:
+        texts: tuple[str, ...] = (stop,) if isinstance(stop, str) else tuple(stop)  # type: ignore[arg-type]
+    except TypeError:  # a number, or a tensor without dimensions
+        raise OptionError(f"stop is {quoted(stop)}, and must be a text or several") from None
     require(all(isinstance(text, str) and text for text in texts), "stop", texts, "texts that are not empty")
     return texts
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from model.errors import ModelError
+from model.errors import ModelError, quoted
 
 DEFAULTS = {  # bits: (group size, scales per step)
     16: (0, 0),
@@ -65,7 +65,8 @@ class QuantSpec:
         match = re.fullmatch(r"([0-9]{1,2})(?:g([1-9][0-9]{0,5}))?(?:m([1-9][0-9]{0,5}))?", text)
         if match is None:
             raise ModelError(
-                f"{text!r} is not a weight format: write 16, 8, 4, 3 or 2, or with a group size, as in 3g128"
+                f"{quoted(text)} is not a weight format: write 16, 8, 4, 3 or 2, or with a group size, "
+                "as in 3g128"
             )
         return QuantSpec(*(int(part or 0) for part in match.groups()))
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Collection
 from typing import Protocol
 
+from model.errors import quoted
 from runtime.errors import OptionError
 
 
@@ -173,5 +174,5 @@ def make_policy(name: str, seed: int, layer: int, policies: Policies = POLICIES)
     runtime.errors.OptionError: policy is 'fifo', and must be one of lru, lfu, random, static
     """
     if name not in policies:
-        raise OptionError(f"policy is {name!r}, and must be one of {', '.join(policies)}")
+        raise OptionError(f"policy is {quoted(name)}, and must be one of {', '.join(policies)}")
     return policies[name](seed, layer)

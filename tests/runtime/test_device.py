@@ -78,12 +78,12 @@ def test_without_gpus() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "gpu", "CPU", "cuda:", "cuda:-1", "cuda:x", "cpu:1", "meta", "mps", "cuda:0 "]
+    "name", ["", "gpu", "CPU", "cuda:", "cuda:-1", "cuda:x", "cpu:1", "meta", "mps", "cuda:0 ", "y" * 10**6]
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(OptionError, match="device is") as caught:
         choose_device(name)
-    assert repr(name) in str(caught.value)
+    assert repr(name)[:9] in str(caught.value) and len(str(caught.value)) < 200
 
 
 @pytest.mark.usefixtures("gpus")

@@ -145,6 +145,11 @@ def test_no_value_passes_that_fails_later(options: type, field: str) -> None:
         assert field in message and message.isprintable() and len(message) < 250
 
 
+def test_a_tensor_without_dimensions_is_no_text_to_stop_at() -> None:
+    with pytest.raises(OptionError, match=r"stop is tensor\(3\), and must be a text or several"):
+        SamplingParams(stop=torch.tensor(3))  # type: ignore[arg-type]
+
+
 def test_scalars_of_numpy_and_torch_are_numbers() -> None:
     params = SamplingParams(
         max_new_tokens=np.int64(5), top_k=torch.tensor(3), seed=np.uint8(7), temperature=np.float32(0.5),
