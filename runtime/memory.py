@@ -1,6 +1,7 @@
 """How much memory this machine can still give."""
 
 import contextlib
+import functools
 import gc
 import os
 from pathlib import Path
@@ -10,13 +11,18 @@ import torch
 from runtime.cgroups import ROOT, memory_left, read_lines
 
 HOST_MARGIN = 512 << 20  # left to the rest of the machine
-# Of a GPU, and not measured: what the CUDA context takes that is there as soon as the device is asked for its
-# free memory, and, behind that, kernels as they are first used, graphs, and cuBLAS's and cuDNN's own.
+# Of a GPU: what the CUDA context takes, which is there as soon as the device is asked for its free memory, if
+# that cannot be measured; and the most that counts as measured: more, and others have memory of it, too.
 CONTEXT_BYTES = 448 << 20
-LATER_BYTES = 96 << 20
+MOST_CONTEXT = 1 << 30
+# After that, and not measured: kernels as they are first used, graphs, and cuBLAS's and cuDNN's own.
+LATER_BYTES = 256 << 20
 # PyTorch's allocator takes small tensors 2 MiB at a time, larger ones 20, and apart for graphs and the rest.
 ROUNDING_BYTES = 32 << 20
-CUBLAS_STREAMS = 2  # PyTorch keeps a workspace for each stream: the one that computes, the one that captures
+# PyTorch keeps a workspace of cuBLAS for each thread and stream that multiplied: the thread that loads and
+# warms up, and one that serves, each on the stream that computes and on the one that captures. The stream of
+# copies multiplies nothing. Each further thread that serves takes two more, which are not planned.
+CUBLAS_WORKSPACES = 2 * 2
 
 
 def free_host_bytes(root: Path = ROOT) -> int | None:
@@ -45,15 +51,29 @@ def free_device_bytes(device: torch.device) -> int | None:
     margin. On a GPU with what PyTorch keeps of blocks that nobody uses any more, and with the context, which
     this call makes if it is not there: `driver_bytes` are to come out of it."""
     if device.type == "cuda":
+        context = context_bytes(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused + CONTEXT_BYTES
+        return torch.cuda.mem_get_info(device)[0] + unused + context
     free = free_host_bytes()
     return None if free is None else max(free - HOST_MARGIN, 0)
 
 
-def driver_bytes(device: torch.device) -> int:
-    """What a process takes of a device's memory outside of PyTorch's allocator."""
-    return CONTEXT_BYTES + LATER_BYTES if device.type == "cuda" else 0
+@functools.cache
+def context_bytes(device: torch.device) -> int:
+    """What the CUDA context takes of a GPU, measured when first asked for: all that is taken then, and not by
+    PyTorch's allocator. That is the context alone where this process is alone on the GPU. What little others
+    have counts with it, which is safe; where they have much, it is `CONTEXT_BYTES`. Nothing on a CPU."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)  # which makes the context
+    taken = total - free - torch.cuda.memory_reserved(device)
+    return taken if 0 < taken <= MOST_CONTEXT else CONTEXT_BYTES
+
+
+def driver_bytes(device: torch.device, context: int = CONTEXT_BYTES) -> int:
+    """What a process takes of a device's memory outside of PyTorch's allocator, beginning with its context. A
+    GPU need not be there."""
+    return context + LATER_BYTES if device.type == "cuda" else 0
 
 
 def overhead_bytes(device: torch.device, capability: tuple[int, int] | None = None) -> int:
@@ -63,7 +83,7 @@ def overhead_bytes(device: torch.device, capability: tuple[int, int] | None = No
     if device.type != "cuda":
         return 0
     workspace = 32 << 20 if capability is None or capability >= (9, 0) else (8 << 20) + (128 << 10)
-    return CUBLAS_STREAMS * workspace + ROUNDING_BYTES
+    return CUBLAS_WORKSPACES * workspace + ROUNDING_BYTES
 
 
 def reserve(device: torch.device, size: int) -> None:

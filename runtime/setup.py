@@ -14,7 +14,7 @@ from model.quant.spec import QuantSpec
 from runtime.device import choose_device, choose_dtype
 from runtime.errors import OptionError
 from runtime.loader import attention_bytes
-from runtime.memory import driver_bytes, free_device_bytes, overhead_bytes
+from runtime.memory import context_bytes, driver_bytes, free_device_bytes, overhead_bytes
 from runtime.options import EngineOptions
 from runtime.planner import Plan, count_weights, plan
 from runtime.units import parse_bytes
@@ -68,7 +68,7 @@ def plan_model(
         attention_bytes(config, attention, dtype, device),
         form.blob_bytes,
         scratch_bytes(device, max(config.hidden, config.ffn), dtype, fast) if quantised else 0,
-        driver_bytes(device),
+        driver_bytes(device, context_bytes(device)),
         overhead=overhead_bytes(device, capability),
         attending=Attending.of(config, dtype, capability),
         budget=limit,

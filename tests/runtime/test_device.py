@@ -1,6 +1,7 @@
 """Choosing device and dtype, and telling free memory, on machines this one is not."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -164,7 +165,9 @@ class Allocator:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[object] = []
         self.reserved, self.allocated = 5 * GIB, 3 * GIB
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 80 * GIB))
+        self.taken = 600 << 20  # of 80 GiB, outside of the allocator
+        monkeypatch.setattr(torch.cuda, "mem_get_info", self.info)
+        memory.context_bytes.cache_clear()
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.reserved)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.allocated)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.calls.append("empty"))
@@ -173,25 +176,61 @@ class Allocator:
             torch, "empty", lambda size, dtype, device: self.calls.append((size, dtype, device))
         )
 
+    def info(self, device: torch.device) -> tuple[int, int]:
+        return 80 * GIB - self.taken - self.reserved, 80 * GIB
 
-def test_free_memory_of_a_gpu_has_what_pytorch_keeps_and_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    Allocator(monkeypatch)
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Allocator]:
+    yield Allocator(monkeypatch)
+    memory.context_bytes.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("taken", "context"),
+    [
+        (600 << 20, 600 << 20),
+        (memory.MOST_CONTEXT, memory.MOST_CONTEXT),
+        (memory.MOST_CONTEXT + 1, memory.CONTEXT_BYTES),  # others are there as well
+        (40 * GIB, memory.CONTEXT_BYTES),
+        (0, memory.CONTEXT_BYTES),
+        (-GIB, memory.CONTEXT_BYTES),  # an allocator that PyTorch does not tell the truth about
+    ],
+)
+def test_the_context_is_measured_where_a_process_is_alone(
+    allocator: Allocator, taken: int, context: int
+) -> None:
+    allocator.taken = taken
     free = memory.free_device_bytes(CUDA)
-    assert free == 12 * GIB + memory.CONTEXT_BYTES
-    rest = free - memory.driver_bytes(CUDA)
-    assert 0 < 12 * GIB - rest < 256 << 20, "the context is there already, and not taken off again"
-    assert memory.driver_bytes(CPU) == 0
+    assert free == 80 * GIB - taken - allocator.reserved + 2 * GIB + context
+    driver = memory.driver_bytes(CUDA, memory.context_bytes(CUDA))
+    left = free - driver
+    assert driver == context + memory.LATER_BYTES
+    assert left == 80 * GIB - taken - allocator.allocated - memory.LATER_BYTES, "it is there, and counts once"
+
+
+def test_the_context_is_what_it_was_when_first_measured(allocator: Allocator) -> None:
+    """What is taken outside of the allocator later is not the context, and one plan is like another."""
+    first = memory.context_bytes(CUDA)
+    allocator.taken += 100 << 20
+    assert memory.context_bytes(CUDA) == first == 600 << 20
+
+
+def test_of_a_gpu_that_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cuda, "mem_get_info")
+    assert memory.driver_bytes(CUDA) == memory.CONTEXT_BYTES + memory.LATER_BYTES
+    assert memory.driver_bytes(CPU) == memory.context_bytes(CPU) == 0
 
 
 def test_what_a_gpus_allocator_takes_beside_tensors() -> None:
+    """A workspace of cuBLAS for two threads, that loads and that serves, on two streams each."""
     sizes = [memory.overhead_bytes(CUDA, found) for found in (None, (9, 0), (8, 6), (7, 5))]
-    assert sizes[0] == sizes[1] == (64 << 20) + memory.ROUNDING_BYTES
-    assert sizes[2] == sizes[3] == (16 << 20) + (256 << 10) + memory.ROUNDING_BYTES
+    assert sizes[0] == sizes[1] == 4 * (32 << 20) + memory.ROUNDING_BYTES
+    assert sizes[2] == sizes[3] == 4 * ((8 << 20) + (128 << 10)) + memory.ROUNDING_BYTES
     assert memory.overhead_bytes(CPU, None) == 0
 
 
-def test_only_a_gpus_memory_is_reserved_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocator = Allocator(monkeypatch)
+def test_only_a_gpus_memory_is_reserved_and_released(allocator: Allocator) -> None:
     memory.reserve(CPU, 7), memory.release(CPU)
     assert not allocator.calls
     memory.reserve(CUDA, 7), memory.release(CUDA)

@@ -40,7 +40,7 @@ def test_a_table_has_a_column_for_each_size(run: Run) -> None:
     assert lines[1] == ["", "8GiB", "11GiB", "12GiB", "16GiB", "24GiB"]
     rows = {row[0]: row[1:] for row in lines[2:-1]}
     assert all(len(row) == 5 for row in rows.values())
-    assert rows["slots per layer"][0] == "2 in 13 layers, 3 in 19" and rows["slots per layer"][-1] == "all 8"
+    assert rows["slots per layer"][0] == "2 in 16 layers, 3 in 16" and rows["slots per layer"][-1] == "all 8"
     assert rows["spare slots"] == ["1", "1", "1", "1", "0"]
     used = [int(cell.replace(",", "")) for cell in rows["device, all, bytes"]]
     left = [int(cell.replace(",", "")) for cell in rows["left over, bytes"]]
@@ -67,13 +67,13 @@ def test_json_has_the_bytes_of_every_term(run: Run) -> None:
 
 
 def test_a_size_that_is_too_small_has_a_reason_instead_of_a_column(run: Run) -> None:
-    status, out, err = run(*SHEET, "--vram", "6GiB,8GiB,9GiB", "--markdown")
+    status, out, err = run(*SHEET, "--vram", "6.75GiB,8GiB,9GiB", "--markdown")
     lines = out.splitlines()
     assert (status, err) == (0, "")
     assert re.fullmatch(r"\| +\| +8GiB \| +9GiB \|", lines[2]) and lines[3] == "|---|---:|---:|"
-    assert lines[-1].startswith("6GiB: need 4.0 GiB for 2 slots per layer, ")
+    assert lines[-1].startswith("6.75GiB: need 4.0 GiB for 2 slots per layer, ")
     context = re.search(r"lower --context to (\d+)", lines[-1])
-    assert context and run(*SHEET, "--vram", "6GiB", "--context", context[1])[0] == 0
+    assert context and run(*SHEET, "--vram", "6.75GiB", "--context", context[1])[0] == 0
 
 
 def test_the_status_is_one_where_no_size_is_enough(run: Run) -> None:

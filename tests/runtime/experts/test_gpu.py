@@ -87,7 +87,7 @@ def test_the_plan_is_kept_under_a_hard_limit(limited: Callable[[int], int], quan
     """Slots fill the budget, and PyTorch gets not a byte more than what is planned for it; nor takes much
     less. The driver's share, which PyTorch does not see, is what the plan says or less."""
     vram = memory.overhead_bytes(GPU, torch.cuda.get_device_capability(GPU)) + (720 << 20)
-    before = limited(vram - memory.driver_bytes(GPU))
+    before = limited(vram - memory.driver_bytes(GPU, memory.context_bytes(GPU)))
     options = EngineOptions(device="cuda:0", vram=str(vram), dtype="bfloat16", context=8192)
     with Engine.load(quantised, options) as engine:
         plan = engine.plan
