@@ -32,7 +32,7 @@ class Plan:
     slots_per_layer: tuple[int, ...]
     spares: int  # slots of no layer, where guessed experts land
     blob: int  # bytes of one expert in memory
-    overhead: int = 0  # bytes on the device: of PyTorch's allocator, beside these
+    overhead: int = 0  # bytes on the device: of PyTorch's allocator, or on a CPU of oneDNN's kernels
     driver: int = 0  # bytes on the device outside of PyTorch's allocator
 
     @property

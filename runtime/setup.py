@@ -11,6 +11,7 @@ from model.quant.backends import fused
 from model.quant.expert import ExpertFormat
 from model.quant.linear import scratch_bytes
 from model.quant.spec import QuantSpec
+from model.rows import kernel_bytes
 from runtime.device import choose_device, choose_dtype
 from runtime.errors import OptionError
 from runtime.loader import attention_bytes
@@ -20,6 +21,7 @@ from runtime.planner import Plan, count_weights, plan
 from runtime.units import parse_bytes
 
 DEFAULT_CONTEXT = 4096
+SHAPES = 5  # of matrices: qkv, o, w13, w2 and the head
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def plan_model(
         form.blob_bytes,
         scratch_bytes(device, max(config.hidden, config.ffn), dtype, fast) if quantised else 0,
         driver_bytes(device, context_bytes(device)),
-        overhead=overhead_bytes(device, capability),
+        overhead=overhead_bytes(device, capability) + kernel_bytes(SHAPES, dtype, device),
         attending=Attending.of(config, dtype, capability),
         budget=limit,
         place=place,

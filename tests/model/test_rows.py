@@ -29,7 +29,7 @@ def test_only_the_counts_are_ever_asked_for(dtype: torch.dtype) -> None:
 def test_filling_up_costs_little() -> None:
     for M in range(65, 3 * PIECE):
         assert M <= rows_filled_up(M) <= 1.5 * M
-    assert all(rows_filled_up(M) - M < 16 for M in range(2, 65))
+    assert all(rows_filled_up(M) - M < 8 for M in range(2, 33))
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (17,), (256,), (300,), (2, 150), (3, 1), (0,)], ids=str)
