@@ -7,6 +7,7 @@ here: forwards run in inference mode, and every tensor is made on a device that 
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -55,30 +56,39 @@ SETTINGS = (
 )
 
 
+class Use:
+    """A forward under way. An interrupt may keep its end from being told; then it is gone with its frame."""
+
+
 class Plain:
-    """Counts the forwards under way in the process, and undoes their changes after the last."""
+    """Knows the forwards under way in the process, and undoes their changes after the last."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.users = 0
+        self.uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self.undo: list[Callable[[], None]] = []
 
-    def __enter__(self) -> None:
+    def begin(self, use: Use) -> None:
         with self.lock:
-            self.users += 1
+            self.restore()
+            self.uses.add(use)
             for setting in SETTINGS:
                 if (found := setting.read()) not in setting.plain:
                     self.undo.append(partial(setting.write, found))
                     setting.write(setting.plain[0])
 
-    def __exit__(self, *error: object) -> None:
+    def end(self, use: Use) -> None:
         with self.lock:
-            self.users -= 1
-            while not self.users and self.undo:
-                self.undo.pop()()
+            self.uses.discard(use)
+            self.restore()
+
+    def restore(self) -> None:
+        """Undo all changes, if nothing is under way."""
+        while self.undo and not self.uses:
+            self.undo.pop()()
 
 
-# PyTorch has these settings once for the process, so there is one count of who relies on them.
+# PyTorch has these settings once for the process, so there is one list of what relies on them.
 plain = Plain()
 
 
@@ -90,5 +100,10 @@ def unaffected(device: torch.device) -> Iterator[None]:
     threads compute with PyTorch's own as well for as long as a forward takes.
     """
     autocast = torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False) if autocast else nullcontext(), plain:
-        yield
+    use = Use()
+    plain.begin(use)
+    try:
+        with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
+            yield
+    finally:
+        plain.end(use)

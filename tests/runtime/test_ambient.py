@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from runtime import Engine, EngineOptions, SamplingParams
-from runtime.ambient import SETTINGS, unaffected
+from runtime.ambient import SETTINGS, Use, unaffected
+from runtime.ambient import plain as process
 
 TEXT = "def add(a, b):"
 GREEDY = SamplingParams(max_new_tokens=5, temperature=0)
@@ -93,4 +94,14 @@ def test_two_forwards_at_once_leave_what_they_found() -> None:
         first.__exit__(None, None, None)
         assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         second.__exit__(None, None, None)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+def test_a_forward_whose_end_was_never_told_holds_nothing() -> None:
+    """As when Ctrl-C comes between two lines of it."""
+    with HOSTILE["precision"]():
+        process.begin(Use())
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        with unaffected(torch.device("cpu")):
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
