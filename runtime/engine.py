@@ -265,11 +265,12 @@ class Engine:
             return logits
 
     def forward(self, ids: list[int], cache: KVCache) -> Tensor:
-        """Add `ids` to the cache; return the logits behind the last, [V] float32."""
+        """Add `ids` to the cache; return the logits behind the last, [V] float32. For callers that are inside
+        `working`."""
         return self.alone(partial(self.compute, ids, cache))
 
     def compute(self, ids: list[int], cache: KVCache) -> Tensor:
-        with self.working(), torch.inference_mode():
+        with torch.inference_mode():
             if self.decoder is not None and len(ids) == 1:
                 row = self.decoder.step(ids[0], cache).clone()
             else:

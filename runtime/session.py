@@ -130,12 +130,16 @@ class Session:
         generator = new_generator(params, engine.device)
         ends = () if params.ignore_eos else engine.eos_ids
         limit = min(params.max_new_tokens, room)
-        began = time.perf_counter()
-        logits = self.prefill(ids)  # [V]
-        with engine.working():
-            seen = mark_seen(ids, logits) if params.repetition_penalty != 1 else None
+        seen: Tensor | None = None
+        token = -1
         for made in range(1, limit + 1):
+            began = time.perf_counter()
             with engine.working():
+                logits = self.prefill(ids) if made == 1 else self.step(token)  # [V]
+                if seen is not None:
+                    seen[token] = True
+                elif params.repetition_penalty != 1:
+                    seen = mark_seen(ids, logits)
                 token, logprob = choose(logits, params, seen, generator)
                 engine.count_token(time.perf_counter() - began, first=made == 1)
                 text: str = ""
@@ -154,10 +158,6 @@ class Session:
             if finish:
                 return
             self.check_current(request)
-            began = time.perf_counter()
-            logits = self.step(token)
-            if seen is not None:
-                seen[token] = True
 
     def begin_request(self) -> int:
         self.check_open()
