@@ -50,7 +50,7 @@ class Arena:
         pitch = -(-blob_bytes // mmap.PAGESIZE) * mmap.PAGESIZE if pin else blob_bytes  # from blob to blob
         size = layers * experts * pitch
         try:
-            memory = private_memory(max(size, 1))
+            memory = private_memory(max(size, 1), huge=pin)
         except OSError as error:
             raise DeviceError(
                 f"cannot reserve {format_bytes(size)} of host memory for all experts ({error.strerror}); "
@@ -96,12 +96,13 @@ class Arena:
         self.__dict__.pop("blobs", None)
 
 
-def private_memory(size: int) -> mmap.mmap:
-    """Zeros, on huge pages where there are such. A fork gets no copy of them: no engine computes there, and
-    pages that the driver has locked would be copied at once. Raises `OSError`."""
+def private_memory(size: int, huge: bool) -> mmap.mmap:
+    """Zeros, on `huge` pages where there are such: a driver locks them sooner, but where the machine's memory
+    is in pieces, finding them takes longer than filling small ones. A fork gets no copy of them: no engine
+    computes there, and pages that the driver has locked would be copied at once. Raises `OSError`."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
-        for advice in (mmap.MADV_HUGEPAGE, WIPE_ON_FORK):
+        for advice in (mmap.MADV_HUGEPAGE, WIPE_ON_FORK) if huge else (WIPE_ON_FORK,):
             with contextlib.suppress(OSError):  # a kernel without
                 memory.madvise(advice)
     return memory
