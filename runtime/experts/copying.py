@@ -242,16 +242,23 @@ class CopyEngine:
     def move_at_once(self, ticket: Ticket) -> None:
         """Put what is left of a needed copy on a link that does not block: in one turn, so that no piece of a
         guess comes in between."""
-        moved = False
+        before = ticket.moved
         try:
+            # The loop is a call away: an interrupt that comes where CPython 3.13.0 jumps back in a `while`
+            # skips the end of the `with` around it.
             with self.turn:
-                while not ticket.complete and ticket.error is None and not self.closed:
-                    self.move_piece(ticket, ticket.source[ticket.moved : ticket.moved + self.link.piece])
-                    moved = True
+                before = self.move_rest(ticket)
         except Exception as error:
             ticket.error = error
-        if moved and ticket.complete:
+        if before < ticket.moved and ticket.complete:
             self.tell(ticket)
+
+    def move_rest(self, ticket: Ticket) -> int:
+        """All pieces that are left. Returns how many bytes had been moved before. With the turn taken."""
+        before = ticket.moved
+        while not ticket.complete and ticket.error is None and not self.closed:
+            self.move_piece(ticket, ticket.source[ticket.moved : ticket.moved + self.link.piece])
+        return before
 
     def move_piece(self, ticket: Ticket, piece: Tensor) -> None:
         """The next piece of a copy. With the turn taken."""

@@ -1,5 +1,6 @@
 """Finalisers, signal handlers and forks in the midst of a request: nothing hangs, and no token is wrong."""
 
+import ast
 import contextlib
 import gc
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import runtime
 from runtime import Engine, EngineOptions, RequestError, SamplingParams
 from runtime.experts.trace import Header, Miss, TraceWriter
 from runtime.turns import Turns
@@ -226,6 +228,28 @@ def test_turns_are_given_back_whatever_happens() -> None:
     other.start()
     other.join(30)
     assert not other.is_alive()
+
+
+def loops_under_locks(source: str) -> list[int]:
+    """Lines of `while` loops that stand directly in a `with` of a lock."""
+    return [
+        inner.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.With)
+        and any(ast.unparse(item.context_expr).endswith((".lock", ".turn")) for item in node.items)
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.While)
+    ]
+
+
+def test_no_loop_stands_directly_under_a_lock() -> None:
+    """In CPython 3.13.0 the jump back of a `while` is outside of what the `with` watches over, and an
+    interrupt that comes there leaves the lock taken."""
+    assert loops_under_locks("with a.lock, b:\n    while x:\n        z()") == [2]
+    assert loops_under_locks("with a.lock:\n    z()\nwhile x:\n    z()") == []
+    folder = Path(runtime.__file__).parent
+    found = {file.name: loops_under_locks(file.read_text("utf-8")) for file in folder.rglob("*.py")}
+    assert "copying.py" in found and not {name: lines for name, lines in found.items() if lines}
 
 
 FORKED = """
