@@ -72,15 +72,19 @@ class Plain:
         with self.lock:
             self.restore()
             self.uses.add(use)
-            for setting in SETTINGS:
-                if (found := setting.read()) not in setting.plain:
-                    self.undo.append(partial(setting.write, found))
-                    setting.write(setting.plain[0])
+            self.change()
 
     def end(self, use: Use) -> None:
         with self.lock:
             self.uses.discard(use)
             self.restore()
+
+    def change(self) -> None:
+        """Bring all settings to PyTorch's own."""
+        for setting in SETTINGS:
+            if (found := setting.read()) not in setting.plain:
+                self.undo.append(partial(setting.write, found))
+                setting.write(setting.plain[0])
 
     def restore(self) -> None:
         """Undo all changes, if nothing is under way."""
