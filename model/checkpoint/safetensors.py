@@ -114,8 +114,11 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
             raise ModelError(f"{path}: the header names {quoted(twice)} twice")
         return values
 
+    def whole(digits: str) -> int | float:  # the package that this is measured by takes -0 for a fraction
+        return -0.0 if digits == "-0" else int(digits)
+
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_int=whole)
     except ModelError:
         raise
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long, brackets too deep
