@@ -38,10 +38,16 @@ def in_pieces(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         out = product(rows)
     else:
         *whole, last = rows.split(PIECE)
-        filled = F.pad(last, (0, 0, 0, rows_filled_up(len(last)) - len(last)))
-        pieces = [product(piece) for piece in (*whole, filled)]
+        pieces = [product(piece) for piece in (*whole, filled_up(last))]
         out = (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:M]
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def filled_up(rows: Tensor) -> Tensor:  # [M, K] -> [M or more, K]
+    """Rows as `in_pieces` computes them, with rows of zeros after them. Products that read the same rows many
+    times need this once."""
+    missing = rows_filled_up(len(rows)) - len(rows) if compiles(rows.dtype, rows.device) else 0
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def compiles(dtype: torch.dtype, device: torch.device) -> bool:

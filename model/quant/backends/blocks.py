@@ -15,6 +15,7 @@ from model.quant.layout import Field, matrix_fields
 from model.quant.packing import unpack
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
+from model.rows import filled_up
 
 CPU_BLOCK = 1 << 19  # weights: 2 MiB of float32
 GPU_BLOCK = 1 << 24
@@ -27,7 +28,8 @@ class Blocks:
         self.matrix = QuantisedTensor.of(spec, shape, memory)
 
     def __call__(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N]
-        N, K = self.matrix.shape
+        (N, K), M = self.matrix.shape, x.shape[0]
+        x = filled_up(x)
         spec, scales, zeros = self.matrix.spec, self.matrix.group_scales(), self.matrix.group_zeros()
         step = min(max((CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK) // K, 1), N)
         wide = x.new_empty(step, K, dtype=torch.float32)
@@ -42,7 +44,7 @@ class Blocks:
             if rounded is not wide:
                 rounded[:n].copy_(wide[:n])
             out[:, rows] = linear(x, rounded[:n])
-        return out
+        return out[:M]
 
     @staticmethod
     def fields(name: str, shape: Sequence[int], spec: QuantSpec, offset: int = 0) -> list[Field]:

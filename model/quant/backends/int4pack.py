@@ -26,7 +26,7 @@ from torch import Tensor
 from model.quant.layout import Field
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantisedTensor
-from model.rows import in_pieces
+from model.rows import filled_up, in_pieces
 
 KERNEL_GROUPS = (32, 64, 128, 256)
 FEW = 48  # rows of x, measured at 14336 x 4096
@@ -74,13 +74,14 @@ class Int4Pack:
 
         Blocks share their memory: fresh pages for each took more time than what is done with them.
         """
-        N, K = self.shape
+        (N, K), M = self.shape, x.shape[0]
+        x = filled_up(x)
         out = x.new_empty(x.shape[0], N)
         work = Workspace(K, min(EXPANDED, N), len(self.nibbles), x.device)
         for start in range(0, N, EXPANDED):
             rows = slice(start, min(start + EXPANDED, N))
             out[:, rows] = in_pieces(partial(torch.mm, mat2=self.expand(rows, work)), x)
-        return out
+        return out[:M]
 
     def expand(self, rows: slice, work: "Workspace") -> Tensor:
         """Some rows of W, which begin and end with the kernel's blocks, transposed: [K, n] bfloat16."""
