@@ -129,7 +129,11 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
         rope_theta=hf_rope_theta(config),
         norm_eps=get.float("rms_norm_eps", 1e-5),
         bos_id=get.int("bos_token_id", 1),
-        eos_ids=eos_ids({"eos_token_id": 2} | dict(config) | dict(generation or {}), vocab),
+        eos_ids=tuple(
+            dict.fromkeys(
+                [*eos_ids({"eos_token_id": 2} | dict(config), vocab), *eos_ids(generation or {}, vocab)]
+            )
+        ),  # either file may name an end that the other lacks
     )
 
 

@@ -139,8 +139,9 @@ def test_kv_heads_default_to_heads() -> None:
         ({"eos_token_id": None}, None, ()),
         ({"eos_token_id": []}, None, ()),
         ({"eos_token_id": 7}, {"bos_token_id": 1}, (7,)),
-        ({"eos_token_id": 7}, {"eos_token_id": 9}, (9,)),
-        ({"eos_token_id": 7}, {"eos_token_id": [2, 32000]}, (2, 32000)),
+        ({"eos_token_id": 7}, {"eos_token_id": 9}, (7, 9)),
+        ({"eos_token_id": 7}, {"eos_token_id": [2, 32000]}, (7, 2, 32000)),
+        ({"eos_token_id": 32000}, {"eos_token_id": None}, (32000,)),
     ],
 )
 def test_end_of_sequence(
@@ -405,7 +406,7 @@ def test_we_read_what_transformers_writes(tmp_path: Path, head_dim: int | None, 
     )  # fmt: skip
     assert ModelConfig.read(tmp_path) == expected
     GenerationConfig(eos_token_id=[7, 8]).save_pretrained(tmp_path)
-    assert ModelConfig.read(tmp_path) == replace(expected, eos_ids=(7, 8))
+    assert ModelConfig.read(tmp_path) == replace(expected, eos_ids=(*expected.eos_ids, 7, 8))
 
 
 def test_we_read_what_transformers_writes_by_default(tmp_path: Path) -> None:
