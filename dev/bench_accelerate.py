@@ -43,7 +43,7 @@ from tools.benchmarks.machine import machine
 from tools.random_model import SHAPES
 
 POOL = 1 << 24  # random numbers that weights are filled with: drawing all would take minutes
-WARM_UP = 1  # tokens behind the prompt that do not count
+WARM_UP = 1  # tokens after the prompt that do not count
 
 Place = int | str  # as accelerate names devices: a GPU by its number; what is offloaded is on "cpu"
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=at_least_one, default=4, help="to measure (default: 4)")
     parser.add_argument("--vram", default="12GiB", help="limit for the whole model (default: 12GiB)")
     parser.add_argument("--prompt", type=at_least_one, default=8, help="tokens (default: 8)")
-    parser.add_argument("--tokens", type=at_least_one, default=4, help="to decode behind it (default: 4)")
+    parser.add_argument("--tokens", type=at_least_one, default=4, help="to decode after it (default: 4)")
     parser.add_argument("--device", help="(default: cuda if there is one)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Kill the quantiser at many moments, let it go on, and compare with a run that nobody disturbed.
+"""Kill the quantizer at many moments, let it go on, and compare with an undisturbed run.
 
     python -m dev.kill_quantize --random 20   SIGKILL after random times, up to three in a row
     python -m dev.kill_quantize --writes 10      at the moment of writing, renaming or removing a file

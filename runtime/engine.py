@@ -226,8 +226,7 @@ class Engine:
         """
         session = self.session()
         try:
-            with self.working():
-                return closing(session, session.complete(prompt, params))
+            return closing(session, session.complete(prompt, params))
         except RequestError:
             session.close()
             raise

@@ -39,7 +39,7 @@ def run_part(part: Part, subject: Subject, seed: int, first: int, most: int | No
 
 
 class Stretch:
-    """The cases that one process lives through. `at` is the next case that nobody has tried."""
+    """The cases that one process lives through. `at` is the next case to try."""
 
     def __init__(
         self, part: Part, subject: Subject, seed: int, first: int, last: int | None, until: float

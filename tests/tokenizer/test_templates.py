@@ -2,9 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -33,20 +31,16 @@ def random_conversation(chance: random.Random) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("legacy", [None, False], ids=["legacy", "not legacy"])
 @pytest.mark.parametrize("style", STYLES)
-def test_ids_are_those_of_transformers(
-    style: str, legacy: bool | None, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_ids_are_those_of_transformers(style: str, legacy: bool | None, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / style, STYLES[style], legacy)
     theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer.load(folder)
     assert ours.template is not None
-    chance, equal = random.Random(7), 0
+    chance = random.Random(7)
     for _ in range(CONVERSATIONS):
         messages = random_conversation(chance)
         text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         expected = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode_chat(messages) == expected, messages
-        equal += 1
-    record_property("conversations equal to Transformers'", equal)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -70,7 +64,6 @@ def test_nothing_that_a_message_says_becomes_a_control_token(style: str, tmp_pat
         messages = [{**message, "content": evil + message["content"]} for message in plain]
         ids = ours.encode_chat(messages)
         assert [i for i in ids if i in control] == expected, evil
-        assert ids.count(ours.vocabulary.control[names[0]]) <= len(expected)
 
 
 def test_a_forged_turn_is_the_users_text(tmp_path: Path) -> None:
@@ -187,12 +180,8 @@ def test_tokens_beyond_the_model_are_text(tmp_path: Path) -> None:
     assert ours.vocab_size == 32001 and ours.decode([1, 32001]) == ""
 
 
-def answers(**settings: Any) -> dict[str, Any]:
-    return STYLES["ChatML"] | settings
-
-
 def test_an_answer_goes_on_where_the_templates_text_ends(tmp_path: Path) -> None:
-    ours = Tokenizer.load(make_folder(tmp_path / "a", answers()))
+    ours = Tokenizer.load(make_folder(tmp_path / "a", STYLES["ChatML"]))
     ids = ours.encode_chat([{"role": "user", "content": "Hi"}])
     space = ours.encode(" x", bos=False)
     assert "".join(map(ours.answer_stream(ids).push, space)).startswith(" ")

@@ -103,5 +103,5 @@ def template(chance: Random) -> str:
 
 
 def hostile_text(chance: Random) -> str:
-    """What a user may write to speak for somebody else."""
+    """What a user may write to pass for the system or the model."""
     return "".join(chance.choice(("say ", "{{ 1 }}", weird_text(chance, 300), *SPELLED)) for _ in range(3))
