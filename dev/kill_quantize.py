@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
+from dev.random_checkpoint import random_checkpoint
 from model.checkpoint import open_checkpoint
 from model.checkpoint.writer import Writer
 from model.config import ModelConfig
 from model.errors import ModelError
-from tools import quantize
-from tools.quantise.journal import NAME as JOURNAL
-from tools.quantise.lock import NAME as LOCK
-from tools.random_checkpoint import random_checkpoint
+from tools.quantize import command as quantize
+from tools.quantize.journal import NAME as JOURNAL
+from tools.quantize.lock import NAME as LOCK
 
 FORMATS = ["--attention", "4", "--experts", "2g64", "--threads", "2", "--quiet"]
 KILLED = 9

@@ -100,7 +100,7 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
     if config.get("model_type") != "mixtral":
         found = quoted(config.get("model_type"))
         raise ModelError(f"config.json: model_type is {found}; only 'mixtral' is supported")
-    check_quantisation(config)
+    check_quantization(config)
     if config.get("tie_word_embeddings"):
         raise ModelError(
             "config.json: tie_word_embeddings is true; Mixtral's embeddings and head are separate"
@@ -137,8 +137,8 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
     )
 
 
-def check_quantisation(config: Mapping[str, Any]) -> None:
-    """Raises `ModelError` where `config.json` says that another program quantised the weights."""
+def check_quantization(config: Mapping[str, Any]) -> None:
+    """Raises `ModelError` where `config.json` says that another program quantized the weights."""
     method = section(config, "quantization_config").get("quant_method", "another program")
     if config.get("quantization"):  # MLX writes its sizes there
         method = "mlx"

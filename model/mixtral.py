@@ -64,7 +64,7 @@ class Mixtral(nn.Module):
     """Token ids to logits.
 
     Parameters are named as in HF checkpoints, less the leading `model.`, and with two fusions: q, k, v are
-    rows of `qkv_proj`; w1, w3 are rows of `w13`. `model.checkpoint.layout` holds the table.
+    rows of `qkv_proj`; w1, w3 are rows of `w13`. `model.checkpoint.pieces` holds the table.
 
     `experts(layer)` provides a layer's experts, and `linear(inputs, outputs)` makes attention's projections;
     by default all of these are parameters of this module. Weights are left as memory happens to be: whoever

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from model.attention import Attention
 from model.config import ModelConfig
+from model.kernels import step as kernels
 from model.kv_cache import KVCache, LayerCache
 from model.mixtral import Block, Mixtral, RMSNorm
 from model.quant.backends import fused
-from model.quant.backends import step as kernels
 from model.quant.spec import ROWS
 from model.rope import Rope
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from runtime.engine import Engine
     from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, PromptTooLong, RequestError
     from runtime.options import EngineOptions, SamplingParams
-    from runtime.planner import Plan
+    from runtime.planning.planner import Plan
     from runtime.session import Session, Token
     from runtime.stats import Stats
 

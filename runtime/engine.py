@@ -29,25 +29,25 @@ from model.kv_cache import KVCache
 from model.mixtral import Block, Mixtral
 from model.moe import Product
 from model.quant.expert import BlobExperts
-from runtime.ambient import unaffected
-from runtime.decode import make_decoder
 from runtime.errors import DeviceError, LoadError, OptionError, RequestError
 from runtime.experts.cache import ExpertCache
 from runtime.experts.lookahead import Lookahead
 from runtime.experts.trace import Header, TraceWriter
-from runtime.interrupts import interrupts_told
+from runtime.gpu.decoder import make_decoder
+from runtime.gpu.warm_up import warm_ups
 from runtime.loader import load_model, load_resident
-from runtime.memory import release, reserve
 from runtime.options import EngineOptions, SamplingParams
-from runtime.planner import Plan
+from runtime.planning.memory import release, reserve
+from runtime.planning.planner import Plan
+from runtime.planning.setup import Setup, make_plan
+from runtime.process.ambient import unaffected
+from runtime.process.interrupts import interrupts_told
+from runtime.process.shortage import shortage_as
+from runtime.process.threads import computing, start_threads, usable_processors
+from runtime.process.turns import Nested, Turns
 from runtime.requests import more_context
 from runtime.session import DEFAULT_PARAMS, Session, Token
-from runtime.setup import Setup, make_plan
-from runtime.shortage import shortage_as
 from runtime.stats import Stats
-from runtime.threads import computing, start_threads, usable_processors
-from runtime.turns import Nested, Turns
-from runtime.warm_up import warm_ups
 from tokenizer import Tokenizer, TokenizerError
 
 MOST_PADDING = 256  # ids that a model has beyond its tokenizer's for a round number's sake
@@ -105,9 +105,9 @@ class Engine:
     ) -> "Engine":
         """Load the checkpoint in folder `path`; None is the small demo model that comes with the package.
 
-        `progress(total)` is entered while weights are read, and gives a function that is called with each
-        number of bytes read (`runtime.progress.byte_bar` is one such); `compiling` likewise while a GPU's
-        kernels are compiled, with each number of steps done. `judge` is called when the tokenizer, the plan
+        `progress(total)` is entered while weights are read, and gives a function that is called with
+        each number of bytes read (`runtime.shell.progress.byte_bar` is one such); `compiling` likewise while a
+        GPU's kernels are compiled, with each number of steps done. `judge` is called when the tokenizer, the plan
         and the configuration are known, and no weight has been read: what it raises ends the load.
 
         Raises `LoadError` for a checkpoint that cannot be used, `DeviceError` for what this machine cannot do

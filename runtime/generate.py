@@ -10,7 +10,7 @@ turn).
 
 from __future__ import annotations
 
-from runtime.command import launch, run, say
+from runtime.shell.command import launch, run, say
 
 if __name__ == "__main__":
     launch("runtime.generate")
@@ -25,19 +25,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from model.errors import ModelError
-from runtime.arguments import add_flags, from_flags, new_parser
-from runtime.aside import check_writable, written_aside
-from runtime.conversation import converse, show
 from runtime.errors import LoadError, OptionError
 from runtime.options import EngineOptions, SamplingParams
-from runtime.progress import byte_bar, kernel_bar
-from runtime.prompts import read_prompt
 from runtime.requests import check_bias, check_room
+from runtime.shell.arguments import add_flags, from_flags, new_parser
+from runtime.shell.aside import check_writable, written_aside
+from runtime.shell.conversation import converse, show
+from runtime.shell.progress import byte_bar, kernel_bar
+from runtime.shell.prompts import read_prompt
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
     from runtime.engine import Engine
-    from runtime.footprint import Plan
+    from runtime.planning.footprint import Plan
     from tokenizer import Tokenizer
 
 
@@ -95,7 +95,7 @@ def say_plan(model: Path | None, options: EngineOptions) -> None:
     """Say what memory an engine would take, reading no weights."""
     from model.checkpoint import open_checkpoint
     from runtime.engine import DEMO
-    from runtime.setup import make_plan
+    from runtime.planning.setup import make_plan
 
     try:
         checkpoint = open_checkpoint(model or DEMO)

@@ -16,10 +16,10 @@ from model.linear import pack
 from model.mixtral import Mixtral
 from model.moe import Experts
 from model.quant.expert import BlobExperts, ExpertFormat, aligned
-from model.quant.layout import EXPERT, Field, matrix_fields
-from model.quant.linear import QuantisedLinear, choose_backend
+from model.quant.product import QuantizedLinear, choose_backend
 from model.quant.spec import QuantSpec
-from model.quant.tensor import QuantisedTensor
+from model.quant.streams import EXPERT, Field, matrix_fields
+from model.quant.tensor import QuantizedTensor
 
 WORKERS = 2  # one reads while the other brings what it has read into the form that is kept
 
@@ -38,10 +38,10 @@ def load_model(
     `experts(layer)` are whoever computes a layer's experts, and `blob(layer, expert)` is the memory [uint8]
     to read an expert into, wherever that is. `progress` is called with each number of bytes read.
 
-    Warns, once for each reason, where quantised weights cannot be multiplied in the device's fast way.
+    Warns, once for each reason, where quantized weights cannot be multiplied in the device's fast way.
     Raises `ModelError` if a file cannot be read or is no longer what its header said.
     """
-    linear = quantised_linear(checkpoint.config, checkpoint.attention, dtype, device)
+    linear = quantized_linear(checkpoint.config, checkpoint.attention, dtype, device)
     model = Mixtral(checkpoint.config, dtype, device, experts, linear).requires_grad_(False)
     for message in slow_products(model, form):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -78,7 +78,7 @@ def slow_products(model: Mixtral, form: ExpertFormat) -> list[str]:
     """For each reason not to compute the fast way, one line with the weights that it keeps from it."""
     users: dict[str, dict[str, None]] = {}  # by reason, in order and each once
     for module in model.modules():
-        if isinstance(module, QuantisedLinear) and module.remark:
+        if isinstance(module, QuantizedLinear) and module.remark:
             users.setdefault(module.remark, {})[f"attention in format {module.spec}"] = None
     if form.remark:
         users.setdefault(form.remark, {})[f"experts in format {form.spec}"] = None
@@ -101,7 +101,7 @@ def attention_bytes(
 ) -> int | None:
     """What a layer's attention takes in memory in this format; None where it is plain parameters. A GPU need
     not be there: whatever computes on one keeps what files have."""
-    if not spec.quantised:
+    if not spec.quantized:
         return None
     qkv, out = (config.heads + 2 * config.kv_heads) * config.head_dim, config.heads * config.head_dim
     shapes = (qkv, config.hidden), (config.hidden, out)
@@ -115,9 +115,9 @@ def kept_bytes(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, devi
     return aligned(fields("", shape, spec)[-1].end)
 
 
-def quantised_linear(
+def quantized_linear(
     config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device
-) -> Callable[[int, int], QuantisedLinear] | None:
+) -> Callable[[int, int], QuantizedLinear] | None:
     """What makes attention's projections (inputs, outputs) of a whole model; None where they are plain.
 
     All of them in one tensor: a GPU's allocator would round each up, by a tenth of it.
@@ -127,11 +127,11 @@ def quantised_linear(
         return None
     free = torch.empty(config.layers * size, dtype=torch.uint8, device=device)
 
-    def make(inputs: int, outputs: int) -> QuantisedLinear:
+    def make(inputs: int, outputs: int) -> QuantizedLinear:
         nonlocal free
         taken = kept_bytes(spec, (outputs, inputs), dtype, device)
         memory, free = free[:taken], free[taken:]
-        return QuantisedLinear(inputs, outputs, spec, dtype, device, memory)
+        return QuantizedLinear(inputs, outputs, spec, dtype, device, memory)
 
     return make
 
@@ -139,19 +139,19 @@ def quantised_linear(
 def other_parts(
     checkpoint: Checkpoint, model: Mixtral, form: ExpertFormat, blob: Callable[[int, int], Tensor]
 ) -> Iterator[Callable[[], int]]:
-    """What is left to read once the parameters are there: each call reads one quantised matrix or one expert,
+    """What is left to read once the parameters are there: each call reads one quantized matrix or one expert,
     and says how many bytes of files that was."""
     direct = form.stored == form.kept
     stagings: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
     for _ in range(0 if direct else WORKERS):
         stagings.put(torch.empty(form.stored[-1].end, dtype=torch.uint8, device="cpu"))
 
-    def read_matrix(name: str, module: QuantisedLinear) -> int:
+    def read_matrix(name: str, module: QuantizedLinear) -> int:
         fields = matrix_fields(name, module.shape, module.spec)
         streams = {f.name: torch.empty(f.shape, dtype=f.dtype, device="cpu") for f in fields}
         checkpoint.fill(streams)
         by_stream = {full.rpartition(".")[2]: stream for full, stream in streams.items()}
-        module.store(QuantisedTensor.of(module.spec, module.shape, by_stream))
+        module.store(QuantizedTensor.of(module.spec, module.shape, by_stream))
         return bytes_in_files(checkpoint, streams)
 
     def read_expert(layer: int, e: int) -> int:
@@ -169,7 +169,7 @@ def other_parts(
         return bytes_in_files(checkpoint, tensors)
 
     for name, module in model.named_modules():
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, QuantizedLinear):
             yield partial(read_matrix, name, module)
     for layer in range(checkpoint.config.layers):
         for e in range(checkpoint.config.experts):

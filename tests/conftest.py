@@ -29,5 +29,5 @@ def pytest_make_collect_report(
 def patient_progress() -> Generator[None, None, None]:
     """Nothing says how far it is, however slow the machine: what a command prints does not depend on that."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime.progress.PATIENCE", 1e9)
+        patch.setattr("runtime.shell.progress.PATIENCE", 1e9)
         yield

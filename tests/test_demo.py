@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dev.balance import Balance
+from dev.corpus import standard_library
 from model.checkpoint import open_checkpoint
 from runtime import Engine, EngineOptions, SamplingParams
 from runtime.engine import DEMO
-from tools.balance import Balance
-from tools.corpus import standard_library
 from tools.perplexity import negative_log_likelihood
 
 

@@ -9,7 +9,7 @@ chunks, whose size bounds the memory and does not change the result but for roun
 progress and errors to stderr.
 """
 
-from runtime.command import launch, put, run
+from runtime.shell.command import launch, put, run
 
 if __name__ == "__main__":
     launch("tools.perplexity")
@@ -31,12 +31,12 @@ from model.checkpoint import open_checkpoint
 from model.errors import ModelError
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
-from runtime.arguments import add_flags, from_flags, new_parser
 from runtime.engine import DEMO, Engine
 from runtime.errors import LoadError, OptionError, RequestError
 from runtime.options import EngineOptions
-from runtime.planner import PREFILL_CHUNK
-from runtime.progress import byte_bar, kernel_bar, progress
+from runtime.planning.planner import PREFILL_CHUNK
+from runtime.shell.arguments import add_flags, from_flags, new_parser
+from runtime.shell.progress import byte_bar, kernel_bar, progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python -m tools.plan --shape mixtral-8x7b --attention 4 --experts 2 --vram 8GiB,11GiB,24GiB
     python -m tools.plan path/to/checkpoint --vram 11GiB --ram 32GiB --context 8192
 
-Of a checkpoint only headers are read; with --attention or --experts it is planned as if quantised so. The
+Of a checkpoint only headers are read; with --attention or --experts it is planned as if quantized so. The
 device is a CUDA card of compute capability 8.0 or later with --vram to give, and need not be there; what
 PyTorch takes beside tensors is counted as on the one where that is most. With --device cpu everything is in
 --ram, in the form that this machine's CPU computes with.
@@ -12,7 +12,7 @@ Several sizes give a table. Where the model does not fit, the reason takes the p
 nowhere, the exit status is 1.
 """
 
-from runtime.command import DONE, FAILED, launch, put, run, say
+from runtime.shell.command import DONE, FAILED, launch, put, run, say
 
 if __name__ == "__main__":
     launch("tools.plan")
@@ -34,19 +34,19 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from model.quant.backends.fused import CAPABILITY
 from model.quant.expert import blob_bytes
-from model.quant.linear import scratch_bytes
+from model.quant.product import scratch_bytes
 from model.quant.spec import QuantSpec
-from runtime.arguments import new_parser
-from runtime.device import choose_dtype
 from runtime.errors import DeviceError, LoadError, OptionError
-from runtime.footprint import describe_slots
 from runtime.loader import attention_bytes
-from runtime.memory import driver_bytes, overhead_bytes
 from runtime.options import DTYPES, OFFLOAD, EngineOptions
-from runtime.planner import Plan, count_weights, plan
-from runtime.setup import DEFAULT_CONTEXT
+from runtime.planning.device import choose_dtype
+from runtime.planning.footprint import describe_slots
+from runtime.planning.memory import driver_bytes, overhead_bytes
+from runtime.planning.planner import Plan, count_weights, plan
+from runtime.planning.setup import DEFAULT_CONTEXT
+from runtime.shell.arguments import new_parser
 from runtime.units import format_bytes, parse_bytes
-from tools.random_model import SHAPES
+from tools.bench.random_model import SHAPES
 
 LINKS = (12, 25)  # GB/s: what PCIe 3.0 and 4.0 with 16 lanes move in practice
 TERMS = {  # labels of what `Plan` has under these names
@@ -110,10 +110,10 @@ def make_sheet(args: argparse.Namespace) -> Sheet:
     host = [] if cpu else parse_sizes("ram", args.ram)
     if len(host) > 1:
         raise OptionError(f"ram is {args.ram}; one size goes with all of --vram")
-    quantised = attention.quantised or experts.quantised
+    quantized = attention.quantized or experts.quantized
     dtype = torch.bfloat16  # unlike `choose_dtype`, without asking a card that need not be there
     if cpu or options.dtype:
-        dtype = choose_dtype(options.dtype, device, sum(count_weights(config)), quantised)
+        dtype = choose_dtype(options.dtype, device, sum(count_weights(config)), quantized)
     try:
         attempt = partial(
             plan,
@@ -122,7 +122,7 @@ def make_sheet(args: argparse.Namespace) -> Sheet:
             options.context or min(DEFAULT_CONTEXT, config.context),
             attention_bytes(config, attention, dtype, device),
             blob_bytes(config, experts, dtype, device),
-            scratch_bytes(device, max(config.hidden, config.ffn), dtype) if quantised else 0,
+            scratch_bytes(device, max(config.hidden, config.ffn), dtype) if quantized else 0,
             driver_bytes(device),
             overhead=overhead_bytes(device),
             attending=Attending.of(config, dtype, None if cpu else CAPABILITY),

@@ -8,15 +8,15 @@ from dev.harness.command import INTERRUPTED, Ended, run_main
 from dev.harness.outcome import Wrong
 from dev.harness.subject import FORMATS, Subject
 from model.checkpoint.writer import Writer
-from tools import quantize
-from tools.quantise.journal import NAME as JOURNAL
+from tools.quantize import command
+from tools.quantize.journal import NAME as JOURNAL
 
 LOCK = "quantize.lock"
-__all__ = ["JOURNAL", "check_left", "contents", "interrupt", "quantise"]
+__all__ = ["JOURNAL", "check_left", "contents", "interrupt", "quantize"]
 
 
-def quantise(source: Path, out: Path, *flags: str) -> Ended:
-    return run_main(quantize.main, [str(source), str(out), *FORMATS, "--threads", "1", "--quiet", *flags])
+def quantize(source: Path, out: Path, *flags: str) -> Ended:
+    return run_main(command.main, [str(source), str(out), *FORMATS, "--threads", "1", "--quiet", *flags])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -37,7 +37,7 @@ def interrupt(subject: Subject, out: Path, write: int) -> None:
         real(self, *args)
 
     with mock.patch.object(Writer, "write", counted):
-        ended = quantise(subject.hf, out)
+        ended = quantize(subject.hf, out)
     if ended.status != INTERRUPTED or not (out / JOURNAL).is_file():
         raise Wrong(f"interrupted, it ended with {ended.status}: {ended.said}")
 

@@ -1,4 +1,4 @@
-"""What is done while faults come: loading and answering, quantising, the command. Each knows its result."""
+"""What is done while faults come: loading and answering, quantizing, the command. Each knows its result."""
 
 import shutil
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from dev.harness.answers import PROMPTS, answer, answers
 from dev.harness.command import DONE, run_main
 from dev.harness.faults import Fault
 from dev.harness.outcome import Verdict, Wrong
-from dev.harness.quantizing import check_left, contents, quantise
+from dev.harness.quantizing import check_left, contents, quantize
 from dev.harness.subject import OFFLOADED, RESIDENT, Subject
 from runtime import Engine, EngineOptions, RequestError, generate
 
@@ -88,12 +88,12 @@ def quantizer(subject: Subject, work: Path) -> Scenario:
     def run(fault: Fault) -> Verdict:
         shutil.rmtree(out, ignore_errors=True)
         with fault:
-            ended = quantise(subject.hf, out)
+            ended = quantize(subject.hf, out)
         if out.is_dir():
             check_left(out, expected)
         verdict = ended.judged()
         finished = out.is_dir() and contents(out) == expected  # only what came afterwards failed
-        if not finished and (again := quantise(subject.hf, out)).status != DONE:
+        if not finished and (again := quantize(subject.hf, out)).status != DONE:
             raise Wrong(f"after {fault.fired} failed, the same command ends with: {again.said}")
         if contents(out) != expected:
             raise Wrong(f"{fault.fired} failed, and the result is another")

@@ -16,7 +16,7 @@ from model.checkpoint.writer import TensorSpec, Writer
 from model.config import ModelConfig
 from runtime import EngineOptions
 from runtime.engine import DEMO
-from tools import quantize
+from tools.quantize import command as quantize
 
 CONFIG = ModelConfig(
     vocab=2048, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=64, experts=4, experts_per_token=2,
@@ -75,7 +75,7 @@ def make_subject(folder: Path) -> Subject:
         os.dup2(os.open(folder / "quantize.log", os.O_WRONLY | os.O_CREAT), 1)
         os._exit(quantize.main([str(subject.hf), str(subject.native), *FORMATS, "--threads", "1", "--quiet"]))
     if status := os.waitpid(child, 0)[1]:
-        raise RuntimeError(f"the subject could not be quantised: status {status}")
+        raise RuntimeError(f"the subject could not be quantized: status {status}")
     return subject
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from model.checkpoint import foreign
 from model.checkpoint.files import check_folder, weight_files
-from model.checkpoint.layout import Layout, Piece, match
 from model.checkpoint.native import native_layout, read_format
+from model.checkpoint.pieces import Layout, Piece, match
 from model.checkpoint.safetensors import byte_view, read_header, readable
 from model.config import ModelConfig
 from model.errors import ModelError, quoted
@@ -28,7 +28,7 @@ from model.quant.spec import QuantSpec
 
 CHUNK_BYTES = 16 << 20
 READERS = 2
-UNQUANTISED = QuantSpec(16)
+UNQUANTIZED = QuantSpec(16)
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Checkpoint:
     config: ModelConfig
     layout: Layout
     files: int
-    attention: QuantSpec = UNQUANTISED
-    experts: QuantSpec = UNQUANTISED
+    attention: QuantSpec = UNQUANTIZED
+    experts: QuantSpec = UNQUANTIZED
 
     @property
     def native(self) -> bool:
-        """Whether what it fills are streams of `model.quant.layout`, and not parameters of `Mixtral`."""
+        """Whether what it fills are streams of `model.quant.streams`, and not parameters of `Mixtral`."""
         return self.layout.spelling == "native"
 
     @property
@@ -57,7 +57,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most bytes are stored in, of those that are not quantised."""
+        """The dtype that most bytes are stored in, of those that are not quantized."""
         sizes: Counter[torch.dtype] = Counter()
         for piece in self.layout.pieces:
             if not piece.exact:
@@ -91,7 +91,7 @@ class Checkpoint:
         pool: Executor | None = None,
     ) -> None:
         """Read into some tensors, or all, wherever they are kept: by the names and shapes of Mixtral's
-        parameters, or in a native checkpoint of the streams in `model.quant.layout`.
+        parameters, or in a native checkpoint of the streams in `model.quant.streams`.
 
         Parameters are converted to the dtype of their tensor. Streams are not, and must have their own.
         `progress` is as for `load`. What is more than one piece of `CHUNK_BYTES` is read by the threads of

@@ -1,7 +1,7 @@
-"""Our own checkpoints of quantised weights: which file holds which streams, and how they say what they are.
+"""Our own checkpoints of quantized weights: which file holds which streams, and how they say what they are.
 
 One file for the trunk's tensors that belong to no layer, then one for each layer. In a layer's file every
-expert's tensors are one directly after the other, in the order of `model.quant.layout.expert_fields`: an
+expert's tensors are one directly after the other, in the order of `model.quant.streams.expert_fields`: an
 expert is one byte range. Formats are in `config.json` and again in every file's metadata, and are believed
 only where these agree.
 """
@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.layout import Layout, Piece, check_count, check_names, check_tensor, collect
 from model.checkpoint.names import Rows
+from model.checkpoint.pieces import Layout, Piece, check_count, check_names, check_tensor, collect
 from model.checkpoint.safetensors import DTYPES, NAMES, Header
 from model.checkpoint.writer import TensorSpec
 from model.config import NATIVE, Fields, ModelConfig, read_json, section
 from model.errors import ModelError, quoted
 from model.parameters import copies, instances, parameter_rows
-from model.quant.layout import ATTENTION, EXPERT, matrix_fields
 from model.quant.spec import MAX_GROUP, QuantSpec
+from model.quant.streams import ATTENTION, EXPERT, matrix_fields
 
 VERSION = 1
 AGAIN = "make it again with tools.quantize"
@@ -72,7 +72,7 @@ def spec_fields(spec: QuantSpec) -> dict[str, int]:
 
 def in_full(spec: QuantSpec) -> str:
     """A format with nothing left to defaults."""
-    return f"{spec.bits}g{spec.group_size}m{spec.meta_group_size}" if spec.quantised else f"{spec.bits}"
+    return f"{spec.bits}g{spec.group_size}m{spec.meta_group_size}" if spec.quantized else f"{spec.bits}"
 
 
 def read_format(folder: Path) -> NativeFormat | None:
@@ -146,7 +146,7 @@ class Shard:
 def native_shards(
     config: ModelConfig, attention: QuantSpec, experts: QuantSpec, dtype: torch.dtype
 ) -> list[Shard]:
-    """Every file of a native checkpoint, the trunk's first. What is not quantised is stored in `dtype`.
+    """Every file of a native checkpoint, the trunk's first. What is not quantized is stored in `dtype`.
 
     Raises `ModelError`, naming the tensor, where a format does not fit.
     """
@@ -175,7 +175,7 @@ def stored_parameters(
 
 
 def spec_of(template: str, attention: QuantSpec, experts: QuantSpec) -> QuantSpec:
-    """The format of the parameters of this name; what belongs to neither is not quantised."""
+    """The format of the parameters of this name; what belongs to neither is not quantized."""
     if template.startswith(EXPERT):
         return experts
     return attention if template in ATTENTION else QuantSpec(16)
@@ -193,7 +193,7 @@ def stream_count(config: ModelConfig, attention: QuantSpec, experts: QuantSpec) 
 def native_layout(
     folder: Path, headers: Mapping[Path, Header], config: ModelConfig, native: NativeFormat
 ) -> Layout:
-    """As `layout.match`: every tensor stands for itself, and quantised ones have one possible dtype.
+    """As `layout.match`: every tensor stands for itself, and quantized ones have one possible dtype.
 
     Raises `ModelError` naming what is missing, unexpected, of the wrong shape or dtype, or in a file of
     another checkpoint.
@@ -218,8 +218,8 @@ def native_layout(
     for name, (tensor, spec) in expected.items():
         path, entry = found[name]
         check_tensor(
-            path, name, entry, tensor.shape, (NAMES[tensor.dtype],) if spec.quantised else SIXTEEN, AGAIN
+            path, name, entry, tensor.shape, (NAMES[tensor.dtype],) if spec.quantized else SIXTEEN, AGAIN
         )
         rows = Rows(name, 0, tensor.shape)
-        pieces.append(Piece(path, name, entry.offset, DTYPES[entry.dtype], rows, exact=spec.quantised))
+        pieces.append(Piece(path, name, entry.offset, DTYPES[entry.dtype], rows, exact=spec.quantized))
     return Layout.of("native", pieces, headers)

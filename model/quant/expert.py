@@ -17,10 +17,10 @@ from model.linear import linear
 from model.moe import Product, gated, mix
 from model.quant.backends import Backend, fused
 from model.quant.backends.fused import ExpertForm
-from model.quant.layout import Field, expert_fields
-from model.quant.linear import choose_backend
+from model.quant.product import choose_backend
 from model.quant.spec import QuantSpec
-from model.quant.tensor import QuantisedTensor
+from model.quant.streams import Field, expert_fields
+from model.quant.tensor import QuantizedTensor
 
 # Bytes. No library tells addresses apart beyond this (cuBLAS's choice of a kernel may depend on it up to
 # here), so an expert is computed alike in every slot.
@@ -53,7 +53,7 @@ class ExpertFormat:
         shapes = {"w13": (2 * config.ffn, config.hidden), "w2": (config.hidden, config.ffn)}
         stored = tuple(expert_fields(config, spec, dtype=dtype))
         pair = None if fused.unsupported(device) else ExpertForm(spec, config.hidden, config.ffn)
-        if not spec.quantised:
+        if not spec.quantized:
             return ExpertFormat(spec, shapes, stored, stored, {}, None, pair)
         chosen = {name: choose_backend(spec, shape, dtype, device) for name, shape in shapes.items()}
         kept: list[Field] = []
@@ -75,7 +75,7 @@ class ExpertFormat:
             blob[: self.stored[-1].end].copy_(stored)
             return
         for name, backend in self.backends.items():
-            matrix = QuantisedTensor.of(self.spec, self.shapes[name], views(self.stored, name, stored))
+            matrix = QuantizedTensor.of(self.spec, self.shapes[name], views(self.stored, name, stored))
             backend.store(matrix, views(self.kept, name, blob))
 
     @property
@@ -88,7 +88,7 @@ class ExpertFormat:
         products: list[Product] = []
         for name, shape in self.shapes.items():
             memory = views(self.kept, name, blob)
-            if self.spec.quantised:
+            if self.spec.quantized:
                 products.append(self.backends[name](self.spec, shape, memory))
             else:
                 products.append(partial(linear, weight=memory["weight"]))

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from model.config import ModelConfig
-from model.quant.layout import EXPERT, expert_fields, matrix_fields
 from model.quant.spec import QuantSpec
+from model.quant.streams import EXPERT, expert_fields, matrix_fields
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from model.errors import ModelError
-from model.quant.layout import CODES, STEPS
 from model.quant.packing import PLANES, pack
 from model.quant.spec import QuantSpec
-from model.quant.tensor import QuantisedTensor, scale_values, zero_values
+from model.quant.streams import CODES, STEPS
+from model.quant.tensor import QuantizedTensor, scale_values, zero_values
 
 CPU_SLICE = 1 << 17  # weights: with the solver's temporaries, a few megabytes
 GPU_SLICE = 1 << 24  # large enough to keep one busy, small enough for any
@@ -28,9 +28,9 @@ NORM = {"lp_norm": 1, "beta": 1e1, "kappa": 1.01, "iters": 20}  # hqq's own, but
 Result = TypeVar("Result")
 
 
-def quantise(
+def quantize(
     weight: Tensor, spec: QuantSpec, name: str = "matrix", pool: Executor | None = None
-) -> tuple[QuantisedTensor, float]:
+) -> tuple[QuantizedTensor, float]:
     """`weight` [N, K] in this format, on its device, and the error of that: |W - W'| / |W|, Frobenius norms.
 
     Slices of rows are worked on by `pool`, whose workers have to be threads; best with
@@ -38,7 +38,7 @@ def quantise(
     machine, with any number of workers and without a pool. `name` is for messages. Raises `ModelError` if the
     format does not take the shape, or for weights that are not finite.
     """
-    assert spec.quantised, spec
+    assert spec.quantized, spec
     spec.check(name, weight.shape)
     N, K = weight.shape
     J = K // spec.group_size
@@ -50,7 +50,7 @@ def quantise(
         scales[rows], zeros[rows] = solve(weight[rows].float(), spec, name)
 
     every(first, slices(weight), pool)
-    scale_bytes, steps = quantise_scales(scales, spec)
+    scale_bytes, steps = quantize_scales(scales, spec)
     scale, zero = scale_values(scale_bytes, steps, spec)[..., None], zero_values(zeros, spec)[..., None]
     planes = {
         stream: torch.empty(N, K * width // 8, dtype=torch.uint8, device=weight.device)
@@ -69,7 +69,7 @@ def quantise(
     norms = torch.stack(every(second, slices(weight), pool)).double()  # [slices, 2]
     lost, whole = norms.square().sum(0).sqrt().tolist()
     streams = {**planes, "scales": scale_bytes, "zeros": zeros, "steps": steps}
-    return QuantisedTensor.of(spec, (N, K), streams), lost / whole if whole else 0.0
+    return QuantizedTensor.of(spec, (N, K), streams), lost / whole if whole else 0.0
 
 
 def every(work: Callable[[slice], Result], parts: Iterable[slice], pool: Executor | None) -> list[Result]:
@@ -134,7 +134,7 @@ def lifting(spread: Tensor) -> Tensor:
     return ((exponent + 127) << 23).view(torch.float32)  # by its bits: rounding is not left to a library
 
 
-def quantise_scales(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:  # [N, J] float32
+def quantize_scales(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:  # [N, J] float32
     """Scales as multiples of a step for each `meta_group_size` of them: bytes [N, J], and the steps.
 
     They are rounded to the nearest, but at 8 bits upwards: there, clipping a group's largest weights would
@@ -142,7 +142,7 @@ def quantise_scales(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:  
 
     hqq itself cannot do this: its least step is 1/20000, while the scales of 8-bit weights are near 0.0004.
 
-    >>> quantise_scales(torch.tensor([[0.51, 0.1001, 0.0001, 0.0]]), QuantSpec(4, 16, 16))
+    >>> quantize_scales(torch.tensor([[0.51, 0.1001, 0.0001, 0.0]]), QuantSpec(4, 16, 16))
     (tensor([[255,  50,   1,   0]], dtype=torch.uint8), tensor([0.0020, 0.0000, 0.0000, 0.0000]))
     """
     count = -(-scales.numel() // spec.meta_group_size)

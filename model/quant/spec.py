@@ -14,7 +14,7 @@ DEFAULTS = {  # bits: (group size, scales per step)
     2: (16, 128),
 }
 MIN_GROUP, MAX_GROUP = 16, 4096
-ROWS = 16  # a quantised matrix has a multiple of these, so every stream of it is a multiple of 16 bytes
+ROWS = 16  # a quantized matrix has a multiple of these, so every stream of it is a multiple of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class QuantSpec:
             raise ModelError(f"{self.bits} bits per weight are not supported; choose 16, 8, 4, 3 or 2")
         if self.bits == 16:
             if self.group_size or self.meta_group_size:
-                raise ModelError("16 bits are not quantised and have no groups; write 16 alone")
+                raise ModelError("16 bits are not quantized and have no groups; write 16 alone")
             return
         default_group, default_meta = DEFAULTS[self.bits]
         for name, what, default in (
@@ -80,7 +80,7 @@ class QuantSpec:
         )
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return self.bits < 16
 
     @property
@@ -90,16 +90,16 @@ class QuantSpec:
         >>> QuantSpec(2, 64).bits_per_weight  # 2 + (8 + 8) / 64 + 32 / (64 * 128)
         2.25390625
         """
-        if not self.quantised:
+        if not self.quantized:
             return 16.0
         return self.bits + 16 / self.group_size + 32 / (self.group_size * self.meta_group_size)
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         """Raises `ModelError`, naming the tensor, if this format cannot store a matrix of this shape."""
-        if not self.quantised:
+        if not self.quantized:
             return
         if len(shape) != 2 or min(shape) < 1:
-            raise ModelError(f"{name}: shape {list(shape)} is not a matrix, and only matrices are quantised")
+            raise ModelError(f"{name}: shape {list(shape)} is not a matrix, and only matrices are quantized")
         N, K = shape
         if K % self.group_size:
             fits = K & -K  # the largest power of two that divides K

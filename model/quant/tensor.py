@@ -1,4 +1,4 @@
-"""A quantised matrix: its streams, and what they mean."""
+"""A quantized matrix: its streams, and what they mean."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.quant.layout import matrix_fields
 from model.quant.packing import unpack
 from model.quant.spec import QuantSpec
+from model.quant.streams import matrix_fields
 
 
 @dataclass(frozen=True, eq=False)
-class QuantisedTensor:
-    """A matrix [N, K] in the streams of `model.quant.layout`; J = K / group_size groups to a row.
+class QuantizedTensor:
+    """A matrix [N, K] in the streams of `model.quant.streams`; J = K / group_size groups to a row.
 
     Of a weight with code q, in a group with scale byte s and zero byte z, under the step t:
 
@@ -24,9 +24,9 @@ class QuantisedTensor:
 
     >>> spec = QuantSpec(4, group_size=16)
     >>> fill = lambda value, *shape: torch.full(shape, value, dtype=torch.uint8)
-    >>> w = QuantisedTensor(spec, (16, 16), codes=fill(0xF5, 16, 8), codes_high=None, scales=fill(100, 16, 1),
+    >>> w = QuantizedTensor(spec, (16, 16), codes=fill(0xF5, 16, 8), codes_high=None, scales=fill(100, 16, 1),
     ...                     zeros=fill(120, 16, 1), steps=torch.tensor([0.01, 0, 0, 0]))
-    >>> w.dequantise()[0, [0, 15]]  # (5 - 120/16) * (100 * 0.01) and (15 - 120/16) * 1.0
+    >>> w.dequantize()[0, [0, 15]]  # (5 - 120/16) * (100 * 0.01) and (15 - 120/16) * 1.0
     tensor([-2.5000,  7.5000])
     """
 
@@ -44,10 +44,10 @@ class QuantisedTensor:
         assert given == expected, (given, expected)
 
     @staticmethod
-    def of(spec: QuantSpec, shape: tuple[int, int], streams: Mapping[str, Tensor]) -> "QuantisedTensor":
+    def of(spec: QuantSpec, shape: tuple[int, int], streams: Mapping[str, Tensor]) -> "QuantizedTensor":
         """From streams by name, as `streams` returns them."""
         high = streams.get("codes_high")
-        return QuantisedTensor(
+        return QuantizedTensor(
             spec, shape, streams["codes"], high, streams["scales"], streams["zeros"], streams["steps"]
         )
 
@@ -74,7 +74,7 @@ class QuantisedTensor:
         """Every group's zero z / 2 ** (8 - bits), as numbers [N, J] float32: the code that stands for 0."""
         return zero_values(self.zeros, self.spec)
 
-    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [N, K], computed in float32 and rounded to `dtype`. A reference, and slow."""
         N, K = self.shape
         codes = self.unpack().view(N, -1, self.spec.group_size).float()  # [N, J, group_size]

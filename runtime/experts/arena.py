@@ -54,7 +54,7 @@ class Arena:
         except OSError as error:
             raise DeviceError(
                 f"cannot reserve {format_bytes(size)} of host memory for all experts ({error.strerror}); "
-                "free some, or quantise them to fewer bits"
+                "free some, or quantize them to fewer bits"
             ) from error
         flat = torch.frombuffer(memory, dtype=torch.uint8)
         self.bytes, self.start = size, flat.data_ptr()

@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.kernels import step
 from model.moe import gated
-from model.quant.backends import fused, step
+from model.quant.backends import fused
 from model.quant.expert import ExpertFormat
 from runtime.experts import trace
 from runtime.experts.arena import Arena, unlocked_remedy
@@ -45,7 +46,7 @@ from runtime.experts.ledger import Counters, Ledger
 from runtime.experts.lookahead import Lookahead
 from runtime.experts.policy import make_policy
 from runtime.experts.slots import Guess, SlotTable, Spares
-from runtime.planner import Plan
+from runtime.planning.planner import Plan
 from runtime.units import format_bytes
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from runtime.streams import same, streams
+from runtime.gpu.streams import same, streams
 
 PIECE = 8 << 20  # bytes: 0.3 ms at 25 GB/s
 

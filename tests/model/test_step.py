@@ -1,5 +1,5 @@
 """A whole step by Triton's kernels: in its interpreter, and where there is a GPU, there. With plain PyTorch
-in their place, `tests/runtime/test_decode.py` has more."""
+in their place, `tests/runtime/gpu/test_decode.py` has more."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 
 from model.quant.backends import fused
 from model.step import unfit
-from tests.model.quant.test_fused import run_cases, triton
+from tests.model.kernels.test_fused import run_cases, triton
 from tests.model.whole_step_cases import CONFIG
 
 CASES = "tests/model/whole_step_cases.py"

@@ -12,10 +12,10 @@ from model.mixtral import Mixtral
 from model.moe import SparseMoE
 from model.quant.backends import fused
 from model.quant.expert import BlobExperts, ExpertFormat
-from model.quant.linear import QuantisedLinear
+from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
 from model.step import Choice, router, step
-from tests.model.quant import interpreted
+from tests.model.kernels import interpreted
 from tests.model.quant.matrices import make_matrix
 
 DEVICE = torch.device(interpreted.DEVICE)
@@ -27,11 +27,11 @@ CONFIG = ModelConfig(
 
 def random_network(spec: QuantSpec) -> Mixtral:
     form = ExpertFormat.choose(CONFIG, spec, torch.float32, DEVICE)
-    linear = partial(QuantisedLinear, spec=QuantSpec(4), dtype=torch.float32, device=DEVICE)
+    linear = partial(QuantizedLinear, spec=QuantSpec(4), dtype=torch.float32, device=DEVICE)
     experts = lambda layer: BlobExperts(form, CONFIG.experts, DEVICE)  # noqa: E731
     model = Mixtral(CONFIG, torch.float32, DEVICE, experts, linear).requires_grad_(False)
     for seed, module in enumerate(model.modules()):
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, QuantizedLinear):
             module.store(make_matrix(module.spec, *module.shape, seed=seed))
         elif isinstance(module, SparseMoE):
             for blob in cast(BlobExperts, module.experts).blobs:

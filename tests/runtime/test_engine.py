@@ -25,7 +25,7 @@ from runtime import (
     SamplingParams,
     Token,
 )
-from runtime.planner import PREFILL_CHUNK
+from runtime.planning.planner import PREFILL_CHUNK
 
 PROMPT = "def alpha_"
 

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from runtime import Engine, SamplingParams, Token
-from runtime.command import ESCAPES
 from runtime.generate import main
-from runtime.prompts import read_prompt
+from runtime.shell.command import ESCAPES
+from runtime.shell.prompts import read_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def alpha_"

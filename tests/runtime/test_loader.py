@@ -1,4 +1,4 @@
-"""Quantised checkpoints in an engine, against the network with dequantised weights."""
+"""Quantized checkpoints in an engine, against the network with dequantized weights."""
 
 import shutil
 import warnings
@@ -19,12 +19,12 @@ from model.moe import SparseMoE
 from model.quant.backends import int4pack
 from model.quant.backends.int4pack import kernel_block
 from model.quant.expert import BlobExperts, aligned
-from model.quant.linear import QuantisedLinear
-from model.quant.tensor import QuantisedTensor
+from model.quant.product import QuantizedLinear
+from model.quant.tensor import QuantizedTensor
 from runtime import Engine, EngineOptions, LoadError, SamplingParams
 from runtime import generate as command
-from runtime.device import choose_dtype
-from tools import quantize
+from runtime.planning.device import choose_dtype
+from tools.quantize import command as quantize
 
 IDS = [1, *range(30, 75), 2, 2]
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
@@ -32,11 +32,11 @@ FORMATS = [(16, 4), (4, 16), (4, 2), (8, 3), (3, 8), (2, 4), (16, 16)]
 
 
 @pytest.fixture(scope="module")
-def quantised(
+def quantized(
     variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[object, object], Path]:
     """Makes a checkpoint with attention and experts in the given formats; each only once."""
-    source, made = variant(hidden=128, head_dim=32, ffn=256), tmp_path_factory.mktemp("quantised")
+    source, made = variant(hidden=128, head_dim=32, ffn=256), tmp_path_factory.mktemp("quantized")
 
     def make(attention: object, experts: object) -> Path:
         out = made / f"{attention}-{experts}"
@@ -48,7 +48,7 @@ def quantised(
     return make
 
 
-def dequantised(checkpoint: Checkpoint) -> Mixtral:
+def dequantized(checkpoint: Checkpoint) -> Mixtral:
     """The plain network in float32, with the weights that the checkpoint's streams stand for."""
     model = Mixtral(checkpoint.config).requires_grad_(False)
     parameters = dict(model.named_parameters())
@@ -57,10 +57,10 @@ def dequantised(checkpoint: Checkpoint) -> Mixtral:
             weight = parameters[stored.name]
             tensors = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in stored.tensors}
             checkpoint.fill(tensors)
-            if stored.spec.quantised:
+            if stored.spec.quantized:
                 streams = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
                 N, K = weight.shape
-                weight.copy_(QuantisedTensor.of(stored.spec, (N, K), streams).dequantise())
+                weight.copy_(QuantizedTensor.of(stored.spec, (N, K), streams).dequantize())
             else:
                 weight.copy_(tensors[stored.name])
     return model
@@ -68,7 +68,7 @@ def dequantised(checkpoint: Checkpoint) -> Mixtral:
 
 def reference_logits(folder: Path) -> Tensor:
     with torch.no_grad():
-        return dequantised(open_checkpoint(folder))(torch.tensor([IDS]))[0]
+        return dequantized(open_checkpoint(folder))(torch.tensor([IDS]))[0]
 
 
 def held(model: Mixtral) -> tuple[int, int]:
@@ -77,7 +77,7 @@ def held(model: Mixtral) -> tuple[int, int]:
     experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
     trunk += sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name)
     for module in model.modules():
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, QuantizedLinear):
             trunk += aligned(sum(tensor.nbytes for tensor in module.memory.values()))
         elif isinstance(module, PackedLinear):
             trunk += module.packed.numel() * 2
@@ -86,11 +86,11 @@ def held(model: Mixtral) -> tuple[int, int]:
     return trunk, experts
 
 
-def test_quantised_attention_is_one_piece_of_memory(
-    quantised: Callable[..., Path], load: Callable[..., Engine]
+def test_quantized_attention_is_one_piece_of_memory(
+    quantized: Callable[..., Path], load: Callable[..., Engine]
 ) -> None:
-    model = load(quantised(3, 4), dtype="float32").model
-    memories = [list(m.memory.values()) for m in model.modules() if isinstance(m, QuantisedLinear)]
+    model = load(quantized(3, 4), dtype="float32").model
+    memories = [list(m.memory.values()) for m in model.modules() if isinstance(m, QuantizedLinear)]
     assert len(memories) == 4
     [whole] = {stream.untyped_storage().nbytes() for memory in memories for stream in memory}
     ends = [(min(t.data_ptr() for t in m), max(t.data_ptr() + t.nbytes for t in m)) for m in memories]
@@ -100,9 +100,9 @@ def test_quantised_attention_is_one_piece_of_memory(
 
 @pytest.mark.parametrize(("attention", "experts"), FORMATS)
 def test_every_pair_of_widths_loads_without_a_flag(
-    attention: int, experts: int, quantised: Callable[..., Path], load: Callable[..., Engine]
+    attention: int, experts: int, quantized: Callable[..., Path], load: Callable[..., Engine]
 ) -> None:
-    folder = quantised(attention, experts)
+    folder = quantized(attention, experts)
     expected = reference_logits(folder)
     assert expected.std() > 0.5
     engine = load(folder, dtype="float32")
@@ -117,9 +117,9 @@ def test_every_pair_of_widths_loads_without_a_flag(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("attention", "experts"), [(16, 4), (4, 16), (4, 2), (3, 8), (2, 3)])
 def test_half_precision_is_near(
-    attention: int, experts: int, dtype: str, quantised: Callable[..., Path], load: Callable[..., Engine]
+    attention: int, experts: int, dtype: str, quantized: Callable[..., Path], load: Callable[..., Engine]
 ) -> None:
-    folder = quantised(attention, experts)
+    folder = quantized(attention, experts)
     expected, engine = reference_logits(folder), load(folder, dtype=dtype)
     logits = engine.logits(IDS)
     distance = (logits - expected).norm(dim=1) / expected.norm(dim=1)  # [T]; a routing on the edge may tip
@@ -142,9 +142,9 @@ def token_logits(engine: Engine, ids: list[int]) -> Tensor:  # [V]
 @pytest.mark.parametrize(("attention", "experts"), [(4, 2), (4, 16), (16, 4), (16, 16)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_progress_adds_up_to_the_bytes_of_the_files(
-    attention: int, experts: int, dtype: str, quantised: Callable[..., Path]
+    attention: int, experts: int, dtype: str, quantized: Callable[..., Path]
 ) -> None:
-    folder, seen, totals = quantised(attention, experts), [], []
+    folder, seen, totals = quantized(attention, experts), [], []
 
     @contextmanager
     def bar(total: int) -> Iterator[Callable[[int], None]]:
@@ -156,20 +156,20 @@ def test_progress_adds_up_to_the_bytes_of_the_files(
     assert len(seen) > 4
 
 
-def test_the_dtype_of_quantised_weights_is_the_fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dtype_of_quantized_weights_is_the_fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr("runtime.device.kernel_block", lambda: 32)
-    assert choose_dtype(None, cpu, 1000, quantised=True) == torch.bfloat16
+    monkeypatch.setattr("runtime.planning.device.kernel_block", lambda: 32)
+    assert choose_dtype(None, cpu, 1000, quantized=True) == torch.bfloat16
     assert choose_dtype(None, cpu, 1000) == torch.float32
-    monkeypatch.setattr("runtime.device.kernel_block", lambda: 0)
-    assert choose_dtype(None, cpu, 1000, quantised=True) == torch.float32
+    monkeypatch.setattr("runtime.planning.device.kernel_block", lambda: 0)
+    assert choose_dtype(None, cpu, 1000, quantized=True) == torch.float32
 
 
 # --- what goes wrong
 
 
-def test_a_file_that_is_too_short(quantised: Callable[..., Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(quantised(4, 2), tmp_path / "short")
+def test_a_file_that_is_too_short(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(quantized(4, 2), tmp_path / "short")
     last = max(folder.glob("*.safetensors"))
     data = last.read_bytes()
     last.write_bytes(data[:-1000])
@@ -198,27 +198,27 @@ def caught(folder: Path, **options: str) -> list[str]:
 
 
 def test_a_slow_product_is_warned_of_once_for_each_reason(
-    quantised: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert caught(quantised(4, 2), dtype="float32") == []
+    assert caught(quantized(4, 2), dtype="float32") == []
     monkeypatch.setattr(int4pack, "kernel_block", lambda: 64)
-    assert caught(quantised(4, 2), dtype="float16") == [
+    assert caught(quantized(4, 2), dtype="float16") == [
         "attention in format 4 and experts in format 2: computed slowly, because the fast product "
         "computes in bfloat16, not float16; choose the dtype bfloat16"
     ]
-    assert [w.split(":")[0] for w in caught(quantised(16, 4), dtype="float16")] == ["experts in format 4"]
-    assert [w.split(":")[0] for w in caught(quantised(4, 16), dtype="float16")] == ["attention in format 4"]
-    (warning,) = caught(quantised(4, "8g16"), dtype="bfloat16")
-    assert warning.startswith("experts in format 8g16: ") and warning.endswith("quantise them to 8g32")
+    assert [w.split(":")[0] for w in caught(quantized(16, 4), dtype="float16")] == ["experts in format 4"]
+    assert [w.split(":")[0] for w in caught(quantized(4, 16), dtype="float16")] == ["attention in format 4"]
+    (warning,) = caught(quantized(4, "8g16"), dtype="bfloat16")
+    assert warning.startswith("experts in format 8g16: ") and warning.endswith("quantize them to 8g32")
     monkeypatch.setattr(int4pack, "kernel_block", lambda: 0)
-    (warning,) = caught(quantised(4, 2), dtype="bfloat16")
+    (warning,) = caught(quantized(4, 2), dtype="bfloat16")
     assert "needs a CPU with AVX2 or AVX-512" in warning
 
 
 def test_without_the_kernel_the_answer_is_the_same(
-    quantised: Callable[..., Path], load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    quantized: Callable[..., Path], load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = quantised(4, 2)
+    folder = quantized(4, 2)
     monkeypatch.setattr(int4pack, "kernel_block", lambda: 0)
     with pytest.warns(RuntimeWarning, match="computed slowly"):
         logits = load(folder, dtype="bfloat16").logits(IDS)
@@ -227,15 +227,15 @@ def test_without_the_kernel_the_answer_is_the_same(
 
 
 @pytest.mark.skipif(kernel_block() == 0, reason="PyTorch has no int4 kernel for this CPU")
-def test_with_the_kernel_nothing_is_warned_of(quantised: Callable[..., Path]) -> None:
+def test_with_the_kernel_nothing_is_warned_of(quantized: Callable[..., Path]) -> None:
     for formats in FORMATS:
-        assert caught(quantised(*formats), dtype="bfloat16") == []
+        assert caught(quantized(*formats), dtype="bfloat16") == []
 
 
 def test_the_command_line_shows_a_warning_as_one_line(
-    quantised: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+    quantized: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--model", str(quantised(4, 2)), "--device", "cpu", "--prompt", "def", "--max-new-tokens", "3"]
+    words = ["--model", str(quantized(4, 2)), "--device", "cpu", "--prompt", "def", "--max-new-tokens", "3"]
     before = warnings.showwarning
     for _ in range(2):  # and not only the first time
         assert command.main([*words, "--quiet", "--dtype", "float16"]) == 0

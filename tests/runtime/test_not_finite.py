@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.quant.backends.blocks import Blocks
 from runtime import Engine, EngineOptions, RequestError, SamplingParams
-from tests.runtime.plain_step import Recorded, use_plain_kernels
+from tests.runtime.gpu.plain_step import Recorded, use_plain_kernels
 
 H, G, K, D = 4, 2, 16, 64
 FIRST_ROW = {"q": K, "k": H * K, "v": (H + G) * K}  # of a head's projection
@@ -28,8 +28,8 @@ def folder(variant: Callable[..., Path]) -> Path:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "step":
         use_plain_kernels(monkeypatch)
-        monkeypatch.setattr("model.quant.linear.Int4Pack", Blocks)
-        monkeypatch.setattr("runtime.decode.CudaGraphs", lambda device: Recorded())
+        monkeypatch.setattr("model.quant.product.Int4Pack", Blocks)
+        monkeypatch.setattr("runtime.gpu.decoder.CudaGraphs", lambda device: Recorded())
     monkeypatch.setattr("model.linear.packs", lambda weight: False)  # weights that can be spoilt
     return request.param
 

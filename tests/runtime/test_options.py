@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import EngineOptions, OptionError, SamplingParams
-from runtime.arguments import add_flags, flag, from_flags
+from runtime.shell.arguments import add_flags, flag, from_flags
 
 
 def test_defaults() -> None:

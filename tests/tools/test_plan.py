@@ -11,7 +11,7 @@ from model.quant.size import model_size
 from model.quant.spec import QuantSpec
 from runtime.engine import DEMO
 from tools import plan
-from tools.random_model import MIXTRAL_8X7B, SHAPES
+from tools.bench.random_model import MIXTRAL_8X7B, SHAPES
 
 Run = Callable[..., tuple[int, str, str]]
 SHEET = ("--shape", "mixtral-8x7b", "--attention", 4, "--experts", 2)
@@ -83,7 +83,7 @@ def test_the_status_is_one_where_no_size_is_enough(run: Run) -> None:
     status, out, _ = run(*SHEET, "--vram", "2GiB", "--json")
     assert status == 1 and json.loads(out)["plans"][0]["error"]
     status, _, err = run(*SHEET, "--vram", "12GiB", "--ram", "12GiB")
-    assert status == 1 and "need 15.8 GiB of host memory" in err and "quantise with --experts 2g64" in err
+    assert status == 1 and "need 15.8 GiB of host memory" in err and "quantize with --experts 2g64" in err
     assert run(*SHEET[:-1], "2g64", "--vram", "12GiB", "--ram", "12GiB")[0] == 0
 
 

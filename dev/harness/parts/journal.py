@@ -13,7 +13,7 @@ from dev.harness.mutate.json_tree import as_text, mutated
 from dev.harness.mutate.values import weird
 from dev.harness.outcome import Verdict, Wrong
 from dev.harness.part import Case
-from dev.harness.quantizing import JOURNAL, check_left, contents, interrupt, quantise
+from dev.harness.quantizing import JOURNAL, check_left, contents, interrupt, quantize
 from dev.harness.subject import Subject
 
 RECORD = "quantization.json"
@@ -39,7 +39,7 @@ def open_journal(subject: Subject) -> Iterator[Case]:
             spoil(out / JOURNAL, chance, "stale", ["notes.txt", "../outside.txt"])
         if chance.random() < 0.2:
             plant(out, outside, chance)
-        ended = quantise(subject.hf, out, *(["--force"] if force else []))
+        ended = quantize(subject.hf, out, *(["--force"] if force else []))
         for path in (out / "notes.txt", outside):
             if not path.is_file() or path.read_bytes() != PRECIOUS:
                 raise Wrong(f"{path.name} is none of its files, and was removed or written to")

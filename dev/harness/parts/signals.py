@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of real processes: generating, quantising, chatting on a terminal."""
+"""Ctrl-C at any moment of real processes: generating, quantizing, chatting on a terminal."""
 
 import contextlib
 import os
@@ -18,13 +18,13 @@ from dev.harness.processes import Running, forked, judged, run_and_exit, started
 from dev.harness.quantizing import check_left, contents
 from dev.harness.subject import FORMATS, Subject
 from runtime import generate
-from tools import quantize
+from tools.quantize import command as quantize
 
 
 @contextmanager
 def open_signals(subject: Subject) -> Iterator[Case]:
     processes = Processes(subject, subject.work("signals"))
-    kinds = processes.generating, processes.quantising, processes.chatting, processes.from_the_shell
+    kinds = processes.generating, processes.quantizing, processes.chatting, processes.from_the_shell
 
     def case(chance: Random) -> Verdict:
         return chance.choices(kinds, (10, 6, 5, 1))[0](chance)
@@ -52,7 +52,7 @@ class Processes:
         self.chat = [*model, "--chat", "--max-new-tokens", "60", "--ignore-eos"]
         self.job = [str(subject.hf), str(self.out), *FORMATS, "--threads", "1"]
         self.generate_seconds = self.seconds(forked(generate.main, self.request, self.log))
-        self.quantise_seconds = self.seconds(forked(quantize.main, self.job, self.log))
+        self.quantize_seconds = self.seconds(forked(quantize.main, self.job, self.log))
         self.shell_seconds = 0.0  # measured when it is first needed
 
     def seconds(self, running: Running) -> float:
@@ -83,11 +83,11 @@ class Processes:
         running.interrupt()
         return self.generated(running)
 
-    def quantising(self, chance: Random) -> Verdict:
+    def quantizing(self, chance: Random) -> Verdict:
         shutil.rmtree(self.out, ignore_errors=True)
         for _ in range(chance.choice((1, 1, 2))):
             running = forked(quantize.main, self.job, self.log)
-            time.sleep(0.001 + chance.random() * self.quantise_seconds)
+            time.sleep(0.001 + chance.random() * self.quantize_seconds)
             running.interrupt()
             verdict = judged(running.ended())
             if self.out.is_dir():

@@ -15,7 +15,7 @@ from dev.harness.outcome import Verdict, Wrong
 from dev.harness.part import Case
 from dev.harness.subject import OFFLOADED, Subject
 from runtime import Engine
-from tools import trace
+from tools.trace import command as trace
 
 
 @contextmanager

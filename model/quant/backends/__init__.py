@@ -1,13 +1,13 @@
-"""How a quantised matrix is kept in memory and multiplied: one file per way, all behind `Backend`."""
+"""How a quantized matrix is kept in memory and multiplied: one file per way, all behind `Backend`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from model.quant.layout import Field
 from model.quant.spec import QuantSpec
-from model.quant.tensor import QuantisedTensor
+from model.quant.streams import Field
+from model.quant.tensor import QuantizedTensor
 
 
 class Backend(Protocol):
@@ -30,6 +30,6 @@ class Backend(Protocol):
         ...
 
     @staticmethod
-    def store(matrix: QuantisedTensor, memory: Mapping[str, Tensor]) -> None:
+    def store(matrix: QuantizedTensor, memory: Mapping[str, Tensor]) -> None:
         """Bring a matrix, as files have it, into the form that this backend keeps."""
         ...

@@ -2,7 +2,7 @@
 
 A block of rows is small enough to stay in a CPU's cache from being made to being used, so the expanded
 weights never travel to memory and back; on a GPU blocks are large, to keep it busy. Every weight is computed
-in float32 and rounded once, so it is the number that `QuantisedTensor.dequantise` gives.
+in float32 and rounded once, so it is the number that `QuantizedTensor.dequantize` gives.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from model.linear import linear
-from model.quant.layout import Field, matrix_fields
 from model.quant.packing import unpack
 from model.quant.spec import QuantSpec
-from model.quant.tensor import QuantisedTensor
+from model.quant.streams import Field, matrix_fields
+from model.quant.tensor import QuantizedTensor
 from model.rows import filled_up
 
 CPU_BLOCK = 1 << 19  # weights: 2 MiB of float32
@@ -25,7 +25,7 @@ class Blocks:
     """A matrix kept as files have it."""
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
-        self.matrix = QuantisedTensor.of(spec, shape, memory)
+        self.matrix = QuantizedTensor.of(spec, shape, memory)
 
     def __call__(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N]
         (N, K), M = self.matrix.shape, x.shape[0]
@@ -51,6 +51,6 @@ class Blocks:
         return matrix_fields(name, shape, spec, offset)
 
     @staticmethod
-    def store(matrix: QuantisedTensor, memory: Mapping[str, Tensor]) -> None:
+    def store(matrix: QuantizedTensor, memory: Mapping[str, Tensor]) -> None:
         for name, stream in matrix.streams().items():
             memory[name].copy_(stream)

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from model.quant.backends.blocks import Blocks
-from model.quant.layout import Field, matrix_fields
 from model.quant.spec import ROWS, QuantSpec
-from model.quant.tensor import QuantisedTensor
+from model.quant.streams import Field, matrix_fields
+from model.quant.tensor import QuantizedTensor
 
 FEW = 16  # rows: what a tensor core multiplies at least
 BLOCK = 1 << 25  # weights that are expanded at a time: enough to keep a GPU busy, and at most 128 MiB
@@ -71,7 +71,7 @@ def untried(device: torch.device) -> str | None:
 @functools.cache  # it is the same all along, and found out again and again; what is raised is not kept
 def uncompiled(device: torch.device) -> str | None:
     """Why a small kernel cannot be compiled. Raises what tells of memory that ran out."""
-    from model.quant.backends import step
+    from model.kernels import step
 
     try:
         numbers = torch.ones(1, 16, device=device)
@@ -199,7 +199,7 @@ class Fused:
         return self.few(x.contiguous()) if 1 < x.shape[0] <= FEW else self.many(x)
 
     def one(self, x: Tensor) -> Tensor:  # [1, K] -> [1, N]
-        from model.quant.backends import triton_kernels
+        from model.kernels import matrix_kernels as triton_kernels
 
         N, K = self.shape
         tile = OneRow.choose(K, self.spec.bits, self.spec.group_size)
@@ -211,7 +211,7 @@ class Fused:
         return y
 
     def few(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N]
-        from model.quant.backends import triton_kernels
+        from model.kernels import matrix_kernels as triton_kernels
 
         (N, K), M = self.shape, x.shape[0]
         tile = FewRows.choose(N, K, self.spec.bits, self.spec.group_size)
@@ -236,8 +236,8 @@ class Fused:
 
     def expand(self, start: int, out: Tensor) -> None:
         """Rows of the matrix from `start` on, into `out` [n, K], n a multiple of 16: bit for bit what
-        `QuantisedTensor.dequantise` gives in out's dtype."""
-        from model.quant.backends import triton_kernels
+        `QuantizedTensor.dequantize` gives in out's dtype."""
+        from model.kernels import matrix_kernels as triton_kernels
 
         (N, K), tile = self.shape, Expansion.choose(self.shape[1], self.spec.group_size)
         grid = out.shape[0] // tile.rows, -(-K // (tile.groups * self.spec.group_size))
@@ -251,7 +251,7 @@ class Fused:
         return Blocks.fields(name, shape, spec, offset)
 
     @staticmethod
-    def store(matrix: QuantisedTensor, memory: Mapping[str, Tensor]) -> None:
+    def store(matrix: QuantizedTensor, memory: Mapping[str, Tensor]) -> None:
         Blocks.store(matrix, memory)
 
 
@@ -278,7 +278,7 @@ def gate_up(x: Tensor, pool: Tensor, slots: Tensor, form: ExpertForm) -> Tensor:
     x [1, D]; pool [S, blob bytes] uint8, whose rows are multiples of 16 bytes; slots [A] of any integer
     dtype, on x's device. Rounded where separate operations would round: w1 x, w3 x, silu, and the product.
     """
-    from model.quant.backends import triton_kernels
+    from model.kernels import matrix_kernels as triton_kernels
 
     D, F, (A,) = form.hidden, form.ffn, slots.shape
     check(x, (1, D), pool, form)
@@ -303,7 +303,7 @@ def down(
     each sum, in ascending order of id. Without ids, slots take their place: where slots lie in the order of
     ids.
     """
-    from model.quant.backends import triton_kernels
+    from model.kernels import matrix_kernels as triton_kernels
 
     D, F, (A,) = form.hidden, form.ffn, slots.shape
     check(h, (A, F), pool, form)

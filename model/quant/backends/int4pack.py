@@ -23,9 +23,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.quant.layout import Field
 from model.quant.spec import QuantSpec
-from model.quant.tensor import QuantisedTensor
+from model.quant.streams import Field
+from model.quant.tensor import QuantizedTensor
 from model.rows import filled_up, in_pieces
 
 KERNEL_GROUPS = (32, 64, 128, 256)
@@ -111,7 +111,7 @@ class Int4Pack:
         return [nibbles, Field(f"{name}.pairs", torch.bfloat16, pairs, nibbles.end)]
 
     @staticmethod
-    def store(matrix: QuantisedTensor, memory: Mapping[str, Tensor]) -> None:
+    def store(matrix: QuantizedTensor, memory: Mapping[str, Tensor]) -> None:
         spec, codes = matrix.spec, matrix.unpack()
         scales, zeros = matrix.group_scales(), matrix.group_zeros()  # [N, J]
         repeats = max(spec.group_size // KERNEL_GROUPS[-1], 1)
@@ -144,7 +144,7 @@ def unsupported(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> 
         inputs = kernel_group(spec)
         return f"takes rows in multiples of {ROWS} and inputs of {inputs}, not {N} x {K}; {SIXTEEN}"
     if spec.bits == 8 and spec.group_size < KERNEL_GROUPS[0]:
-        return f"takes 8 bits in groups of 32 or more, not {spec.group_size}; quantise them to 8g32"
+        return f"takes 8 bits in groups of 32 or more, not {spec.group_size}; quantize them to 8g32"
     return None
 
 

@@ -22,9 +22,9 @@ from model.checkpoint.safetensors import read_header
 from model.checkpoint.writer import Writer
 from model.config import ModelConfig, to_hf
 from model.errors import ModelError
-from model.quant.layout import expert_fields, model_fields
 from model.quant.size import model_size
 from model.quant.spec import QuantSpec
+from model.quant.streams import expert_fields, model_fields
 from tests.model.checkpoint.conftest import TINY, random_model, read_all
 
 SMALL = ModelConfig(
@@ -228,7 +228,7 @@ def test_a_configuration_of_another_size(native: Path, monkeypatch: pytest.Monke
     )
 
 
-def test_quantised_and_plain_are_not_taken_for_one_another(native: Path, hf: Path) -> None:
+def test_quantized_and_plain_are_not_taken_for_one_another(native: Path, hf: Path) -> None:
     assert read_format(hf) is None and read_format(native) is not None
     edit(native, lambda config: config.pop("quantization_config"))
     assert "quantized by tools.quantize, and config.json does not say so" in refusal(native)

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from model.checkpoint import layout, open_checkpoint, save_hf
+from model.checkpoint import open_checkpoint, save_hf
+from model.checkpoint import pieces as layout
 from model.checkpoint.names import SPELLINGS, stored_tensors
 from model.errors import ModelError
 from model.mixtral import Mixtral

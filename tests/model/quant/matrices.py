@@ -1,4 +1,4 @@
-"""Random quantised matrices, and what products with them are held to. For tests that run where PyTorch and
+"""Random quantized matrices, and what products with them are held to. For tests that run where PyTorch and
 pytest are all there is."""
 
 import torch
@@ -6,10 +6,10 @@ from torch import Tensor
 
 from model.quant.packing import pack
 from model.quant.spec import QuantSpec
-from model.quant.tensor import QuantisedTensor
+from model.quant.tensor import QuantizedTensor
 
 
-def random_tensor(spec: QuantSpec, N: int, groups: int, seed: int = 0) -> tuple[QuantisedTensor, Tensor]:
+def random_tensor(spec: QuantSpec, N: int, groups: int, seed: int = 0) -> tuple[QuantizedTensor, Tensor]:
     """Streams of random bytes, and the codes that they were packed from."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -23,24 +23,24 @@ def random_tensor(spec: QuantSpec, N: int, groups: int, seed: int = 0) -> tuple[
     numbers = torch.zeros(-(-steps // 4) * 4)
     numbers[:steps] = torch.rand(steps, generator=generator)
     return (
-        QuantisedTensor(
+        QuantizedTensor(
             spec, (N, codes.shape[1]), low, high, draw(256, N, groups), draw(256, N, groups), numbers
         ),
         codes,
     )
 
 
-def make_matrix(spec: QuantSpec, N: int, K: int, seed: int = 0) -> QuantisedTensor:
+def make_matrix(spec: QuantSpec, N: int, K: int, seed: int = 0) -> QuantizedTensor:
     """Random codes, zeros and scales, of weights that add up to numbers within float16's range."""
     matrix, _ = random_tensor(spec, N, K // spec.group_size, seed)
     steps = matrix.steps / (100 * 2**spec.bits)
-    return QuantisedTensor.of(spec, (N, K), matrix.streams() | {"steps": steps})
+    return QuantizedTensor.of(spec, (N, K), matrix.streams() | {"steps": steps})
 
 
-def check(y: Tensor, x: Tensor, matrix: QuantisedTensor, tolerance: float) -> None:
+def check(y: Tensor, x: Tensor, matrix: QuantizedTensor, tolerance: float) -> None:
     """Every element within `tolerance` of what it would be, were all its terms of one sign."""
     assert y.shape == (x.shape[0], matrix.shape[0]) and y.dtype == x.dtype
-    W = matrix.dequantise().double()
+    W = matrix.dequantize().double()
     terms = x.double().abs() @ W.abs().T
     error = (y.double() - x.double() @ W.T).abs()
     assert bool((error <= tolerance * terms).all()), (error / terms).nan_to_num().max()

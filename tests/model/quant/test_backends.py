@@ -1,4 +1,4 @@
-"""Every way to multiply a quantised matrix, against its dequantised weights in float64."""
+"""Every way to multiply a quantized matrix, against its dequantized weights in float64."""
 
 import itertools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from model.quant.backends import Backend, blocks, int4pack
 from model.quant.backends.blocks import Blocks
 from model.quant.backends.int4pack import Int4Pack, Workspace, kernel_block, pack_in_blocks
 from model.quant.spec import QuantSpec
-from model.quant.tensor import QuantisedTensor
+from model.quant.tensor import QuantizedTensor
 from tests.model.quant.matrices import check, make_matrix
 
 WIDTHS, GROUPS = (8, 4, 3, 2), (16, 32, 64, 128, 256, 512)
@@ -27,7 +27,7 @@ B = TypeVar("B", bound=Backend)
 fast = pytest.mark.skipif(kernel_block() == 0, reason="PyTorch has no int4 kernel for this CPU")
 
 
-def bind(backend: type[B], matrix: QuantisedTensor) -> B:
+def bind(backend: type[B], matrix: QuantizedTensor) -> B:
     fields = backend.fields("", matrix.shape, matrix.spec)
     memory = torch.full((fields[-1].end,), 0xA5, dtype=torch.uint8)  # not what it should be
     tensors = {field.name.lstrip("."): field.view(memory) for field in fields}
@@ -38,7 +38,7 @@ def bind(backend: type[B], matrix: QuantisedTensor) -> B:
 
 @fast
 @pytest.mark.parametrize("spec", FAST, ids=str)
-def test_int4pack_against_dequantised(spec: QuantSpec) -> None:
+def test_int4pack_against_dequantized(spec: QuantSpec) -> None:
     smallest = max(spec.group_size, 32)
     for N, K in (
         (64, smallest),
@@ -66,12 +66,12 @@ def test_few_rows_and_many_multiply_with_the_same_weights(spec: QuantSpec) -> No
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.group_size in (16, 64, 256)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_blocks_multiply_with_the_dequantised_weights(
+def test_blocks_multiply_with_the_dequantized_weights(
     spec: QuantSpec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     N, K = 80, 2 * spec.group_size
     matrix = make_matrix(spec, N, K)
-    product, W = bind(Blocks, matrix), matrix.dequantise(dtype)
+    product, W = bind(Blocks, matrix), matrix.dequantize(dtype)
     monkeypatch.setattr(blocks, "CPU_BLOCK", 33 * K)  # three blocks, the last one short
     assert torch.equal(product(torch.eye(K).to(dtype)).T, W)
     for M in (0, 1, 7, 200):

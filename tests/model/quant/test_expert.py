@@ -1,4 +1,4 @@
-"""Experts as runs of bytes, against the module with parameters and against dequantised weights."""
+"""Experts as runs of bytes, against the module with parameters and against dequantized weights."""
 
 import itertools
 from dataclasses import replace
@@ -13,7 +13,7 @@ from model.quant.backends import int4pack
 from model.quant.backends.blocks import Blocks
 from model.quant.backends.int4pack import Int4Pack, kernel_block
 from model.quant.expert import BlobExperts, ExpertFormat, views
-from model.quant.solve import quantise
+from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
 
 CPU = torch.device("cpu")
@@ -31,11 +31,11 @@ def make_stored(form: ExpertFormat, seed: int) -> tuple[Tensor, dict[str, Tensor
     for name, (N, K) in form.shapes.items():
         weight = torch.randn(N, K, generator=generator) / K**0.5
         memory = views(form.stored, name, stored)
-        if form.spec.quantised:
-            matrix, _ = quantise(weight, form.spec)
+        if form.spec.quantized:
+            matrix, _ = quantize(weight, form.spec)
             for stream, tensor in matrix.streams().items():
                 memory[stream].copy_(tensor)
-            matrices[name] = matrix.dequantise().double()
+            matrices[name] = matrix.dequantize().double()
         else:
             memory["weight"].copy_(weight)
             matrices[name] = memory["weight"].double()
@@ -49,7 +49,7 @@ def reference(x: Tensor, matrices: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_every_width_against_dequantised_weights(spec: QuantSpec, dtype: torch.dtype) -> None:
+def test_every_width_against_dequantized_weights(spec: QuantSpec, dtype: torch.dtype) -> None:
     form = ExpertFormat.choose(CONFIG, spec, dtype, CPU)
     blob = torch.full((form.blob_bytes,), 0x5A, dtype=torch.uint8)
     expert = form.bind(blob)

@@ -61,7 +61,7 @@ def test_any_text_is_a_format_or_a_model_error(text: str) -> None:
         ("2g8", "group size 8 is not a power of two"),
         ("4g8192", "group size 8192 is not"),
         ("4m100", "number of scales per step 100 is not"),
-        ("16g64", "16 bits are not quantised and have no groups; write 16 alone"),
+        ("16g64", "16 bits are not quantized and have no groups; write 16 alone"),
     ],
 )
 def test_refused(text: str, message: str) -> None:
@@ -77,7 +77,7 @@ def test_refused(text: str, message: str) -> None:
         ("4", (32, 40), "layers.0.w2: 40 inputs do not divide into groups of 64; leave it at 16 bits"),
         ("2g128", (32, 4096 + 64), "layers.0.w2: 4160 inputs do not divide into groups of 128; use 2g64"),
         ("2", (24, 64), "layers.0.w2: 24 rows are not a multiple of 16; leave it at 16 bits"),
-        ("2", (64,), "layers.0.w2: shape [64] is not a matrix, and only matrices are quantised"),
+        ("2", (64,), "layers.0.w2: shape [64] is not a matrix, and only matrices are quantized"),
         ("2", (0, 64), "layers.0.w2: shape [0, 64] is not a matrix"),
     ],
 )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.quant.spec import QuantSpec
-from model.quant.tensor import QuantisedTensor
+from model.quant.tensor import QuantizedTensor
 from tests.model.quant.matrices import random_tensor
 
 WIDTHS = (8, 4, 3, 2)
@@ -19,13 +19,13 @@ WIDTHS = (8, 4, 3, 2)
     st.integers(1, 3), st.integers(1, 3), st.integers(0, 1 << 30),
 )  # fmt: skip
 @settings(deadline=None, max_examples=40)
-def test_dequantised_one_weight_at_a_time(
+def test_dequantized_one_weight_at_a_time(
     bits: int, group: int, meta: int, rows: int, groups: int, seed: int
 ) -> None:
     spec = QuantSpec(bits, group, meta)
     tensor, codes = random_tensor(spec, 16 * rows, groups, seed)
     assert torch.equal(tensor.unpack(), codes)
-    values, (N, K) = tensor.dequantise(), tensor.shape
+    values, (N, K) = tensor.dequantize(), tensor.shape
     pick = torch.randint(N * K, (50,), generator=torch.Generator().manual_seed(seed))
     for i, j in ((int(p) // K, int(p) % K) for p in pick):
         g = j // group
@@ -46,23 +46,23 @@ def test_code_less_zero_is_exact_in_16_bits(bits: int, dtype: torch.dtype) -> No
 
 def test_rounded_once_to_the_dtype_asked_for() -> None:
     tensor, _ = random_tensor(QuantSpec(4), 16, 2)
-    assert torch.equal(tensor.dequantise(torch.bfloat16), tensor.dequantise().to(torch.bfloat16))
+    assert torch.equal(tensor.dequantize(torch.bfloat16), tensor.dequantize().to(torch.bfloat16))
 
 
 def test_streams_there_and_back() -> None:
     for bits in WIDTHS:
         tensor, _ = random_tensor(QuantSpec(bits), 32, 2)
-        again = QuantisedTensor.of(tensor.spec, tensor.shape, tensor.streams())
+        again = QuantizedTensor.of(tensor.spec, tensor.shape, tensor.streams())
         assert list(again.streams()) == list(tensor.streams())
-        assert torch.equal(again.dequantise(), tensor.dequantise())
+        assert torch.equal(again.dequantize(), tensor.dequantize())
 
 
 def test_streams_of_another_shape_are_not_taken() -> None:
     tensor, _ = random_tensor(QuantSpec(4), 32, 2)
     with pytest.raises(AssertionError):
-        QuantisedTensor.of(QuantSpec(4), tensor.shape, tensor.streams() | {"steps": torch.zeros(8)})
+        QuantizedTensor.of(QuantSpec(4), tensor.shape, tensor.streams() | {"steps": torch.zeros(8)})
     with pytest.raises(AssertionError):
-        QuantisedTensor.of(QuantSpec(3), tensor.shape, tensor.streams())
+        QuantizedTensor.of(QuantSpec(3), tensor.shape, tensor.streams())
 
 
 def test_the_worked_example_of_the_documentation() -> None:
@@ -70,8 +70,8 @@ def test_the_worked_example_of_the_documentation() -> None:
     packed = torch.tensor([[0xE4, 0x24, 0x64, 0xFF]] * 16, dtype=torch.uint8)
     scales, zeros = (torch.full((16, 1), byte, dtype=torch.uint8) for byte in (150, 96))
     steps = torch.tensor([0.0002, 0, 0, 0])
-    tensor = QuantisedTensor(QuantSpec(2), (16, 16), packed, None, scales, zeros, steps)
+    tensor = QuantizedTensor(QuantSpec(2), (16, 16), packed, None, scales, zeros, steps)
     assert tensor.unpack()[0].tolist() == [0, 0, 0, 3, 1, 1, 1, 3, 2, 2, 2, 3, 3, 0, 1, 3]
     weights = [-0.045, -0.045, -0.045, 0.045, -0.015, -0.015, -0.015, 0.045]
     weights += [0.015, 0.015, 0.015, 0.045, 0.045, -0.045, -0.015, 0.045]
-    assert tensor.dequantise()[0].tolist() == pytest.approx(weights)
+    assert tensor.dequantize()[0].tolist() == pytest.approx(weights)

@@ -24,7 +24,7 @@ from runtime.experts.lookahead import Lookahead
 from runtime.experts.policy import make_policy
 from runtime.experts.slots import SlotTable, Spares
 from runtime.experts.trace import Event
-from tests.quantised import quantise_folder
+from tests.quantized import quantize_folder
 
 CPU = torch.device("cpu")
 DTYPES = ("float32", "bfloat16")
@@ -178,18 +178,18 @@ def rigs(
             plain.append(variant(hidden=64, ffn=64, layers=3, experts=8, context=384))
         return plain[0]
 
-    def quantised(source: Path, bits: int) -> Path:
+    def quantized(source: Path, bits: int) -> Path:
         if bits == 16:
             return source
         key = (source, bits)
         if key not in folders:
-            folders[key] = quantise_folder(source, folder / f"{len(folders)}", str(bits))
+            folders[key] = quantize_folder(source, folder / f"{len(folders)}", str(bits))
         return folders[key]
 
     def make(bits: int = 16, dtype: str = "float32", source: Path | None = None) -> Rig:
         key = (source, bits, dtype)
         if key not in made:
-            made[key] = Rig(quantised(source or random_model(), bits), dtype)
+            made[key] = Rig(quantized(source or random_model(), bits), dtype)
         return made[key]
 
     yield make

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import streams
 from runtime.experts import cuda_link
 from runtime.experts.copying import CopyEngine, TransferError
 from runtime.experts.cuda_link import PIECE, CudaLink
-from runtime.streams import Streams
+from runtime.gpu import streams
+from runtime.gpu.streams import Streams
 
 
 class Cuda:

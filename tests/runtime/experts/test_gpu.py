@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime import Engine, EngineOptions, SamplingParams, memory
+from runtime import Engine, EngineOptions, SamplingParams
 from runtime.experts import arena as arena_module
 from runtime.experts.arena import Arena
 from runtime.experts.copying import CopyEngine
 from runtime.experts.cuda_link import PIECE, CudaLink
-from tests.quantised import quantise_folder
+from runtime.planning import memory
+from tests.quantized import quantize_folder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,21 +76,21 @@ def limited() -> Iterator[Callable[[int], int]]:
 
 
 @pytest.fixture(scope="module")
-def quantised(variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quantized(variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in 4 bits whose experts are most of it."""
     plain = variant(
         hidden=1024, ffn=1792, layers=4, experts=8, heads=8, kv_heads=2, head_dim=128, context=8192
     )
-    return quantise_folder(plain, tmp_path_factory.mktemp("quantised") / "4", "4")
+    return quantize_folder(plain, tmp_path_factory.mktemp("quantized") / "4", "4")
 
 
-def test_the_plan_is_kept_under_a_hard_limit(limited: Callable[[int], int], quantised: Path) -> None:
+def test_the_plan_is_kept_under_a_hard_limit(limited: Callable[[int], int], quantized: Path) -> None:
     """Slots fill the budget, and PyTorch gets not a byte more than what is planned for it; nor takes much
     less. The driver's share, which PyTorch does not see, is what the plan says or less."""
     vram = memory.overhead_bytes(GPU, torch.cuda.get_device_capability(GPU)) + (720 << 20)
     before = limited(vram - memory.driver_bytes(GPU, memory.context_bytes(GPU)))
     options = EngineOptions(device="cuda:0", vram=str(vram), dtype="bfloat16", context=8192)
-    with Engine.load(quantised, options) as engine:
+    with Engine.load(quantized, options) as engine:
         plan = engine.plan
         assert not plan.resident and plan.device_total <= vram < plan.device_total + plan.blob
         prompt = torch.randint(3, 400, (5000,)).tolist()
@@ -105,12 +106,12 @@ def test_the_plan_is_kept_under_a_hard_limit(limited: Callable[[int], int], quan
         assert outside <= plan.driver, "or another process is there"
 
 
-def test_a_closed_engine_gives_back_what_it_took(quantised: Path) -> None:
+def test_a_closed_engine_gives_back_what_it_took(quantized: Path) -> None:
     options = EngineOptions(device="cuda:0", vram="1GiB", offload="always", slots=3)
     params = SamplingParams(max_new_tokens=4, temperature=0, ignore_eos=True)
     plans, free = [], []
     for _ in range(3):
-        with Engine.load(quantised, options) as engine:
+        with Engine.load(quantized, options) as engine:
             plans.append(engine.plan)
             assert len(list(engine.generate([1, 2, 3], params))) == 4
         free.append(memory.free_device_bytes(GPU) or 0)

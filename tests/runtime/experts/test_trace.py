@@ -26,7 +26,7 @@ from runtime.experts.trace import (
     UsedGuess,
     WastedGuess,
 )
-from tools.traces.read import read_trace
+from tools.trace.read import read_trace
 
 HEADER = Header(
     layers=3,

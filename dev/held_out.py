@@ -1,0 +1,62 @@
+"""How well a model predicts text it has never seen, in bits per byte of the text.
+
+    python -m dev.held_out [MODEL]
+
+Judges a model (default: the demo) on the standard library files that the demo was not trained on, and
+compresses the same files with xz -9 for comparison. The files are those of the Python that runs this: another
+version's held-out files are not all unseen.
+"""
+
+import argparse
+import lzma
+import math
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from dev.balance import Balance
+from dev.corpus import standard_library
+from model.mixtral import Mixtral
+from runtime import Engine, EngineOptions, MixtralError
+from runtime.engine import DEMO
+from tools.perplexity import negative_log_likelihood
+
+
+class Encoder(Protocol):
+    """What turns text into ids: our tokenizer, or sentencepiece's own."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def judge(model: Mixtral, balance: Balance, encoder: Encoder, texts: list[str]) -> str:
+    """Bits per byte of texts, each behind a begin id, and how evenly they use the experts."""
+    balance.busiest()
+    window = model.config.context
+    ids = [encoder.encode(text) for text in texts]
+    ids = [i if i[:1] == [model.config.bos_id] else [model.config.bos_id, *i] for i in ids]
+    nats = sum(negative_log_likelihood(model, i, window, window // 2) for i in ids)
+    bits = nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    return f"{bits:.4f} bits per byte, busiest expert {balance.busiest():.2f} times the mean"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, nargs="?", default=DEMO)
+    args = parser.parse_args(argv)
+    corpus = standard_library()
+    data = corpus.held_out_bytes
+    print(f"{len(corpus.held_out)} files, {len(data):,} bytes, Python {sys.version.split()[0]}")
+    print(f"xz -9    {len(lzma.compress(data, preset=9)) * 8 / len(data):.4f} bits per byte", flush=True)
+    try:
+        engine = Engine.load(args.model, EngineOptions(dtype="float32"))
+    except MixtralError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"model    {judge(engine.model, Balance(engine.model), engine.tokenizer, corpus.held_out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""Size against quality: a model in many formats, and how well it predicts text it has never seen in each.
+
+Every combination of formats is written by `tools.quantize` into a temporary folder, loaded from there, and
+judged in float32, so that only the weights differ. The text is what the demo was not trained on of Python's
+standard library (see dev.corpus). Sizes are of the tensors as stored.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dev.corpus import standard_library
+from model.checkpoint import open_checkpoint
+from model.errors import ModelError
+from model.quant.spec import QuantSpec
+from runtime.engine import DEMO, Engine
+from runtime.errors import MixtralError, OptionError
+from runtime.options import EngineOptions
+from runtime.process.threads import choose_threads
+from tools.bench.load import at_least_one
+from tools.perplexity import Score, score
+from tools.quantize import command as quantize
+
+WIDTHS = ("16", "4", "3", "2")
+EXPERTS = ("8", "4", "4g128", "3", "3g128", "2", "2g32", "2g64")  # with attention at 4
+COLOURS = {16: "#1b1b1b", 8: "#7f4fa8", 4: "#1f6fb4", 3: "#d9730d", 2: "#b3282d"}  # by bits of attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Formats:
+    """Of the attention's weights and of the experts', written `4/3g128`.
+
+    >>> str(Formats.parse("4g64/3g128"))
+    '4/3g128'
+    """
+
+    attention: QuantSpec
+    experts: QuantSpec
+
+    @staticmethod
+    def parse(text: str) -> "Formats":
+        attention, slash, experts = text.partition("/")
+        if not slash:
+            raise ModelError(f"{text!r} is not a pair of formats: write attention/experts, as in 4/3g128")
+        return Formats(QuantSpec.parse(attention), QuantSpec.parse(experts))
+
+    def __str__(self) -> str:
+        return f"{self.attention}/{self.experts}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One combination: bytes of its tensors, and what it predicted."""
+
+    formats: Formats
+    bytes: int
+    score: Score
+
+    def better(self, other: "Result") -> bool:
+        """No larger and no worse than another, and one of the two less."""
+        mine, others = (self.bytes, self.score.perplexity), (other.bytes, other.score.perplexity)
+        return mine != others and mine[0] <= others[0] and mine[1] <= others[1]
+
+    def as_dict(self) -> dict[str, Any]:
+        formats = {"attention": str(self.formats.attention), "experts": str(self.formats.experts)}
+        return formats | {"bytes": self.bytes, "score": self.score.as_dict()}
+
+
+def all_formats() -> list[Formats]:
+    """What is measured if nothing else is asked for: every pair of widths, then more formats of experts.
+
+    >>> [str(formats) for formats in all_formats()][14:]
+    ['2/3', '2/2', '4/8', '4/4g128', '4/3g128', '4/2g32', '4/2g64']
+    """
+    pairs = [*itertools.product(WIDTHS, WIDTHS), *(("4", experts) for experts in EXPERTS)]
+    return list(dict.fromkeys(Formats.parse("/".join(pair)) for pair in pairs))
+
+
+def frontier(results: Iterable[Result]) -> list[Result]:
+    """Those that no other is better than, smallest first: what there is reason to choose.
+
+    >>> def result(formats, size, nats):
+    ...     return Result(Formats.parse(formats), size, Score(nats, tokens=1, bytes=1))
+    >>> results = [result("4/4", 50, 1.1), result("4/2", 30, 1.9), result("3/4", 51, 1.2)]
+    >>> [str(one.formats) for one in frontier(results)]
+    ['4/2', '4/4']
+    """
+    results = list(results)
+    best = [one for one in results if not any(other.better(one) for other in results)]
+    return sorted(best, key=lambda one: one.bytes)
+
+
+def table(results: Sequence[Result], base: Result | None, best: Sequence[Result]) -> str:
+    """Markdown, a row for each result in the order given. Against `base`, if there is one: percent of its
+    size, and how much higher the perplexity is. Those among `best` are in bold.
+
+    >>> whole = Result(Formats.parse("16/16"), 20_000_000, Score(nats=2.0, tokens=1, bytes=1))
+    >>> small = Result(Formats.parse("4/2g32"), 5_000_000, Score(nats=2.1, tokens=1, bytes=1))
+    >>> print(table([whole, small], whole, [small]))
+    | attention | experts | bits per expert weight | MB | of 16/16 | perplexity | over 16/16 | bits per byte |
+    |---|---|---|---|---|---|---|---|
+    | 16 | 16 | 16.00 | 20.00 | 100.0 % | 7.389 | +0.0 % | 2.8854 |
+    | **4** | **2g32** | 2.51 | 5.00 | 25.0 % | 8.166 | +10.5 % | 3.0297 |
+    """
+    names = ("attention", "experts", "bits per expert weight", "MB", "of 16/16", "perplexity", "over 16/16",
+             "bits per byte")  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for one in results:
+        bold = "**" if one in best else ""
+        size, over = "-", "-"
+        if base:
+            size = f"{one.bytes / base.bytes:.1%}".replace("%", " %")
+            over = f"{one.score.perplexity / base.score.perplexity - 1:+.1%}".replace("%", " %")
+        row = (
+            f"{bold}{one.formats.attention}{bold}", f"{bold}{one.formats.experts}{bold}",
+            f"{one.formats.experts.bits_per_weight:.2f}", f"{one.bytes / 1e6:.2f}", size,
+            f"{one.score.perplexity:.3f}", over, f"{one.score.bits_per_byte:.4f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """Every pair of widths, then all formats of experts with attention at 4 bits, as far as measured."""
+    base = next((one for one in results if str(one.formats) == "16/16"), None)
+    best = frontier(results)
+    pairs = [
+        one for one in results if {str(one.formats.attention), str(one.formats.experts)}.issubset(WIDTHS)
+    ]
+    others = sorted(
+        (one for one in results if str(one.formats.attention) == "4" and one.formats.experts.quantized),
+        key=lambda one: -one.bytes,
+    )
+    tables = [table(pairs, base, best)] if pairs else []
+    if set(others) - set(pairs):
+        tables.append(table(others, base, best))
+    rest = [one for one in results if one not in pairs and one not in others]
+    if rest:
+        tables.append(table(rest, base, best))
+    return "\n\n".join([*tables, "In bold: no other measured here is both as small and as good."])
+
+
+def plot(results: Sequence[Result], file: Path) -> None:
+    """Size against perplexity: a dot for each result in its attention's colour, and below and left of the
+    frontier's steps nothing."""
+    pyplot, ticker = import_matplotlib()
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    best = frontier(results)
+    axes.step(*coordinates(best), where="post", color="#b0b0b0", linewidth=1.2, zorder=1)
+    for bits, colour in COLOURS.items():
+        group = [one for one in results if one.formats.attention.bits == bits]
+        if group:
+            axes.scatter(*coordinates(group), s=26, color=colour, label=f"attention at {bits} bits", zorder=2)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.margins(0.1)
+    axes.set_xlabel("size of the tensors, MB")
+    axes.set_ylabel("held-out perplexity per token")
+    axes.set_title("Formats of attention/experts; in bold, those on the size-quality frontier", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    label(axes, best, results)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def label(axes: Any, best: Sequence[Result], results: Sequence[Result]) -> None:
+    """Write each dot's formats beside it, at whichever corner hides the least of dots and earlier labels.
+    Those on the frontier come first, and rather go below."""
+    points = axes.transData.transform(list(zip(*coordinates(results), strict=True)))  # pixels
+    boxes: list[Any] = []
+    for one in [*best, *(one for one in results if one not in best)]:
+        ((x,), (y,)), colour = coordinates([one]), COLOURS[one.formats.attention.bits]
+        weight = "bold" if one in best else "normal"
+        text = axes.annotate(
+            str(one.formats), (x, y), (0, 0), textcoords="offset points",
+            fontsize=8, color=colour, fontweight=weight,
+        )  # fmt: skip
+        corners = [("right", "top"), ("left", "top"), ("right", "bottom"), ("left", "bottom")]
+        costs: list[tuple[int, int, str, str]] = []  # what is hidden, the order of preference
+        for h, v in corners if one in best else reversed(corners):
+            move(text, h, v)
+            box = text.get_window_extent()
+            hidden = box.count_overlaps(boxes) + box.count_contains(points)
+            costs.append((hidden, len(costs), h, v))
+        _, _, h, v = min(costs)
+        move(text, h, v)
+        boxes.append(text.get_window_extent())
+
+
+def move(text: Any, horizontal: str, vertical: str) -> None:
+    """Put an annotation to the left of its dot ("right"-aligned) or to the right, above or below."""
+    text.set(ha=horizontal, va=vertical)
+    text.xyann = (-4 if horizontal == "right" else 4, -4 if vertical == "top" else 4)
+
+
+def coordinates(results: Sequence[Result]) -> tuple[list[float], list[float]]:
+    return [one.bytes / 1e6 for one in results], [one.score.perplexity for one in results]
+
+
+def import_matplotlib() -> tuple[Any, Any]:
+    """Its pyplot, drawing to files alone, and its ticker. Raises `OptionError` if it is not installed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise OptionError("--plot needs matplotlib; install it, or this package as .[plot]") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot, ticker
+
+    return pyplot, ticker
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", type=Path, nargs="?", default=DEMO, help="checkpoint folder to quantize (default: the demo)"
+    )
+    parser.add_argument(
+        "--formats", nargs="+", metavar="A/E", help="formats of attention and experts (default: 21 pairs)"
+    )
+    parser.add_argument("--threads", type=at_least_one, metavar="N", help="(default: as an engine has)")
+    parser.add_argument("--bytes", type=int, metavar="N", help="of the text, the first N (default: all)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw size against perplexity")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to a file as well")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure all, with a line for each on stderr. Writes the plot and the tables if asked."""
+    wanted = [Formats.parse(text) for text in args.formats] if args.formats else all_formats()
+    if args.bytes is not None and args.bytes < 1:
+        raise OptionError(f"--bytes is {args.bytes}, and must be at least 1")
+    if args.plot:
+        import_matplotlib()  # now rather than when all is measured
+    held_out = [text for text in standard_library().held_out if text]  # of an empty file nothing is predicted
+    texts = first_bytes(held_out, args.bytes)
+    results = measure(args.model, wanted, texts)
+    tables = markdown(results)
+    if args.markdown:
+        args.markdown.write_text(tables + "\n")
+    if args.plot:
+        plot(results, args.plot)
+    return {
+        "checkpoint": str(args.model),
+        "text_bytes": sum(len(text.encode()) for text in texts),
+        "results": [one.as_dict() for one in results],
+        "frontier": [str(one.formats) for one in frontier(results)],
+        "tables": tables,
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The tables, ready for a document, and what they were measured on."""
+    seconds = sum(result["score"]["seconds"] for result in report["results"])
+    return (
+        f"{report['tables']}\n\n{report['checkpoint']} on {report['text_bytes']:,} bytes of text in float32, "
+        f"{seconds:,.0f} s on {report['machine']['cpu']}, torch {report['machine']['torch']}"
+    )
+
+
+def first_bytes(texts: Sequence[str], limit: int | None) -> list[str]:
+    """Texts up to so many bytes of UTF-8 in all; the last is cut, between characters.
+
+    >>> first_bytes(["one", "tw\u00f6", "three"], 6), first_bytes(["one"], None)
+    (['one', 'tw'], ['one'])
+    """
+    if limit is None:
+        return list(texts)
+    taken = []
+    for text in texts:
+        cut = text.encode()[:limit]
+        limit -= len(cut)
+        if part := cut.decode(errors="ignore"):
+            taken.append(part)
+    return taken
+
+
+def measure(source: Path, wanted: Sequence[Formats], texts: Sequence[str]) -> list[Result]:
+    """Each combination written, loaded and judged, one after the other: on the disk is one at a time."""
+    results = []
+    for number, formats in enumerate(wanted, start=1):
+        with tempfile.TemporaryDirectory(prefix="quality-") as folder:
+            out = Path(folder) / "quantized"
+            write(source, out, formats)
+            results.append(judge(out, formats, texts))
+        size, total = results[-1].bytes / 1e6, results[-1].score
+        print(
+            f"{number} of {len(wanted)}: {formats}, {size:.2f} MB, perplexity {total.perplexity:.4f}, "
+            f"{total.bits_per_byte:.4f} bits per byte, {total.seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    return results
+
+
+def write(source: Path, out: Path, formats: Formats) -> None:
+    """Quantize, as the command does. Raises `MixtralError` behind the line in which it says why it cannot."""
+    widths = ["--attention", str(formats.attention), "--experts", str(formats.experts)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = quantize.main([str(source), str(out), *widths, "--quiet"])
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        raise MixtralError(f"{source} cannot be quantized to {formats}; leave that out of --formats")
+
+
+def judge(folder: Path, formats: Formats, texts: Iterable[str]) -> Result:
+    """How well the checkpoint predicts texts, each behind a begin id, half a context or more in view."""
+    with Engine.load(folder, EngineOptions(dtype="float32", threads=choose_threads())) as engine:
+        window = engine.plan.context
+        scores = [score(engine, text, window, window // 2) for text in texts]
+    return Result(formats, open_checkpoint(folder).bytes, sum(scores, Score()))

@@ -1,0 +1,111 @@
+"""Write a Mixtral checkpoint of a given size, with random weights: to measure with, not to read.
+
+    python -m dev.random_checkpoint OUT --bytes 2GB
+    python -m dev.random_checkpoint OUT --layers 4 --hidden 4096 --ffn 14336 --heads 32 --kv-heads 8
+
+Weights are normal with the usual widths, so activations stay finite and routers have preferences. They are
+cut from one pool of random numbers at changing places: writing is as fast as the disk, and memory is that of
+one tensor.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.checkpoint.names import HF, StoredTensor, stored_tensors
+from model.checkpoint.save import write_hf
+from model.config import ModelConfig
+from model.errors import ModelError
+from runtime.engine import DEMO
+from runtime.errors import MixtralError
+from runtime.units import parse_bytes
+from tools.quantize.output import copy
+
+SMALL = ModelConfig(  # a quarter of Mixtral-8x7B's width, in its proportions
+    vocab=32000, hidden=1024, layers=1, heads=8, kv_heads=2, head_dim=128, ffn=3584, experts=8,
+    experts_per_token=2, context=4096, rope_theta=1e6, norm_eps=1e-5,
+)  # fmt: skip
+POOL = (1 << 22) + 1  # elements
+DEMO_TOKENIZER = DEMO / "tokenizer.model"
+
+
+def stored_bytes(config: ModelConfig) -> int:
+    """Size of the weights in bfloat16."""
+    return sum(2 * math.prod(stored.shape) for stored in stored_tensors(HF, config).values())
+
+
+def shape_of_size(size: int) -> ModelConfig:
+    """As many layers of `SMALL` as come closest to `size` bytes; for sizes below that, narrower ones.
+
+    >>> shape_of_size(2_000_000_000).layers, round(stored_bytes(shape_of_size(2_000_000_000)) / 1e9, 2)
+    (10, 1.95)
+    >>> tiny = shape_of_size(1_000_000); tiny.hidden, tiny.head_dim
+    (64, 64)
+    """
+    shape = dataclasses.replace(SMALL, context=1024)
+    while size < 2 * stored_bytes(shape) and shape.hidden > 64:
+        hidden = shape.hidden // 2
+        shape = dataclasses.replace(
+            shape, hidden=hidden, ffn=hidden * 7 // 2, vocab=max(shape.vocab // 2, 2048), head_dim=64,
+            heads=max(hidden // 64, 1), kv_heads=max(hidden // 256, 1),
+        )  # fmt: skip
+    per_layer = stored_bytes(dataclasses.replace(shape, layers=2)) - stored_bytes(shape)
+    layers = round((size - stored_bytes(shape)) / per_layer) + 1
+    return dataclasses.replace(shape, layers=max(layers, 1))
+
+
+def random_checkpoint(config: ModelConfig, folder: Path, seed: int = 0) -> None:
+    """Write it to `folder`, in bfloat16, with the demo's tokenizer if there is one."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.randn(POOL, generator=generator)
+    scaled: dict[int, Tensor] = {}  # by fan-in: a few widths occur
+
+    def values(name: str, stored: StoredTensor) -> Tensor:
+        if len(stored.shape) == 1:
+            return torch.ones(stored.shape)
+        fan_in = stored.shape[1]
+        if fan_in not in scaled:
+            scaled[fan_in] = (pool / math.sqrt(fan_in)).bfloat16()
+        start = int(torch.randint(POOL, (1,), generator=generator))
+        size = math.prod(stored.shape)
+        repeats = (start + size) // POOL + 1
+        source = scaled[fan_in]
+        return torch.cat([source[start:], *[source] * repeats])[:size].view(stored.shape)
+
+    write_hf(config, folder, values)
+    if DEMO_TOKENIZER.is_file():
+        copy(DEMO_TOKENIZER, folder / "tokenizer.model")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="a folder, made if need be")
+    parser.add_argument(
+        "--bytes", help="about how large, like 2GB; the flags below change the shape it is made of"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    names = ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "experts", "context")
+    for name in names:
+        parser.add_argument("--" + name.replace("_", "-"), type=int)
+    args = parser.parse_args(argv)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    try:
+        shape = shape_of_size(parse_bytes(args.bytes)) if args.bytes else SMALL
+        config = dataclasses.replace(shape, **given)
+        random_checkpoint(config, args.out, args.seed)
+    except (ModelError, MixtralError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.out}: {stored_bytes(config) / 1e9:.3f} GB, {config}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The small parts of a decode step on a GPU: what is left of a layer when its products are taken away.
+
+One token, and no number that changes from token to token comes from the host: the position is a tensor on the
+device. So a step can be captured once as a CUDA graph and replayed for every token. What a launch works on is
+decided by shapes alone, and by nothing that a larger cache would change.
+
+**What is the same bit for bit.** The same input gives the same bits, whatever the capacity of the cache and
+whatever lies in it beyond the position. A gate's logits do not depend on how many gates `route` is given, so
+a model without lookahead chooses and weighs as one with it.
+
+The kernels are in `step_kernels.py`. Tiles were chosen by arithmetic and from compiled code, and **have not
+been measured on a GPU**.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from model.quant.backends.fused import launch, power_of_two
+
+SPLITS = 32  # of the positions, for each kv head: 256 programs where there are 8, two to a multiprocessor
+MAX_HEAD_DIM = 256
+MAX_SHARE = 16  # query heads to a kv head: the rows that a tensor core multiplies
+MAX_EXPERTS = 64  # more would not fit the registers of a program
+MAX_HIDDEN = 1 << 15
+
+
+def unfit(heads: int, kv_heads: int, head_dim: int, hidden: int, experts: int, chosen: int) -> str | None:
+    """Why a network of this shape cannot be served by these kernels; None if it can. H = `heads`, G =
+    `kv_heads`, K = `head_dim`, D = `hidden`, E = `experts` in a layer, A = `chosen` of them by a token.
+
+    >>> unfit(32, 8, 128, 4096, 8, 2)
+    >>> unfit(32, 8, 96, 4096, 8, 2)
+    'head_dim 96 is not a power of two from 16 to 256'
+    """
+    if not 16 <= head_dim <= MAX_HEAD_DIM or head_dim & (head_dim - 1):
+        return f"head_dim {head_dim} is not a power of two from 16 to {MAX_HEAD_DIM}"
+    if heads % kv_heads or heads // kv_heads > MAX_SHARE:
+        return f"{heads} query heads for {kv_heads} kv heads are not 1 to {MAX_SHARE} for each"
+    if hidden > MAX_HIDDEN:
+        return f"hidden {hidden} is more than {MAX_HIDDEN}"
+    if not 1 <= chosen <= experts <= MAX_EXPERTS:
+        return f"{chosen} of {experts} experts are not 1 to all of at most {MAX_EXPERTS}"
+    return None
+
+
+def fetch(source: Tensor, target: Tensor) -> None:  # [n] integers each
+    """Bring a few numbers from page-locked host memory to the device, or from there to such memory. A kernel
+    reads and writes them, because a copy would queue up behind the experts that are on their way."""
+    from model.kernels import step_kernels
+
+    n = target.numel()
+    assert source.shape == target.shape == (n,) and source.dtype == target.dtype, (source.shape, target.shape)
+    there = source if target.device.type == "cpu" else target
+    with torch.cuda.device_of(there):  # `launch` looks at the target, which may be in the host's memory
+        launch(step_kernels.fetch, (1,), target, source, COUNT=n, WIDE=power_of_two(n), num_warps=1)
+
+
+def add_and_norm(x: Tensor, more: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """`x + more`, rounded, and the norm of that, [1, D] each: a residual stream goes on, in one launch.
+
+    The norm is as `model.mixtral.RMSNorm`: in float32, rounded to x's dtype, times the weight, and rounded
+    again. weight [D] in x's dtype; eps [1] float32, on the device.
+    """
+    from model.kernels import step_kernels
+
+    D = weight.shape[0]
+    assert x.shape == more.shape == (1, D) and x.dtype == more.dtype == weight.dtype, (x.shape, x.dtype)
+    assert eps.dtype == torch.float32, eps.dtype
+    total, y, wide = x.new_empty(1, D), x.new_empty(1, D), power_of_two(D)
+    launch(
+        step_kernels.add_and_norm, (1,), x.contiguous(), more.contiguous(), weight, eps, total, y,
+        D=D, WIDE=wide, num_warps=min(max(wide // 512, 1), 16),
+    )  # fmt: skip
+    return total, y
+
+
+def rotate_and_append(
+    qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, position: Tensor
+) -> Tensor:  # -> [H, K]
+    """The queries of the token at `position`, rotated; its keys, rotated, and its values go to their row of
+    the cache.
+
+    qkv [1, (H + 2G) K], as `qkv_proj` gives it; cos and sin [any number, K], the tables of `model.rope.Rope`,
+    sin negated in its first half; k and v [1, G, C, K] or [G, C, K], one layer's cache, all in one dtype;
+    position [1] int64, below C, which nobody checks. Rounds where `Rope` rounds. A value is NaN where its key
+    is not finite, as in `model.attention.marked`; of such a query `attend` makes NaN.
+    """
+    from model.kernels import step_kernels
+
+    G, C, K = layer_shape(k, v, position)
+    H = qkv.shape[1] // K - 2 * G
+    assert H > 0 and qkv.shape == (1, (H + 2 * G) * K), (qkv.shape, k.shape)
+    assert cos.shape == sin.shape and cos.shape[1] == K and cos.is_contiguous() and sin.is_contiguous()
+    assert qkv.dtype == cos.dtype == sin.dtype == k.dtype, (qkv.dtype, cos.dtype, k.dtype)
+    queries = qkv.new_empty(H, K)
+    launch(
+        step_kernels.rotate_and_append, (H + 2 * G,), qkv.contiguous(), cos, sin, k, v, position, queries, C,
+        H=H, G=G, K=K, num_warps=1,
+    )  # fmt: skip
+    return queries
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:  # [H, K] -> [1, H K]
+    """Attention of the token at `position` over rows 0 to `position` of the cache, in two launches.
+
+    k, v and position as of `rotate_and_append`, with this token's row there. Scores, softmax and sums are
+    float32; before they multiply values, probabilities are rounded to q's dtype, as in flash attention.
+
+    For each kv head the positions so far are cut into at most 32 even stretches of whole tiles, each a
+    program: where they are cut depends on the position alone.
+    """
+    from model.kernels import step_kernels
+
+    G, C, K = layer_shape(k, v, position)
+    H = q.shape[0]
+    share, tile = H // G, tile_positions(K, q.dtype)
+    assert q.shape == (G * share, K) and share <= MAX_SHARE and q.dtype == k.dtype, (q.shape, k.shape)
+    sums = q.new_empty(H, SPLITS, K, dtype=torch.float32)
+    scales = q.new_empty(H, SPLITS, 2, dtype=torch.float32)
+    y = q.new_empty(1, H * K)
+    launch(
+        step_kernels.attend_stretch, (G, SPLITS), q.contiguous(), k, v, position, sums, scales, C,
+        K=K, SHARE=share, HEADS=MAX_SHARE, TILE=tile, SPLITS=SPLITS,
+        SCALE=K**-0.5 * math.log2(math.e), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    launch(
+        step_kernels.attend_sum, (H,), sums, scales, position, y,
+        K=K, TILE=tile, SPLITS=SPLITS, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def tile_positions(K: int, dtype: torch.dtype) -> int:
+    """How many positions a program reads at a time: 16 KiB of keys and as much of values, of which two
+    multiprocessor's programs may each have two under way on every GPU from compute capability 8.0 on.
+
+    >>> [tile_positions(K, torch.bfloat16) for K in (16, 64, 128, 256)], tile_positions(128, torch.float32)
+    ([64, 64, 64, 32], 32)
+    """
+    return min((1 << 14) // (K * dtype.itemsize), 64)
+
+
+def layer_shape(k: Tensor, v: Tensor, position: Tensor) -> tuple[int, int, int]:
+    """G, C and K of one layer's cache, for a batch of one."""
+    G, C, K = k.shape[-3:]
+    assert k.shape == v.shape and k.numel() == G * C * K, (k.shape, v.shape)
+    assert k.dtype == v.dtype and k.is_contiguous() and v.is_contiguous(), (k.dtype, v.dtype)
+    assert position.shape == (1,) and position.dtype == torch.int64, (position.shape, position.dtype)
+    assert 16 <= K <= MAX_HEAD_DIM and K & (K - 1) == 0, K
+    return G, C, K
+
+
+def route(x: Tensor, gates: Tensor, experts: int, chosen: int) -> Tensor:  # x [1, D] -> [2 A + d E] int32
+    """Which experts x goes to, with which weights, and the likeliest ones of later layers, in one launch and
+    one tensor: so the host can have all of it by one transfer.
+
+    gates [(1 + d) E, D] float32: the layer's own gate, then d gates of later layers as
+    `runtime.experts.lookahead` makes them; E = `experts`. The result begins with the bits of A = `chosen`
+    float32 numbers: the softmax over the A largest logits of the own gate, the largest first. Then come the
+    ids of these experts, the lower id first where logits are equal; then, for each of the d later layers, all
+    E, likeliest first. A logit that is not a number is above all others, so every id is always valid.
+    """
+    from model.kernels import step_kernels
+
+    R, D = gates.shape
+    E, A = experts, chosen
+    assert x.shape == (1, D) and gates.is_contiguous() and gates.dtype == torch.float32, gates.dtype
+    assert R > 0 and R % E == 0 and 1 <= A <= E <= MAX_EXPERTS, (R, E, A)
+    choice = torch.empty(2 * A + R - E, dtype=torch.int32, device=x.device)
+    padded = power_of_two(E)
+    launch(
+        step_kernels.route, (R // E,), x.contiguous(), gates, choice,
+        D=D, E=E, A=A, EXPERTS=padded, WIDE=min(gate_columns(padded), power_of_two(D)), num_warps=16,
+    )  # fmt: skip
+    return choice
+
+
+def gate_columns(experts: int) -> int:
+    """How many inputs of every expert's gate a program of 512 threads reads at a time: 64 numbers to a
+    thread, all under way at once, are all of 4096 inputs of 8 experts. Beyond 16 experts that would spill."""
+    return (1 << 15) // experts if experts <= 16 else 256

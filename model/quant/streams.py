@@ -1,0 +1,134 @@
+"""Where the bytes of a quantized matrix go, of an expert, and of a whole model.
+
+A matrix `name` [N, K] is up to five streams, each an ordinary row-major tensor, one directly after the other:
+
+    name.codes       uint8    [N, K * bits / 8]         3 bits: the low plane, [N, K / 4]
+    name.codes_high  uint8    [N, K / 8]                3 bits only: the high plane
+    name.scales      uint8    [N, K / group_size]
+    name.zeros       uint8    [N, K / group_size]
+    name.steps       float32  [N * K / group_size / meta_group_size, rounded up to a multiple of 4]
+
+Since N is a multiple of 16 and steps come by fours (those in excess are 0), every stream is a multiple of
+16 bytes long, and so, without gaps, every stream is aligned for 16-byte loads wherever the first one is. At
+16 bits the matrix is the one stream `name.weight`, unchanged.
+
+Groups run along K and none spans two rows. So matrices with the same inputs are as well quantized as one,
+above one another, as apart, and q, k, v are. Only a step may be shared across their border.
+
+An expert is one run of bytes, its **blob**: the streams of w13 (w1 above w3), then those of w2.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.parameters import instances, parameter_rows
+from model.quant.packing import PLANES
+from model.quant.spec import QuantSpec
+
+ALIGNMENT = 16  # bytes
+STEPS = 4  # float32 numbers in that many bytes
+CODES = ("codes", "codes_high")  # the streams of the planes, the low one first
+
+EXPERT = "layers.{n}.block_sparse_moe.experts.{e}."
+ATTENTION = ("layers.{n}.self_attn.qkv_proj.weight", "layers.{n}.self_attn.o_proj.weight")
+
+
+@dataclass(frozen=True)
+class Field:
+    """A tensor's place in a run of bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.bytes
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """This tensor in `buffer`, the bytes [uint8] that the offset counts in. No copy."""
+        return buffer[self.offset : self.end].view(self.dtype).view(self.shape)
+
+
+def matrix_fields(
+    name: str, shape: Sequence[int], spec: QuantSpec, offset: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> list[Field]:
+    """The streams of one matrix; `dtype` is its own where it is not quantized.
+
+    Raises `ModelError` for a shape that the format does not take.
+
+    >>> for field in matrix_fields("w2", (4096, 14336), QuantSpec(4)):
+    ...     print(field.name, field.shape, field.offset, field.bytes)
+    w2.codes (4096, 7168) 0 29360128
+    w2.scales (4096, 224) 29360128 917504
+    w2.zeros (4096, 224) 30277632 917504
+    w2.steps (3584,) 31195136 14336
+    """
+    spec.check(name, shape)
+    if not spec.quantized:
+        return [Field(f"{name}.weight", dtype, tuple(shape), offset)]
+    N, K = shape
+    groups = K // spec.group_size
+    steps = -(-N * groups // spec.meta_group_size)
+    streams = [
+        (stream, torch.uint8, (N, K * width // 8))
+        for stream, width in zip(CODES, PLANES[spec.bits], strict=False)
+    ]
+    streams += [("scales", torch.uint8, (N, groups)), ("zeros", torch.uint8, (N, groups))]
+    fields = []
+    for stream, kind, size in [*streams, ("steps", torch.float32, (-(-steps // STEPS) * STEPS,))]:
+        field = Field(f"{name}.{stream}", kind, size, offset)
+        assert field.bytes % ALIGNMENT == 0, field
+        fields.append(field)
+        offset = field.end
+    return fields
+
+
+def expert_fields(
+    config: ModelConfig, spec: QuantSpec, name: str = "", offset: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> list[Field]:
+    """The blob of one expert, whose tensors' names begin with `name`. All experts of a model are alike.
+
+    >>> tiny = ModelConfig(vocab=9, hidden=64, layers=1, heads=2, kv_heads=1, head_dim=32, ffn=128, experts=2,
+    ...                    experts_per_token=1, context=8, rope_theta=1e4, norm_eps=1e-5)
+    >>> [(field.name, field.shape) for field in expert_fields(tiny, QuantSpec(3))][:5]
+    [('w13.codes', (256, 16)), ('w13.codes_high', (256, 8)), ('w13.scales', (256, 1)), ('w13.zeros', (256, 1)), ('w13.steps', (4,))]
+    >>> expert_fields(tiny, QuantSpec(3))[-1]  # 128 scales share one step, and three are to fill 16 bytes
+    Field(name='w2.steps', dtype=torch.float32, shape=(4,), offset=10000)
+    """  # noqa: E501
+    D, F = config.hidden, config.ffn
+    first = matrix_fields(f"{name}w13", (2 * F, D), spec, offset, dtype)
+    return first + matrix_fields(f"{name}w2", (D, F), spec, first[-1].end, dtype)
+
+
+def model_fields(
+    config: ModelConfig, attention: QuantSpec, experts: QuantSpec, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[Field]:
+    """Every tensor of a model, in the order of its bytes, as if all were in one file.
+
+    Attention's and experts' matrices are in their formats; the trunk's other tensors (embeddings, head, norms
+    and gates) in `dtype`. Every expert's tensors are one directly after the other.
+    """
+    shapes = parameter_rows(config)
+    offset = 0
+    for template, n, e in instances(config):
+        rows, row = shapes[template]
+        name = template.format(n=n, e=e).removesuffix(".weight")
+        spec = QuantSpec(16)
+        if template.startswith(EXPERT):
+            spec = experts
+        elif template in ATTENTION:
+            spec = attention
+        for field in matrix_fields(name, (sum(rows), *row), spec, offset, dtype):
+            yield field
+            offset = field.end

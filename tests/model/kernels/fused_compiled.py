@@ -1,0 +1,182 @@
+"""What `test_fused.py` runs in a process of its own: the kernels, as they are launched, compiled for a GPU
+that need not be there. The interpreter takes what a compiler may not, and knows nothing of registers: what a
+program keeps in memory for want of them is its stack, and shows."""
+
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from model.kernels import step
+from model.quant.backends import fused
+from model.quant.backends.fused import ExpertForm, Fused, expert_pair
+from model.quant.spec import QuantSpec
+from model.quant.streams import matrix_fields
+
+POINTERS = {
+    torch.uint8: "*u8", torch.int64: "*i64", torch.int32: "*i32",
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+}  # fmt: skip
+
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+BROADLY = (75, 80, 90)  # in every format; elsewhere in one, which is every kernel too
+SHARED = {75: 64 << 10}  # bytes that a program may have of it; from 8.0 on every GPU has at least
+LEAST_SHARED = 99 << 10
+
+# Bytes that a program keeps in memory for want of registers, of Triton 3.6 and 3.9 the more, and some room.
+# Triton has no tensor cores for 7.5: `tl.dot` is so many multiply-adds there that both kernels with one want
+# more than the 255 registers of a thread. By smaller tiles: that is for whoever has such a GPU.
+SPILLS = {(75, "multiply_few"): 1280, (75, "attend_stretch"): 448}
+
+Key = tuple[Any, ...]
+
+
+def key_of(kernel: Any, tensors: Sequence[Tensor | int], values: dict[str, float]) -> Key:
+    """What Triton compiles anew for: kinds, constants, and of integers whether they are 1 or divisible by
+    16, unless the kernel forbids that."""
+    numbers = [
+        None if isinstance(t, Tensor) or parameter.do_not_specialize else (t == 1, t % 16 == 0)
+        for t, parameter in zip(tensors, kernel.params, strict=False)
+    ]
+    kinds = [t.dtype if isinstance(t, Tensor) else None for t in tensors]
+    return kernel.fn.__name__, tuple(kinds), tuple(numbers), tuple(sorted(values.items()))
+
+
+class Noting:
+    """In place of `fused.launch`: what would have to be compiled."""
+
+    def __init__(self) -> None:
+        self.keys: set[Key] = set()
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *tensors: Tensor | int, **values: float) -> None:
+        self.keys.add(key_of(kernel, tensors, values))
+
+
+class Compiler:
+    """In place of `fused.launch`."""
+
+    def __init__(self, folder: Path, capability: int) -> None:
+        self.folder, self.capability = folder, capability
+        self.dtypes = [torch.float16] if capability < 80 else [torch.bfloat16, torch.float16]
+        self.stacks: dict[str, int] = {}  # by kernel: bytes, the most of all its launches
+
+    def __call__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        *tensors: Tensor | int,
+        num_warps: int,
+        num_stages: int = 3,
+        **values: float,
+    ) -> None:
+        values["INTERPRETED"] = False
+        kinds = [POINTERS[t.dtype] if isinstance(t, Tensor) else "i32" for t in tensors]
+        signature = dict(zip(kernel.arg_names, kinds + ["constexpr"] * len(values), strict=True))
+        assert set(values) == {name for name, kind in signature.items() if kind == "constexpr"}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind[0] == "*"}
+        source = ASTSource(kernel, signature, constexprs=values, attrs=aligned)
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+        compiled = compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+        assert compiled.metadata.shared <= SHARED.get(self.capability, LEAST_SHARED), kernel
+        assert not re.search(r"(fma|mul)(\.rn)?\.ftz", compiled.asm["ptx"]), kernel  # codes are denormal
+        file = self.folder / "kernel.cubin"
+        file.write_bytes(compiled.asm["cubin"])
+        command = [TOOL, "-res-usage", file]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        stack = max(int(size) for size in re.findall(r"STACK:(\d+)", usage))
+        self.stacks[kernel.fn.__name__] = max(stack, self.stacks.get(kernel.fn.__name__, 0))
+
+    def check(self, *kernels: str) -> None:
+        """These have been compiled, and keep all they have in registers, but for what is known."""
+        assert set(self.stacks) == set(kernels)
+        for name, stack in self.stacks.items():
+            assert stack <= SPILLS.get((self.capability, name), 0), (name, stack)
+
+
+@pytest.fixture(params=CAPABILITIES)
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> Compiler:
+    compiler = Compiler(tmp_path, request.param)
+    monkeypatch.setattr(fused, "launch", compiler)
+    monkeypatch.setattr(step, "launch", compiler)
+    return compiler
+
+
+@pytest.fixture
+def noting(monkeypatch: pytest.MonkeyPatch) -> Noting:
+    noting = Noting()
+    monkeypatch.setattr(fused, "launch", noting)
+    monkeypatch.setattr(step, "launch", noting)
+    return noting
+
+
+def make_product(text: str) -> Fused:
+    spec, shape = QuantSpec.parse(text), (4096, 4096)
+    fields = matrix_fields("", shape, spec)
+    memory = torch.empty(fields[-1].end, dtype=torch.uint8)
+    return Fused(spec, shape, {field.name[1:]: field.view(memory) for field in fields})
+
+
+def test_a_matrix(compiler: Compiler) -> None:
+    formats = ("3", "2g64") if compiler.capability in BROADLY else ("3",)
+    for text, dtype in zip(formats, 2 * compiler.dtypes, strict=False):
+        product = make_product(text)
+        for M in (1, 4):
+            product(torch.empty(M, 4096, dtype=dtype))
+        product.expand(0, torch.empty(4096, 4096, dtype=dtype))
+    compiler.check("multiply_one", "multiply_few", "expand")
+
+
+def test_experts(compiler: Compiler) -> None:
+    formats = ("16", "4", "3g128", "2") if compiler.capability in BROADLY else ("16", "3g128")
+    for text in formats:
+        form, dtype = ExpertForm(QuantSpec.parse(text), 4096, 14336), compiler.dtypes[0]
+        end = matrix_fields("w2", (4096, 14336), form.spec, form.w2_offset(dtype), dtype)[-1].end
+        pool = torch.empty(1, end, dtype=torch.uint8)
+        slots, weights = torch.zeros(2, dtype=torch.int32), torch.ones(2)
+        expert_pair(torch.empty(1, 4096, dtype=dtype), pool, slots, weights, form)
+    compiler.check("gate_up", "down")
+
+
+def small_kernels(dtype: torch.dtype, capacity: int) -> None:
+    D, H = 4096, 32
+    x = torch.empty(1, D, dtype=dtype)
+    table = torch.empty(capacity, 128, dtype=dtype)
+    cache, position = torch.empty(1, 8, capacity, 128, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    numbers = torch.zeros(2, dtype=torch.int64)
+    step.fetch(numbers, numbers)
+    step.add_and_norm(x, x, x[0], torch.zeros(1))
+    qkv = torch.empty(1, (H + 16) * 128, dtype=dtype)
+    q = step.rotate_and_append(qkv, table, table, cache, cache, position)
+    step.attend(q, cache, cache, position)
+    step.route(x, torch.empty(24, D), 8, 2)
+
+
+STEP = ("fetch", "add_and_norm", "rotate_and_append", "attend_stretch", "attend_sum", "route")
+
+
+def test_a_step(compiler: Compiler) -> None:
+    """Its small kernels."""
+    small_kernels(compiler.dtypes[0], 64)
+    compiler.check(*STEP)
+
+
+def test_what_is_compiled_once_serves_every_context_and_number_of_rows(noting: Noting) -> None:
+    for capacity in (1, 64, 100, 4096):
+        small_kernels(torch.bfloat16, capacity)
+    assert sorted(key[0] for key in noting.keys) == sorted(STEP)
+    noting.keys.clear()
+    product = make_product("4")
+    for M in (2, 3, 15, 16):
+        product(torch.empty(M, 4096, dtype=torch.bfloat16))
+    for start in (0, 16, 48):
+        product.expand(start, torch.empty(4096 - start, 4096, dtype=torch.bfloat16))
+    assert sorted(key[0] for key in noting.keys) == ["expand", "multiply_few"]

@@ -1,0 +1,84 @@
+"""What `test_warm_up.py` runs in a process of its own, which imports Triton: after warming up, no request
+launches anything that would have to be compiled."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.kernels import step
+from model.quant.backends import fused
+from model.quant.backends.blocks import Blocks
+from model.quant.backends.fused import Fused
+from model.quant.spec import QuantSpec
+from runtime import Engine, EngineOptions, SamplingParams
+from tests.quantized import quantize_folder
+from tests.runtime.gpu import plain_step
+from tests.runtime.gpu.plain_step import Recorded
+
+PARAMS = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
+
+
+class Both(Fused):
+    """Launches as `Fused` does, and computes as `Blocks`."""
+
+    def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
+        super().__init__(spec, shape, memory)
+        self.plain = Blocks(spec, shape, memory)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        super().__call__(x)
+        return self.plain(x)
+
+
+def both(launching: Callable[..., Any], computing: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        launching(*args)
+        return computing(*args)
+
+    return call
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
+    """What Triton would compile anew for: kernels by kinds and alignment of tensors, and constants. Numbers
+    that are no constants are left out: `fused_compiled.py` has these. Nothing is launched; what kernels
+    would compute is computed plainly."""
+    keys: set[Any] = set()
+
+    def launch(kernel: Any, grid: tuple[int, ...], *tensors: Tensor | int, **values: float) -> None:
+        kinds = [(t.dtype, t.data_ptr() % 16 == 0) for t in tensors if isinstance(t, Tensor)]
+        keys.add((kernel.fn.__name__, tuple(kinds), tuple(sorted(values.items()))))
+
+    for module in (fused, step):
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(fused, "unsupported", lambda device: None)
+    for name in ("linear", "expert"):
+        monkeypatch.setattr(f"model.quant.{name}.choose_backend", lambda *args: (Both, None))
+    monkeypatch.setattr(fused, "expert_pair", both(fused.expert_pair, plain_step.expert_pair))
+    for name in ("fetch", "add_and_norm", "rotate_and_append", "attend", "route"):
+        monkeypatch.setattr(step, name, both(getattr(step, name), getattr(plain_step, name)))
+    monkeypatch.setattr("runtime.gpu.decoder.CudaGraphs", lambda device: Recorded())
+    return keys
+
+
+@pytest.mark.parametrize("experts", ["16", "3"])
+@pytest.mark.parametrize("offload", ["never", "always"])
+def test_nothing_is_left_to_compile(
+    offload: str, experts: str, launched: set[Any], variant: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain = variant(hidden=64, ffn=64, layers=3, experts=5, experts_per_token=3, context=64)
+    folder = quantize_folder(plain, tmp_path / experts, experts)
+    options = EngineOptions(device="cpu", dtype="float32", offload=offload, graphs=False)
+    with torch.no_grad(), Engine.load(folder, options) as engine:
+        assert not launched, "on a CPU nothing is warmed up"
+        engine.warm_up()
+        known = set(launched)
+        names = {"multiply_one", "multiply_few", "expand", "gate_up", "down", "route", "attend_sum"}
+        assert {name for name, *_ in known} >= names
+        for length in (1, 2, 17, 40):
+            list(engine.generate([5 + i % 3 for i in range(length)], PARAMS))
+        assert launched == known

@@ -1,0 +1,41 @@
+"""Ctrl-C while a thread starts or is waited for: Python's threading makes a RuntimeError of it."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from runtime.process.interrupts import interrupts_told
+from runtime.shell.command import INTERRUPTED, run
+
+
+def interrupted_wait(self: object) -> None:
+    """What `Thread.start` raises where an interrupt comes as its wait takes its lock again."""
+    try:
+        raise KeyboardInterrupt
+    finally:
+        threading.RLock().release()
+
+
+def test_loading(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(threading.enumerate())  # other tests' engines have theirs
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Event, "wait", lambda self, timeout=None: interrupted_wait(self))
+        with pytest.raises(KeyboardInterrupt):
+            load(offload="always", slots=2)
+    end = time.monotonic() + 30
+    while set(threading.enumerate()) - before:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda: interrupted_wait(None)) == INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), interrupts_told():
+        raise RuntimeError("shapes")

@@ -1,0 +1,32 @@
+"""Progress: nothing of short work, two lines in a log, a bar on a terminal."""
+
+import pytest
+
+from runtime.shell import progress as module
+from runtime.shell.progress import byte_progress, progress
+
+
+def test_a_log_gets_two_lines_of_long_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with progress(100, "scoring", " tokens") as advance:
+        for _ in range(100):
+            advance(1)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "PATIENCE", -1.0)
+    with byte_progress(4096, "loading", done=1024) as advance:
+        for _ in range(1024):
+            advance(3)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "loading: 1.0 KiB of 4.0 KiB"
+    assert last.startswith("loading: done, 4.0 KiB in ")
+
+
+def test_work_that_fails_is_not_said_to_be_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", -1.0)
+    with pytest.raises(ZeroDivisionError), progress(2, "scoring", " tokens") as advance:
+        advance(1)
+        raise ZeroDivisionError
+    assert capsys.readouterr().err == "scoring: 1 of 2 tokens\n"

@@ -1,0 +1,160 @@
+"""`python -m tools.bench gpu`, its parts run in this process, at a size for a CPU; and how parts end."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from tools.bench import command as bench
+from tools.bench import gpu, link, offload
+from tools.bench.gpu import Outcome, Part, run_part, run_process
+from tools.bench.random_model import SHAPES
+from tools.bench.tables import tables
+
+SMALL = ModelConfig(
+    vocab=100, hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=128, experts=4,
+    experts_per_token=2, context=512, rope_theta=1e6, norm_eps=1e-5)  # fmt: skip
+PARTS = ["link", "decode-4", "decode-2g64", "offload", "ladder", "prefill", "memory-12GiB", "naive",
+         "decode-3g128", "memory-16GiB"]  # fmt: skip
+LOG = "a.py:1: RuntimeWarning: no graphs\n  warn()\n"
+
+
+def in_process(words: tuple[str, ...], seconds: float) -> Outcome:
+    """A part, without a process."""
+    assert words[0] == "tools.bench" and seconds > 0
+    out, log = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(log):
+        status = bench.main(list(words[1:]))
+    return Outcome(out.getvalue(), log.getvalue(), None if status == 0 else gpu.last_line(log.getvalue()))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "quarter", SMALL)
+    for name in ("BUFFER", "MEMORY"):
+        monkeypatch.setattr(link, name, 1 << 20)
+    monkeypatch.setattr(offload, "WARM_UP", 3)
+    monkeypatch.setattr(gpu, "run_process", in_process)
+
+
+def measured(folder: Path, *words: str) -> dict[str, Any]:
+    words = ("gpu", "--out", str(folder), "--device", "cpu", "--tokens", "4", "--prompt", "70", *words)
+    assert bench.main([*words, "--json"]) == 0
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in PARTS}
+
+
+def test_the_whole_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = measured(tmp_path, "--shape", "quarter", "--layers", "2")
+    out, err = capsys.readouterr()
+    parts = json.loads(out)["parts"]
+    assert list(parts) == PARTS == [line.split(":")[0] for line in err.splitlines()]
+    not_run = {name: why for name, why in parts.items() if why != "done"}
+    assert not_run == {
+        "memory-12GiB": "not run: a CPU's memory has no limit to keep",
+        "memory-16GiB": "not run: a CPU's memory has no limit to keep",
+        "naive": "not run: on a CPU nothing is moved",
+    }
+    for name, result in results.items():
+        assert result["command"].startswith(("python -m tools.", "python -m dev."))
+        assert ("error" in result) == (name in not_run)
+    rows = results["offload"]["report"]["rows"]
+    assert [(row["routing"], row["slots"][0]) for row in rows] == [
+        (routing, slots) for slots in (2, 3) for routing in ("synthetic", "own")
+    ]
+    text = (tmp_path / "tables.md").read_text()
+    assert text.startswith("# No GPU") and text.count("## ") == 7 and "Not shown" not in text
+    assert text.count("| synthetic |") == text.count("| own |") == 2
+    assert text.count("Not measured.") == 2 and "**not run: on a CPU nothing is moved**" in text
+    assert "| tokens | thread | first time, ms | second, ms |" in text and "| another |" in text
+    assert "| whole layers |" in text and "quarter, 2 layers, random, attention 4, experts 3g128" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_real_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At reduced size, in processes of their own; Transformers' part is not this project's to promise."""
+    monkeypatch.undo()
+    words = ["gpu", "--out", str(tmp_path), "--shape", "quarter", "--layers", "4", "--prompt", "300"]
+    assert bench.main([*words, "--device", "cuda"]) == 0
+    for name in PARTS:
+        result = json.loads((tmp_path / f"{name}.json").read_text())
+        assert "error" not in result or name == "naive", (name, result)
+        if name not in ("link", "naive"):
+            assert result["report"]["graphs"] is True
+    assert "Not shown" not in (tmp_path / "tables.md").read_text()
+
+
+def test_a_part_that_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(words: tuple[str, ...], seconds: float) -> Outcome:
+        if words[1] == "offload":
+            raise OSError("no\n  such machine")
+        return Outcome("{", "") if words[1] == "link" else Outcome("", LOG, "failed (1): out of memory")
+
+    monkeypatch.setattr(gpu, "run_process", broken)
+    results = measured(tmp_path, "--shape", "quarter")
+    assert results["link"]["error"].startswith("JSONDecodeError: ")
+    assert results["ladder"]["error"] == "OSError: no such machine"
+    assert results["prefill"]["error"] == "failed (1): out of memory"
+    assert (tmp_path / "prefill.log").read_text() == LOG
+    assert results["prefill"]["warnings"] == ["no graphs"]
+    assert "  - warning: no graphs\n" in (tmp_path / "tables.md").read_text()
+    assert (tmp_path / "tables.md").read_text().count("Not measured.") == 7
+    assert "prefill: 0.0 of at most 60 s: failed (1): out of memory" in capsys.readouterr().err
+
+
+def test_no_time_left(tmp_path: Path) -> None:
+    results = measured(tmp_path, "--shape", "quarter", "--seconds", "1")
+    assert results["link"]["error"] == "not run: out of time" and results["link"]["seconds"] == 0
+
+
+def test_full_size_wants_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["gpu", "--out", str(tmp_path / "new"), "--device", "cpu"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: there is no GPU here") and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_processes_and_how_they_end(tmp_path: Path) -> None:
+    """The real runner, on a module of Python's that is there quickly."""
+    assert run_process(("calendar", "2026", "11"), 30).out.split()[:2] == ["November", "2026"]
+    failed = run_process(("json.tool", "/nowhere"), 30)
+    assert failed.error is not None and failed.error.startswith("failed (") and "/nowhere" in failed.error
+    slow = Part("slow", ("timeit", "-n", "1", "import time; time.sleep(60)"), 1.0)
+    result = run_part(slow, 9.0, run_process, tmp_path)
+    assert result["error"] == "not done within 1 s" and result["seconds"] >= 1
+
+
+def memory_report(tokens_per_s: float, peak: int) -> dict[str, Any]:
+    memory = {"planned_bytes": 12 << 30, "peak_reserved_bytes": peak, "outside_pytorch_bytes": 1 << 29,
+              "peak_over_plan": (peak + (1 << 29)) / (12 << 30)}  # fmt: skip
+    return {"machine": {"gpu": "H100"}, "slots": [3, 4], "device_memory": memory,
+            "decode": {"tokens_per_s": tokens_per_s}, "experts": {"copied_bytes_per_token": 3e9}}  # fmt: skip
+
+
+def test_tables_of_what_only_a_gpu_has() -> None:
+    naive = {"machine": {}, "tokens_per_s": 0.5, "bytes_moved_per_token": 84.4e9, "placement": "as it likes",
+             "cudnn_attention": False}  # fmt: skip
+    about = {"command": "python -m x", "seconds": 1.0}
+    results = {
+        "memory-12GiB": about | {"report": memory_report(6.0, 11 << 30)},
+        "memory-16GiB": about | {"error": "failed (1): no"},
+        "naive": about | {"report": naive},
+    }
+    text = tables(results)
+    assert "| 12GiB | 3 to 4 | 12.0 GiB | 11.0 GiB | 512.0 MiB | -4.2% (missed) | 6.00 |" in text
+    assert "| this, 4 bits | 6.000 | 3.00 | 12.00 |" in text and "Machine: gpu H100." in text
+    results["memory-16GiB"] = about | {"report": memory_report(6.0, 16 << 30)}
+    assert "+37.5% (above --vram)" in tables(results)
+    results["memory-16GiB"] = about | {"error": "failed (1): no"}
+    results["memory-12GiB"] = about | {"report": memory_report(4.0, 11 << 30)}
+    assert "| this, 4 bits | 4.000 | 3.00 | 8.00 (missed) |" in tables(results)
+    assert "**failed (1): no**" in text
+    del naive["placement"]
+    assert "Not shown: KeyError: 'placement'" in tables(results)

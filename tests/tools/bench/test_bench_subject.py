@@ -1,0 +1,115 @@
+"""What is measured, and what is said of it: where a CPU can tell. GPUs are stand-ins."""
+
+import argparse
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from runtime.errors import OptionError
+from runtime.options import EngineOptions
+from tools.bench import figures, link, machine, subject
+from tools.bench.random_model import SHAPES
+from tools.bench.subject import Subject, make_subject
+
+SMALL = ModelConfig(
+    vocab=100, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=64, experts=4,
+    experts_per_token=2, context=64, rope_theta=1e6, norm_eps=1e-5)  # fmt: skip
+CUDA = torch.device("cuda", 0)
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "quarter", SMALL)
+    for name in ("BUFFER", "MEMORY"):
+        monkeypatch.setattr(link, name, 1 << 16)
+
+
+def make(tokens: int = 8, **options: Any) -> Subject:
+    args = {"shape": "quarter", "layers": None, "attention": None, "experts": None, "enforce": False}
+    return make_subject(argparse.Namespace(**args | {"device": "cpu"} | options), tokens)
+
+
+def test_options_are_an_engines() -> None:
+    made = make(slots=2, policy="lfu", lookahead=2, prefetch=2, link_gbps=0.001, context=16)
+    about = made.describe()
+    assert made.setup.plan.slots_per_layer == (2, 2) and made.setup.plan.spares == 4
+    assert (about["policy"], about["lookahead"], about["prefetch"], about["context"]) == ("lfu", 2, 2, 16)
+    assert about["link_bytes_per_s"] == 1e6 and about["memory_bytes_per_s"] > 0  # as slow as asked for
+    assert about["host_memory"].startswith("pageable, 8 blobs") and not about["resident"]
+    assert make().describe()["resident"] and make().setup.plan.context == 64
+
+
+def test_experts_that_share_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "HOST_BYTES", 1)
+    made = make(slots=2, layers=5, offload="always")
+    store = made.store
+    assert store is not None and store.count == 4 and (made.config.layers, store.experts) == (5, 4)
+    assert store.blob(3, 1).data_ptr() == store.blob(0, 1).data_ptr() != store.blob(0, 2).data_ptr()
+    whole = make(layers=5)
+    for layer, block in enumerate(whole.blocks):
+        for e in range(4):
+            end = made.setup.form.kept[-1].end
+            resident = block.block_sparse_moe.experts.blobs[e]  # type: ignore[attr-defined]
+            assert torch.equal(store.blob(layer, e)[:end], resident[:end])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        (65, {}, "these are 65 tokens, and this model was made for 64"),
+        (9, {"context": 8}, "9 tokens do not fit --context 8"),
+        (8, {"enforce": True}, "--enforce wants a GPU and --vram"),
+        (8, {"slots": 5}, "slots is 5"),
+    ],
+)
+def test_what_makes_no_sense(tokens: int, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make(tokens, **options)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """80 GiB, of which 1 is taken outside of PyTorch. Returns what shares of it PyTorch is allowed."""
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (69 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 11 * GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10 * GIB)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share)
+    )
+    return shares
+
+
+def test_a_limit_for_pytorch(gpu: list[float]) -> None:
+    setup = make().setup
+    setup = replace(setup, device=CUDA, plan=replace(setup.plan, driver=GIB // 2))
+    subject.enforce(setup, EngineOptions(vram="12GiB"))
+    setup = replace(setup, plan=replace(setup.plan, driver=2 * GIB))
+    subject.enforce(setup, EngineOptions(vram="12GiB"))
+    assert gpu == [11.5 / 80, 11 / 80]
+
+
+def test_memory_beside_the_plan(gpu: list[float]) -> None:
+    plan = make().setup.plan
+    rest = plan.device_total
+    plan = replace(plan, slots=plan.slots + 12 * GIB - rest - GIB // 2, driver=GIB // 2)
+    found = figures.device_memory(plan, CUDA)["device_memory"]
+    assert found["planned_bytes"] == 12 * GIB and found["outside_pytorch_bytes"] == GIB
+    assert found["peak_over_plan"] == 1.0 and found["peak_reserved_over_plan"] == pytest.approx(11 / 11.5)
+    assert figures.device_memory(plan, torch.device("cpu")) == {}
+
+
+def test_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H100", total_memory=80 * GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(machine, "driver_version", lambda: "580.82.07")
+    about = machine.machine()
+    assert (about["gpu"], about["gpu_bytes"], about["driver"]) == ("NVIDIA H100", 80 * GIB, "580.82.07")
+    assert machine.machine().get("cuda") == torch.version.cuda  # left out where there is none

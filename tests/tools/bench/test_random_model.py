@@ -1,0 +1,110 @@
+"""Models of random weights: nothing is left unfilled, and activations are of ordinary size."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.errors import ModelError
+from model.linear import Linear, PackedLinear
+from model.mixtral import Mixtral
+from model.quant.expert import ALIGNMENT, BlobExperts
+from model.quant.product import QuantizedLinear
+from model.quant.spec import QuantSpec
+from tools.bench.random_model import fill_normal, random_matrix, random_model
+
+CPU = torch.device("cpu")
+SMALL = ModelConfig(
+    vocab=500, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=192, experts=4,
+    experts_per_token=2, context=64, rope_theta=1e6, norm_eps=1e-5)  # fmt: skip
+IDS = torch.arange(40).view(2, 20)
+
+
+def make(attention: str, experts: str, dtype: torch.dtype = torch.float32, **options: int) -> Mixtral:
+    return random_model(
+        SMALL, QuantSpec.parse(attention), QuantSpec.parse(experts), dtype, CPU, **options
+    ).eval()
+
+
+def blobs(model: Mixtral) -> list[torch.Tensor]:
+    """Every expert's bytes, less the last few, which only fill up."""
+    layers = [block.block_sparse_moe.experts for block in model.layers]
+    assert all(isinstance(layer, BlobExperts) for layer in layers)
+    return [blob[:-ALIGNMENT] for layer in layers for blob in layer.blobs]
+
+
+@pytest.mark.parametrize("text", ["8", "4", "3", "2", "4g128", "2g64", "3g16"])
+@pytest.mark.parametrize("K", [128, 1024])
+def test_weights_have_the_usual_deviation(text: str, K: int) -> None:
+    matrix = random_matrix(QuantSpec.parse(text), (512, K), torch.Generator().manual_seed(0))
+    weights = matrix.dequantize() * K**0.5
+    assert weights.std() == pytest.approx(1, abs=0.02)
+    assert weights.mean() == pytest.approx(0, abs=0.02)
+    assert len(matrix.unpack().unique()) == 2**matrix.spec.bits
+    assert weights.corrcoef().fill_diagonal_(0).abs().max() < 6 / K**0.5  # no row is like another
+
+
+def test_ordinary_weights_too() -> None:
+    weight = torch.full((600, 300), torch.nan)
+    fill_normal(weight, torch.Generator().manual_seed(0))
+    assert weight.std() * 300**0.5 == pytest.approx(1, abs=0.02)
+    assert len(weight.unique(dim=0)) > 590
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("attention", "experts"), [("4", "2"), ("16", "4"), ("3", "16"), ("16", "16"), ("8", "3g64")]
+)
+def test_everything_is_filled(
+    attention: str, experts: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that nobody fills is NaN here: in float32 and in bfloat16 four or two bytes of 0xFF are."""
+    empty = torch.empty
+
+    def spoilt(*args: object, **options: object) -> torch.Tensor:
+        tensor = empty(*args, **options)  # type: ignore[call-overload]
+        tensor.flatten().view(torch.uint8).fill_(0xFF)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", spoilt)
+    model = make(attention, experts, dtype)
+    monkeypatch.undo()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    with torch.inference_mode():
+        logits = model(IDS)
+    assert logits.isfinite().all()
+    assert 0.5 < logits.std() < 2  # the norm's ones by weights of 1 / sqrt(D)
+    module = model.layers[0].self_attn.qkv_proj
+    assert isinstance(module, QuantizedLinear if attention != "16" else (Linear, PackedLinear))
+    assert len({bytes(blob.numpy().tobytes()) for blob in blobs(model)}) == SMALL.layers * SMALL.experts
+
+
+def test_a_seed_is_a_model() -> None:
+    first, same, other = make("4", "2"), make("4", "2"), make("4", "2", seed=1)
+    with torch.inference_mode():
+        assert torch.equal(first(IDS), same(IDS))
+        assert not torch.equal(first(IDS), other(IDS))
+
+
+@pytest.mark.parametrize("distinct", [1, 3])
+def test_experts_may_be_copies(distinct: int) -> None:
+    copies, whole = blobs(make("4", "2", distinct=distinct)), blobs(make("4", "2"))
+    assert len(copies) == 8
+    for e, blob in enumerate(copies):
+        assert torch.equal(blob, copies[e % distinct])
+        assert blob.data_ptr() not in {other.data_ptr() for other in copies[:e]}
+    assert len({blob.numpy().tobytes() for blob in copies}) == distinct
+    assert torch.equal(copies[0], whole[0])
+
+
+def test_a_format_that_does_not_fit() -> None:
+    with pytest.raises(ModelError, match="192 inputs do not divide into groups of 128"):
+        random_model(SMALL, QuantSpec(4), QuantSpec(4, 128), torch.float32, CPU)
+    with pytest.raises(ModelError, match="96 inputs do not divide"):
+        random_model(replace(SMALL, hidden=96), QuantSpec(4), QuantSpec(4, 32), torch.float32, CPU)
+
+
+def test_a_slow_product_is_warned_of() -> None:
+    with pytest.warns(RuntimeWarning, match="attention in format 4 and experts in format 2: computed slowly"):
+        make("4", "2", torch.float16)

@@ -1,0 +1,97 @@
+"""Benchmarks, one per subcommand:
+
+    python -m tools.bench load MODEL | --bytes 2GB    seconds per GB, and peak memory over the model's size
+    python -m tools.bench quantize                    seconds per matrix, against hqq on the whole matrix
+    python -m tools.bench quality                     size and held-out perplexity in 21 pairs of formats
+    python -m tools.bench decode MODEL | --shape S    tokens per second, against what memory bandwidth allows
+    python -m tools.bench prefill MODEL | --shape S   a long prompt, against what the link allows
+    python -m tools.bench offload MODEL | --shape S   the expert cache with and without each of its parts
+    python -m tools.bench link                        bytes per second to the device, and of its memory
+    python -m tools.bench gpu --out DIR               the last four on a GPU, in minutes, with tables
+
+What was measured goes to stdout with the machine it was measured on, as text or, with --json, as JSON.
+"""
+
+import argparse
+import json
+import subprocess
+from typing import Any
+
+from dev import quality
+from runtime.errors import DeviceError, MixtralError
+from runtime.options import EngineOptions
+from runtime.process.shortage import shortage_as
+from runtime.process.threads import computing
+from runtime.shell.arguments import help_by_put, new_parser
+from runtime.shell.command import put, run
+from tools.bench import decode, gpu, link, load, offload, prefill, quantize
+from tools.bench.machine import machine
+
+SUBCOMMANDS = {
+    "load": load,
+    "quantize": quantize,
+    "quality": quality,
+    "decode": decode,
+    "prefill": prefill,
+    "offload": offload,
+    "link": link,
+    "gpu": gpu,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(lambda: measure(argv))
+
+
+def measure(argv: list[str] | None) -> None:
+    """Do what the command line asks. Everything that can go wrong is raised."""
+    args = make_parser().parse_args(argv)
+    benchmark = SUBCOMMANDS[args.subcommand]
+    try:
+        threads = EngineOptions(threads=getattr(args, "threads", None)).threads  # which checks it
+        with shortage_as(DeviceError, "take a smaller model, or free some"), computing(threads):
+            measured = benchmark.run(args)
+        # After it: asking a GPU its name takes of its memory, which processes that `gpu` starts would see.
+        report = {"benchmark": args.subcommand, "machine": machine()} | measured
+    except subprocess.CalledProcessError as error:
+        raise MixtralError(str(error)) from error
+    text = getattr(benchmark, "as_text", as_text)
+    put((json.dumps(report, indent=2) if args.json else text(report)) + "\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = new_parser("tools.bench", __doc__)
+    choices = parser.add_subparsers(dest="subcommand", required=True)
+    for name, module in SUBCOMMANDS.items():
+        subparser = help_by_put(choices.add_parser(name, description=module.__doc__))
+        module.add_arguments(subparser)
+        subparser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def as_text(report: dict[str, Any], indent: str = "") -> str:
+    """
+    >>> print(as_text({"machine": {"cores": 2}, "warm": {"seconds": 0.51234567}}))
+    machine
+      cores  2
+    warm
+      seconds  0.5123
+    """
+    width = max((len(name) for name, value in report.items() if not isinstance(value, dict)), default=0)
+    lines = []
+    for name, value in report.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}", as_text(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name:{width}}  {show(value)}")
+    return "\n".join(lines)
+
+
+def show(value: object) -> str:
+    """
+    >>> show(0.51234567), show(12345), show(True), show("4g64")
+    ('0.5123', '12,345', 'True', '4g64')
+    """
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

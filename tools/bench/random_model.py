@@ -1,0 +1,166 @@
+"""A model of random weights, made in memory, quantized or not: to measure with where no checkpoint is at
+hand.
+
+Weights have the usual widths, so activations stay finite and routers have preferences. It is laid out in
+memory as `runtime.loader` would lay it out.
+
+>>> from runtime.planning.planner import count_weights
+>>> for name, config in SHAPES.items():
+...     trunk, experts = count_weights(config)
+...     print(name, f"{(trunk + experts) / 1e9:.1f} billion weights, {experts / 1e9:.1f} of them experts'")
+mixtral-8x7b 46.7 billion weights, 45.1 of them experts'
+mixtral-8x22b 140.6 billion weights, 135.3 of them experts'
+quarter 1.5 billion weights, 1.4 of them experts'
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.mixtral import Mixtral
+from model.moe import Experts
+from model.quant.expert import BlobExperts, ExpertFormat
+from model.quant.product import QuantizedLinear
+from model.quant.spec import QuantSpec
+from model.quant.streams import matrix_fields
+from model.quant.tensor import QuantizedTensor
+from runtime.loader import pack_trunk, quantized_linear, slow_products
+
+MIXTRAL_8X7B = ModelConfig(
+    vocab=32000, hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, experts=8,
+    experts_per_token=2, context=32768, rope_theta=1e6, norm_eps=1e-5,
+)  # fmt: skip
+SHAPES = {
+    "mixtral-8x7b": MIXTRAL_8X7B,
+    "mixtral-8x22b": dataclasses.replace(
+        MIXTRAL_8X7B, vocab=32768, hidden=6144, layers=56, heads=48, ffn=16384, context=65536
+    ),
+    "quarter": dataclasses.replace(  # a quarter of Mixtral-8x7B's width: a sixteenth of its weights
+        MIXTRAL_8X7B, hidden=1024, layers=16, heads=8, kv_heads=2, ffn=3584, context=4096
+    ),
+}
+POOL = 1 << 20  # random numbers that rows are cut from
+ROWS = 1024  # at a time
+SCALES = (145, 256)  # bytes, from and below: near 200 on average
+
+
+@torch.no_grad()
+def random_model(
+    config: ModelConfig,
+    attention: QuantSpec,
+    experts: QuantSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    distinct: int | None = None,
+    provide: Callable[[int], Experts] | None = None,
+) -> Mixtral:
+    """A model ready to compute. The same seed gives the same weights.
+
+    Only so many `distinct` experts are made, and so many layers' quantized attention, and copied to where the
+    others belong; by default all of them. To a benchmark copies are as good, for they are as many bytes to
+    read, and on a GPU they take no time. Where `provide(layer)` has a layer's experts, none are made; those
+    of `random_blobs` are the same.
+
+    Warns as `runtime.loader.load_model` does. Raises `ModelError` for a spec that does not fit the
+    configuration.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    form = ExpertFormat.choose(config, experts, dtype, device)
+    linear = quantized_linear(config, attention, dtype, device)
+    resident: list[BlobExperts] = []
+
+    def all_there(layer: int) -> BlobExperts:
+        resident.append(BlobExperts(form, config.experts, device))
+        return resident[-1]
+
+    model = Mixtral(config, dtype, device, provide or all_there, linear).requires_grad_(False)
+    for message in slow_products(model, form):
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    for weight in model.parameters():
+        if weight.dim() == 2:  # norms are all ones
+            fill_normal(weight, generator)
+    fill_attention([m for m in model.modules() if isinstance(m, QuantizedLinear)], generator, distinct)
+    random_blobs(form, [blob for layer in resident for blob in layer.blobs], seed, distinct)
+    pack_trunk(model)
+    return model
+
+
+def fill_normal(weight: Tensor, generator: torch.Generator) -> None:  # [N, K], std 1 / sqrt(K)
+    """Rows are stretches of one pool of random numbers: drawing all of them would take minutes."""
+    N, K = weight.shape
+    pool = torch.randn(min(POOL, N * K) + K, generator=generator).div_(math.sqrt(K)).to(weight)
+    starts = torch.randint(len(pool) - K, (N, 1), generator=generator).to(weight.device)
+    along = torch.arange(K, device=weight.device)
+    for rows, first in zip(weight.split(ROWS), starts.split(ROWS), strict=True):
+        rows.copy_(pool[first + along])
+
+
+def fill_attention(
+    modules: Sequence[QuantizedLinear], generator: torch.Generator, distinct: int | None
+) -> None:
+    """Quantized matrices: of each shape so many `distinct` ones, and copies of these in turns."""
+    made: dict[tuple[int, int], list[QuantizedLinear]] = {}
+    for module in modules:
+        alike = made.setdefault(module.shape, [])
+        if distinct is None or len(alike) < distinct:
+            module.store(random_matrix(module.spec, module.shape, generator))
+        else:
+            for name, stream in alike[len(alike) % distinct].memory.items():
+                module.memory[name].copy_(stream)
+        alike.append(module)
+
+
+def random_blobs(
+    form: ExpertFormat, blobs: Sequence[Tensor], seed: int = 0, distinct: int | None = None
+) -> None:
+    """Fill each of `blobs`, memory for an expert on any device, the first `distinct` ones with experts of
+    their own, and the others with copies of these in turns."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    stored = torch.empty(form.stored[-1].end, dtype=torch.uint8)
+    for n, blob in enumerate(blobs):
+        if distinct is None or n < distinct:
+            fill_expert(form, stored, generator)
+            form.store(stored, blob)
+        else:
+            blob.copy_(blobs[n % distinct])
+
+
+def random_matrix(spec: QuantSpec, shape: tuple[int, int], generator: torch.Generator) -> QuantizedTensor:
+    """Random codes under scales of about one size, as files would have them."""
+    streams = {}
+    for field in matrix_fields("", shape, spec):
+        name = field.name.lstrip(".")
+        streams[name] = torch.empty(field.shape, dtype=field.dtype)
+        fill_stream(name, streams[name], spec, shape[1], generator)
+    return QuantizedTensor.of(spec, shape, streams)
+
+
+def fill_expert(form: ExpertFormat, stored: Tensor, generator: torch.Generator) -> None:
+    """An expert as a file would have it, into `stored` [uint8]."""
+    for field in form.stored:
+        matrix, _, name = field.name.partition(".")
+        if name == "weight":
+            fill_normal(field.view(stored), generator)
+        else:
+            fill_stream(name, field.view(stored), form.spec, form.shapes[matrix][1], generator)
+
+
+def fill_stream(name: str, stream: Tensor, spec: QuantSpec, inputs: int, generator: torch.Generator) -> None:
+    """One stream of a matrix with so many inputs, whose weights get a deviation of 1 / sqrt(inputs)."""
+    if name == "steps":
+        low, high = SCALES[0], SCALES[1] - 1
+        square = (low * low + low * high + high * high) / 3  # of a scale byte, on average
+        codes = math.sqrt((4**spec.bits - 1) / 12)  # standard deviation of random codes
+        stream.fill_(1 / math.sqrt(inputs * square) / codes)
+    elif name == "zeros":
+        stream.fill_(round((2**spec.bits - 1) / 2 * 2 ** (8 - spec.bits)))  # the middle of the codes
+    elif name == "scales":
+        stream.copy_(torch.randint(*SCALES, stream.shape, generator=generator, dtype=torch.uint8))
+    else:  # codes: every bit is random, and they are drawn 64 at a time
+        stream.view(-1).view(torch.int64).random_(-(1 << 63), None, generator=generator)

@@ -1,0 +1,311 @@
+"""Quantize a Mixtral checkpoint into a native one, by HQQ, in the memory of a few tensors.
+
+    python -m tools.quantize path/to/Mixtral-8x7B-v0.1 OUT --attention 4 --experts 3g128
+    python -m tools.quantize path/to/Mixtral-8x7B-v0.1 OUT --experts 2g64 --json
+
+A format is BITS or BITSgGROUP: 4, 3g128, 2g64, and 16 for none. Interrupted or killed, the same command goes
+on where it was. A summary of relative errors comes at the end, on stdout; progress goes to stderr.
+"""
+
+import argparse
+import errno
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint, open_checkpoint
+from model.checkpoint.native import NativeFormat, Shard, StoredParameter, native_shards
+from model.checkpoint.safetensors import readable
+from model.checkpoint.writer import Writer, write_text
+from model.config import to_hf
+from model.errors import ModelError
+from model.quant.solve import quantize
+from model.quant.spec import QuantSpec
+from runtime.errors import DeviceError, MixtralError
+from runtime.planning.device import choose_device
+from runtime.process.shortage import shortage_as
+from runtime.process.threads import choose_threads, computing
+from runtime.shell.arguments import new_parser
+from runtime.shell.command import put, run, say
+from runtime.shell.progress import progress
+from tools.quantize.journal import Journal, settings
+from tools.quantize.names import CONFIG, INDEX, RECORD, files_to_copy, tokenizer_missing
+from tools.quantize.output import (
+    check_space,
+    claim,
+    copy,
+    is_finished,
+    leftovers,
+    reserved,
+    shard_bytes,
+)
+
+REMEDY = "free some, or use fewer --threads; the same command goes on from the last finished file"
+FORMAT = "16, 8, 4, 3 or 2, or with a group size, like 3g128"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be made of what."""
+
+    source: Checkpoint
+    out: Path
+    format: NativeFormat
+    dtype: torch.dtype  # of tensors that are not quantized
+    device: torch.device
+    shards: list[Shard]
+    copied: dict[str, Path]  # by the name in the output
+
+    @property
+    def matrices(self) -> dict[str, list[str]]:
+        """The matrices that are quantized, by their shard's name."""
+        return {
+            shard.name: [parameter.matrix for parameter in shard.parameters if parameter.spec.quantized]
+            for shard in self.shards
+        }
+
+    @property
+    def files(self) -> list[str]:
+        """All that the output will consist of."""
+        return [*(shard.name for shard in self.shards), INDEX, *self.copied, RECORD, CONFIG]
+
+    def source_bytes(self, parameter: StoredParameter) -> int:
+        return sum(piece.bytes for piece in self.source.layout.filling([parameter.name]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(
+        lambda: convert(argv),
+        interrupted="interrupted; the same command goes on from the last finished file",
+    )
+
+
+def convert(argv: list[str] | None) -> None:
+    """Do what the command line asks. Everything that can go wrong is raised."""
+    args = make_parser().parse_args(argv)
+    threads = choose_threads(args.threads)
+    try:
+        with shortage_as(DeviceError, REMEDY), computing(1):  # the pool's workers are the threads
+            job = make_job(
+                args.source,
+                args.out,
+                args.attention,
+                args.experts,
+                args.device or choose_device(None),
+                args.tokenizer,
+            )
+            if not args.tokenizer and (missing := tokenizer_missing(args.source)):
+                warnings.warn(missing, RuntimeWarning, stacklevel=2)
+            errors = write_output(job, args.force, threads, args.quiet)
+    except OSError as error:
+        raise MixtralError(explain(error, args.out)) from error
+    put((json.dumps(record(job, errors), indent=2) if args.json else summary(job, errors)) + "\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = new_parser("tools.quantize", __doc__)
+    parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint folder, HF or Mistral layout")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, made if need be")
+    parser.add_argument(
+        "--attention", type=spec, default=QuantSpec(4), metavar="FORMAT", help=f"{FORMAT} (default: 4)"
+    )
+    parser.add_argument("--experts", type=spec, default=QuantSpec(4), metavar="FORMAT", help="(default: 4)")
+    parser.add_argument("--device", type=device, help="(default: the GPU if there is one, else cpu)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="(default: the processors it may use)")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="a tokenizer to go along instead of SRC's: file or folder",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an output of this tool that is in OUT")
+    parser.add_argument("--json", action="store_true", help="print every matrix's error, as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def spec(text: str) -> QuantSpec:
+    try:
+        return QuantSpec.parse(text)
+    except ModelError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def device(text: str) -> torch.device:
+    try:
+        return choose_device(text)
+    except MixtralError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, and must be a number of at least 1")
+    return int(text)
+
+
+def make_job(
+    source: Path,
+    out: Path,
+    attention: QuantSpec,
+    experts: QuantSpec,
+    device: torch.device,
+    tokenizer: Path | None = None,
+) -> Job:
+    """Everything checked that can be before the output is looked at. Raises `ModelError`, `MixtralError`,
+    `TokenizerError`."""
+    checkpoint = open_checkpoint(source)
+    if checkpoint.native:
+        raise ModelError(f"{source}: quantized already ({checkpoint.description}); start from 16 bits")
+    if out.exists() and out.samefile(source):
+        raise MixtralError(f"{out}: source and output are the same folder")
+    format = NativeFormat(attention, experts, source.resolve().name)
+    dtype = checkpoint.dtype if checkpoint.dtype.itemsize == 2 else torch.bfloat16
+    shards = native_shards(checkpoint.config, attention, experts, dtype)
+    return Job(checkpoint, out, format, dtype, device, shards, files_to_copy(source, tokenizer))
+
+
+def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, float]:
+    """Write the output, or what is missing of it. Returns every quantized matrix's error, by its name.
+
+    Raises `MixtralError`, `ModelError` or `OSError`; what is finished stays, for a later call to go on from.
+    """
+    folder, metadata = job.out, job.format.metadata()
+    source = job.source
+    with reserved(folder):
+        ours = settings(source.folder, source.config, job.format, job.device.type)
+        journal = claim(folder, ours, job.files, job.matrices, force)
+        by_name = {shard.name: shard for shard in job.shards}
+        journal.shards = {
+            name: errors
+            for name, errors in journal.shards.items()
+            if name in by_name and is_finished(folder, by_name[name], metadata)
+        }
+        missing = [shard for shard in job.shards if shard.name not in journal.shards]
+        rest = leftovers(folder, journal, journal.shards)
+        check_space(folder, sum(shard_bytes(shard, metadata) for shard in missing), rest)
+        journal.save(folder)
+        for path in rest:
+            path.unlink(missing_ok=True)
+        with byte_bar(job, missing, quiet) as advance, ThreadPoolExecutor(threads) as pool:
+            for shard in missing:
+                journal.shards[shard.name] = write_shard(job, shard, advance, pool)
+                journal.save(folder)
+        return finish(job, journal)
+
+
+def write_shard(job: Job, shard: Shard, advance: Callable[[int], None], pool: Executor) -> dict[str, float]:
+    """Write one file. Returns the errors of the matrices in it."""
+    errors = {}
+    with Writer(job.out / shard.name, shard.tensors, job.format.metadata()) as writer:
+        for parameter in shard.parameters:
+            weight = read(job, parameter)
+            if parameter.spec.quantized:
+                made, error = quantize(weight, parameter.spec, parameter.matrix, pool)
+                if not math.isfinite(error):
+                    raise ModelError(f"{parameter.matrix}: has weights too large to quantize")
+                errors[parameter.matrix] = error
+                tensors = list(made.streams().values())
+            else:
+                tensors = [converted(parameter.name, weight, job.dtype)]
+            for tensor, stored in zip(tensors, parameter.tensors, strict=True):
+                writer.write(stored.name, tensor)
+            advance(job.source_bytes(parameter))
+    return errors
+
+
+def converted(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in this dtype. Raises `ModelError` unless all of it is finite there."""
+    made = weight.to(dtype)
+    if torch.isfinite(made).all():
+        return made
+    if torch.isfinite(weight).all():
+        raise ModelError(f"{name}: has weights too large for {str(dtype).removeprefix('torch.')}")
+    raise ModelError(f"{name}: has weights that are not finite numbers; the source is damaged")
+
+
+def read(job: Job, parameter: StoredParameter) -> Tensor:
+    """One parameter of the source, in the source's dtype."""
+    pieces = job.source.layout.filling([parameter.name])
+    shape = job.source.layout.shapes[parameter.name]
+    weight = torch.empty(shape, dtype=pieces[0].dtype, device=job.device)
+    job.source.fill({parameter.name: weight})
+    return weight
+
+
+def finish(job: Job, journal: Journal) -> dict[str, float]:
+    """Write all that is not weights, `config.json` last, and close the journal."""
+    tensors = [(tensor, shard.name) for shard in job.shards for tensor in shard.tensors]
+    total = sum(tensor.bytes for tensor, _ in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": {tensor.name: file for tensor, file in tensors}}
+    errors = {name: error for shard in job.shards for name, error in journal.shards[shard.name].items()}
+    write_json(job.out / INDEX, index)
+    for name, path in job.copied.items():
+        copy(path, job.out / name)
+    write_json(job.out / RECORD, record(job, errors))
+    config = to_hf(job.source.config, str(job.dtype).removeprefix("torch."))
+    write_json(job.out / CONFIG, config | {"quantization_config": job.format.section()})
+    journal.remove(job.out)
+    return errors
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def record(job: Job, errors: dict[str, float]) -> dict[str, Any]:
+    """What was done, for `quantization.json`: settings, files, and the relative error of every matrix."""
+    return {**job.format.section(), "device": job.device.type, "files": job.files, "errors": errors}
+
+
+def summary(job: Job, errors: dict[str, float]) -> str:
+    """A line for each kind of matrix: the mean error, and the worst one with its name.
+
+    Kinds are names without their numbers: `experts.w13`.
+    """
+    kinds: dict[str, dict[str, float]] = {}
+    for name, error in errors.items():
+        kind = ".".join([part for part in name.split(".") if not part.isdecimal()][-2:])
+        kinds.setdefault(kind, {})[name] = error
+    lines = [f"{job.out}: {open_checkpoint(job.out).description}"]
+    for kind, by_name in kinds.items():
+        worst = max(by_name, key=by_name.__getitem__)
+        mean = statistics.fmean(by_name.values())
+        lines.append(
+            f"{kind}: relative error {mean:.4f} on average, {by_name[worst]:.4f} at worst in {worst}"
+        )
+    return "\n".join(lines)
+
+
+@contextmanager
+def byte_bar(job: Job, missing: list[Shard], quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Say how many of the source's bytes are done."""
+    parameters = [parameter for shard in missing for parameter in shard.parameters]
+    done = job.source.bytes - sum(job.source_bytes(parameter) for parameter in parameters)
+    if done and not quiet:
+        say(f"going on after {readable(done)} of {readable(job.source.bytes)}")
+    if quiet:
+        yield lambda size: None
+        return
+    with progress(job.source.bytes, "quantizing", "", done, readable) as advance:
+        yield advance
+
+
+def explain(error: OSError, out: Path) -> str:
+    """What the system refused, in one line."""
+    where = error.filename or out
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{where}: the disk is full; make room, and the same command goes on from the last finished file"
+        )
+    return f"{where}: {error.strerror or error}"

@@ -1,0 +1,131 @@
+"""What an unfinished run leaves beside its files, so that the same command can go on from there."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint.files import weight_files
+from model.checkpoint.native import NativeFormat
+from model.checkpoint.writer import write_text
+from model.config import ModelConfig, read_json, to_hf
+from model.errors import ModelError
+from runtime.errors import MixtralError
+from tools.quantize.names import is_ours
+
+NAME = "quantize.journal.json"
+MAX_BYTES = 64 << 20
+SAMPLE = 1 << 16  # bytes of weights from the middle of each file
+
+Errors = dict[str, float]  # relative error of every matrix
+
+
+@dataclass
+class Journal:
+    """`settings` make the result what it is: a run goes on only under the same. `files` are all that the
+    run will have written, and `stale` those of an earlier output, to be removed.
+    `shards` are finished: {file: {matrix: relative error}}.
+    """
+
+    settings: dict[str, Any]
+    files: list[str]
+    stale: list[str]
+    shards: dict[str, Errors]
+
+    @staticmethod
+    def read(folder: Path) -> "Journal | None":
+        """The journal in `folder`, if there is one. Raises `MixtralError` if it is not one of ours."""
+        path = folder / NAME
+        if not path.is_file():
+            return None
+        try:
+            return parse(read_json(path, MAX_BYTES))
+        except ValueError as error:  # `ModelError` is one
+            raise damaged(folder) from error
+
+    def check(self, folder: Path, matrices: Mapping[str, Sequence[str]]) -> None:
+        """Raises `MixtralError` unless finished shards are of those that the run makes, {file: matrices}, and
+        have an error for each matrix."""
+        for name, errors in self.shards.items():
+            if name not in matrices or sorted(errors) != sorted(matrices[name]):
+                raise damaged(folder)
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / NAME, json.dumps(vars(self), indent=2) + "\n")
+
+    def remove(self, folder: Path) -> None:
+        (folder / NAME).unlink(missing_ok=True)
+
+
+def parse(found: dict[str, Any]) -> Journal:
+    """A journal from the contents of its file, every part of it checked. Raises `ValueError`."""
+    if found.keys() != {"settings", "files", "stale", "shards"}:
+        raise ValueError("keys")
+    journal = Journal(**found)
+    if not isinstance(journal.settings, dict) or not isinstance(journal.shards, dict):
+        raise ValueError("settings or shards")
+    for names in (journal.files, journal.stale, list(journal.shards)):
+        if not isinstance(names, list) or not all(map(is_ours, names)):
+            raise ValueError("names")
+    if not all(map(is_errors, journal.shards.values())):
+        raise ValueError("errors")
+    return journal
+
+
+def is_errors(value: object) -> bool:
+    """
+    >>> [is_errors(value) for value in ({"o_proj": 0.01}, {"o_proj": math.nan}, {"o_proj": 1}, [])]
+    [True, False, False, False]
+    """
+    return isinstance(value, dict) and all(
+        isinstance(error, float) and 0 <= error < math.inf for error in value.values()
+    )
+
+
+def damaged(folder: Path) -> MixtralError:
+    return MixtralError(f"{folder / NAME}: damaged; remove the folder and begin again")
+
+
+def settings(source: Path, config: ModelConfig, native: NativeFormat, device: str) -> dict[str, Any]:
+    """What decides about the bytes of the output."""
+    return {**native.section(), "device": device, "source_files": fingerprint(source, config)}
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """The first setting that two runs do not share, in words."""
+    for key, what in (
+        ("source", "another source"),
+        ("source_files", "other files of the source"),
+        ("attention", "another --attention"),
+        ("experts", "another --experts"),
+        ("device", "another --device"),
+    ):
+        if ours.get(key) != theirs.get(key):
+            return what
+    return "another version of this program"
+
+
+def fingerprint(folder: Path, config: ModelConfig) -> str:
+    """A digest of the configuration, and of every weight file's name, size, header and middle."""
+    digest = hashlib.sha256(json.dumps(to_hf(config)).encode())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(length))
+            file.seek(max(8 + length, (8 + length + size) // 2 - SAMPLE // 2))
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def recorded_files(path: Path) -> list[str]:
+    """The files that a finished output says are its own, of those that this program writes."""
+    try:
+        files = read_json(path, MAX_BYTES).get("files")
+    except ModelError:  # nothing is known to be ours then
+        return []
+    return [name for name in files if is_ours(name)] if isinstance(files, list) else []

@@ -1,0 +1,123 @@
+"""The folder that `tools.quantize` writes: whose it is, what is done in it, and what it takes to finish.
+
+`config.json` is written last and removed first, so that a folder with one in it is a whole checkpoint.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from model.checkpoint.native import Shard
+from model.checkpoint.safetensors import readable
+from model.checkpoint.writer import encode_header, part_of, replacing
+from model.config import NATIVE, read_json
+from model.errors import ModelError
+from runtime.errors import MixtralError
+from tools.quantize import journal as journals
+from tools.quantize import lock
+from tools.quantize.journal import Journal
+from tools.quantize.names import CONFIG, INDEX, RECORD
+
+OTHER_FILES = 1 << 22  # bytes: index, record and configuration
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Make the folder if need be, and keep it to this process; remove it again if nothing came into it."""
+    if folder.exists() and not folder.is_dir():
+        raise MixtralError(f"{folder}: a file; the output is a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock.locked(folder):
+            yield
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def claim(
+    folder: Path,
+    settings: dict[str, object],
+    files: list[str],
+    matrices: Mapping[str, Sequence[str]],
+    force: bool,
+) -> Journal:
+    """The journal to go on with, or a new one. Nothing has been changed when this returns.
+
+    `files` are what the output will consist of, `matrices` those of each shard that are quantized.
+
+    Raises `MixtralError` for a folder that is not ours, and without `force` for one that holds a finished
+    checkpoint or an unfinished one of other settings.
+    """
+    journal = Journal.read(folder)
+    if journal is not None and journal.settings == settings:
+        journal.check(folder, matrices)
+        stale = {*journal.stale, *journal.files} - set(files)  # another tokenizer's, perhaps
+        return Journal(settings, files, sorted(stale), journal.shards)
+    if journal is not None and not force:
+        raise MixtralError(
+            f"{folder}: holds an unfinished run with {journals.difference(settings, journal.settings)}; "
+            "repeat its command to finish it, or begin anew with --force"
+        )
+    if journal is not None:
+        return Journal(settings, files, sorted({*journal.files, *journal.stale}), {})
+    there = {path.name for path in folder.iterdir()} - {journals.NAME + ".part", lock.NAME}
+    if not there:
+        return Journal(settings, files, [], {})
+    if not is_native(folder):
+        raise MixtralError(f"{folder}: not empty, and not an output of this tool; choose another folder")
+    if not force:
+        raise MixtralError(
+            f"{folder}: holds a finished checkpoint; choose another folder, or make it anew with --force"
+        )
+    return Journal(settings, files, [CONFIG, INDEX, RECORD, *journals.recorded_files(folder / RECORD)], {})
+
+
+def is_native(folder: Path) -> bool:
+    """Whether the folder's `config.json` is that of a native checkpoint, of whatever version."""
+    try:
+        section = read_json(folder / CONFIG).get("quantization_config")
+    except ModelError:
+        return False
+    return isinstance(section, dict) and section.get("quant_method") == NATIVE
+
+
+def is_finished(folder: Path, shard: Shard, metadata: dict[str, str]) -> bool:
+    """Whether the shard is there with the header that it should have, and as long as that says."""
+    path, header = folder / shard.name, encode_header(shard.tensors, metadata)
+    if not path.is_file() or path.stat().st_size != shard_bytes(shard, metadata):
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def shard_bytes(shard: Shard, metadata: dict[str, str]) -> int:
+    """Size of the file."""
+    return len(encode_header(shard.tensors, metadata)) + sum(tensor.bytes for tensor in shard.tensors)
+
+
+def check_space(folder: Path, needed: int, removable: Iterable[Path]) -> None:
+    """Raises `MixtralError` if `needed` bytes will not fit once the removable files are gone."""
+    free = shutil.disk_usage(folder).free + sum(p.stat().st_size for p in removable if p.is_file())
+    if needed + OTHER_FILES > free:
+        raise MixtralError(
+            f"{folder}: {readable(needed + OTHER_FILES)} are to be written and {readable(free)} are free; "
+            "make room, choose another disk, or use fewer bits"
+        )
+
+
+def leftovers(folder: Path, journal: Journal, finished: Iterable[str]) -> list[Path]:
+    """Files of this run and earlier ones that are not part of what is finished, `config.json` first."""
+    names = [CONFIG, *sorted({*journal.files, *journal.stale} - {CONFIG, *finished})]
+    return [path for name in names for path in (folder / name, part_of(folder / name))]
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file so that it is there completely or not at all. Raises `MixtralError` where it ends early."""
+    with source.open("rb") as read, replacing(target) as written:
+        size = os.fstat(read.fileno()).st_size
+        shutil.copyfileobj(read, written)
+        if written.tell() != size:
+            raise MixtralError(f"{source}: {size} bytes, and {written.tell()} could be read; did it change?")

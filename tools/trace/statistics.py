@@ -1,0 +1,182 @@
+"""What a trace says: hit ratios as recorded and as they would have been, recall of guesses, bytes and waits.
+
+Every step is followed, for each leaves the cache as the next finds it. Ratios are of decode steps (those of
+one token) unless there are none: a chunk of a prompt mostly needs all experts, whatever is cached.
+"""
+
+from collections import defaultdict
+from dataclasses import asdict
+from typing import Any
+
+from runtime.experts.trace import (
+    Copy,
+    Event,
+    Guess,
+    Hit,
+    Miss,
+    Ranking,
+    Routing,
+    Stall,
+    UsedGuess,
+    WastedGuess,
+)
+from tools.trace.read import Trace
+from tools.trace.replay import POLICIES, Access, optimum, replay
+
+REPLAYS = 32  # numbers of slots; each takes time with the square of the experts that a step needs
+
+
+def summarize(trace: Trace) -> dict[str, Any]:
+    """All statistics, as JSON has them. Ratios are null where there is nothing to take them of."""
+    header, events = trace.header, trace.events
+    layers = routing_by_layer(trace)
+    seen = {routing.step: routing.tokens for routings in layers for routing in routings}
+    prompt = [tokens for tokens in seen.values() if tokens > 1]
+    return {
+        "trace": asdict(header) | {"truncated": trace.truncated},
+        "steps": {"decode": len(seen) - len(prompt), "prefill": len(prompt), "prefill_tokens": sum(prompt)},
+        "recorded": recorded_ratios(trace),
+        "replay_agrees": replay_agrees(trace),
+        "replay": replayed_ratios(layers, header.experts, header.seed),
+        "recall": recall(trace),
+        "guesses": {
+            "issued": count(events, Guess),
+            "used": count(events, UsedGuess),
+            "wasted": count(events, WastedGuess),
+        },
+        "bytes": {
+            "demand": sum(e.bytes for e in events if isinstance(e, Copy) and e.kind == "demand"),
+            "guess": sum(e.bytes for e in events if isinstance(e, Copy) and e.kind == "guess"),
+            "wasted": sum(e.bytes for e in events if isinstance(e, WastedGuess)),
+        },
+        "seconds": {
+            "copying": sum(e.seconds for e in events if isinstance(e, Copy)),
+            "stalled": sum(e.seconds for e in events if isinstance(e, Stall)),
+        },
+    }
+
+
+def count(events: list[Event], kind: type) -> int:
+    return sum(isinstance(event, kind) for event in events)
+
+
+def ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def routing_by_layer(trace: Trace) -> list[list[Routing]]:
+    """Each layer's routing, step by step."""
+    layers: list[list[Routing]] = [[] for _ in range(trace.header.layers)]
+    for event in trace.events:
+        if isinstance(event, Routing):
+            layers[event.layer].append(event)
+    return layers
+
+
+def accesses_by_layer(trace: Trace) -> list[dict[int, list[Access]]]:
+    """Each layer's recorded accesses in their order, by step."""
+    layers: list[dict[int, list[Access]]] = [defaultdict(list) for _ in range(trace.header.layers)]
+    for event in trace.events:
+        if isinstance(event, Hit):
+            layers[event.layer][event.step].append(Access(event.expert, hit=True))
+        elif isinstance(event, Miss):
+            layers[event.layer][event.step].append(Access(event.expert, hit=False, evicted=event.evicted))
+    return layers
+
+
+def counted(layers: list[list[Routing]]) -> set[int]:
+    """The steps that ratios are of: those of one token, or all if there are none."""
+    steps = {routing.step: routing.tokens for routings in layers for routing in routings}
+    return {step for step, tokens in steps.items() if tokens == 1} or set(steps)
+
+
+def recorded_ratios(trace: Trace) -> dict[str, Any]:
+    decode = {e.step for e in trace.events if isinstance(e, Routing) and e.tokens == 1}
+    totals = {"decode": [0, 0], "prefill": [0, 0], "all": [0, 0]}  # hits, accesses
+    layers = [[0, 0] for _ in range(trace.header.layers)]
+    measured = counted(routing_by_layer(trace))
+    for event in trace.events:
+        if isinstance(event, Hit | Miss):
+            hit = isinstance(event, Hit)
+            kinds = [totals["all"], totals["decode" if event.step in decode else "prefill"]]
+            for pair in kinds + [layers[event.layer]] * (event.step in measured):
+                pair[0] += hit
+                pair[1] += 1
+    report = {name: {"hits": h, "misses": n - h, "hit_ratio": ratio(h, n)} for name, (h, n) in totals.items()}
+    return report | {"by_layer": [ratio(h, n) for h, n in layers]}
+
+
+def replay_agrees(trace: Trace) -> bool | None:
+    """Whether a simulation with the recorded policy and slots does, access by access, what was recorded. None
+    if the policy is not one that can be simulated."""
+    header = trace.header
+    if header.policy not in POLICIES:
+        return None
+    accesses = accesses_by_layer(trace)
+    for layer, routings in enumerate(routing_by_layer(trace)):
+        needs = [routing.experts for routing in routings]
+        simulated = replay(needs, header.slots[layer], header.policy, header.seed, layer)
+        if simulated != [accesses[layer].get(routing.step, []) for routing in routings]:
+            return False
+    return True
+
+
+def replayed_ratios(layers: list[list[Routing]], experts: int, seed: int) -> dict[str, list[float | None]]:
+    """The hit ratio with 1, 2, ... slots in every layer, for each policy and the optimum; None for numbers of
+    slots that are left out."""
+    steps = counted(layers)
+    ratios: dict[str, list[float | None]] = {name: [] for name in (*POLICIES, "belady")}
+    accesses = sum(len(r.experts) for routings in layers for r in routings if r.step in steps)
+    for slots in range(1, experts + 1):
+        if slots not in replayed(experts):
+            for name in ratios:
+                ratios[name].append(None)
+            continue
+        hits = dict.fromkeys(ratios, 0)
+        for layer, routings in enumerate(layers):
+            if not routings:
+                continue
+            needs = [routing.experts for routing in routings]
+            by_policy = {
+                name: [sum(access.hit for access in step) for step in replay(needs, slots, name, seed, layer)]
+                for name in POLICIES
+            } | {"belady": optimum(needs, slots)}
+            for name, per_step in by_policy.items():
+                hits[name] += sum(
+                    n for n, routing in zip(per_step, routings, strict=True) if routing.step in steps
+                )
+        for name in ratios:
+            ratios[name].append(ratio(hits[name], accesses))
+    return ratios
+
+
+def replayed(experts: int) -> set[int]:
+    """The numbers of slots that a trace is replayed with: all, or `REPLAYS` of them, evenly spread.
+
+    >>> replayed(4), sorted(replayed(256))[:3], max(replayed(256))
+    ({1, 2, 3, 4}, [8, 16, 24], 256)
+    """
+    count = min(experts, REPLAYS)
+    return {experts * i // count for i in range(1, count + 1)}
+
+
+def recall(trace: Trace) -> dict[int, list[float]]:
+    """By distance: the share of the needed experts that are among the first 1, 2, ... that the lookahead gate
+    ranked, of those layers and steps for which it did."""
+    layers = routing_by_layer(trace)
+    steps = counted(layers)
+    needed = {(r.step, r.layer): r.experts for routings in layers for r in routings if r.step in steps}
+    found: dict[int, list[int]] = defaultdict(lambda: [0] * trace.header.experts)
+    accesses: dict[int, int] = defaultdict(int)
+    longest: dict[int, int] = defaultdict(int)
+    for event in trace.events:
+        if isinstance(event, Ranking) and (event.step, event.layer) in needed:
+            need = needed[event.step, event.layer]
+            accesses[event.distance] += len(need)
+            longest[event.distance] = max(longest[event.distance], len(event.experts))
+            for rank, expert in enumerate(event.experts):
+                found[event.distance][rank] += expert in need
+    return {
+        distance: [sum(found[distance][: g + 1]) / accesses[distance] for g in range(longest[distance])]
+        for distance in sorted(accesses)
+    }
