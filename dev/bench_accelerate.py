@@ -37,8 +37,8 @@ from model.config import ModelConfig
 from runtime.errors import DeviceError, MixtralError, OptionError
 from runtime.planning.device import choose_device
 from runtime.planning.memory import free_host_bytes
+from runtime.shell.arguments import at_least_one
 from runtime.units import format_bytes, parse_bytes
-from tools.bench.load import at_least_one
 from tools.bench.machine import machine
 from tools.bench.random_model import SHAPES
 

@@ -24,7 +24,7 @@ from runtime.engine import DEMO, Engine
 from runtime.errors import MixtralError, OptionError
 from runtime.options import EngineOptions
 from runtime.process.threads import choose_threads
-from tools.bench.load import at_least_one
+from runtime.shell.arguments import at_least_one
 from tools.perplexity import Score, score
 from tools.quantize import command as quantize
 

@@ -106,9 +106,10 @@ class Engine:
         """Load the checkpoint in folder `path`; None is the small demo model that comes with the package.
 
         `progress(total)` is entered while weights are read, and gives a function that is called with
-        each number of bytes read (`runtime.shell.progress.byte_bar` is one such); `compiling` likewise while a
-        GPU's kernels are compiled, with each number of steps done. `judge` is called when the tokenizer, the plan
-        and the configuration are known, and no weight has been read: what it raises ends the load.
+        each number of bytes read (`runtime.shell.progress.byte_bar` is one such); `compiling` likewise
+        while a GPU's kernels are compiled, with each number of steps done. `judge` is called when the
+        tokenizer, the plan and the configuration are known, and no weight has been read: what it raises ends
+        the load.
 
         Raises `LoadError` for a checkpoint that cannot be used, `DeviceError` for what this machine cannot do
         (before anything is read), `OptionError` for options that do not fit the model.

@@ -23,7 +23,7 @@ OTHERS = {
     "tokenizer": {"sentencepiece", "numpy", "jinja2"},
     "runtime": {"torch", "safetensors", "numpy", "tqdm"},
     "tools": {"torch", "safetensors", "numpy", "sentencepiece", "hqq", "tqdm", "matplotlib"},
-    "dev": {"torch", "numpy", "hqq", "transformers", "accelerate"},
+    "dev": {"torch", "numpy", "hqq", "sentencepiece", "matplotlib", "transformers", "accelerate"},
 }
 TRITON = "model/kernels/"
 

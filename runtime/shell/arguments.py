@@ -27,6 +27,14 @@ def help_by_put(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def at_least_one(text: str) -> int:
+    """The type of a flag that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}, and must be at least 1")
+    return value
+
+
 def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
     """Add a flag for each field of the dataclass `options`, in a group of its own."""
     group = parser.add_argument_group(options.__name__)

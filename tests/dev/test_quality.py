@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dev import quality
+from dev import bench, quality
 from dev.quality import (
     Formats,
     Result,
@@ -26,7 +26,6 @@ from model.quant.solve import quantize
 from runtime import MixtralError
 from runtime.engine import DEMO
 from tokenizer import Tokenizer
-from tools.bench import command as bench
 from tools.perplexity import Score, negative_log_likelihood
 from tools.quantize import command as quantize_command
 

@@ -1,8 +1,5 @@
 """Benchmarks, one per subcommand:
 
-    python -m tools.bench load MODEL | --bytes 2GB    seconds per GB, and peak memory over the model's size
-    python -m tools.bench quantize                    seconds per matrix, against hqq on the whole matrix
-    python -m tools.bench quality                     size and held-out perplexity in 21 pairs of formats
     python -m tools.bench decode MODEL | --shape S    tokens per second, against what memory bandwidth allows
     python -m tools.bench prefill MODEL | --shape S   a long prompt, against what the link allows
     python -m tools.bench offload MODEL | --shape S   the expert cache with and without each of its parts
@@ -17,20 +14,16 @@ import json
 import subprocess
 from typing import Any
 
-from dev import quality
 from runtime.errors import DeviceError, MixtralError
 from runtime.options import EngineOptions
 from runtime.process.shortage import shortage_as
 from runtime.process.threads import computing
 from runtime.shell.arguments import help_by_put, new_parser
 from runtime.shell.command import put, run
-from tools.bench import decode, gpu, link, load, offload, prefill, quantize
+from tools.bench import decode, gpu, link, offload, prefill
 from tools.bench.machine import machine
 
-SUBCOMMANDS = {
-    "load": load,
-    "quantize": quantize,
-    "quality": quality,
+SUBCOMMANDS: dict[str, Any] = {
     "decode": decode,
     "prefill": prefill,
     "offload": offload,
@@ -40,13 +33,12 @@ SUBCOMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(lambda: measure(argv))
+    return run(lambda: measure(make_parser("tools.bench", __doc__, SUBCOMMANDS).parse_args(argv)))
 
 
-def measure(argv: list[str] | None) -> None:
+def measure(args: argparse.Namespace) -> None:
     """Do what the command line asks. Everything that can go wrong is raised."""
-    args = make_parser().parse_args(argv)
-    benchmark = SUBCOMMANDS[args.subcommand]
+    benchmark = args.benchmark
     try:
         threads = EngineOptions(threads=getattr(args, "threads", None)).threads  # which checks it
         with shortage_as(DeviceError, "take a smaller model, or free some"), computing(threads):
@@ -59,12 +51,14 @@ def measure(argv: list[str] | None) -> None:
     put((json.dumps(report, indent=2) if args.json else text(report)) + "\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = new_parser("tools.bench", __doc__)
+def make_parser(command: str, description: str | None, benchmarks: dict[str, Any]) -> argparse.ArgumentParser:
+    """The parser of `python -m command`, with a subcommand for each module in `benchmarks`."""
+    parser = new_parser(command, description)
     choices = parser.add_subparsers(dest="subcommand", required=True)
-    for name, module in SUBCOMMANDS.items():
+    for name, module in benchmarks.items():
         subparser = help_by_put(choices.add_parser(name, description=module.__doc__))
         module.add_arguments(subparser)
+        subparser.set_defaults(benchmark=module)
         subparser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -25,10 +25,10 @@ from model.moe import SparseMoE
 from model.quant.expert import BlobExperts
 from model.quant.product import QuantizedLinear
 from runtime.experts.ledger import Counters
+from runtime.shell.arguments import at_least_one
 from tools.bench.figures import bound, device_memory, traffic
 from tools.bench.forced import Trace
 from tools.bench.link import measure_memory
-from tools.bench.load import at_least_one
 from tools.bench.play import Player, Stage, difference, seconds
 from tools.bench.routing import MAKERS
 from tools.bench.subject import Subject, make_cache, make_subject

@@ -23,7 +23,7 @@ from typing import Any
 
 from runtime.errors import DeviceError
 from runtime.planning.device import find_device
-from tools.bench.load import at_least_one
+from runtime.shell.arguments import at_least_one
 from tools.bench.random_model import SHAPES
 from tools.bench.tables import tables
 

@@ -24,8 +24,8 @@ from runtime.experts.arena import Arena, unlocked_remedy
 from runtime.experts.copying import HostLink, Link
 from runtime.experts.cuda_link import CudaLink
 from runtime.planning.device import choose_device
+from runtime.shell.arguments import at_least_one
 from runtime.units import format_bytes
-from tools.bench.load import at_least_one
 
 BUFFER = 256 << 20  # bytes, each copied once per measurement: more than any cache holds
 SIZES = tuple(1 << power for power in range(16, 29, 2))  # bytes of a copy: 64 KiB to 256 MiB

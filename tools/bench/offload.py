@@ -27,9 +27,9 @@ from runtime.experts.copying import HostLink
 from runtime.experts.ledger import Counters
 from runtime.planning.footprint import Plan
 from runtime.process.threads import choose_threads, computing
+from runtime.shell.arguments import at_least_one
 from tools.bench.decode import make_trace, random_ids
 from tools.bench.figures import bound, device_memory, traffic
-from tools.bench.load import at_least_one
 from tools.bench.play import Stage, difference, seconds
 from tools.bench.routing import MAKERS
 from tools.bench.subject import Subject, give_back, make_cache, make_subject

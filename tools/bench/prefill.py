@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from runtime.shell.arguments import at_least_one
 from tools.bench.decode import random_ids, rates, set_up
 from tools.bench.figures import bound, device_memory
-from tools.bench.load import at_least_one
 from tools.bench.play import Stage, difference, seconds
 from tools.bench.subject import add_arguments as add_subject
 from tools.bench.subject import make_subject

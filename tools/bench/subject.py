@@ -32,11 +32,10 @@ from runtime.loader import load_model, load_resident
 from runtime.options import EngineOptions
 from runtime.planning.planner import Plan
 from runtime.planning.setup import DEFAULT_CONTEXT, Setup, plan_model
-from runtime.shell.arguments import add_flags, from_flags
+from runtime.shell.arguments import add_flags, at_least_one, from_flags
 from runtime.units import format_bytes, parse_bytes
 from tools.bench.link import give_back as empty_cache
 from tools.bench.link import measure_link, measure_memory, wait
-from tools.bench.load import at_least_one
 from tools.bench.random_model import SHAPES, random_blobs, random_model
 
 DISTINCT = 4  # experts of a random model; the others are copies

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dev import solver as benchmark
 from model.checkpoint import open_checkpoint, save_hf
 from model.checkpoint.safetensors import read_header
 from model.checkpoint.writer import Writer
@@ -26,7 +27,6 @@ from model.quant.spec import QuantSpec
 from model.quant.streams import model_fields
 from model.quant.tensor import QuantizedTensor
 from tests.model.checkpoint.conftest import read_all
-from tools.bench import quantize as benchmark
 from tools.quantize import command as quantize
 from tools.quantize import lock, output
 from tools.quantize.journal import NAME as JOURNAL

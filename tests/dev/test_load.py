@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dev import random_checkpoint
+from dev import bench, random_checkpoint
+from dev.load import load_once
 from dev.random_checkpoint import shape_of_size
 from model.checkpoint import open_checkpoint
 from model.mixtral import Mixtral
-from tools.bench import command as bench
-from tools.bench.load import load_once
 
 
 @pytest.mark.parametrize("size", [2_000_000])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
-from tools.bench.load import at_least_one
+from runtime.shell.arguments import at_least_one
 
 STD = 0.02  # of the random weights, about a Mixtral's
 

@@ -20,6 +20,7 @@ from dev.random_checkpoint import random_checkpoint, shape_of_size
 from model.checkpoint.files import weight_files
 from model.checkpoint.load import open_checkpoint
 from model.mixtral import Mixtral
+from runtime.shell.arguments import at_least_one
 from runtime.units import parse_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -47,13 +48,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         random_checkpoint(shape_of_size(parse_bytes(args.bytes)), Path(folder))
         return measure_all(Path(folder), args.dtype, args.runs)
-
-
-def at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}, and must be at least 1")
-    return value
 
 
 def measure_all(folder: Path, dtype: str | None, runs: int) -> dict[str, Any]:
@@ -95,7 +89,7 @@ def drop_from_page_cache(folder: Path) -> None:
 
 def measure(folder: Path, dtype: str | None) -> dict[str, float]:
     """One load in a fresh process."""
-    command = [sys.executable, "-m", "tools.bench.load", str(folder), *([dtype] if dtype else [])]
+    command = [sys.executable, "-m", "dev.load", str(folder), *([dtype] if dtype else [])]
     result: dict[str, float] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     return result
 
