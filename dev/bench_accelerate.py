@@ -34,13 +34,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from dev.peer import their_config
 from model.config import ModelConfig
+from model.shapes import SHAPES
 from runtime.errors import DeviceError, MixtralError, OptionError
 from runtime.planning.device import choose_device
 from runtime.planning.memory import free_host_bytes
 from runtime.shell.arguments import at_least_one
 from runtime.units import format_bytes, parse_bytes
 from tools.bench.machine import machine
-from tools.bench.random_model import SHAPES
 
 POOL = 1 << 24  # random numbers that weights are filled with: drawing all would take minutes
 WARM_UP = 1  # tokens after the prompt that do not count

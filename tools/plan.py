@@ -36,6 +36,7 @@ from model.quant.backends.fused import CAPABILITY
 from model.quant.expert import blob_bytes
 from model.quant.product import scratch_bytes
 from model.quant.spec import QuantSpec
+from model.shapes import SHAPES
 from runtime.errors import DeviceError, LoadError, OptionError
 from runtime.loader import attention_bytes
 from runtime.options import DTYPES, OFFLOAD, EngineOptions
@@ -46,7 +47,6 @@ from runtime.planning.planner import Plan, count_weights, plan
 from runtime.planning.setup import DEFAULT_CONTEXT
 from runtime.shell.arguments import new_parser
 from runtime.units import format_bytes, parse_bytes
-from tools.bench.random_model import SHAPES
 
 LINKS = (12, 25)  # GB/s: what PCIe 3.0 and 4.0 with 16 lanes move in practice
 TERMS = {  # labels of what `Plan` has under these names

@@ -9,7 +9,7 @@ import torch
 
 from dev import bench_accelerate as bench
 from model.config import ModelConfig
-from tools.bench.random_model import SHAPES
+from model.shapes import SHAPES
 
 SMALL = ModelConfig(
     vocab=200, hidden=64, layers=6, heads=4, kv_heads=2, head_dim=16, ffn=128, experts=4,

@@ -9,9 +9,9 @@ import torch
 
 from model.quant.size import model_size
 from model.quant.spec import QuantSpec
+from model.shapes import MIXTRAL_8X7B, SHAPES
 from runtime.engine import DEMO
 from tools import plan
-from tools.bench.random_model import MIXTRAL_8X7B, SHAPES
 
 Run = Callable[..., tuple[int, str, str]]
 SHEET = ("--shape", "mixtral-8x7b", "--attention", 4, "--experts", 2)

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.shapes import SHAPES
 from runtime.errors import DeviceError
 from runtime.planning.device import find_device
 from runtime.shell.arguments import at_least_one
-from tools.bench.random_model import SHAPES
 from tools.bench.tables import tables
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # where `python -m dev...` finds its module

@@ -3,17 +3,8 @@ hand.
 
 Weights have the usual widths, so activations stay finite and routers have preferences. It is laid out in
 memory as `runtime.loader` would lay it out.
-
->>> from runtime.planning.planner import count_weights
->>> for name, config in SHAPES.items():
-...     trunk, experts = count_weights(config)
-...     print(name, f"{(trunk + experts) / 1e9:.1f} billion weights, {experts / 1e9:.1f} of them experts'")
-mixtral-8x7b 46.7 billion weights, 45.1 of them experts'
-mixtral-8x22b 140.6 billion weights, 135.3 of them experts'
-quarter 1.5 billion weights, 1.4 of them experts'
 """
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,19 +22,6 @@ from model.quant.streams import matrix_fields
 from model.quant.tensor import QuantizedTensor
 from runtime.loader import pack_trunk, quantized_linear, slow_products
 
-MIXTRAL_8X7B = ModelConfig(
-    vocab=32000, hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, experts=8,
-    experts_per_token=2, context=32768, rope_theta=1e6, norm_eps=1e-5,
-)  # fmt: skip
-SHAPES = {
-    "mixtral-8x7b": MIXTRAL_8X7B,
-    "mixtral-8x22b": dataclasses.replace(
-        MIXTRAL_8X7B, vocab=32768, hidden=6144, layers=56, heads=48, ffn=16384, context=65536
-    ),
-    "quarter": dataclasses.replace(  # a quarter of Mixtral-8x7B's width: a sixteenth of its weights
-        MIXTRAL_8X7B, hidden=1024, layers=16, heads=8, kv_heads=2, ffn=3584, context=4096
-    ),
-}
 POOL = 1 << 20  # random numbers that rows are cut from
 ROWS = 1024  # at a time
 SCALES = (145, 256)  # bytes, from and below: near 200 on average

@@ -24,6 +24,7 @@ from model.mixtral import Block, Mixtral
 from model.moe import Experts
 from model.quant.expert import ExpertFormat
 from model.quant.spec import QuantSpec
+from model.shapes import SHAPES
 from runtime.errors import OptionError
 from runtime.experts.arena import Arena
 from runtime.experts.cache import ExpertCache
@@ -36,7 +37,7 @@ from runtime.shell.arguments import add_flags, at_least_one, from_flags
 from runtime.units import format_bytes, parse_bytes
 from tools.bench.link import give_back as empty_cache
 from tools.bench.link import measure_link, measure_memory, wait
-from tools.bench.random_model import SHAPES, random_blobs, random_model
+from tools.bench.random_model import random_blobs, random_model
 
 DISTINCT = 4  # experts of a random model; the others are copies
 HOST_BYTES = 2 << 30  # of blobs that stand for all of a random model's offloaded experts

@@ -13,9 +13,10 @@ from model.quant.backends.blocks import Blocks
 from model.quant.expert import ALIGNMENT
 from model.quant.spec import QuantSpec
 from model.quant.streams import expert_fields, matrix_fields
+from model.shapes import SHAPES
 from tools.bench import command as bench
 from tools.bench import decode, link
-from tools.bench.random_model import SHAPES, random_model
+from tools.bench.random_model import random_model
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(

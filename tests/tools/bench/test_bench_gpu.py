@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from model.config import ModelConfig
+from model.shapes import SHAPES
 from tools.bench import command as bench
 from tools.bench import gpu, link, offload
 from tools.bench.gpu import Outcome, Part, run_part, run_process
-from tools.bench.random_model import SHAPES
 from tools.bench.tables import tables
 
 SMALL = ModelConfig(

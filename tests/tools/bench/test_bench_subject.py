@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from model.config import ModelConfig
+from model.shapes import SHAPES
 from runtime.errors import OptionError
 from runtime.options import EngineOptions
 from tools.bench import figures, link, machine, subject
-from tools.bench.random_model import SHAPES
 from tools.bench.subject import Subject, make_subject
 
 SMALL = ModelConfig(

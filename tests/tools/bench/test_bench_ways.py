@@ -12,13 +12,13 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.quant.backends.blocks import Blocks
+from model.shapes import SHAPES
 from runtime.experts.trace import Event, Routing
 from runtime.gpu.decoder import Decoder
 from tests.runtime.gpu.plain_step import Recorded, use_plain_kernels
 from tools.bench import link, routing, subject
 from tools.bench.decode import make_trace, random_ids, set_up
 from tools.bench.play import Stage, difference
-from tools.bench.random_model import SHAPES
 from tools.bench.subject import Subject, make_cache, make_subject
 from tools.bench.ways import LADDER, make_ways
 

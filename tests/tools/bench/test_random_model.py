@@ -12,6 +12,8 @@ from model.mixtral import Mixtral
 from model.quant.expert import ALIGNMENT, BlobExperts
 from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
+from model.shapes import SHAPES
+from runtime.planning.footprint import count_weights
 from tools.bench.random_model import fill_normal, random_matrix, random_model
 
 CPU = torch.device("cpu")
@@ -108,3 +110,12 @@ def test_a_format_that_does_not_fit() -> None:
 def test_a_slow_product_is_warned_of() -> None:
     with pytest.warns(RuntimeWarning, match="attention in format 4 and experts in format 2: computed slowly"):
         make("4", "2", torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions", "of_experts"),
+    [("mixtral-8x7b", 46.7, 45.1), ("mixtral-8x22b", 140.6, 135.3), ("quarter", 1.5, 1.4)],
+)
+def test_shapes_have_the_published_numbers_of_weights(shape: str, billions: float, of_experts: float) -> None:
+    trunk, experts = count_weights(SHAPES[shape])
+    assert (round((trunk + experts) / 1e9, 1), round(experts / 1e9, 1)) == (billions, of_experts)
