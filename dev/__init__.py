@@ -1,2 +1,5 @@
-"""What only developers run: the harness that tries to break everything, and comparisons with other programs.
-Nothing here is installed."""
+"""What only developers run; nothing here is installed.
+
+demo/ trains the demo checkpoint, bench/ measures the project's own choices, peers/ compares it with other
+programs, and harness/ tries to break it.
+"""

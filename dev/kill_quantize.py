@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dev.random_checkpoint import random_checkpoint
+from dev.bench.random_checkpoint import random_checkpoint
 from model.checkpoint import open_checkpoint
 from model.checkpoint.writer import Writer
 from model.config import ModelConfig

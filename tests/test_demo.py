@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dev.balance import Balance
-from dev.corpus import standard_library
+from dev.demo.balance import Balance
+from dev.demo.corpus import standard_library
 from model.checkpoint import open_checkpoint
 from runtime import Engine, EngineOptions, SamplingParams
 from runtime.engine import DEMO

@@ -52,5 +52,5 @@ def test_without_the_test_extra_every_gpu_test_is_collected(tmp_path: Path) -> N
 def test_nothing_that_tests_import_is_unknown_here() -> None:
     """Or a new package would fail the collection on such a machine alone."""
     declared = (ROOT / "pyproject.toml").read_text()
-    for name in EXTRA - {"accelerate"}:  # which `bench_accelerate` asks for by itself
+    for name in EXTRA - {"accelerate"}:  # which the comparison with accelerate asks for by itself
         assert f'"{name.replace("_", "-")}' in declared, name

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import MixtralForCausalLM
 
-from dev.peer import their_config
+from dev.peers.config import their_config
 from model.config import ModelConfig
 from model.mixtral import Mixtral
 

@@ -200,7 +200,7 @@ def parts(args: argparse.Namespace, on_gpu: bool) -> list[Part]:
 def naive(shape: str, device: tuple[str, ...]) -> tuple[str, ...]:
     """Two layers, one of each kind, are enough for the sum that stands for all."""
     words = ("--layers", "2", "--tokens", "3", "--vram", LIMITS[0])
-    return ("dev.bench_accelerate", "--shape", shape, *words, *device, "--json")
+    return ("dev.peers.accelerate", "--shape", shape, *words, *device, "--json")
 
 
 def why_not_naive(on_gpu: bool) -> str | None:
@@ -208,6 +208,6 @@ def why_not_naive(on_gpu: bool) -> str | None:
     if not on_gpu:
         return "on a CPU nothing is moved"
     missing = [name for name in ("accelerate", "transformers") if importlib.util.find_spec(name) is None]
-    if not (ROOT / "dev" / "bench_accelerate.py").exists():
-        missing.append("dev/bench_accelerate.py")
+    if not (ROOT / "dev" / "peers" / "accelerate.py").exists():
+        missing.append("dev/peers/accelerate.py")
     return f"{' and '.join(missing)} missing" if missing else None

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dev import bench, random_checkpoint
-from dev.load import load_once
-from dev.random_checkpoint import shape_of_size
+from dev.bench import command as bench
+from dev.bench import random_checkpoint
+from dev.bench.load import load_once
+from dev.bench.random_checkpoint import shape_of_size
 from model.checkpoint import open_checkpoint
 from model.mixtral import Mixtral
 

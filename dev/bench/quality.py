@@ -2,7 +2,7 @@
 
 Every combination of formats is written by `tools.quantize` into a temporary folder, loaded from there, and
 judged in float32, so that only the weights differ. The text is what the demo was not trained on of Python's
-standard library (see dev.corpus). Sizes are of the tensors as stored.
+standard library (see dev.demo.corpus). Sizes are of the tensors as stored.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dev.corpus import standard_library
+from dev.demo.corpus import standard_library
 from model.checkpoint import open_checkpoint
 from model.errors import ModelError
 from model.quant.spec import QuantSpec

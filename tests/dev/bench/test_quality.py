@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dev import bench, quality
-from dev.quality import (
+from dev.bench import command as bench
+from dev.bench import quality
+from dev.bench.quality import (
     Formats,
     Result,
     all_formats,

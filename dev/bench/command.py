@@ -1,19 +1,16 @@
-"""Benchmarks of the project's own choices, one per subcommand:
+"""Measurements behind the project's own choices, one per subcommand:
 
 python -m dev.bench load MODEL | --bytes 2GB    seconds per GB, and peak memory over the model's size
+python -m dev.bench memory                      resident memory over many prompts, against the plan
 python -m dev.bench solver                      seconds per matrix, against hqq on the whole matrix
 python -m dev.bench quality                     size and held-out perplexity in 21 pairs of formats
 """
 
-from runtime.shell.command import launch, run
-
-if __name__ == "__main__":
-    launch("dev.bench")
-
-from dev import load, quality, solver
+from dev.bench import load, memory, quality, solver
+from runtime.shell.command import run
 from tools.bench.command import make_parser, measure
 
-BENCHMARKS = {"load": load, "solver": solver, "quality": quality}
+BENCHMARKS = {"load": load, "memory": memory, "solver": solver, "quality": quality}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """The naive way to run a model that the GPU cannot hold: Transformers' Mixtral in bfloat16, its layers placed
 by accelerate's `device_map`, which moves all experts of every layer that did not fit, for every token.
 
-    python -m dev.bench_accelerate [--shape mixtral-8x7b] [--layers 4] [--vram 12GiB] [--tokens 4] [--json]
+    python -m dev.peers.accelerate [--shape mixtral-8x7b] [--layers 4] [--vram 12GiB] [--tokens 4] [--json]
 
 Weights are random and only some layers are made: all of Mixtral-8x7B's would take 87 GiB of host memory. The
 memory limit is not scaled with them, for accelerate sets room aside for one layer, whatever their number. It
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from dev.peer import their_config
+from dev.peers.config import their_config
 from model.config import ModelConfig
 from model.shapes import SHAPES
 from runtime.errors import DeviceError, MixtralError, OptionError

@@ -1,6 +1,6 @@
 """How well a model predicts text it has never seen, in bits per byte of the text.
 
-    python -m dev.held_out [MODEL]
+    python -m dev.demo.held_out [MODEL]
 
 Judges a model (default: the demo) on the standard library files that the demo was not trained on, and
 compresses the same files with xz -9 for comparison. The files are those of the Python that runs this: another
@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
-from dev.balance import Balance
-from dev.corpus import standard_library
+from dev.demo.balance import Balance
+from dev.demo.corpus import standard_library
 from model.mixtral import Mixtral
 from runtime import Engine, EngineOptions, MixtralError
 from runtime.engine import DEMO

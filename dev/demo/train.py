@@ -1,6 +1,6 @@
 """Train the demo checkpoint: a small Mixtral on the standard library's source, with the network of `model/`.
 
-    python -m dev.train_demo OUT --minutes 100
+    python -m dev.demo.train OUT --minutes 100
 
 Writes plain HF Mixtral layout (`config.json`, `model.safetensors` in bf16, `tokenizer.model`). The state of
 training is kept beside it in `OUT/training.pt` every few minutes, and the same command goes on from there.
@@ -23,9 +23,9 @@ from sentencepiece import SentencePieceProcessor as Processor
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor, nn
 
-from dev.balance import Balance
-from dev.corpus import Corpus, standard_library
-from dev.held_out import judge
+from dev.demo.balance import Balance
+from dev.demo.corpus import Corpus, standard_library
+from dev.demo.held_out import judge
 from model.checkpoint import save_hf
 from model.config import ModelConfig
 from model.mixtral import Mixtral

@@ -1,4 +1,4 @@
-"""`python -m dev.bench_accelerate` on a model small enough for a test: what it places and adds up."""
+"""`python -m dev.peers.accelerate` on a model small enough for a test: what it places and adds up."""
 
 import importlib.metadata
 import json
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dev import bench_accelerate as bench
+from dev.peers import accelerate as bench
 from model.config import ModelConfig
 from model.shapes import SHAPES
 

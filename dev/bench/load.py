@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dev.random_checkpoint import random_checkpoint, shape_of_size
+from dev.bench.random_checkpoint import random_checkpoint, shape_of_size
 from model.checkpoint.files import weight_files
 from model.checkpoint.load import open_checkpoint
 from model.mixtral import Mixtral
@@ -89,7 +89,7 @@ def drop_from_page_cache(folder: Path) -> None:
 
 def measure(folder: Path, dtype: str | None) -> dict[str, float]:
     """One load in a fresh process."""
-    command = [sys.executable, "-m", "dev.load", str(folder), *([dtype] if dtype else [])]
+    command = [sys.executable, "-m", "dev.bench.load", str(folder), *([dtype] if dtype else [])]
     result: dict[str, float] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     return result
 

@@ -1,7 +1,7 @@
 """Write a Mixtral checkpoint of a given size, with random weights: to measure with, not to read.
 
-    python -m dev.random_checkpoint OUT --bytes 2GB
-    python -m dev.random_checkpoint OUT --layers 4 --hidden 4096 --ffn 14336 --heads 32 --kv-heads 8
+    python -m dev.bench.random_checkpoint OUT --bytes 2GB
+    python -m dev.bench.random_checkpoint OUT --layers 4 --hidden 4096 --ffn 14336 --heads 32 --kv-heads 8
 
 Weights are normal with the usual widths, so activations stay finite and routers have preferences. They are
 cut from one pool of random numbers at changing places: writing is as fast as the disk, and memory is that of

@@ -1,6 +1,6 @@
 """Speed of decoding next to Transformers' `generate`: same checkpoint, dtype, threads, machine and run.
 
-    python -m dev.bench_transformers [MODEL] [--dtype float32] [--tokens 128] [--rounds 7] [--json]
+    python -m dev.peers.transformers [MODEL] [--dtype float32] [--tokens 128] [--rounds 7] [--json]
 
 Both decode greedily from the same prompt, turn and turn about; the figures are medians, prompt included.
 """

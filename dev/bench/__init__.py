@@ -1,0 +1,1 @@
+"""Measurements behind the project's own choices: one file per subcommand of `python -m dev.bench`."""
