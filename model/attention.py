@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from model.config import ModelConfig
-from model.kv_cache import LayerCache
+from model.kernels import step as kernels
+from model.kv_cache import LayerKV
 from model.rope import Rope
 
 
@@ -30,7 +31,7 @@ class Attention(nn.Module):
         self.o_proj = linear(out, config.hidden)
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: LayerCache | None, past: int
+        self, x: Tensor, rope: Rope, mask: Tensor | None, kv: LayerKV | None, past: int
     ) -> Tensor:  # x [B, T, D] -> [B, T, D]
         B, T, _ = x.shape
         H, G = self.heads, self.kv_heads
@@ -38,9 +39,15 @@ class Attention(nn.Module):
         qk = rope(qkv[:, : H + G])  # [B, H + G, T, K]
         q, k = qk[:, :H], qk[:, H:]  # [B, H, T, K], [B, G, T, K]
         v = marked(qkv[:, H + G :], qk)  # [B, G, T, K]
-        if cache is not None:
-            k, v = cache.append(k, v, past)  # [B, G, past + T, K]
+        if kv is not None:
+            k, v = kv.append(k, v, past)  # [B, G, past + T, K]
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, H * self.head_dim))
+
+    def step(self, x: Tensor, rope: Rope, kv: LayerKV, position: Tensor) -> Tensor:  # [1, D] -> [1, D]
+        """The same for one token in a step on a GPU. `position` [1] int64 is where the token goes in `kv`."""
+        qkv = self.qkv_proj(x)  # [1, (H + 2 G) K]
+        q = kernels.rotate_and_append(qkv, rope.cos, rope.sin, kv.k, kv.v, position)  # [H, K]
+        return self.o_proj(kernels.attend(q, kv.k, kv.v, position))
 
 
 def marked(v: Tensor, qk: Tensor) -> Tensor:  # [B, G, T, K], [B, H + G, T, K] -> [B, G, T, K]

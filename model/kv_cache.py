@@ -8,7 +8,7 @@ from torch import Tensor
 from model.config import ModelConfig
 
 
-class LayerCache:
+class LayerKV:
     """One layer's keys and values, [B, G, C, K] each for a context of C tokens."""
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
@@ -27,7 +27,7 @@ class LayerCache:
 class KVCache:
     """All layers' caches; the `length` of what they hold moves once per forward, behind the last layer."""
 
-    layers: list[LayerCache]
+    layers: list[LayerKV]
     batch: int
     capacity: int
     length: int = 0
@@ -41,7 +41,7 @@ class KVCache:
         shape = (config.layers, 2, batch, config.kv_heads, capacity, config.head_dim)
         with torch.inference_mode(False):
             memory = torch.zeros(shape, dtype=dtype, device=device)
-            return KVCache([LayerCache(k, v) for k, v in memory], batch, capacity)
+            return KVCache([LayerKV(k, v) for k, v in memory], batch, capacity)
 
     @staticmethod
     def bytes(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:
@@ -51,8 +51,8 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on.
 
-        >>> cache = KVCache([], batch=1, capacity=8, length=5)
-        >>> cache.truncate(3); cache.length
+        >>> kv = KVCache([], batch=1, capacity=8, length=5)
+        >>> kv.truncate(3); kv.length
         3
         """
         if not 0 <= length <= self.length:

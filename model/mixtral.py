@@ -4,21 +4,35 @@ Letters used for shapes, here and everywhere:
 
     B batch   T tokens        D hidden      H query heads  G key/value heads    K head dim
     E experts A per token     F ffn         L layers       N = B * T            V vocabulary
-    S tokens attended to: those in the cache and the T new ones
+    S tokens attended to: those in the KV cache and the T new ones
+
+Words, each with one meaning:
+
+    kv        the keys and values of a text; `KVCache` holds all layers', `LayerKV` one layer's
+    cache     experts: the device's slots and what fills them (`runtime.experts`)
+    forward   a pass of tokens through all layers
+    step      the forward of one decoded token on a GPU (`Mixtral.step`)
+    slot      one expert's place on the device; `slots` is a count
+    blob      an expert as one run of bytes
+    choose    what a router does, and nothing else
+    ..._bytes a quantity of bytes
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from model.attention import Attention, causal_mask
 from model.config import ModelConfig
-from model.kv_cache import KVCache, LayerCache
+from model.kernels import step as kernels
+from model.kv_cache import KVCache, LayerKV
 from model.linear import Linear
-from model.moe import Experts, ResidentExperts, SparseMoE
+from model.moe import Experts, ResidentExperts, SparseMoE, StepExperts
 from model.rope import Rope
+from model.router import Choice, seen_from
 
 
 class RMSNorm(nn.Module):
@@ -34,6 +48,10 @@ class RMSNorm(nn.Module):
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # cheaper to call than a mean of squares
         inverse = torch.addcmul(self.eps, norm, norm, value=1 / x.shape[-1]).rsqrt()  # 1 / root mean square
         return (wide * inverse).to(x.dtype) * self.weight
+
+    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [1, D] each
+        """In a step on a GPU: the residual stream x with y added to it, and the norm of that."""
+        return kernels.add_and_norm(x, y, self.weight, self.eps)
 
 
 class Block(nn.Module):
@@ -54,9 +72,9 @@ class Block(nn.Module):
         self.block_sparse_moe = SparseMoE(config, experts, device)
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: LayerCache | None, past: int
+        self, x: Tensor, rope: Rope, mask: Tensor | None, kv: LayerKV | None, past: int
     ) -> Tensor:  # [B, T, D] -> [B, T, D]
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, past)
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, kv, past)
         return x + self.block_sparse_moe(self.post_attention_layernorm(x))
 
 
@@ -93,26 +111,73 @@ class Mixtral(nn.Module):
         self.lm_head: nn.Module = Linear(config.hidden, config.vocab, dtype, device)  # packed, perhaps
         self.rope = Rope.table(config.context, config.head_dim, config.rope_theta, dtype, device)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:
+    def forward(self, ids: Tensor, kv: KVCache | None = None, last: bool = False) -> Tensor:
         """Logits [B, T, V] for ids [B, T]; only the last token's, [B, 1, V], with `last`.
 
-        With a cache the ids follow the tokens that it holds, and are added to it; without, they are the whole
+        With `kv` the ids follow the tokens that it holds, and are added to it. Without it they are the whole
         text. Raises `ValueError` if they do not fit.
         """
         B, T = ids.shape
-        if cache is not None and cache.batch != B:
-            raise ValueError(f"a batch of {B} for a cache of {cache.batch}")
-        past = cache.length if cache else 0
-        end = past + T
-        limit = min(cache.capacity, self.config.context) if cache else self.config.context
-        if end > limit:
-            raise ValueError(f"{past} tokens and {T} more do not fit a context of {limit}")
+        past, end = self.room(B, T, kv)
         rope, mask = self.rope.at(past, end), causal_mask(T, end, ids.device)
         x = self.embed_tokens(ids)  # [B, T, D]
         for layer, block in enumerate(self.layers):
-            x = block(x, rope, mask, cache.layers[layer] if cache else None, past)
-        if cache:
-            cache.length = end
+            x = block(x, rope, mask, kv.layers[layer] if kv else None, past)
+        if kv:
+            kv.length = end
         if last:
             x = x[:, -1:]
         return self.lm_head(self.norm(x))
+
+    def step(self, token: Tensor, position: Tensor, kv: KVCache) -> Iterator[Choice | Tensor]:
+        """What `forward` computes for one id, on a GPU: L choices, one after each router, then logits [1, V].
+
+        token and position [1] int64 are on the model's device: the id, and how many tokens `kv` holds. Its
+        `length` is neither read nor moved.
+
+        There are two of these because a step is captured as CUDA graphs, which replay launches without
+        Python. So no line depends on the position or on the choice, nothing waits for the device, and what
+        `forward` does in ten small calls is one launch. The caller may stop at each choice, and bring its
+        experts to the device before it asks for the next part.
+        """
+        x = self.embed_tokens(token)  # [1, D]
+        y = torch.zeros_like(x)  # what the last sublayer adds to the residual stream
+        for layer, module in enumerate(self.layers):
+            block = cast(Block, module)
+            x, h = block.input_layernorm.step(x, y)
+            y = block.self_attn.step(h, self.rope, kv.layers[layer], position)
+            x, h = block.post_attention_layernorm.step(x, y)
+            choice = block.block_sparse_moe.gate.step(h)
+            yield choice
+            y = cast(StepExperts, block.block_sparse_moe.experts).step(h, choice)
+        yield self.lm_head(self.norm.step(x, y)[1])
+
+    def room(self, B: int, T: int, kv: KVCache | None) -> tuple[int, int]:
+        """How many tokens come before T new ones, and with them. Raises `ValueError` if they do not fit."""
+        if kv is not None and kv.batch != B:
+            raise ValueError(f"a batch of {B} for a cache of {kv.batch}")
+        past, limit = 0, self.config.context
+        if kv is not None:
+            past, limit = kv.length, min(kv.capacity, limit)
+        if past + T > limit:
+            raise ValueError(f"{past} tokens and {T} more do not fit a context of {limit}")
+        return past, past + T
+
+    @torch.no_grad()
+    def look_ahead(self, distance: int) -> None:
+        """Have every router rank the experts of the next `distance` layers with its own choice. Call it after
+        the weights are there."""
+        blocks = [cast(Block, module) for module in self.layers]
+        for layer, block in enumerate(blocks):
+            mine = block.post_attention_layernorm.weight.detach()
+            block.block_sparse_moe.gate.look_ahead(
+                [
+                    seen_from(mine, later.post_attention_layernorm.weight, later.block_sparse_moe.gate.weight)
+                    for later in blocks[layer + 1 : layer + 1 + distance]
+                ]
+            )
+
+    def prepare_step(self) -> None:
+        """Get routers ready for `step`. Call it after `look_ahead`."""
+        for module in self.layers:
+            cast(Block, module).block_sparse_moe.gate.prepare_step()

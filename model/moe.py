@@ -1,9 +1,11 @@
-"""Sparse mixture of experts: a router chooses A of E experts for each token, and somebody provides them.
+"""Sparse mixture of experts: the router chooses A of E experts for each token, and their outputs are summed.
 
-Who that is, is behind `Experts`: here `ResidentExperts`, whose weights are ordinary parameters. A provider
-that keeps only some experts on the device has the same contract and must give the same bits.
+The experts are behind the protocol `Experts`. Here they are `ResidentExperts`, whose weights are ordinary
+parameters. A provider that keeps only some experts on the device follows the same contract, adds up by the
+same `Contributions`, and so gives the same bits.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.linear import Linear
+from model.router import Choice, Router
 
 Product = Callable[[Tensor], Tensor]  # x [N, inputs] -> [N, outputs]
 
@@ -20,42 +23,21 @@ Product = Callable[[Tensor], Tensor]  # x [N, inputs] -> [N, outputs]
 class Experts(Protocol):
     """One layer's experts, applied to tokens that the router has already assigned."""
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Sum of the chosen experts' outputs, weighted.
+    def __call__(self, x: Tensor, choice: Choice) -> Tensor:
+        """The sum of the chosen experts' outputs, weighted.
 
-        x [N, D] in the model's dtype; ids [N, A] int64, the experts of each token, all different; weights [N,
-        A] float32, adding up to 1. Returns [N, D] in x's dtype. A token's contributions are added in
-        ascending order of expert id, so the result does not depend on the order in which weights became
-        available.
+        x [N, D] is in the model's dtype, and so is the result [N, D]. A token's contributions are added in
+        ascending order of expert, so the result does not depend on which expert's weights arrived first.
         """
         ...
 
 
-class Router(nn.Module):
-    """Chooses experts: the A largest of E gate logits, softmax over those, in float32 (outside of autocast).
+class StepExperts(Experts, Protocol):
+    """Experts that `Mixtral.step` can use, on a GPU."""
 
-    The softmax of the chosen logits is the softmax over all E, cut to the chosen and renormalised to 1: the
-    factor that renormalising divides out is common to all (arXiv 2401.04088, section 2.1).
-
-    >>> _ = torch.manual_seed(0); logits = torch.randn(1, 8)
-    >>> over_all = logits.softmax(-1).topk(2).values
-    >>> torch.allclose(logits.topk(2).values.softmax(-1), over_all / over_all.sum())
-    True
-    """
-
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        super().__init__()
-        self.experts_per_token = config.experts_per_token
-        self.weight = nn.Parameter(
-            torch.empty(config.experts, config.hidden, dtype=torch.float32, device=device)
-        )
-
-    def logits(self, x: Tensor) -> Tensor:  # [N, D] -> [N, E]
-        return F.linear(x.float(), self.weight)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [N, D] -> ids [N, A], weights [N, A]
-        chosen, ids = self.logits(x).topk(self.experts_per_token)
-        return ids, chosen.softmax(-1)
+    def step(self, x: Tensor, choice: Choice) -> Tensor:
+        """The same for one token, x [1, D] -> [1, D], without waiting for the device."""
+        ...
 
 
 def gated(x: Tensor, w13: Product) -> Tensor:  # [N, D] -> [N, F]
@@ -85,52 +67,117 @@ class ResidentExperts(nn.Module):
         for e, expert in enumerate(self.experts):
             self.add_module(str(e), expert)
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # as `Experts`
-        return mix(self.experts, x, ids, weights)
+    def forward(self, x: Tensor, choice: Choice) -> Tensor:  # [N, D] -> [N, D]
+        return mix(self.experts, x, choice)
 
 
-def mix(experts: Sequence[Product], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """What `Experts` promises, where all experts of a layer are at hand."""
-    weights = weights.to(x.dtype)
+def mix(experts: Sequence[Product], x: Tensor, choice: Choice) -> Tensor:  # [N, D] -> [N, D]
+    """What `Experts` promises, where all experts of a layer are on the device."""
+    sums: Contributions
     if x.shape[0] == 1:
-        return mix_one(experts, x, ids, weights)
-    out = torch.zeros_like(x)  # [N, D]
-    counts = torch.bincount(ids.flatten(), minlength=len(experts)).tolist()
-    for e, rows, choice in by_expert(ids, counts):
-        contribution = experts[e](x[rows]) * weights[rows, choice, None]  # [n, D]
-        out.index_add_(0, rows, contribution)
-    return out
+        ids = choice.ids.tolist()[0]
+        sums, order = OneToken(x, choice, ids), sorted(ids)
+    else:
+        counts = torch.bincount(choice.ids.flatten(), minlength=len(experts)).tolist()
+        sums = ManyTokens(x, choice, counts)
+        order = list(sums.groups)
+    for e in order:
+        sums.add(e, experts[e](sums.inputs(e)))
+    return sums.total()
 
 
-def mix_one(experts: Sequence[Product], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # N = 1
-    """The same sums without gathering or scattering: decoding spends its time here."""
-    chosen = sorted(zip(ids.tolist()[0], weights.unbind(1), strict=True), key=lambda pair: pair[0])
-    contributions = [experts[e](x) * weight for e, weight in chosen]
-    return sum(contributions[1:], contributions[0])
+class Contributions(Protocol):
+    """What a layer's experts add to its output. Experts may be computed in any order: their contributions
+    are added in ascending order of expert, so every order gives the same bits."""
+
+    def inputs(self, expert: int) -> Tensor:  # [n, D]
+        """The rows of x that chose the expert."""
+        ...
+
+    def add(self, expert: int, y: Tensor) -> None:  # [n, D]
+        """Take what the expert makes of its inputs."""
+        ...
+
+    def total(self) -> Tensor:  # [N, D]
+        """The sum, after every chosen expert has been added."""
+        ...
+
+
+class OneToken:
+    """The contributions to one token. Nothing is gathered or scattered: decoding spends its time here."""
+
+    def __init__(self, x: Tensor, choice: Choice, ids: list[int]) -> None:
+        """x [1, D]; `ids` are the choice's ids on the host."""
+        self.x, self.ids = x, ids
+        self.weights = choice.weights.to(x.dtype).unbind(1)  # A of [1]
+        self.parts: dict[int, Tensor] = {}
+
+    def inputs(self, expert: int) -> Tensor:
+        return self.x
+
+    def add(self, expert: int, y: Tensor) -> None:
+        self.parts[expert] = y * self.weights[self.ids.index(expert)]
+
+    def total(self) -> Tensor:
+        first, *rest = (self.parts[expert] for expert in sorted(self.parts))
+        return sum(rest, first)
+
+
+class ManyTokens:
+    """The contributions to several tokens. What comes in ascending order is added at once, the rest is held.
+
+    >>> x, ids = torch.ones(2, 4), torch.tensor([[3, 1], [1, 0]])
+    >>> sums = ManyTokens(x, Choice(ids, torch.tensor([[0.75, 0.25], [0.5, 0.5]])), counts=[1, 2, 0, 1])
+    >>> for e in (3, 0, 1):
+    ...     sums.add(e, sums.inputs(e) * e)
+    >>> sums.total()[:, 0]  # 1 * 0.25 + 3 * 0.75, and 0 * 0.5 + 1 * 0.5
+    tensor([2.5000, 0.5000])
+    """
+
+    def __init__(self, x: Tensor, choice: Choice, counts: Sequence[int]) -> None:
+        """x [N, D]; `counts` says how many tokens chose each of the layer's experts."""
+        self.x, self.weights = x, choice.weights.to(x.dtype)
+        self.groups = {e: (rows, column) for e, rows, column in by_expert(choice.ids, counts)}
+        self.missing = deque(self.groups)  # experts whose contribution is not in `out`, ascending
+        self.held: dict[int, Tensor] = {}
+        self.out = torch.zeros_like(x)
+
+    def inputs(self, expert: int) -> Tensor:
+        return self.x[self.groups[expert][0]]
+
+    def add(self, expert: int, y: Tensor) -> None:
+        rows, column = self.groups[expert]
+        self.held[expert] = y * self.weights[rows, column, None]
+        while self.missing and self.missing[0] in self.held:
+            e = self.missing.popleft()
+            self.out.index_add_(0, self.groups[e][0], self.held.pop(e))
+
+    def total(self) -> Tensor:
+        assert not self.missing, self.missing
+        return self.out
 
 
 def by_expert(ids: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:  # ids [N, A]
-    """For each expert that any token chose, in ascending order: (expert, rows [n], choice [n]).
+    """For each expert that a token chose, in ascending order: (expert, rows [n], column [n]).
 
-    `rows` are the tokens that chose it, ascending, and `choice` says as which of their A choices. `counts`
-    says how many chose each of the experts: with it on the host, nothing here waits for the device.
+    `rows` are the tokens that chose it, ascending, and `column` says as which of their A choices. `counts`
+    says how many tokens chose each expert. The host knows it, so nothing here waits for the device.
 
     >>> ids = torch.tensor([[2, 0], [2, 1]])  # token 0 chose experts 2 and 0, token 1 chose 2 and 1
     >>> groups = by_expert(ids, counts=[1, 1, 2, 0])
-    >>> [(e, rows.tolist(), choice.tolist()) for e, rows, choice in groups]
+    >>> [(e, rows.tolist(), column.tolist()) for e, rows, column in groups]
     [(0, [0], [1]), (1, [1], [1]), (2, [0, 1], [0, 0])]
     """
     A = ids.shape[1]
     order = ids.flatten().argsort(stable=True)  # [N * A]
-    for e, (rows, choice) in enumerate(
-        zip((order // A).split(list(counts)), (order % A).split(list(counts)), strict=True)
-    ):
+    groups = zip((order // A).split(list(counts)), (order % A).split(list(counts)), strict=True)
+    for e, (rows, column) in enumerate(groups):
         if counts[e]:
-            yield e, rows, choice
+            yield e, rows, column
 
 
 class SparseMoE(nn.Module):
-    """A router and whoever provides its experts."""
+    """A router, and the experts that it chooses from."""
 
     def __init__(self, config: ModelConfig, experts: Experts, device: torch.device) -> None:
         super().__init__()
@@ -139,4 +186,4 @@ class SparseMoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
         flat = x.flatten(0, 1)  # [N, D], N = B * T
-        return self.experts(flat, *self.gate(flat)).view(x.shape)
+        return self.experts(flat, self.gate(flat)).view(x.shape)

@@ -31,7 +31,6 @@ from model.moe import Product
 from model.quant.expert import BlobExperts
 from runtime.errors import DeviceError, LoadError, OptionError, RequestError
 from runtime.experts.cache import ExpertCache
-from runtime.experts.lookahead import Lookahead
 from runtime.experts.trace import Header, TraceWriter
 from runtime.gpu.decoder import make_decoder
 from runtime.gpu.warm_up import warm_ups
@@ -464,7 +463,7 @@ def load(
     try:
         model = load_model(checkpoint, form, dtype, device, cache.layer, cache.arena.blob, progress)
         if options.lookahead and options.prefetch:
-            cache.lookahead = Lookahead([cast(Block, block) for block in model.layers], options.lookahead)
+            model.look_ahead(options.lookahead)
     except BaseException:
         cache.close()
         raise

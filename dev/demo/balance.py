@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model.mixtral import Mixtral
-from model.moe import Router
+from model.router import Choice, Router
 
 
 class Balance:
@@ -22,12 +22,12 @@ class Balance:
             router.register_forward_hook(functools.partial(self.watch, layer))
 
     @torch.autocast("cpu", enabled=False)
-    def watch(self, layer: int, router: Router, inputs: tuple[Tensor], chosen: tuple[Tensor, Tensor]) -> None:
+    def watch(self, layer: int, router: Router, inputs: tuple[Tensor], choice: Choice) -> None:
         """Switch Transformer's loss (arXiv 2101.03961, eq. 4): E times the sum of each expert's load times
         its mean probability, which is 1 when all are alike."""
         E = router.weight.shape[0]
         probability = router.logits(inputs[0]).softmax(-1).mean(0)  # [E]
-        load = torch.bincount(chosen[0].flatten(), minlength=E)  # [E]
+        load = torch.bincount(choice.ids.flatten(), minlength=E)  # [E]
         self.losses.append(E * (load / load.sum() * probability).sum())
         self.loads[layer] += load.cpu()
 

@@ -157,7 +157,7 @@ def route(x: Tensor, gates: Tensor, experts: int, chosen: int) -> Tensor:  # x [
     one tensor: so the host can have all of it by one transfer.
 
     gates [(1 + d) E, D] float32: the layer's own gate, then d gates of later layers as
-    `runtime.experts.lookahead` makes them; E = `experts`. The result begins with the bits of A = `chosen`
+    `model.router.seen_from` makes them; E = `experts`. The result begins with the bits of A = `chosen`
     float32 numbers: the softmax over the A largest logits of the own gate, the largest first. Then come the
     ids of these experts, the lower id first where logits are equal; then, for each of the d later layers, all
     E, likeliest first. A logit that is not a number is above all others, so every id is always valid.

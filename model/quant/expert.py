@@ -21,6 +21,7 @@ from model.quant.product import choose_backend
 from model.quant.spec import QuantSpec
 from model.quant.streams import Field, expert_fields
 from model.quant.tensor import QuantizedTensor
+from model.router import Choice
 
 # Bytes. No library tells addresses apart beyond this (cuBLAS's choice of a kernel may depend on it up to
 # here), so an expert is computed alike in every slot.
@@ -125,16 +126,16 @@ def views(fields: Sequence[Field], matrix: str, memory: Tensor) -> dict[str, Ten
 
 
 class BlobExperts:
-    """All experts of a layer, each computed from its blob: `model.moe.Experts`, `model.step.StepExperts`."""
+    """All experts of a layer, each computed from its blob: `model.moe.Experts`."""
 
     def __init__(self, form: ExpertFormat, count: int, device: torch.device) -> None:
         self.form = form
         self.blobs = torch.empty(count, form.blob_bytes, dtype=torch.uint8, device=device)
         self.experts = [form.bind(blob) for blob in self.blobs]
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # as `Experts`
-        return mix(self.experts, x, ids, weights)
+    def __call__(self, x: Tensor, choice: Choice) -> Tensor:  # [N, D] -> [N, D]
+        return mix(self.experts, x, choice)
 
-    def one(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # as `StepExperts`
+    def step(self, x: Tensor, choice: Choice) -> Tensor:  # [1, D] -> [1, D]
         assert self.form.pair is not None, self.form
-        return fused.expert_pair(x, self.blobs, ids, weights, self.form.pair)
+        return fused.expert_pair(x, self.blobs, choice.ids[0], choice.weights[0], self.form.pair)

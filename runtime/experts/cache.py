@@ -29,21 +29,21 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.kernels import step
-from model.moe import gated
+from model.moe import Contributions, ManyTokens, OneToken, gated
 from model.quant.backends import fused
 from model.quant.expert import ExpertFormat
+from model.router import Choice
 from runtime.experts import trace
 from runtime.experts.arena import Arena, unlocked_remedy
 from runtime.experts.choices import added_up, by_last_use, to_host
-from runtime.experts.contributions import Contributions
 from runtime.experts.copying import CopyEngine, HostLink, Link, Ticket
 from runtime.experts.cuda_link import CudaLink
 from runtime.experts.ledger import Counters, Ledger
-from runtime.experts.lookahead import Lookahead
 from runtime.experts.policy import make_policy
 from runtime.experts.slots import Guess, SlotTable, Spares
 from runtime.planning.planner import Plan
@@ -60,16 +60,16 @@ class Access:
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """One layer's experts, as a model wants them: `model.moe.Experts` and `model.step.StepExperts`."""
+    """One layer's experts, as a model wants them: `model.moe.Experts`."""
 
     cache: "ExpertCache"
     layer: int
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return self.cache.apply(self.layer, x, ids, weights)
+    def __call__(self, x: Tensor, choice: Choice) -> Tensor:
+        return self.cache.apply(self.layer, x, choice)
 
-    def one(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return self.cache.one(self.layer, x, ids, weights)
+    def step(self, x: Tensor, choice: Choice) -> Tensor:
+        return self.cache.one(self.layer, x, choice)
 
 
 class ExpertCache:
@@ -89,8 +89,7 @@ class ExpertCache:
         prefetch: int = 1,
     ) -> None:
         """The slots of `tables`, one for each layer, and of `spares` are numbered from 0. For each of the
-        layers that `lookahead` looks ahead, `prefetch` experts are guessed; it is set once there is a
-        model."""
+        layers that the router ranks the experts of, `prefetch` experts are guessed."""
         self.form, self.arena, self.copies, self.tables, self.spares = form, arena, copies, tables, spares
         self.untouched = copy.deepcopy((tables, spares))
         self.prefetch, self.first_bytes = prefetch, form.first_bytes
@@ -104,7 +103,6 @@ class ExpertCache:
         self.accesses: list[Access] = []  # of one token, from `provide` to `computed_one`
         self.tickets: dict[int, Ticket] = {}  # by slot: copies that computing has not come after yet
         self.last_use: list[Any] = [copies.link.used()] * total  # by slot: the link's mark behind it
-        self.lookahead: Lookahead | None = None
         self.ledger = Ledger()
         self.counters = self.ledger.counters
         self.uncounted = Counters()  # what was before `start_over`
@@ -199,21 +197,24 @@ class ExpertCache:
         """That layer's experts, as a model wants them."""
         return LayerExperts(self, number)
 
-    def apply(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def apply(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
         """What `model.moe.Experts` promises, of one layer. Raises `TransferError`.
 
         Whatever it may raise (Ctrl-C too, at any point), the next step begins with empty slots.
         """
         if layer == 0:
             self.begin_step()
-        ranking = self.lookahead.rank(layer, x) if self.lookahead else None
-        chosen, ahead = to_host(ids, ranking)
+        chosen, ahead = to_host(choice.ids, choice.ranking)
         (tokens, per_token), experts = chosen.shape, self.arena.experts
         needed = by_last_use(chosen, experts)
-        self.ledger.choice(layer, tokens, needed, partial(added_up, chosen, weights, needed), ahead)
+        self.ledger.choice(layer, tokens, needed, partial(added_up, chosen, choice.weights, needed), ahead)
         waiting, missing = self.admit(layer, needed)
         self.guess(layer, tokens, per_token, ahead)
-        sums = Contributions(x, weights.to(x.dtype), ids, chosen, experts)
+        sums: Contributions
+        if tokens == 1:
+            sums = OneToken(x, choice, chosen[0].tolist())
+        else:
+            sums = ManyTokens(x, choice, np.bincount(chosen.ravel(), minlength=experts).tolist())
         while waiting:
             access = waiting.popleft()
             sums.add(access.expert, self.compute(layer, access, sums.inputs(access.expert)))
@@ -247,9 +248,9 @@ class ExpertCache:
         self.slot_numbers[layer, : len(ids)] = [slots[e] for e in ids]
         self.accesses = list(accesses)
 
-    def one(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """What `model.step.StepExperts` promises, of one layer: it reads from the host which slots `provide`
-        found."""
+    def one(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
+        """`Experts.step` of one layer: it reads from the host which slots `provide` found."""
+        ids, weights = choice.ids[0], choice.weights[0]
         slots = self.slots[layer, : len(ids)]
         step.fetch(self.host_slots[layer, : len(ids)], slots)
         assert self.form.pair is not None, self.form

@@ -12,14 +12,17 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.kernels import step as kernels
 from model.kv_cache import KVCache
-from model.mixtral import Mixtral
-from model.step import Route, router, step, unfit
+from model.mixtral import Block, Mixtral
+from model.quant.backends import fused
+from model.quant.spec import ROWS
 from runtime.experts.cache import ExpertCache
 from runtime.gpu.graphs import CudaGraphs, Graphs, Work
 
@@ -32,6 +35,15 @@ def make_decoder(model: Mixtral, cache: ExpertCache | None, capture: bool) -> "D
     return Decoder(model, cache, CudaGraphs(device), capture)
 
 
+def unfit(config: ModelConfig, device: torch.device) -> str | None:
+    """Why `Mixtral.step` of such a model cannot be computed on this device; None if it can."""
+    c = config
+    if c.hidden % ROWS or c.ffn % ROWS:
+        return f"hidden {c.hidden} and ffn {c.ffn} are not multiples of {ROWS}"
+    shape = kernels.unfit(c.heads, c.kv_heads, c.head_dim, c.hidden, c.experts, c.experts_per_token)
+    return fused.unsupported(device) or shape
+
+
 class Decoder:
     """One token at a time through a model."""
 
@@ -42,7 +54,8 @@ class Decoder:
         device launch by launch."""
         config, device = model.config, model.embed_tokens.weight.device
         self.model, self.cache, self.graphs, self.capturing = model, cache, graphs, capture
-        self.route: Route = router(model, cache.lookahead.gates if cache and cache.lookahead else None)
+        model.prepare_step()
+        self.routers = [cast(Block, block).block_sparse_moe.gate for block in model.layers]
         self.inputs = graphs.shared(2, dtype=torch.int64)  # the id, and how many tokens there are before it
         self.inputs_there = torch.zeros(2, dtype=torch.int64, device=device)
         most = 2 * config.experts_per_token + 2 * config.experts  # two layers ahead
@@ -81,19 +94,17 @@ class Decoder:
             cache.provide(part, *self.choice(part))
 
     def choice(self, layer: int) -> tuple[list[int], Tensor, list[list[int]]]:
-        """What has come to the host of `model.step.Choice`: ids, weights, and of each of the next layers the
+        """What has come to the host of a layer's `Choice`: ids, weights, and of each of the next layers the
         experts, likeliest first, as far as lookahead looks."""
-        config, lookahead = self.model.config, self.cache.lookahead if self.cache else None
-        A, E = config.experts_per_token, config.experts
-        distance = min(lookahead.distance, config.layers - 1 - layer) if lookahead else 0
-        row = self.numbers[layer, : 2 * A + distance * E].tolist()
+        A, E = self.model.config.experts_per_token, self.model.config.experts
+        row = self.numbers[layer, : 2 * A + self.routers[layer].distance * E].tolist()
         ahead = [row[i : i + E] for i in range(2 * A, len(row), E)]
         return row[A : 2 * A], self.weights[layer], ahead
 
     def parts(self, kv: KVCache) -> Iterator[Work]:
         """A step in as many parts as the host has to attend to, each to be run before the next is taken."""
         token, position = self.inputs_there[:1], self.inputs_there[1:]
-        computing = step(self.model, token, position, kv, self.route)
+        computing = self.model.step(token, position, kv)
 
         def part(layer: int) -> None:  # up to that layer's choice
             if layer == 0:
@@ -101,8 +112,8 @@ class Decoder:
             result = next(computing)
             if isinstance(result, Tensor):
                 self.logits.copy_(result[0])
-            elif self.cache is not None:
-                kernels.fetch(result.all, self.choices[layer, : len(result.all)])
+            elif self.cache is not None and result.packed is not None:
+                kernels.fetch(result.packed, self.choices[layer, : len(result.packed)])
 
         def whole() -> None:
             for layer in layers:

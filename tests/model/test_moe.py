@@ -9,7 +9,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.mixtral import Mixtral
-from model.moe import ResidentExperts, Router, SparseMoE, by_expert
+from model.moe import Experts, ResidentExperts, SparseMoE, by_expert
+from model.router import Choice, Router
 from tests.model.reference import CPU, TINY, random_ids, random_model
 
 
@@ -27,6 +28,10 @@ def make_layer(config: ModelConfig) -> tuple[SparseMoE, ResidentExperts]:
     layer = SparseMoE(config, experts, CPU)
     torch.nn.init.normal_(layer.gate.weight, std=2 * config.hidden**-0.5)
     return layer, experts
+
+
+def apply(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    return experts(x, Choice(ids, weights))
 
 
 def make_choices(config: ModelConfig, N: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +59,7 @@ def dense(experts: ResidentExperts, x: Tensor, ids: Tensor, weights: Tensor) -> 
 def test_experts_against_dense(E: int, A: int, N: int) -> None:
     config = replace(TINY, experts=E, experts_per_token=A)
     experts, choices = make_experts(config), make_choices(config, N)
-    out = experts(*choices)
+    out = apply(experts, *choices)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.double(), dense(experts, *choices), rtol=1e-5, atol=1e-5)
 
@@ -77,7 +82,8 @@ def test_router_works_in_float32(dtype: torch.dtype) -> None:
     config = replace(TINY, experts=8, experts_per_token=3)
     router = make_layer(config)[0].gate
     x = torch.randn(200, config.hidden).to(dtype)
-    ids, weights = router(x)
+    choice = router(x)
+    ids, weights = choice.ids, choice.weights
     probability = (x.double() @ router.weight.double().T).softmax(-1)
     expected, expected_ids = probability.topk(3)
     assert torch.equal(ids, expected_ids)
@@ -92,7 +98,8 @@ def test_one_expert_per_token_has_all_the_weight() -> None:
     config = replace(TINY, experts_per_token=1)
     layer, experts = make_layer(config)
     x = torch.randn(1, 6, config.hidden)
-    ids, weights = layer.gate(x[0])
+    choice = layer.gate(x[0])
+    ids, weights = choice.ids, choice.weights
     assert torch.equal(weights, torch.ones(6, 1))
     for n, e in enumerate(ids[:, 0].tolist()):
         alone = experts.experts[e](x[:, n])
@@ -104,7 +111,8 @@ def test_router_in_extremes(size: float) -> None:
     """All logits equal: some A different experts, equal weights. Logits of thousands: nothing overflows."""
     config = replace(TINY, experts=8, experts_per_token=2)
     router = make_layer(config)[0].gate
-    ids, weights = router(torch.randn(50, config.hidden) * size)
+    choice = router(torch.randn(50, config.hidden) * size)
+    ids, weights = choice.ids, choice.weights
     assert all(len(set(row)) == 2 for row in ids.tolist())
     assert ids.min() >= 0 and ids.max() < 8
     torch.testing.assert_close(weights.sum(1), torch.ones(50))
@@ -119,7 +127,8 @@ def test_ties_in_one_layer() -> None:
     with torch.no_grad():
         layer.gate.weight[3] = layer.gate.weight[1]
     x = torch.randn(40, config.hidden)
-    ids, weights = layer.gate(x)
+    choice = layer.gate(x)
+    ids, weights = choice.ids, choice.weights
     assert all(len(set(row)) == 2 for row in ids.tolist())
     tied = ids.sort(1).values.eq(torch.tensor([1, 3])).all(1)
     assert tied.any() and torch.equal(weights[tied], torch.full((int(tied.sum()), 2), 0.5))
@@ -148,7 +157,7 @@ def test_only_chosen_experts_run(N: int) -> None:
         for e in (0, 2, 3, 5, 7):
             for parameter in experts.experts[e].parameters():
                 parameter.fill_(torch.nan)
-    torch.testing.assert_close(experts(x, ids, weights).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(apply(experts, x, ids, weights).double(), expected, rtol=1e-5, atol=1e-5)
     assert seen == {e: n for e in range(8) if (n := int((ids == e).sum()))}
 
 
@@ -160,10 +169,12 @@ def test_one_token_and_many_give_the_same_bits(dtype: torch.dtype) -> None:
     x, _, weights = make_choices(config, 4)
     x = x.to(dtype)
     ids = torch.tensor([[10, 3, 7], [0, 11, 5], [8, 2, 9], [6, 4, 1]])
-    together = experts(x, ids, weights)
+    together = apply(experts, x, ids, weights)
     assert together.dtype == dtype
     for n in range(4):
-        assert torch.equal(experts(x[n : n + 1], ids[n : n + 1], weights[n : n + 1]), together[n : n + 1])
+        assert torch.equal(
+            apply(experts, x[n : n + 1], ids[n : n + 1], weights[n : n + 1]), together[n : n + 1]
+        )
 
 
 @pytest.mark.parametrize("N", [1, 2])
@@ -178,7 +189,7 @@ def test_contributions_are_added_in_ascending_order_of_expert(N: int) -> None:
     x, weights = torch.full((N, 1), 3.0), torch.full((N, 3), 0.25)
     share = 0.25 * torch.nn.functional.silu(x) * x
     for order in itertools.permutations(range(3)):
-        assert torch.equal(experts(x, torch.tensor([order]).repeat(N, 1), weights), share), order
+        assert torch.equal(apply(experts, x, torch.tensor([order]).repeat(N, 1), weights), share), order
 
 
 @pytest.mark.parametrize("N", [1, 33])
@@ -187,9 +198,9 @@ def test_order_of_choices_does_not_matter(N: int) -> None:
     config = replace(TINY, experts=8, experts_per_token=4)
     experts = make_experts(config)
     x, ids, weights = make_choices(config, N)
-    expected = experts(x, ids, weights)
+    expected = apply(experts, x, ids, weights)
     for order in itertools.permutations(range(4)):
-        assert torch.equal(experts(x, ids[:, order], weights[:, order]), expected), order
+        assert torch.equal(apply(experts, x, ids[:, order], weights[:, order]), expected), order
 
 
 def test_by_expert_visits_every_choice_once() -> None:
@@ -211,8 +222,8 @@ class Watcher:
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        self.calls.append((x, ids, weights))
+    def __call__(self, x: Tensor, choice: Choice) -> Tensor:
+        self.calls.append((x, choice.ids, choice.weights))
         return x
 
 
@@ -240,9 +251,9 @@ def test_gradcheck() -> None:
     experts = make_experts(config).double()
     x, ids, weights = make_choices(config, 4)
     inputs = [x.double().requires_grad_(), weights.double().requires_grad_(), *experts.parameters()]
-    assert torch.autograd.gradcheck(lambda x, weights, *_: experts(x, ids, weights), inputs)
+    assert torch.autograd.gradcheck(lambda x, weights, *_: apply(experts, x, ids, weights), inputs)
     one = [inputs[0][:1].detach().requires_grad_(), inputs[1][:1].detach().requires_grad_(), *inputs[2:]]
-    assert torch.autograd.gradcheck(lambda x, weights, *_: experts(x, ids[:1], weights), one)
+    assert torch.autograd.gradcheck(lambda x, weights, *_: apply(experts, x, ids[:1], weights), one)
 
 
 def test_router_gradient() -> None:
@@ -251,7 +262,8 @@ def test_router_gradient() -> None:
     router = Router(config, CPU)
     torch.nn.init.normal_(router.weight)
     x = torch.randn(1, config.hidden)
-    ids, weights = router(x)
+    choice = router(x)
+    ids, weights = choice.ids, choice.weights
     (gradient,) = torch.autograd.grad(weights[0, 0], router.weight)
     w = weights[0].detach()
     by_logit = torch.zeros(6).index_put((ids[0],), w[0] * (torch.tensor([1.0, 0, 0]) - w))

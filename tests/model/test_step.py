@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.quant.backends import fused
-from model.step import unfit
+from runtime.gpu.decoder import unfit
 from tests.model.kernels.test_fused import run_cases, triton
 from tests.model.whole_step_cases import CONFIG
 

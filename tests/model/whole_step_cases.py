@@ -14,7 +14,7 @@ from model.quant.backends import fused
 from model.quant.expert import BlobExperts, ExpertFormat
 from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
-from model.step import Choice, router, step
+from model.router import Choice
 from tests.model.kernels import interpreted
 from tests.model.quant.matrices import make_matrix
 
@@ -54,14 +54,16 @@ def test_tokens_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, ids = random_network(QuantSpec(4, 16)), [3, 40, 7]
     expected = model(torch.tensor([ids], device=DEVICE))[0]
-    gates = [torch.randn(CONFIG.experts, CONFIG.hidden, device=DEVICE), None]
-    cache = KVCache.allocate(CONFIG, 1, 12, torch.float32, DEVICE)
+    model.look_ahead(1)
+    model.prepare_step()
+    kv = KVCache.allocate(CONFIG, 1, 12, torch.float32, DEVICE)
     for position, i in enumerate(ids):
         where = torch.tensor([i], device=DEVICE), torch.tensor([position], device=DEVICE)
-        *choices, logits = step(model, *where, cache, router(model, gates))
+        *choices, logits = model.step(*where, kv)
         assert all(isinstance(choice, Choice) for choice in choices) and len(choices) == 2
         first = cast(Choice, choices[0])
-        assert sorted(first.ranking.tolist()) == [0, 1, 2] and len(set(first.ids.tolist())) == 2
+        assert first.ranking is not None and sorted(first.ranking[0].tolist()) == [0, 1, 2]
+        assert len(set(first.ids[0].tolist())) == 2 and cast(Choice, choices[1]).ranking is None
         torch.testing.assert_close(first.weights.sum().cpu(), torch.tensor(1.0))
         assert isinstance(logits, torch.Tensor)
         torch.testing.assert_close(logits[0], expected[position], rtol=1e-4, atol=1e-4)

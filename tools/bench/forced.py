@@ -10,10 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.mixtral import Block
-from model.moe import Router
-from model.step import Choice
-from runtime.experts.lookahead import Lookahead
+from model.router import Choice, Router
 from tools.bench.routing import guesses
 
 Ahead = list[Tensor | None]  # of each layer [P, d, E] int64, d = min(distance, layers left)
@@ -39,55 +36,43 @@ class Trace:
 
 
 class TraceRouter(nn.Module):
-    """Takes the place of a layer's router where a model is called as a whole."""
+    """Takes the place of a layer's router: it chooses what a trace prescribes. A prompt routes by itself."""
 
-    def __init__(self, gate: Router, choices: Tensor, position: Tensor) -> None:
-        """choices [P, A] int64, this layer's of a trace; position [1] int64, the caller's to move, below P.
-        Both are on the gate's device."""
+    def __init__(self, gate: Router, trace: Trace, layer: int, position: Tensor) -> None:
+        """position [1] int64, on the gate's device, is the caller's to move, below P."""
         super().__init__()
-        self.gate, self.choices, self.position = gate, choices, position
+        self.gate, self.position = gate, position
+        self.choices, self.ahead = trace.choices[:, layer].contiguous(), trace.ahead[layer]
+        parts = [self.choices] + ([] if self.ahead is None else [self.ahead.flatten(1)])
+        self.rows = torch.cat(parts, dim=1).int()  # [P, A + d E]
 
     @property
-    def weight(self) -> nn.Parameter:  # what lookahead gates are made of
+    def weight(self) -> nn.Parameter:
         return self.gate.weight
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [N, D] -> ids [N, A], weights [N, A]
+    @property
+    def distance(self) -> int:
+        return self.gate.distance
+
+    def look_ahead(self, later: Sequence[Tensor]) -> None:
+        self.gate.look_ahead(later)
+
+    def prepare_step(self) -> None:
+        """There is nothing to prepare: `rows` are."""
+
+    def forward(self, x: Tensor) -> Choice:  # [N, D]
         if x.shape[0] > 1:
-            chosen: tuple[Tensor, Tensor] = self.gate(x)
-            return chosen
-        ids = self.choices.index_select(0, self.position)
-        return ids, self.gate.logits(x).gather(1, ids).softmax(-1)
+            choice: Choice = self.gate(x)
+            return choice
+        ids = self.choices.index_select(0, self.position)  # [1, A]
+        weights = self.gate.logits(x).gather(1, ids).softmax(-1)
+        if self.ahead is None or not self.distance:
+            return Choice(ids, weights)
+        return Choice(ids, weights, self.ahead.index_select(0, self.position)[0])
 
-
-class TraceLookahead:
-    """Takes the place of a `Lookahead`."""
-
-    def __init__(self, own: Lookahead, ahead: Ahead, position: Tensor) -> None:
-        self.own, self.ahead, self.position = own, ahead, position
-        self.distance, self.gates = own.distance, own.gates
-
-    def rank(self, layer: int, x: Tensor) -> Tensor | None:
-        """As `Lookahead.rank` does: [d, E] int64, likeliest first; None behind the last layer."""
-        ahead = self.ahead[layer]
-        if ahead is None or x.shape[0] > 1:
-            return self.own.rank(layer, x)
-        return ahead.index_select(0, self.position)[0]
-
-
-class TraceRoute:
-    """A `model.step.Route`: takes the place of a decoder's router."""
-
-    def __init__(self, blocks: Sequence[Block], trace: Trace, position: Tensor) -> None:
-        """position [1] int64: where the decoder has on the device how many tokens there are."""
-        self.gates = [block.block_sparse_moe.gate.weight for block in blocks]
-        self.chosen, self.position = trace.choices.shape[2], position
-        self.rows = []  # of each layer [P, A + d E] int32
-        for layer, ahead in enumerate(trace.ahead):
-            parts = [trace.choices[:, layer]] + ([] if ahead is None else [ahead.flatten(1)])
-            self.rows.append(torch.cat(parts, dim=1).int())
-
-    def __call__(self, layer: int, x: Tensor) -> Choice:  # x [1, D]
-        row = self.rows[layer].index_select(0, self.position)[0]  # [A + d E]
-        gates = self.gates[layer].index_select(0, row[: self.chosen])  # [A, D]
+    def step(self, x: Tensor) -> Choice:  # [1, D]
+        row = self.rows.index_select(0, self.position)[0]  # [A + d E]
+        A = self.choices.shape[1]
+        gates = self.gate.weight.index_select(0, row[:A])  # [A, D]
         weights = (gates * x).sum(-1).softmax(-1)  # [A] float32
-        return Choice.split(torch.cat([weights.view(torch.int32), row]), self.chosen)
+        return Choice.unpack(torch.cat([weights.view(torch.int32), row]), A, self.gate.experts)

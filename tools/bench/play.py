@@ -12,12 +12,11 @@ from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from runtime.experts.cache import ExpertCache
 from runtime.experts.ledger import Counters
-from runtime.experts.lookahead import Lookahead
 from runtime.gpu.decoder import Decoder, make_decoder
 from runtime.planning.footprint import PREFILL_CHUNK
 from runtime.planning.memory import reserve
-from tools.bench.forced import Trace, TraceLookahead, TraceRoute, TraceRouter
-from tools.bench.subject import Subject, make_lookahead, nobody
+from tools.bench.forced import Trace, TraceRouter
+from tools.bench.subject import Subject, look_ahead, nobody
 from tools.bench.ways import Way
 
 
@@ -40,11 +39,11 @@ class Player:
 
     def token(self, i: int) -> int:
         """The same for one id behind others."""
+        if self.position is not None:
+            self.position.fill_(self.kv.length)
         if self.decoder is not None:
             with torch.inference_mode():
                 return int(self.decoder.step(i, self.kv).argmax())
-        if self.position is not None:
-            self.position.fill_(self.kv.length)
         return self.prompt(torch.tensor([[i]], device=self.model.embed_tokens.weight.device))
 
     def decode(self, ids: Sequence[int]) -> None:
@@ -66,8 +65,11 @@ class Stage:
         self.kv = KVCache.allocate(config, 1, setup.plan.context, setup.dtype, setup.device)
         reserve(setup.device, setup.plan.workspace)  # as an engine does
         self.position = torch.zeros(1, dtype=torch.int64, device=setup.device)
-        self.own = make_lookahead(subject) if cache is not None else None
         self.gates = [block.block_sparse_moe.gate for block in subject.blocks]
+        if trace is not None:
+            for layer, (block, gate) in enumerate(zip(subject.blocks, self.gates, strict=True)):
+                router = TraceRouter(gate, trace, layer, self.position)
+                block.block_sparse_moe.gate = router  # type: ignore[assignment]
         self.players: dict[str, Player] = {}
 
     def use(self, name: str) -> Player:
@@ -75,29 +77,17 @@ class Stage:
         if self.cache is not None:
             self.cache.forget()
             way = self.ways[name]
-            self.cache.lookahead = self.look_ahead() if way.guesses else None
+            look_ahead(self.subject, way.guesses)
             self.subject.provide(way.experts)
         self.kv.truncate(0)
         if name not in self.players:
             self.players[name] = self.make_player(self.ways.get(name))
         return self.players[name]
 
-    def look_ahead(self) -> Lookahead | None:
-        if self.own is None or self.trace is None:
-            return self.own
-        return cast(Lookahead, TraceLookahead(self.own, self.trace.ahead, self.position))
-
     def make_player(self, way: Way | None) -> Player:
-        subject, trace = self.subject, self.trace
+        subject = self.subject
         cache = cast(ExpertCache | None, way.cache if way else None)
         decoder = make_decoder(subject.model, cache, subject.options.graphs)
-        if trace is not None and decoder is not None:
-            decoder.route = TraceRoute(subject.blocks, trace, decoder.inputs_there[1:])
-        elif trace is not None:
-            for layer, (block, gate) in enumerate(zip(subject.blocks, self.gates, strict=True)):
-                block.block_sparse_moe.gate = TraceRouter(  # type: ignore[assignment]
-                    gate, trace.choices[:, layer].contiguous(), self.position
-                )
         return Player(subject.model, self.kv, subject.setup.plan.chunk, decoder, self.position)
 
     def graphs(self) -> bool:

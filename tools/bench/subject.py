@@ -28,7 +28,6 @@ from model.shapes import SHAPES
 from runtime.errors import OptionError
 from runtime.experts.arena import Arena
 from runtime.experts.cache import ExpertCache
-from runtime.experts.lookahead import Lookahead
 from runtime.loader import load_model, load_resident
 from runtime.options import EngineOptions
 from runtime.planning.planner import Plan
@@ -266,10 +265,10 @@ def fill(pool: Tensor, store: Store) -> None:
         blob.copy_(pool[n % DISTINCT] if n >= DISTINCT else store.memory.blob(0, n % store.count))
 
 
-def make_lookahead(subject: Subject) -> Lookahead | None:
-    """As an engine has it."""
+def look_ahead(subject: Subject, wanted: bool) -> None:
+    """Have the subject's routers look ahead as an engine's do, or not at all."""
     options = subject.options
-    return Lookahead(subject.blocks, options.lookahead) if options.lookahead and options.prefetch else None
+    subject.model.look_ahead(options.lookahead if wanted and options.prefetch else 0)
 
 
 def give_back(device: torch.device) -> None:

@@ -12,23 +12,21 @@ A way serves `model.forward` (`experts(layer)` computes) and a `Decoder` (which 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from model.moe import Experts, mix
 from model.quant.backends import fused
 from model.quant.expert import BoundExpert, ExpertFormat
+from model.router import Choice
 from runtime.experts.cache import ExpertCache, LayerExperts
-from runtime.experts.lookahead import Lookahead
 
 LADDER = ("full", "no prefetch", "no cache", "whole layers")
 
 
 class DecoderCache(Protocol):
     """What a decoder asks of an expert cache."""
-
-    lookahead: Lookahead | None
 
     def provide(self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]) -> None: ...
     def computed_one(self, layer: int) -> None: ...
@@ -49,18 +47,18 @@ class Way(Protocol):
 
 @dataclass(frozen=True)
 class InPlace:
-    """Computes from certain blobs, whichever they are: `model.moe.Experts`, `model.step.StepExperts`."""
+    """Computes from certain blobs, whichever they are: `model.moe.Experts`."""
 
     form: ExpertFormat
     blobs: Tensor  # [E, blob bytes]
     bound: Sequence[BoundExpert]
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return mix(self.bound, x, ids, weights)
+    def __call__(self, x: Tensor, choice: Choice) -> Tensor:
+        return mix(self.bound, x, choice)
 
-    def one(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def step(self, x: Tensor, choice: Choice) -> Tensor:
         assert self.form.pair is not None, self.form
-        return fused.expert_pair(x, self.blobs, ids, weights, self.form.pair)
+        return fused.expert_pair(x, self.blobs, choice.ids[0], choice.weights[0], self.form.pair)
 
 
 class Computing:
@@ -99,7 +97,6 @@ class Forgetful:
     """The expert cache, with slots that are empty again behind every layer."""
 
     guesses = False
-    lookahead: Lookahead | None = None
 
     def __init__(self, cache: ExpertCache) -> None:
         self.inner = cache
@@ -109,12 +106,12 @@ class Forgetful:
         return self
 
     def experts(self, layer: int) -> Experts:
-        def computed(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            y = self.inner.apply(layer, x, ids, weights)
+        def computed(x: Tensor, choice: Choice) -> Tensor:
+            y = self.inner.apply(layer, x, choice)
             self.forget(layer)
             return y
 
-        return SameSlots(computed, self.inner.layer(layer).one)
+        return SameSlots(computed, self.inner.layer(layer).step)
 
     def provide(self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]) -> None:
         self.inner.provide(layer, ids, weights, [])
@@ -132,20 +129,19 @@ class Forgetful:
 
 @dataclass(frozen=True)
 class SameSlots:
-    """`model.moe.Experts` and `model.step.StepExperts`, of two functions."""
+    """`model.moe.Experts` of two functions."""
 
-    apply: Experts
-    one: Any
+    apply: Callable[[Tensor, Choice], Tensor]
+    step: Callable[[Tensor, Choice], Tensor]
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return self.apply(x, ids, weights)
+    def __call__(self, x: Tensor, choice: Choice) -> Tensor:
+        return self.apply(x, choice)
 
 
 class WholeLayers:
     """Every layer is copied as a whole, over the layer before, and then computed."""
 
     guesses = False
-    lookahead: Lookahead | None = None
 
     def __init__(self, cache: ExpertCache) -> None:
         """The copies go to the cache's slots, as many as there are experts, and over its link."""
@@ -158,13 +154,13 @@ class WholeLayers:
         return self
 
     def experts(self, layer: int) -> Experts:
-        def computed(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        def computed(x: Tensor, choice: Choice) -> Tensor:
             self.bring(layer)
-            y = self.place(x, ids, weights)
+            y = self.place(x, choice)
             self.computed_one(layer)
             return y
 
-        return SameSlots(computed, self.place.one)
+        return SameSlots(computed, self.place.step)
 
     def provide(self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]) -> None:
         self.bring(layer)

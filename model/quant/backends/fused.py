@@ -9,7 +9,7 @@ launches for all of its experts, which are read from a pool of blobs by slot.
 version alone: not on time, and not on the slot or address that holds an expert. In `gate_up` and `down` an
 expert is computed alike whichever others are with it: so one call for a token's experts, calls for one of
 them at a time, and anything between give the same h and the same contributions; and `down` rounds and adds
-contributions as `model.moe.mix_one` does, so adding up by `+`, in ascending order of id, what `down` gives
+contributions as `model.moe.OneToken` does, so adding up by `+`, in ascending order of id, what `down` gives
 for each expert is the same sum too. From 2 to 16 rows, a row's result does not depend on the others.
 
 **What is not.** One row, 2 to 16 rows and more rows are three computations, and an expert by `gate_up` and

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.moe import mix_one
+from model.moe import mix
 from model.quant.backends.fused import ExpertForm, FewRows, Fused, down, expert_pair, gate_up, uncompiled
 from model.quant.spec import QuantSpec
 from model.quant.streams import matrix_fields
 from model.quant.tensor import QuantizedTensor
+from model.router import Choice
 from tests.model.kernels.interpreted import DEVICE
 from tests.model.quant.matrices import check, make_matrix
 
@@ -222,7 +223,7 @@ def test_bits_depend_on_the_experts_alone(text: str, dtype: torch.dtype) -> None
 
     one = torch.ones(1, device=DEVICE)
     experts = [lambda x, e=e: expert_pair(x, layer.pool, layer.at([e]), one, layer.form) for e in range(4)]
-    mixed = mix_one(experts, x, torch.tensor([ids]), weights[None].to(dtype))
+    mixed = mix(experts, x, Choice(torch.tensor([ids]), weights[None].to(dtype)))
     assert torch.equal(mixed, y)  # each alone, weighted and added by model.moe
 
     h = torch.cat([gate_up(x, layer.pool, layer.at([e]), layer.form) for e in ids])

@@ -15,6 +15,7 @@ from model.quant.backends.int4pack import Int4Pack, kernel_block
 from model.quant.expert import BlobExperts, ExpertFormat, views
 from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
+from model.router import Choice
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(
@@ -146,7 +147,7 @@ def test_a_layer_of_blobs_mixes_as_one_of_parameters(N: int, dtype: torch.dtype)
     x = torch.randn(N, CONFIG.hidden).to(dtype)
     ids = torch.rand(N, CONFIG.experts).argsort(1)[:, :2]
     weights = torch.rand(N, 2).softmax(1)
-    assert torch.equal(layer(x, ids, weights), resident(x, ids, weights))
+    assert torch.equal(layer(x, Choice(ids, weights)), resident(x, Choice(ids, weights)))
 
 
 @pytest.mark.parametrize("N", [1, 6])
@@ -157,5 +158,5 @@ def test_contributions_are_added_by_ascending_expert(N: int) -> None:
     x, weights = torch.zeros(N, 2).bfloat16(), torch.ones(N, 3)
     for order in itertools.permutations(range(3)):
         ids = torch.tensor([order] * N)
-        assert mix(experts, x, ids, weights).tolist() == [[1.0, 1.0]] * N
-        assert mix(experts[::-1], x, ids, weights).tolist() == [[1 + 2**-7] * 2] * N
+        assert mix(experts, x, Choice(ids, weights)).tolist() == [[1.0, 1.0]] * N
+        assert mix(experts[::-1], x, Choice(ids, weights)).tolist() == [[1 + 2**-7] * 2] * N

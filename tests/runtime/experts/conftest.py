@@ -20,7 +20,6 @@ from runtime import Engine, EngineOptions, SamplingParams
 from runtime.experts.arena import Arena
 from runtime.experts.cache import ExpertCache
 from runtime.experts.copying import CopyEngine, HostLink, Link
-from runtime.experts.lookahead import Lookahead
 from runtime.experts.policy import make_policy
 from runtime.experts.slots import SlotTable, Spares
 from runtime.experts.trace import Event
@@ -115,8 +114,7 @@ class Rig:
         arena = cast(Arena, KeptArena(self.arena))
         cache = ExpertCache(self.form, arena, copies, CPU, tables, Spares(numbers), prefetch)
         blocks = [cast(Block, block) for block in self.engine.model.layers]
-        if lookahead and prefetch:
-            cache.lookahead = Lookahead(blocks, lookahead)
+        self.engine.model.look_ahead(lookahead if prefetch else 0)
         for n, block in enumerate(blocks):
             block.block_sparse_moe.experts = cache.layer(n)
         before, self.engine.cache = self.engine.plan, cache

@@ -16,9 +16,8 @@ from model.attention import Attending, attend_by_scores
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.mixtral import Block, Mixtral
-from model.moe import Experts, ResidentExperts
-from runtime.experts.contributions import Contributions
-from runtime.experts.lookahead import Lookahead
+from model.moe import Experts, ManyTokens, ResidentExperts
+from model.router import Choice
 from runtime.planning.footprint import MAX_CHUNK, PREFILL_CHUNK, Request, lay_out
 from runtime.planning.planner import plan
 
@@ -72,9 +71,10 @@ class LiveBytes(TorchDispatchMode):
 def as_they_arrive(experts: ResidentExperts) -> Experts:
     """The same experts, their outputs held apart until all are there, as the cache does it."""
 
-    def apply(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        sums = Contributions(x, weights.to(x.dtype), ids, ids.numpy(), len(experts.experts))
-        for e in ids.unique().tolist():
+    def apply(x: Tensor, choice: Choice) -> Tensor:
+        counts = choice.ids.flatten().bincount(minlength=len(experts.experts)).tolist()
+        sums = ManyTokens(x, choice, counts)
+        for e in reversed(choice.ids.unique().tolist()):  # the order in which most is held
             sums.add(e, experts.experts[e](sums.inputs(e)))
         return sums.total()
 
@@ -153,9 +153,11 @@ def test_gates_that_look_ahead_are_counted(distance: int) -> None:
     blocks = [cast(Block, block) for block in model.layers]
     for gate in (block.block_sparse_moe.gate for block in blocks):
         gate.weight.detach().normal_()
-    ahead = Lookahead(blocks, distance).gates
-    routed = [torch.cat([block.block_sparse_moe.gate.weight, gates]) if gates is not None else None
-              for block, gates in zip(blocks, ahead, strict=True)]  # fmt: skip
+    model.look_ahead(distance)
+    model.prepare_step()
+    routers = [block.block_sparse_moe.gate for block in blocks]
+    ahead = [router.ahead for router in routers]
+    routed = [router.gates if router.ahead is not None else None for router in routers]
     for shared, held in ((True, [ahead]), (False, [ahead, routed])):
         request = Request(SMALL, torch.bfloat16, 100, lookahead=distance, shared=shared)
         planned = lay_out(request, (2, 2, 2))

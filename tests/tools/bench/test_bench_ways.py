@@ -168,9 +168,8 @@ def test_a_decoder_is_told_by_the_trace_before_its_first_step(graphs: bool) -> N
     decoder = stage.use("full").decoder
     assert (decoder is not None) == graphs
     if decoder is not None:
-        assert isinstance(decoder, Decoder) and type(decoder.route).__name__ == "TraceRoute"
-        assert decoder.cache is not None and decoder.cache.lookahead is not None
-        assert decoder.cache.lookahead.distance == 1
+        assert isinstance(decoder, Decoder) and decoder.cache is not None
+        assert type(decoder.routers[0]).__name__ == "TraceRouter" and decoder.routers[0].distance == 1
     stage.close()
 
 

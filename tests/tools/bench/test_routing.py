@@ -10,14 +10,13 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.kv_cache import KVCache
-from model.moe import Router
 from model.quant.spec import QuantSpec
+from model.router import Choice, Router
 from runtime.errors import OptionError
-from runtime.experts.lookahead import Lookahead
 from runtime.experts.policy import make_policy
 from runtime.experts.slots import SlotTable
 from tools.bench import routing
-from tools.bench.forced import Trace, TraceLookahead, TraceRouter
+from tools.bench.forced import Trace, TraceRouter
 from tools.bench.random_model import random_model
 
 CPU = torch.device("cpu")
@@ -132,49 +131,54 @@ def router() -> Router:
     return gate.requires_grad_(False)
 
 
+def same(a: Choice, b: Choice) -> bool:
+    return torch.equal(a.ids, b.ids) and torch.equal(a.weights, b.weights)
+
+
 def test_a_trace_router() -> None:
     x, position = torch.randn(5, SMALL.hidden), torch.zeros(1, dtype=torch.int64)
-    trace, gate = routing.uniform(1, 4, 2, 7)[:, 0], router()
-    forced = TraceRouter(gate, trace, position)
+    trace, gate = Trace.make(routing.uniform(1, 4, 2, 7), 4, 0, CPU), router()
+    forced = TraceRouter(gate, trace, 0, position)
     for row in (0, 3, 6):
         position.fill_(row)  # as a graph's replay would find it
-        ids, weights = forced(x[:1])
-        assert torch.equal(ids, trace[row : row + 1]) and weights.sum() == pytest.approx(1)
+        choice = forced(x[:1])
+        ids, weights = choice.ids, choice.weights
+        assert torch.equal(ids, trace.choices[row : row + 1, 0]) and weights.sum() == pytest.approx(1)
         logits = gate.logits(x[:1])[0]
         assert torch.equal(weights[0], logits[ids[0]].softmax(-1))
     assert forced.weight is gate.weight
-    assert all(map(torch.equal, forced(x), gate(x)))  # a prompt routes by itself
-    own, shares = gate(x[:1])
-    again = TraceRouter(gate, own, position.fill_(0))(x[:1])  # a trace of its own choices changes nothing
-    assert torch.equal(again[0], own) and torch.equal(again[1], shares)
+    assert same(forced(x), gate(x))  # a prompt routes by itself
+    own = gate(x[:1])
+    its = Trace.make(own.ids[:, None], 4, 0, CPU)  # a trace of its own choices changes nothing
+    assert same(TraceRouter(gate, its, 0, position.fill_(0))(x[:1]), own)
 
 
-def test_a_trace_lookahead() -> None:
+def test_a_trace_router_looks_ahead_as_the_trace_says() -> None:
     model = random_model(SMALL, QuantSpec(16), QuantSpec(16), torch.float32, CPU)
-    own = Lookahead(list(model.layers), 2)
-    trace = Trace.make(routing.uniform(3, 4, 2, 6), 4, 2, CPU)
-    position = torch.tensor([4])
-    ahead = TraceLookahead(own, trace.ahead, position)
-    assert ahead.distance == 2 and ahead.gates is own.gates
+    model.look_ahead(2)
+    trace, position = Trace.make(routing.uniform(3, 4, 2, 6), 4, 2, CPU), torch.tensor([4])
+    rankings = [routing.guesses(trace.choices, 4, d) for d in (1, 2)]
     x = torch.randn(2, SMALL.hidden)
-    for layer, later in ((0, [1, 2]), (1, [2])):
-        ranked = ahead.rank(layer, x[:1])
-        rankings = [routing.guesses(trace.choices, 4, d) for d in (1, 2)]
-        expected = torch.stack([rankings[d][4, to] for d, to in enumerate(later)])
-        assert ranked is not None and torch.equal(ranked, expected)
-        prompt = own.rank(layer, x), ahead.rank(layer, x)  # which routes by itself
-        assert prompt[0] is not None and prompt[1] is not None and torch.equal(*prompt)
-    assert ahead.rank(2, x[:1]) is None
+    for layer, later in ((0, [1, 2]), (1, [2]), (2, [])):
+        own = model.layers[layer].block_sparse_moe.gate
+        forced = TraceRouter(own, trace, layer, position)
+        ranked = forced(x[:1]).ranking
+        assert forced.distance == len(later) and (ranked is None) == (not later)
+        if ranked is not None:
+            expected = torch.stack([rankings[d][4, to] for d, to in enumerate(later)])
+            assert torch.equal(ranked, expected)
+            assert torch.equal(forced(x).ranking, own(x).ranking)  # a prompt routes by itself
 
 
 def test_a_model_routed_by_a_trace() -> None:
     model = random_model(SMALL, QuantSpec(16), QuantSpec(16), torch.float32, CPU)
     trace, position = routing.synthetic(3, 4, 2, 8), torch.zeros(1, dtype=torch.int64)
     seen: list[Tensor] = []
+    made = Trace.make(trace, 4, 0, CPU)
     for layer, block in enumerate(model.layers):
         moe = block.block_sparse_moe
-        moe.gate = TraceRouter(moe.gate, trace[:, layer].contiguous(), position)
-        moe.gate.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+        moe.gate = TraceRouter(moe.gate, made, layer, position)
+        moe.gate.register_forward_hook(lambda module, inputs, output: seen.append(output.ids))
     cache = KVCache.allocate(SMALL, 1, 8, torch.float32, CPU)
     with torch.inference_mode():
         for n in range(8):

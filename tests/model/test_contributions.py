@@ -5,8 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.moe import mix
-from runtime.experts.contributions import Contributions
+from model.moe import Contributions, ManyTokens, OneToken, mix
+from model.router import Choice
+
+
+def contributions(x: torch.Tensor, choice: Choice, experts: int) -> Contributions:
+    if len(x) == 1:
+        return OneToken(x, choice, choice.ids[0].tolist())
+    return ManyTokens(x, choice, choice.ids.flatten().bincount(minlength=experts).tolist())
 
 
 @given(
@@ -21,14 +27,15 @@ def test_any_order_gives_the_bits_of_mix(tokens: int, A: int, seed: int, dtype: 
     weights = torch.rand(tokens, A, generator=g).softmax(-1)
     matrices = torch.randn(E, D, D, generator=g).to(dtype)
     experts = [lambda x, m=m: x @ m for m in matrices]
-    sums = Contributions(x, weights.to(dtype), ids, ids.numpy(), E)
+    choice = Choice(ids, weights)
+    sums = contributions(x, choice, E)
     chosen = [int(e) for e in torch.randperm(E, generator=g) if e in ids]
     for e in chosen:
         rows = [n for n in range(tokens) if e in ids[n]]
         assert torch.equal(sums.inputs(e), x[rows])
         sums.add(e, experts[e](sums.inputs(e)))
     total = sums.total()
-    assert total.dtype == dtype and torch.equal(total, mix(experts, x, ids, weights))
+    assert total.dtype == dtype and torch.equal(total, mix(experts, x, choice))
     slow = torch.stack(
         [sum(weights[n, a] * (x[n].float() @ matrices[ids[n, a]].float()) for a in range(A))
          for n in range(tokens)]
@@ -44,7 +51,7 @@ def test_the_order_of_adding_is_fixed(order: tuple[int, ...]) -> None:
     for tokens in (1, 3):
         x, weights = torch.ones(tokens, 2), torch.ones(tokens, 3)
         ids = torch.arange(3).expand(tokens, 3)
-        sums = Contributions(x, weights, ids, ids.numpy(), 3)
+        sums = contributions(x, Choice(ids, weights), 3)
         for e in order:
             sums.add(e, sums.inputs(e) * values[e])
         assert torch.equal(sums.total(), torch.zeros(tokens, 2))

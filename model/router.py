@@ -1,0 +1,114 @@
+"""The router of a layer: which experts each token goes to, and which ones later layers will probably want.
+
+**Lookahead** (arXiv 2312.17238, section 3.2). Layers change the residual stream a little at a time. So a
+later layer's norm and gate, applied to this layer's residual stream, often choose what the later layer will.
+This layer's router sees x = h * v, where h is the normed stream and v the norm's weight. The later router
+would see about h * v'. So the prediction is one product with `gate' * (v' / v)`, which `seen_from` prepares.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.kernels import step as kernels
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a layer's router says of N tokens.
+
+    In a step on a GPU, all of it lies in `packed`, so that the host can read it in one transfer.
+    """
+
+    ids: Tensor  # [N, A] int64, a token's largest weight first; int32 in a step on a GPU
+    weights: Tensor  # [N, A] float32, each row adding up to 1
+    ranking: Tensor | None = None  # [d, E]: the experts of each of the next d layers, likeliest first
+    packed: Tensor | None = None  # [2 A + d E] int32
+
+    @staticmethod
+    def unpack(packed: Tensor, chosen: int, experts: int) -> "Choice":
+        """The choice of one token from the int32 numbers that the `route` kernel writes.
+
+        >>> choice = Choice.unpack(torch.tensor([0, 0, 3, 1, 2, 0, 1, 3], dtype=torch.int32), 2, experts=4)
+        >>> choice.ids.tolist(), choice.weights.tolist(), choice.ranking.tolist()
+        ([[3, 1]], [[0.0, 0.0]], [[2, 0, 1, 3]])
+        """
+        weights, ids, later = packed.split([chosen, chosen, packed.numel() - 2 * chosen])
+        ranking = later.view(-1, experts) if later.numel() else None
+        return Choice(ids[None], weights.view(torch.float32)[None], ranking, packed)
+
+
+class Router(nn.Module):
+    """Chooses experts: the A largest of E gate logits, and the softmax over those, in float32.
+
+    The softmax over the chosen logits equals the softmax over all E, cut to the chosen and renormalized to 1:
+    renormalizing divides out a factor that all have in common (arXiv 2401.04088, section 2.1).
+
+    >>> _ = torch.manual_seed(0); logits = torch.randn(1, 8)
+    >>> over_all = logits.softmax(-1).topk(2).values
+    >>> torch.allclose(logits.topk(2).values.softmax(-1), over_all / over_all.sum())
+    True
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        super().__init__()
+        self.experts, self.experts_per_token = config.experts, config.experts_per_token
+        self.weight = nn.Parameter(
+            torch.empty(config.experts, config.hidden, dtype=torch.float32, device=device)
+        )
+        self.ahead: Tensor | None = (
+            None  # [d E, D] float32: the gates of the next d layers, as seen from here
+        )
+        self.gates: Tensor | None = None  # [(1 + d) E, D] float32: `weight` and `ahead`, for `step`
+
+    @property
+    def distance(self) -> int:
+        """How many later layers this router ranks the experts of."""
+        return 0 if self.ahead is None else len(self.ahead) // self.experts
+
+    def look_ahead(self, later: Sequence[Tensor]) -> None:
+        """Rank the experts of later layers too, by their gates [E, D], as `seen_from` prepares them."""
+        self.ahead = torch.cat(list(later)) if later else None
+        if self.gates is not None:
+            self.prepare_step()
+
+    def logits(self, x: Tensor) -> Tensor:  # [N, D] -> [N, E] float32
+        return F.linear(x.float(), self.weight)
+
+    def forward(self, x: Tensor) -> Choice:  # [N, D]
+        wide = x.float()
+        logits, ids = self.logits(wide).topk(self.experts_per_token)  # [N, A]
+        return Choice(ids, logits.softmax(-1), self.rank(wide))
+
+    def rank(self, x: Tensor) -> Tensor | None:  # [N, D] -> [d, E]
+        """The experts of the next layers. The probabilities of several tokens are added."""
+        if self.ahead is None:
+            return None
+        logits = F.linear(x, self.ahead).view(x.shape[0], -1, self.experts)  # [N, d, E]
+        return logits.softmax(-1).sum(0).argsort(dim=-1, descending=True)
+
+    def prepare_step(self) -> None:
+        """Put the gates one below the other, as `step` reads them. A gate gives the same bits whatever is
+        below it."""
+        weight = self.weight.detach()
+        self.gates = weight if self.ahead is None else torch.cat([weight, self.ahead])
+
+    def step(self, x: Tensor) -> Choice:  # [1, D]
+        """The choice of one token in one launch. Call `prepare_step` first."""
+        assert self.gates is not None
+        packed = kernels.route(x, self.gates, self.experts, self.experts_per_token)
+        return Choice.unpack(packed, self.experts_per_token, self.experts)
+
+
+def seen_from(mine: Tensor, theirs: Tensor, gate: Tensor) -> Tensor:  # [D], [D], [E, D] -> [E, D] float32
+    """A later layer's gate, changed so that it takes what this layer's router sees.
+
+    `mine` and `theirs` are the weights of this layer's and the later layer's norm. Where a weight of this
+    layer's norm is 0, x does not tell the stream: the prediction does without that number.
+    """
+    ratio = torch.where(mine.float().abs() > 1e-6, theirs.float() / mine.float(), 0)
+    return gate * ratio
