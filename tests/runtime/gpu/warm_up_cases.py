@@ -56,7 +56,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     for module in (fused, step):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(fused, "unsupported", lambda device: None)
-    for name in ("linear", "expert"):
+    for name in ("product", "expert"):
         monkeypatch.setattr(f"model.quant.{name}.choose_backend", lambda *args: (Both, None))
     monkeypatch.setattr(fused, "expert_pair", both(fused.expert_pair, plain_step.expert_pair))
     for name in ("fetch", "add_and_norm", "rotate_and_append", "attend", "route"):
