@@ -31,7 +31,13 @@ __all__ = [
     "Token",
 ]
 
-HOMES = {"Engine": "engine", "Plan": "planner", "Session": "session", "Stats": "stats", "Token": "session"}
+HOMES = {
+    "Engine": "engine",
+    "Plan": "planning.planner",
+    "Session": "session",
+    "Stats": "stats",
+    "Token": "session",
+}
 HOMES |= dict.fromkeys(("EngineOptions", "SamplingParams"), "options")
 
 

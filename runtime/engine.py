@@ -176,7 +176,7 @@ class Engine:
         activations."""
         release(self.device)  # what loading took
         self.give_cache(KVCache.allocate(self.config, 1, self.plan.context, self.dtype, self.device))
-        reserve(self.device, self.plan.workspace)
+        reserve(self.device, self.plan.workspace_bytes)
 
     def warm_up(self, progress: Bar | None = None) -> None:
         """Compile kernels, set up libraries and make the first session's graphs, so that no request waits for
@@ -317,7 +317,7 @@ class Engine:
             spares=self.plan.spares,
             policy=self.options.policy,
             seed=0,
-            expert_bytes=self.plan.blob,
+            expert_bytes=self.plan.blob_bytes,
             options={"lookahead": self.options.lookahead, "prefetch": self.options.prefetch},
         )
         writer = TraceWriter.open(path, header)

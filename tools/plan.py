@@ -50,15 +50,15 @@ from runtime.units import format_bytes, parse_bytes
 
 LINKS = (12, 25)  # GB/s: what PCIe 3.0 and 4.0 with 16 lanes move in practice
 TERMS = {  # labels of what `Plan` has under these names
-    "trunk": "trunk",
-    "kv": "KV cache",
-    "workspace": "workspace",
-    "staging": "staging",
-    "overhead": "overhead",
-    "slots": "slots",
-    "driver": "driver",
-    "device_total": "device, all",
-    "arena": "arena, in host memory",
+    "trunk_bytes": "trunk",
+    "kv_bytes": "KV cache",
+    "workspace_bytes": "workspace",
+    "staging_bytes": "staging",
+    "overhead_bytes": "overhead",
+    "slots_bytes": "slots",
+    "driver_bytes": "driver",
+    "device_bytes": "device, all",
+    "arena_bytes": "arena, in host memory",
 }
 
 
@@ -181,7 +181,7 @@ def left_over(sheet: Sheet, column: Column, plan: Plan) -> int | None:
     """Bytes of the budget that nothing takes."""
     if column.budget is None:
         return None
-    return column.budget - plan.device_total - (plan.arena if sheet.device == "cpu" else 0)
+    return column.budget - plan.device_bytes - (plan.arena_bytes if sheet.device == "cpu" else 0)
 
 
 def term_rows(sheet: Sheet) -> list[tuple[str, list[int]]]:
@@ -195,7 +195,7 @@ def term_rows(sheet: Sheet) -> list[tuple[str, list[int]]]:
 def table_rows(sheet: Sheet) -> list[list[str]]:
     """The whole table: of one plan GiB and bytes side by side, of several GiB above and bytes below."""
     plans, terms = [plan for _, plan in sheet.plans], term_rows(sheet)
-    unit, power = ("GiB", 30) if max(plan.device_total for plan in plans) >= 1 << 30 else ("MiB", 20)
+    unit, power = ("GiB", 30) if max(plan.device_bytes for plan in plans) >= 1 << 30 else ("MiB", 20)
     slots = [
         f"all {sheet.config.experts}" if p.resident else describe_slots(p.slots_per_layer) for p in plans
     ]
@@ -235,7 +235,7 @@ def as_text(sheet: Sheet, markdown: bool = False) -> str:
             *gap,
             *layout(table_rows(sheet), markdown),
             *gap,
-            f"An expert is {format_bytes(plan.blob)} ({plan.blob:,} bytes); a miss takes {at}.",
+            f"An expert is {format_bytes(plan.blob_bytes)} ({plan.blob_bytes:,} bytes); a miss takes {at}.",
             *(f"{column.label}: {column.reason}" for column in sheet.columns if not column.plan),
         ]
     )
@@ -243,7 +243,7 @@ def as_text(sheet: Sheet, markdown: bool = False) -> str:
 
 def link_seconds(plan: Plan) -> dict[int, float]:
     """What it takes to copy one expert, by GB/s of the link."""
-    return {rate: plan.blob / (rate * 1e9) for rate in LINKS}
+    return {rate: plan.blob_bytes / (rate * 1e9) for rate in LINKS}
 
 
 def as_json(sheet: Sheet) -> dict[str, Any]:
@@ -252,13 +252,13 @@ def as_json(sheet: Sheet) -> dict[str, Any]:
     for column in sheet.columns:
         about: dict[str, Any] = {
             "size": column.label,
-            "budget": column.budget,
+            "budget_bytes": column.budget,
             "error": column.reason or None,
         }
         if plan := column.plan:
             about |= dataclasses.asdict(plan)
-            about |= {"resident": plan.resident, "device_total": plan.device_total}
-            about |= {"host_total": plan.host_total, "left_over": left_over(sheet, column, plan)}
+            about |= {"resident": plan.resident, "device_bytes": plan.device_bytes}
+            about |= {"host_bytes": plan.host_bytes, "left_over_bytes": left_over(sheet, column, plan)}
             about["seconds_per_miss"] = {f"{rate} GB/s": s for rate, s in link_seconds(plan).items()}
         columns.append(about)
     names = ("model", "attention", "experts", "dtype", "device")

@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, dtype: str, offload: str) -> dict[str, Any
             "most": max(sizes),
             "end": sizes[-1],
             "grown": max(sizes[SETTLED - 1 :], default=settled) / settled - 1,
-            "planned": plan.device_total + plan.arena,
+            "planned": plan.device_bytes + plan.arena_bytes,
             "taken": max(sizes) - before,
         }
 

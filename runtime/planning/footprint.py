@@ -23,31 +23,38 @@ class Plan:
 
     context: int  # tokens of KV cache
     chunk: int  # prompt tokens per forward
-    trunk: int  # bytes on the device: embeddings, attention, norms, gates, head, rotary tables
-    kv: int  # bytes on the device
-    workspace: int  # bytes on the device: activations of one chunk, expanded weights
-    staging: int  # bytes on the device, for guesses: spare slots, and gates that look ahead
-    slots: int  # bytes on the device: all layers' slots
-    arena: int  # bytes of host memory: every expert's blob; 0 when all experts are resident
+    trunk_bytes: int  # on the device: embeddings, attention, norms, gates, head, rotary tables
+    kv_bytes: int  # on the device
+    workspace_bytes: int  # on the device: activations of one chunk, expanded weights
+    staging_bytes: int  # on the device, for guesses: spare slots, and gates that look ahead
+    slots_bytes: int  # on the device: all layers' slots
+    arena_bytes: int  # in host memory: every expert's blob; 0 when all experts are resident
     slots_per_layer: tuple[int, ...]
     spares: int  # slots of no layer, where guessed experts land
-    blob: int  # bytes of one expert in memory
-    overhead: int = 0  # bytes on the device: of PyTorch's allocator, or on a CPU of oneDNN's kernels
-    driver: int = 0  # bytes on the device outside of PyTorch's allocator
+    blob_bytes: int  # one expert in memory
+    overhead_bytes: int = 0  # on the device: of PyTorch's allocator, or on a CPU of oneDNN's kernels
+    driver_bytes: int = 0  # on the device, outside of PyTorch's allocator
 
     @property
     def resident(self) -> bool:
         """Whether the device holds every expert for good, and there is no arena to bring any from."""
-        return self.arena == 0
+        return self.arena_bytes == 0
 
     @property
-    def device_total(self) -> int:
-        inside = self.trunk + self.kv + self.workspace + self.staging + self.slots + self.overhead
-        return inside + self.driver
+    def device_bytes(self) -> int:
+        inside = (
+            self.trunk_bytes
+            + self.kv_bytes
+            + self.workspace_bytes
+            + self.staging_bytes
+            + self.slots_bytes
+            + self.overhead_bytes
+        )
+        return inside + self.driver_bytes
 
     @property
-    def host_total(self) -> int:
-        return self.arena
+    def host_bytes(self) -> int:
+        return self.arena_bytes
 
     def __str__(self) -> str:
         """A line; two where experts are offloaded.
@@ -56,17 +63,26 @@ class Plan:
         26.0 MiB: trunk 10.0 MiB, slots 5.0 MiB, kv 4.0 MiB, workspace 6.0 MiB, staging 1.0 MiB; context 4096 tokens
         slots: 2 in 1 layer, 3 in 1; 1 spare; 1.0 MiB an expert; arena 16.0 MiB of host memory
         """  # noqa: E501
-        terms = {"trunk": self.trunk, "experts" if self.resident else "slots": self.slots, "kv": self.kv}
-        terms |= {"workspace": self.workspace}
-        terms |= {name: size for name in ("staging", "overhead", "driver") if (size := getattr(self, name))}
+        terms = {
+            "trunk": self.trunk_bytes,
+            "experts" if self.resident else "slots": self.slots_bytes,
+            "kv": self.kv_bytes,
+        }
+        terms |= {"workspace": self.workspace_bytes}
+        terms |= {
+            name: size
+            for name in ("staging", "overhead", "driver")
+            if (size := getattr(self, f"{name}_bytes"))
+        }
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms.items())
-        line = f"{format_bytes(self.device_total)}: {listed}; context {self.context} tokens"
+        line = f"{format_bytes(self.device_bytes)}: {listed}; context {self.context} tokens"
         if self.resident:
             return line
         spares = f"{self.spares} spare{'s' * (self.spares != 1)}"
         return (
             f"{line}\nslots: {describe_slots(self.slots_per_layer)}; {spares}; "
-            f"{format_bytes(self.blob)} an expert; arena {format_bytes(self.arena)} of host memory"
+            f"{format_bytes(self.blob_bytes)} an expert; "
+            f"arena {format_bytes(self.arena_bytes)} of host memory"
         )
 
 
@@ -119,10 +135,10 @@ class Request:
 
     def used(self, plan: Plan) -> int:
         """Bytes that count against the budget."""
-        return plan.device_total + (plan.arena if self.shared else 0)
+        return plan.device_bytes + (plan.arena_bytes if self.shared else 0)
 
     def allows(self, plan: Plan) -> bool:
-        host = self.host_budget is None or plan.host_total <= self.host_budget
+        host = self.host_budget is None or plan.host_bytes <= self.host_budget
         return host and (self.budget is None or self.used(plan) <= self.budget)
 
 
@@ -177,15 +193,15 @@ def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool =
     return Plan(
         context=r.context,
         chunk=chunk,
-        trunk=trunk,
-        kv=KVCache.bytes(c, 1, r.context, r.dtype),
-        workspace=chunk * activation_bytes(r, resident) + attending + logits + r.scratch,
-        staging=spares * r.blob + (0 if resident else gate_bytes(r)),
-        slots=sum(slots_per_layer) * r.blob,
-        arena=0 if resident else c.layers * c.experts * r.blob,
+        trunk_bytes=trunk,
+        kv_bytes=KVCache.bytes(c, 1, r.context, r.dtype),
+        workspace_bytes=chunk * activation_bytes(r, resident) + attending + logits + r.scratch,
+        staging_bytes=spares * r.blob + (0 if resident else gate_bytes(r)),
+        slots_bytes=sum(slots_per_layer) * r.blob,
+        arena_bytes=0 if resident else c.layers * c.experts * r.blob,
         slots_per_layer=slots_per_layer,
         spares=spares,
-        blob=r.blob,
-        overhead=r.overhead,
-        driver=r.driver,
+        blob_bytes=r.blob,
+        overhead_bytes=r.overhead,
+        driver_bytes=r.driver,
     )

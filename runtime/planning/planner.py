@@ -159,19 +159,19 @@ def refusal(request: Request, place: str, host_place: str) -> str:
     if r.budget is None or r.used(small) <= r.budget:
         host = format_bytes(r.host_budget or 0)
         need = (
-            f"need {format_bytes(small.arena)} of {host_place} for {r.config.experts} experts in each of "
-            f"{r.config.layers} layers, and the budget is {host}"
+            f"need {format_bytes(small.arena_bytes)} of {host_place} for {r.config.experts} experts "
+            f"in each of {r.config.layers} layers, and the budget is {host}"
         )
     elif small.resident:
         used, budget = format_bytes(r.used(small)), format_bytes(r.budget)
         need = f"need {used} of {place} ({small}), and the budget is {budget}"
     else:
         names = ["trunk", "kv", "workspace", "staging", "overhead", "driver"] + ["arena"] * r.shared
-        sizes = {name: getattr(small, name) for name in names}
+        sizes = {name: getattr(small, f"{name}_bytes") for name in names}
         beside = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items() if size)
         left = max(r.budget - sum(sizes.values()), 0)
         need = (
-            f"need {format_bytes(small.slots)} for {small.slots_per_layer[0]} slots per layer, and "
+            f"need {format_bytes(small.slots_bytes)} for {small.slots_per_layer[0]} slots per layer, and "
             f"{format_bytes(r.budget)} of {place} leave {format_bytes(left)} beside {beside}"
         )
     return f"{need}; {', or '.join(remedies(r))}"
@@ -193,7 +193,11 @@ def remedies(request: Request) -> list[str]:
         found.append(f"quantize with --experts {spec}")
     if not found:
         small = least(r)
-        host = f" and {rounded_up(small.arena)} of host memory" if small.arena and not r.shared else ""
+        host = (
+            f" and {rounded_up(small.arena_bytes)} of host memory"
+            if small.arena_bytes and not r.shared
+            else ""
+        )
         found.append(f"use a machine with {rounded_up(r.used(small))}{host} to give")
     return found[:2]
 

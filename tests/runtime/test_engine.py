@@ -535,7 +535,7 @@ def test_on_a_gpu_what_is_planned_is_taken_at_once(
     assert calls == []
     engine.device = torch.device("cuda")
     engine.take_planned()
-    assert calls == ["release", "kv", engine.plan.workspace]
+    assert calls == ["release", "kv", engine.plan.workspace_bytes]
     assert engine.take_cache().capacity == engine.plan.context and len(calls) == 3
     engine.close()
     assert calls[3:] == ["release"]

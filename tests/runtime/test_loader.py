@@ -110,7 +110,7 @@ def test_every_pair_of_widths_loads_without_a_flag(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     greedy = [token.id for token in engine.generate(IDS, GREEDY)]
     assert len(greedy) == 8 and greedy[0] == int(logits[-1].argmax())
-    assert (engine.plan.trunk, engine.plan.slots) == held(engine.model)
+    assert (engine.plan.trunk_bytes, engine.plan.slots_bytes) == held(engine.model)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -126,7 +126,7 @@ def test_half_precision_is_near(
     assert distance.median() < 0.05
     one_by_one = torch.stack([token_logits(engine, IDS[: n + 1]) for n in (0, 20, len(IDS) - 1)])
     assert ((one_by_one - logits[[0, 20, -1]]).norm(dim=1) / logits[[0, 20, -1]].norm(dim=1)).median() < 0.05
-    assert (engine.plan.trunk, engine.plan.slots) == held(engine.model)
+    assert (engine.plan.trunk_bytes, engine.plan.slots_bytes) == held(engine.model)
     assert len(list(engine.generate(IDS, GREEDY))) == 8
 
 

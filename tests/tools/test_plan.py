@@ -57,13 +57,15 @@ def test_json_has_the_bytes_of_every_term(run: Run) -> None:
     resident, offloaded, refused = sheet["plans"]
     size = model_size(MIXTRAL_8X7B, QuantSpec(4), QuantSpec(2))
     assert status == 0 and sheet["experts"] == "2" and sheet["device"] == "cuda"
-    assert resident["resident"] and resident["slots"] == size.experts and resident["arena"] == 0
-    assert resident["trunk"] == size.trunk + size.gates + 2 * 32768 * 128 * 2  # float32 gates; rotary tables
-    assert offloaded["arena"] == offloaded["host_total"] == size.experts
-    assert sum(offloaded["slots_per_layer"]) * size.expert == offloaded["slots"]
-    assert offloaded["budget"] == 8 << 30 == offloaded["device_total"] + offloaded["left_over"]
+    assert resident["resident"] and resident["slots_bytes"] == size.experts and resident["arena_bytes"] == 0
+    assert (
+        resident["trunk_bytes"] == size.trunk + size.gates + 2 * 32768 * 128 * 2
+    )  # float32 gates; rotary tables
+    assert offloaded["arena_bytes"] == offloaded["host_bytes"] == size.experts
+    assert sum(offloaded["slots_per_layer"]) * size.expert == offloaded["slots_bytes"]
+    assert offloaded["budget_bytes"] == 8 << 30 == offloaded["device_bytes"] + offloaded["left_over_bytes"]
     assert offloaded["seconds_per_miss"]["25 GB/s"] == size.expert / 25e9
-    assert refused["size"] == "1GiB" and refused["error"].startswith("need ") and "slots" not in refused
+    assert refused["size"] == "1GiB" and refused["error"].startswith("need ") and "slots_bytes" not in refused
 
 
 def test_a_size_that_is_too_small_has_a_reason_instead_of_a_column(run: Run) -> None:
@@ -101,17 +103,17 @@ def test_of_a_checkpoint_headers_say_what_it_is(run: Run) -> None:
     status, out, _ = run(DEMO, "--dtype", "float32", "--json")
     sheet = json.loads(out)
     assert status == 0 and sheet["model"] == str(DEMO) and sheet["attention"] == "16"
-    assert sheet["plans"][0]["blob"] == 3 * 256 * 128 * 4 and sheet["plans"][0]["resident"]
-    assert sheet["plans"][0]["left_over"] is None
+    assert sheet["plans"][0]["blob_bytes"] == 3 * 256 * 128 * 4 and sheet["plans"][0]["resident"]
+    assert sheet["plans"][0]["left_over_bytes"] is None
     smaller = json.loads(run(DEMO, "--dtype", "float32", "--experts", "4", "--json")[1])
-    assert smaller["plans"][0]["blob"] == 52480
+    assert smaller["plans"][0]["blob_bytes"] == 52480
 
 
 def test_on_a_cpu_arena_and_slots_share_one_memory(run: Run) -> None:
     words = (DEMO, "--device", "cpu", "--dtype", "float32", "--offload", "always", "--json")
     planned = json.loads(run(*words, "--ram", "100MiB")[1])["plans"][0]
     assert planned["slots_per_layer"] == [4] * 8
-    assert planned["device_total"] + planned["arena"] + planned["left_over"] == 100 << 20
+    assert planned["device_bytes"] + planned["arena_bytes"] + planned["left_over_bytes"] == 100 << 20
     status, out, _ = run(*words, "--ram", "100MiB,1MiB,40")
     assert status == 0 and [p["error"] is None for p in json.loads(out)["plans"]] == [True, False, False]
 

@@ -143,7 +143,7 @@ def turn(stage: Stage, way: str, ids: torch.Tensor, prompt: int) -> Turn:  # ids
 def offloaded(stage: Stage, turns: dict[str, list[Turn]], tokens: int) -> dict[str, Any]:
     """What crossed the link, and what that allows. Every repeat has the same misses."""
     plan = stage.subject.setup.plan
-    moved = traffic(turns["full"][-1].counted, tokens, plan.blob)
+    moved = traffic(turns["full"][-1].counted, tokens, plan.blob_bytes)
     full, computing = (
         statistics.median(taken.decode for taken in turns[way]) / tokens for way in ("full", "computing")
     )

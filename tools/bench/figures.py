@@ -61,9 +61,9 @@ def device_memory(plan: Plan, device: torch.device) -> dict[str, Any]:
         "peak_reserved_bytes": peak,
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
         "outside_pytorch_bytes": other,
-        "planned_bytes": plan.device_total,
-        "planned_driver_bytes": plan.driver,
-        "peak_over_plan": (peak + other) / plan.device_total,
-        "peak_reserved_over_plan": peak / (plan.device_total - plan.driver),
+        "planned_bytes": plan.device_bytes,
+        "planned_driver_bytes": plan.driver_bytes,
+        "peak_over_plan": (peak + other) / plan.device_bytes,
+        "peak_reserved_over_plan": peak / (plan.device_bytes - plan.driver_bytes),
     }
     return {"device_memory": report}

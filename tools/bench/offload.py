@@ -164,7 +164,7 @@ def measure(subject: Subject, plan: Plan, routing: str, args: argparse.Namespace
         memory = device_memory(plan, subject.setup.device)  # before there is more than an engine has
         for way in stage.ways:
             stage.use(way).decode(ids[0][:2])  # graphs are captured
-        link = choose_link(subject, lambda way: turn(way, 0), first[1], plan.blob, tokens)
+        link = choose_link(subject, lambda way: turn(way, 0), first[1], plan.blob_bytes, tokens)
         if subject.setup.device.type == "cpu":
             cache.copies.link = HostLink(link)  # it is idle now
         turns: dict[str, list[tuple[float, Counters]]] = {way: [] for way in stage.ways}
@@ -199,7 +199,7 @@ def report(
         total = Counters()
         for _, counted in taken:
             total = Counters(**{name: value + getattr(counted, name) for name, value in vars(total).items()})
-        by_mode[mode] = traffic(total, len(taken) * tokens, plan.blob)
+        by_mode[mode] = traffic(total, len(taken) * tokens, plan.blob_bytes)
     rates = {mode: statistics.median(1 / seconds for seconds, _ in taken) for mode, taken in turns.items()}
     cached = next((mode for mode in turns if mode in ("full", "no prefetch")), None)
     figures = by_mode[cached] if cached else {}

@@ -63,7 +63,7 @@ class Stage:
         self.subject, self.ways, self.cache, self.trace = subject, ways, cache, trace
         setup, config = subject.setup, subject.config
         self.kv = KVCache.allocate(config, 1, setup.plan.context, setup.dtype, setup.device)
-        reserve(setup.device, setup.plan.workspace)  # as an engine does
+        reserve(setup.device, setup.plan.workspace_bytes)  # as an engine does
         self.position = torch.zeros(1, dtype=torch.int64, device=setup.device)
         self.gates = [block.block_sparse_moe.gate for block in subject.blocks]
         if trace is not None:

@@ -78,13 +78,13 @@ def measure(stage: Stage, tokens: int, repeats: int) -> dict[str, Any]:
         return report
     missing = statistics.median(misses[1:])
     least = bound(
-        missing * setup.plan.blob, stage.subject.rates.link, statistics.median(times["computing"][1:])
+        missing * setup.plan.blob_bytes, stage.subject.rates.link, statistics.median(times["computing"][1:])
     )
     chunks = -(-tokens // setup.plan.chunk)
     return report | {
         "slots": list(setup.plan.slots_per_layer),
         "missing_experts_per_layer": missing / config.layers / chunks,
-        "missed_bytes": missing * setup.plan.blob,
+        "missed_bytes": missing * setup.plan.blob_bytes,
         "copied_bytes": statistics.median(copied[1:]),
         "bound": least | {"share_of_bound": least["bound_ms"] / (statistics.median(prompts) * 1e3)},
     }

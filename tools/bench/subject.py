@@ -144,7 +144,7 @@ class Subject:
             "policy": options.policy,
             "lookahead": options.lookahead if options.prefetch else 0,
             "prefetch": options.prefetch,
-            "expert_bytes": plan.blob,
+            "expert_bytes": plan.blob_bytes,
             "computing_alone": "from the slots, whichever experts they hold",
             "host_memory": f"{'pinned' if self.store.pinned else 'pageable'}, {self.store.count} blobs "
             f"({format_bytes(size)}) for {self.config.layers * self.config.experts} experts",
@@ -208,7 +208,7 @@ def enforce(setup: Setup, options: EngineOptions) -> None:
         raise OptionError("--enforce wants a GPU and --vram")
     free, total = torch.cuda.mem_get_info(setup.device)
     outside = total - free - torch.cuda.memory_reserved(setup.device)
-    share = (parse_bytes(options.vram, whole=free) - min(outside, setup.plan.driver)) / total
+    share = (parse_bytes(options.vram, whole=free) - min(outside, setup.plan.driver_bytes)) / total
     torch.cuda.set_per_process_memory_fraction(min(share, 1.0), setup.device)
 
 

@@ -92,18 +92,18 @@ def test_the_plan_is_kept_under_a_hard_limit(limited: Callable[[int], int], quan
     options = EngineOptions(device="cuda:0", vram=str(vram), dtype="bfloat16", context=8192)
     with Engine.load(quantized, options) as engine:
         plan = engine.plan
-        assert not plan.resident and plan.device_total <= vram < plan.device_total + plan.blob
+        assert not plan.resident and plan.device_bytes <= vram < plan.device_bytes + plan.blob_bytes
         prompt = torch.randint(3, 400, (5000,)).tolist()
         params = SamplingParams(max_new_tokens=40, temperature=0, ignore_eos=True)
         for _ in range(2):
             assert len(list(engine.generate(prompt, params))) == 40
         assert engine.stats().misses > 0 and len(prompt) > 2 * plan.chunk
         reserved = torch.cuda.max_memory_reserved(GPU) - before
-        inside = plan.device_total - plan.driver
-        assert inside - plan.overhead <= reserved <= inside
+        inside = plan.device_bytes - plan.driver_bytes
+        assert inside - plan.overhead_bytes <= reserved <= inside
         free, total = torch.cuda.mem_get_info(GPU)
         outside = total - free - torch.cuda.memory_reserved(GPU)
-        assert outside <= plan.driver, "or another process is there"
+        assert outside <= plan.driver_bytes, "or another process is there"
 
 
 def test_a_closed_engine_gives_back_what_it_took(quantized: Path) -> None:

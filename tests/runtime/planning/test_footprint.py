@@ -41,11 +41,14 @@ def test_trunk_experts_and_kv_are_the_bytes_of_the_real_tensors(dtype: torch.dty
 
     planned = plan(SMALL, dtype, context)
     assert planned.resident and planned.slots_per_layer == (5, 5, 5) and planned.spares == 0
-    assert planned.slots == size(experts) == 15 * planned.blob
-    assert planned.trunk == size([*trunk, model.rope.cos, model.rope.sin])
-    assert planned.kv == size([tensor for layer in cache.layers for tensor in (layer.k, layer.v)])
-    assert planned.device_total == planned.trunk + planned.slots + planned.kv + planned.workspace
-    assert planned.host_total == 0
+    assert planned.slots_bytes == size(experts) == 15 * planned.blob_bytes
+    assert planned.trunk_bytes == size([*trunk, model.rope.cos, model.rope.sin])
+    assert planned.kv_bytes == size([tensor for layer in cache.layers for tensor in (layer.k, layer.v)])
+    assert (
+        planned.device_bytes
+        == planned.trunk_bytes + planned.slots_bytes + planned.kv_bytes + planned.workspace_bytes
+    )
+    assert planned.host_bytes == 0
 
 
 class LiveBytes(TorchDispatchMode):
@@ -113,9 +116,9 @@ def test_the_workspace_is_enough_for_a_chunk_and_not_far_too_much(
     unseen = N * context * dtype.itemsize if context > N else 0  # the kernel's own copy of the mask
     plain = Request(config, dtype, context, expert=blob, attending=Attending.FLASH)
     without = lay_out(plain, (2, 2), resident)
-    assert planned.workspace - without.workspace == N * context * (1 + dtype.itemsize)
-    assert planned.workspace >= measured.peak + unseen
-    assert planned.workspace <= 4 * (measured.peak + unseen)
+    assert planned.workspace_bytes - without.workspace_bytes == N * context * (1 + dtype.itemsize)
+    assert planned.workspace_bytes >= measured.peak + unseen
+    assert planned.workspace_bytes <= 4 * (measured.peak + unseen)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -134,7 +137,10 @@ def test_a_plan_has_them_and_cuts_prompts_as_ever() -> None:
         way = Attending.of(SMALL, dtype, capability)
         plans = [plan(SMALL, dtype, 4096, attending=each) for each in (way, Attending.FLASH)]
         more = way.bytes(SMALL, dtype, plans[0].chunk, 4096)
-        assert plans[0].workspace - plans[1].workspace == more > 0 and plans[0].chunk == plans[1].chunk
+        assert (
+            plans[0].workspace_bytes - plans[1].workspace_bytes == more > 0
+            and plans[0].chunk == plans[1].chunk
+        )
 
 
 def test_a_chunk_is_as_long_as_experts_are_large_whatever_the_context() -> None:
@@ -144,7 +150,7 @@ def test_a_chunk_is_as_long_as_experts_are_large_whatever_the_context() -> None:
     contexts = range(2, 4096, 50)
     plans = [plan(SMALL, torch.float32, context, expert=22 << 20) for context in contexts]
     assert [planned.chunk for planned in plans] == [min(context, MAX_CHUNK) for context in contexts]
-    assert all(a.workspace < b.workspace for a, b in itertools.pairwise(plans))
+    assert all(a.workspace_bytes < b.workspace_bytes for a, b in itertools.pairwise(plans))
 
 
 @pytest.mark.parametrize("distance", [1, 2])
@@ -161,8 +167,8 @@ def test_gates_that_look_ahead_are_counted(distance: int) -> None:
     for shared, held in ((True, [ahead]), (False, [ahead, routed])):
         request = Request(SMALL, torch.bfloat16, 100, lookahead=distance, shared=shared)
         planned = lay_out(request, (2, 2, 2))
-        gates = planned.staging - planned.spares * planned.blob
+        gates = planned.staging_bytes - planned.spares * planned.blob_bytes
         real = size(gate for group in held for gate in group if gate is not None)
         assert real <= gates <= 3 * real, "the last layers have fewer"
-        assert lay_out(dataclasses.replace(request, prefetch=0), (2, 2, 2)).staging == 0
-        assert lay_out(request, (5, 5, 5), resident=True).staging == 0
+        assert lay_out(dataclasses.replace(request, prefetch=0), (2, 2, 2)).staging_bytes == 0
+        assert lay_out(request, (5, 5, 5), resident=True).staging_bytes == 0

@@ -62,9 +62,9 @@ def budgets(request: dict[str, Any], shared: bool = False) -> st.SearchStrategy[
     """From nothing to far too much; or what goes before slots, and then some."""
     config = request["config"]
     least = plan(**request, offload="always", slots=config.experts_per_token)
-    before_slots = least.device_total - least.slots + shared * least.arena
-    more = st.integers(0, config.layers * config.experts * least.blob * 9 // 8)
-    return st.integers(0, 3 * least.device_total) | more.map(lambda size: before_slots + size)
+    before_slots = least.device_bytes - least.slots_bytes + shared * least.arena_bytes
+    more = st.integers(0, config.layers * config.experts * least.blob_bytes * 9 // 8)
+    return st.integers(0, 3 * least.device_bytes) | more.map(lambda size: before_slots + size)
 
 
 @given(
@@ -82,28 +82,35 @@ def test_a_plan_keeps_its_budgets_and_wastes_no_slot(
     got = try_plan(**request, budget=budget, host_budget=host, offload=offload, shared=shared)
     everything = plan(**request)
     if offload != "always":
-        fits = everything.device_total <= budget
+        fits = everything.device_bytes <= budget
         assert (got is not None and got.resident) == fits
     if got is None:
         return
     slots = got.slots_per_layer
-    assert got.device_total + (got.arena if shared else 0) <= budget
-    assert host is None or got.host_total <= host
-    inside = got.trunk + got.kv + got.workspace + got.staging + got.slots
-    assert got.device_total == inside + request["overhead"] + request["driver"]
-    assert (got.trunk, got.kv, got.chunk) == (everything.trunk, everything.kv, everything.chunk)
-    assert len(slots) == L and max(slots) - min(slots) <= 1 and got.slots == sum(slots) * got.blob
+    assert got.device_bytes + (got.arena_bytes if shared else 0) <= budget
+    assert host is None or got.host_bytes <= host
+    inside = got.trunk_bytes + got.kv_bytes + got.workspace_bytes + got.staging_bytes + got.slots_bytes
+    assert got.device_bytes == inside + request["overhead"] + request["driver"]
+    assert (got.trunk_bytes, got.kv_bytes, got.chunk) == (
+        everything.trunk_bytes,
+        everything.kv_bytes,
+        everything.chunk,
+    )
+    assert len(slots) == L and max(slots) - min(slots) <= 1 and got.slots_bytes == sum(slots) * got.blob_bytes
     if got.resident:
-        assert offload != "always" and slots == (E,) * L and got.spares == got.arena == 0
+        assert offload != "always" and slots == (E,) * L and got.spares == got.arena_bytes == 0
         return
-    assert offload != "never" and got.arena == L * E * got.blob
+    assert offload != "never" and got.arena_bytes == L * E * got.blob_bytes
     guesses = request["lookahead"] * request["prefetch"]
-    assert got.spares == guesses and 0 <= got.staging - guesses * got.blob <= 5 * L * E * config.hidden * 4
-    assert (got.staging > got.spares * got.blob) == (guesses > 0)
+    assert (
+        got.spares == guesses
+        and 0 <= got.staging_bytes - guesses * got.blob_bytes <= 5 * L * E * config.hidden * 4
+    )
+    assert (got.staging_bytes > got.spares * got.blob_bytes) == (guesses > 0)
     most = max(A, E // 2) if shared else E
     assert min(slots) >= A and max(slots) <= most
-    left = budget - got.device_total - (got.arena if shared else 0)
-    assert left < got.blob or slots == (most,) * L
+    left = budget - got.device_bytes - (got.arena_bytes if shared else 0)
+    assert left < got.blob_bytes or slots == (most,) * L
 
 
 @given(st.data(), requests, st.sampled_from(["auto", "always"]))
@@ -119,7 +126,9 @@ def test_no_layer_loses_a_slot_to_a_larger_budget_or_a_smaller_context(
     assert all(a >= b for a, b in zip(after.slots_per_layer, before.slots_per_layer, strict=True))
     request["context"] = data.draw(st.integers(2, request["context"]))
     after = plan(**request, budget=budget, offload=offload)
-    assert after.chunk <= before.chunk and (not after.arena or after.workspace <= before.workspace)
+    assert after.chunk <= before.chunk and (
+        not after.arena_bytes or after.workspace_bytes <= before.workspace_bytes
+    )
     assert all(a >= b for a, b in zip(after.slots_per_layer, before.slots_per_layer, strict=True))
 
 
@@ -168,7 +177,7 @@ def test_a_refusal_is_one_line_and_its_remedies_work(
 
 def test_slots_are_as_many_as_asked_for() -> None:
     planned = plan(SMALL, torch.float32, 100, slots=3)
-    assert planned.slots_per_layer == (3, 3, 3) and not planned.resident and planned.arena == 15 * BLOB
+    assert planned.slots_per_layer == (3, 3, 3) and not planned.resident and planned.arena_bytes == 15 * BLOB
     assert plan(SMALL, torch.float32, 100, slots=5).resident
     assert plan(SMALL, torch.float32, 100, slots=5, offload="always").slots_per_layer == (5, 5, 5)
     with pytest.raises(OptionError, match=r"slots is 6, and must be from 2, .*, to 5"):
@@ -180,7 +189,7 @@ def test_slots_are_as_many_as_asked_for() -> None:
     with pytest.raises(OptionError, match="'perhaps'"):
         plan(SMALL, torch.float32, 100, offload="perhaps")
     with pytest.raises(DeviceError, match=r"need .* for 4 slots per layer, .* leave .*; lower --slots to 3"):
-        plan(SMALL, torch.float32, 100, slots=4, budget=planned.device_total)
+        plan(SMALL, torch.float32, 100, slots=4, budget=planned.device_bytes)
 
 
 def test_half_of_the_experts_have_slots_where_all_would_fit_the_same_memory() -> None:
@@ -214,7 +223,7 @@ def test_an_engine_too_large_for_its_budget_is_refused(load: Callable[..., Engin
 
 @pytest.mark.parametrize("ram", ["100%", "64MiB"])
 def test_a_budget_that_is_enough_is_accepted(load: Callable[..., Engine], ram: str) -> None:
-    assert load(ram=ram).plan.device_total < 64 << 20
+    assert load(ram=ram).plan.device_bytes < 64 << 20
 
 
 def test_too_little_free_memory_is_a_refusal_and_unknown_free_memory_is_not(

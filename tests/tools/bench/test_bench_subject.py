@@ -88,17 +88,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_limit_for_pytorch(gpu: list[float]) -> None:
     setup = make().setup
-    setup = replace(setup, device=CUDA, plan=replace(setup.plan, driver=GIB // 2))
+    setup = replace(setup, device=CUDA, plan=replace(setup.plan, driver_bytes=GIB // 2))
     subject.enforce(setup, EngineOptions(vram="12GiB"))
-    setup = replace(setup, plan=replace(setup.plan, driver=2 * GIB))
+    setup = replace(setup, plan=replace(setup.plan, driver_bytes=2 * GIB))
     subject.enforce(setup, EngineOptions(vram="12GiB"))
     assert gpu == [11.5 / 80, 11 / 80]
 
 
 def test_memory_beside_the_plan(gpu: list[float]) -> None:
     plan = make().setup.plan
-    rest = plan.device_total
-    plan = replace(plan, slots=plan.slots + 12 * GIB - rest - GIB // 2, driver=GIB // 2)
+    rest = plan.device_bytes
+    plan = replace(plan, slots_bytes=plan.slots_bytes + 12 * GIB - rest - GIB // 2, driver_bytes=GIB // 2)
     found = figures.device_memory(plan, CUDA)["device_memory"]
     assert found["planned_bytes"] == 12 * GIB and found["outside_pytorch_bytes"] == GIB
     assert found["peak_over_plan"] == 1.0 and found["peak_reserved_over_plan"] == pytest.approx(11 / 11.5)

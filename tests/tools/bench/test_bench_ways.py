@@ -131,7 +131,7 @@ def test_forced_routing_is_the_trace_and_hits_are_those_of_its_replay(routed: st
 
 def test_what_crosses_the_link() -> None:
     made = make(slots=3)
-    blob = made.setup.plan.blob
+    blob = made.setup.plan.blob_bytes
     stage = stage_of(made, "synthetic", ("computing", *LADDER))
     for way in ("no cache", "whole layers", "computing", "full"):
         player = stage.use(way)
@@ -152,7 +152,7 @@ def test_caches_of_other_sizes_over_the_same_store() -> None:
     seen = []
     for slots in (4, 2, 6):
         plan = made.plan(slots)
-        assert set(plan.slots_per_layer) == {slots} and plan.arena
+        assert set(plan.slots_per_layer) == {slots} and plan.arena_bytes
         cache = make_cache(made, plan)
         assert cache.pool.shape[0] == 3 * slots + plan.spares and not cache.pool[-1].eq(0).all()
         stage = Stage(made, make_ways(cache, LADDER), cache, make_trace(made, "own", TOKENS))
