@@ -56,5 +56,5 @@ class KVCache:
         3
         """
         if not 0 <= length <= self.length:
-            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
+            raise ValueError(f"cannot truncate a KV cache of {self.length} tokens to {length}")
         self.length = length

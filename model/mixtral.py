@@ -155,7 +155,7 @@ class Mixtral(nn.Module):
     def room(self, B: int, T: int, kv: KVCache | None) -> tuple[int, int]:
         """How many tokens come before T new ones, and with them. Raises `ValueError` if they do not fit."""
         if kv is not None and kv.batch != B:
-            raise ValueError(f"a batch of {B} for a cache of {kv.batch}")
+            raise ValueError(f"a batch of {B} for a KV cache of {kv.batch}")
         past, limit = 0, self.config.context
         if kv is not None:
             past, limit = kv.length, min(kv.capacity, limit)

@@ -75,22 +75,22 @@ def random_ids(config: ModelConfig, B: int, T: int, seed: int = 0) -> Tensor:  #
     return torch.randint(config.vocab, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def new_cache(model: Mixtral, B: int, capacity: int | None = None) -> KVCache:
-    """An empty cache whose memory holds NaN, so that a read of a place never written shows."""
-    cache = KVCache.allocate(
+def new_kv(model: Mixtral, B: int, capacity: int | None = None) -> KVCache:
+    """An empty KV cache whose memory holds NaN, so that a read of a place never written shows."""
+    kv = KVCache.allocate(
         model.config, B, capacity or model.config.context, model.lm_head.weight.dtype, CPU
     )
-    for layer in cache.layers:
+    for layer in kv.layers:
         layer.k.fill_(torch.nan)
         layer.v.fill_(torch.nan)
-    return cache
+    return kv
 
 
 @torch.inference_mode()
 def greedy(model: Mixtral, ids: Tensor, steps: int) -> Tensor:  # [B, T] -> [B, steps]
-    """The likeliest continuation: the prompt in one pass, then one token at a time over a cache."""
-    cache = new_cache(model, ids.shape[0])
-    chosen = [model(ids, cache, last=True).argmax(-1)]  # [B, 1]
+    """The likeliest continuation: the prompt in one pass, then one token at a time over a KV cache."""
+    kv = new_kv(model, ids.shape[0])
+    chosen = [model(ids, kv, last=True).argmax(-1)]  # [B, 1]
     while len(chosen) < steps:
-        chosen.append(model(chosen[-1], cache).argmax(-1))
+        chosen.append(model(chosen[-1], kv).argmax(-1))
     return torch.cat(chosen, 1)

@@ -41,7 +41,7 @@ def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def like_the_model(
     B: int, heads: int, T: int, K: int, room: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """[B, heads, T, K] as a view of something larger, in the strides that projections and caches have."""
+    """[B, heads, T, K] as a view of something larger, with the strides that projections and KV caches have."""
     if room:
         return torch.randn(B, heads, T + room, K).to(dtype)[:, :, :T]
     return torch.randn(B, T, heads + 3, K).to(dtype).transpose(1, 2)[:, :heads]
@@ -243,7 +243,7 @@ def test_whoever_sees_a_value_that_is_no_number_is_none(
             assert out[:, :, -1].isnan().all(), (place, score)
 
 
-def test_module_without_cache() -> None:
+def test_module_without_kv() -> None:
     """Projections, rotation and heads put together, against separate q, k, v."""
     config = replace(TINY, heads=6, kv_heads=2, head_dim=10)
     B, T, H, G, K = 2, 7, 6, 2, 10

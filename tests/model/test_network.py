@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from model.mixtral import Mixtral, RMSNorm
 from model.moe import ResidentExperts
-from tests.model.reference import CPU, GEOMETRIES, TINY, cast, greedy, new_cache, random_ids, random_model
+from tests.model.reference import CPU, GEOMETRIES, TINY, cast, greedy, new_kv, random_ids, random_model
 
 
 @pytest.mark.parametrize("name", [name for name in GEOMETRIES if name != "1 of 4 experts"])
@@ -69,11 +69,11 @@ def test_half_precision(name: str, dtype: torch.dtype, typical: float, agreeing:
     ids = random_ids(config, 4, 40)
     with torch.inference_mode():
         expected, whole = wide(ids), narrow(ids)
-        cache = new_cache(narrow, 4)
+        kv = new_kv(narrow, 4)
         in_parts = torch.cat(
-            [narrow(ids[:, :30], cache), narrow(ids[:, 30:39], cache), narrow(ids[:, 39:], cache)], 1
+            [narrow(ids[:, :30], kv), narrow(ids[:, 30:39], kv), narrow(ids[:, 39:], kv)], 1
         )
-    assert cache.layers[0].k.dtype == dtype
+    assert kv.layers[0].k.dtype == dtype
     for logits in (whole, in_parts):
         assert logits.dtype == dtype
         error = (logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)  # [B, T]
