@@ -23,7 +23,7 @@ import copy
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
@@ -100,7 +100,6 @@ class ExpertCache:
         self.slots = torch.zeros(len(tables), arena.experts, dtype=torch.int64, device=device)
         self.host_slots = torch.zeros_like(self.slots, device="cpu", pin_memory=device.type == "cuda")
         self.slot_numbers = self.host_slots.numpy()  # the same memory
-        self.accesses: list[Access] = []  # of one token, from `provide` to `computed_one`
         self.tickets: dict[int, Ticket] = {}  # by slot: copies that computing has not come after yet
         self.last_use: list[Any] = [copies.link.used()] * total  # by slot: the link's mark behind it
         self.ledger = Ledger()
@@ -225,14 +224,11 @@ class ExpertCache:
         self.complete = layer == len(self.tables) - 1
         return y
 
-    def provide(self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]) -> None:
-        """For one token, before `one` is computed, and when the device has done all before it: bring its
-        experts to the layer's slots, and let computing, from here on, come after their copies. Raises
-        `TransferError`.
-
-        `weights` [A] are on the host; `ahead` are the rankings of the next layers. `computed_one` has to
-        follow.
-        """
+    def provide(
+        self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]
+    ) -> Callable[[], None]:
+        """Bring a token's experts into this layer's slots: see `runtime.gpu.decoder.DecoderCache`. Call it
+        after the device has done all that was launched before."""
         if layer == 0:
             self.begin_step()
         needed = sorted(ids)
@@ -246,7 +242,7 @@ class ExpertCache:
                 self.arrived(layer, access)
         slots = {access.expert: access.slot for access in accesses}
         self.slot_numbers[layer, : len(ids)] = [slots[e] for e in ids]
-        self.accesses = list(accesses)
+        return partial(self.computed_one, layer, accesses)
 
     def one(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
         """`Experts.step` of one layer: it reads from the host which slots `provide` found."""
@@ -256,16 +252,15 @@ class ExpertCache:
         assert self.form.pair is not None, self.form
         return fused.expert_pair(x, self.pool, slots, weights, self.form.pair, ids)
 
-    def computed_one(self, layer: int) -> None:
+    def computed_one(self, layer: int, accesses: Iterable[Access]) -> None:
         """What `one` computes has been put on the device."""
         last = layer == len(self.tables) - 1
         # The device will have done that before the host decides for the next layer, so only behind the last
         # layer there is anything for a copy to wait for.
         mark = self.copies.link.used() if last else None
-        for access in self.accesses:
+        for access in accesses:
             self.last_use[access.slot] = mark
             self.tables[layer].release(access.slot)
-        self.accesses = []
         self.complete = last
 
     def begin_step(self) -> None:

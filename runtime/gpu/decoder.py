@@ -1,18 +1,27 @@
-"""Decoding on a GPU: a token's step as CUDA graphs, with one word from the host in each layer at most.
+"""Decoding on a GPU: each token's `Mixtral.step`, captured as CUDA graphs.
 
-Where all experts are resident a step is one graph. Where they are not, it is cut behind each router: there
-the host learns the choice, has missing experts copied, and tells the next graph by their slots where they
-are. Both compute the same kernels on the same bytes, so they give the same bits.
+With all experts resident, a step is one graph. Otherwise it is cut after each router into parts, because only
+the host can bring a missing expert. A token then goes this way:
 
-A captured step allocates nothing, and reads nothing on the host but `inputs` and the slots.
+1. The host writes the token's id and position to pinned memory, and launches part 0.
+2. Part 0 fetches the two numbers, computes layer 0 up to its router, and writes the choice to pinned memory.
+3. The host waits for part 0 and reads the choice. The cache queues copies of missing experts ahead of the
+   kernels to come, and writes to pinned memory which slots the chosen experts are in.
+4. The host launches part 1, which fetches the slots, computes layer 0's experts, and then layer 1 up to its
+   router. To this graph a hit and a miss are the same.
+5. This repeats for every layer. The last part ends with the logits.
+
+With a new KV cache, the first step launches its kernels one by one. Then its parts are captured, and later
+steps replay them. A captured part allocates nothing, and reads nothing of the host's but pinned memory. One
+graph or many, the same kernels read the same bytes, so they give the same bits.
 """
 
 import gc
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,12 +32,28 @@ from model.kv_cache import KVCache
 from model.mixtral import Block, Mixtral
 from model.quant.backends import fused
 from model.quant.spec import ROWS
-from runtime.experts.cache import ExpertCache
 from runtime.gpu.graphs import CudaGraphs, Graphs, Work
 
+MAX_LOOKAHEAD = 2  # layers
 
-def make_decoder(model: Mixtral, cache: ExpertCache | None, capture: bool) -> "Decoder | None":
-    """The model's decoder, if the device it is on can have one."""
+
+class DecoderCache(Protocol):
+    """What a decoder asks of an expert cache."""
+
+    def provide(
+        self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]
+    ) -> Callable[[], object]:
+        """Bring a token's experts to the device, ahead of all kernels that are launched from now on.
+
+        The layer's router chose `ids` with `weights` [A], on the host, and ranks the experts of the next
+        layers in `ahead`. The caller launches the experts and then calls the result, which allows their slots
+        to be reused. Raises `TransferError` if an expert does not arrive.
+        """
+        ...
+
+
+def make_decoder(model: Mixtral, cache: DecoderCache | None, capture: bool) -> "Decoder | None":
+    """The model's decoder, or None if its device cannot have one."""
     device = model.embed_tokens.weight.device
     if unfit(model.config, device):
         return None
@@ -36,7 +61,7 @@ def make_decoder(model: Mixtral, cache: ExpertCache | None, capture: bool) -> "D
 
 
 def unfit(config: ModelConfig, device: torch.device) -> str | None:
-    """Why `Mixtral.step` of such a model cannot be computed on this device; None if it can."""
+    """Why this device cannot compute `Mixtral.step` of such a model; None if it can."""
     c = config
     if c.hidden % ROWS or c.ffn % ROWS:
         return f"hidden {c.hidden} and ffn {c.ffn} are not multiples of {ROWS}"
@@ -45,96 +70,92 @@ def unfit(config: ModelConfig, device: torch.device) -> str | None:
 
 
 class Decoder:
-    """One token at a time through a model."""
+    """Takes one token at a time through a model."""
 
     def __init__(
-        self, model: Mixtral, cache: ExpertCache | None, graphs: Graphs, capture: bool = True
+        self, model: Mixtral, cache: DecoderCache | None, graphs: Graphs, capture: bool = True
     ) -> None:
-        """`cache` holds the experts, where they are not resident. Without `capture` every step is put on the
-        device launch by launch."""
+        """`cache` provides the experts, unless all are resident. Without `capture`, every step launches its
+        kernels one by one."""
         config, device = model.config, model.embed_tokens.weight.device
         self.model, self.cache, self.graphs, self.capturing = model, cache, graphs, capture
         model.prepare_step()
         self.routers = [cast(Block, block).block_sparse_moe.gate for block in model.layers]
-        self.inputs = graphs.shared(2, dtype=torch.int64)  # the id, and how many tokens there are before it
+        self.inputs = graphs.shared(2, dtype=torch.int64)  # the token's id and position
         self.inputs_there = torch.zeros(2, dtype=torch.int64, device=device)
-        most = 2 * config.experts_per_token + 2 * config.experts  # two layers ahead
-        most = -(-most // 4) * 4  # every row begins at 16 bytes, so all are written by one kernel
-        self.choices = graphs.shared(config.layers, most, dtype=torch.int32)
+        most = 2 * config.experts_per_token + MAX_LOOKAHEAD * config.experts
+        most = -(-most // 4) * 4  # every row begins at a multiple of 16 bytes, so one kernel writes them all
+        self.choices = graphs.shared(config.layers, most, dtype=torch.int32)  # each layer's `Choice.packed`
         self.numbers = self.choices.numpy()  # the same memory
         self.weights = [row[: config.experts_per_token].view(torch.float32) for row in self.choices]
         self.logits = torch.zeros(config.vocab, dtype=torch.float32, device=device)
         self.captured: weakref.WeakKeyDictionary[KVCache, list[Work]] = weakref.WeakKeyDictionary()
 
     def step(self, token: int, kv: KVCache) -> Tensor:
-        """Add a token to the cache; return the logits behind it, [V] float32, in memory that the next step
-        overwrites. Raises `TransferError` if an expert does not arrive, and `ValueError` if there is no room
-        for a token."""
-        limit = min(kv.capacity, self.model.config.context)
-        if kv.length >= limit:
-            raise ValueError(f"{kv.length} tokens and 1 more do not fit a context of {limit}")
-        self.graphs.wait()  # the step before has to have read its inputs
-        self.inputs[0], self.inputs[1] = token, kv.length
+        """Add a token to `kv`; return the logits after it, [V] float32. The next step overwrites them.
+
+        Raises `TransferError` if an expert does not arrive, and `ValueError` if `kv` is full.
+        """
+        position, end = self.model.room(1, 1, kv)
+        self.graphs.wait()  # the previous step may not have read its inputs yet
+        self.inputs[0], self.inputs[1] = token, position
         captured = self.captured.get(kv)
-        for number, work in enumerate(captured or self.parts(kv)):
-            work()
-            if self.cache is not None:
-                self.attend_to_experts(self.cache, number)
-        kv.length += 1
+        self.launch(captured or self.parts(kv))
+        kv.length = end
         if captured is None and self.capturing:
             self.capture(kv)
         return self.logits
 
-    def attend_to_experts(self, cache: ExpertCache, part: int) -> None:
-        """Behind that part of a step: its layer's choice is made, and the layer before it computed."""
-        if part > 0:
-            cache.computed_one(part - 1)
-        if part < self.model.config.layers:
-            self.graphs.wait()
-            cache.provide(part, *self.choice(part))
+    def launch(self, parts: Iterable[Work]) -> None:
+        """Launch the parts of a step, and between them let the cache provide each layer's experts."""
+        layers, computed = len(self.routers), None
+        for layer, part in enumerate(parts):
+            part()
+            if computed is not None:
+                computed()
+            if self.cache is not None and layer < layers:
+                self.graphs.wait()
+                computed = self.cache.provide(layer, *self.choice(layer))
 
     def choice(self, layer: int) -> tuple[list[int], Tensor, list[list[int]]]:
-        """What has come to the host of a layer's `Choice`: ids, weights, and of each of the next layers the
-        experts, likeliest first, as far as lookahead looks."""
+        """A layer's choice as the device wrote it: ids, weights, and a ranking for each later layer."""
         A, E = self.model.config.experts_per_token, self.model.config.experts
         row = self.numbers[layer, : 2 * A + self.routers[layer].distance * E].tolist()
         ahead = [row[i : i + E] for i in range(2 * A, len(row), E)]
         return row[A : 2 * A], self.weights[layer], ahead
 
-    def parts(self, kv: KVCache) -> Iterator[Work]:
-        """A step in as many parts as the host has to attend to, each to be run before the next is taken."""
-        token, position = self.inputs_there[:1], self.inputs_there[1:]
-        computing = self.model.step(token, position, kv)
+    def parts(self, kv: KVCache) -> list[Work]:
+        """The parts of one step. Each is to be called once, in order."""
+        count = 1 if self.cache is None else len(self.routers) + 1
+        return [partial(next, self.launches(kv))] * count
 
-        def part(layer: int) -> None:  # up to that layer's choice
-            if layer == 0:
-                kernels.fetch(self.inputs, self.inputs_there)
-            result = next(computing)
+    def launches(self, kv: KVCache) -> Iterator[None]:
+        """Launch a step's kernels. Stops wherever a part ends."""
+        kernels.fetch(self.inputs, self.inputs_there)
+        token, position = self.inputs_there[:1], self.inputs_there[1:]
+        for layer, result in enumerate(self.model.step(token, position, kv)):
             if isinstance(result, Tensor):
                 self.logits.copy_(result[0])
-            elif self.cache is not None and result.packed is not None:
+                yield
+            elif self.cache is not None:
+                assert result.packed is not None
                 kernels.fetch(result.packed, self.choices[layer, : len(result.packed)])
-
-        def whole() -> None:
-            for layer in layers:
-                part(layer)
-
-        layers = range(self.model.config.layers + 1)
-        return iter([whole]) if self.cache is None else (partial(part, layer) for layer in layers)
+                yield
 
     def capture(self, kv: KVCache) -> None:
-        """Behind a first step with this cache, which has made all that is made only once."""
+        """Capture the parts of a step with this KV cache. Call it after a first step, which has compiled and
+        allocated all that steps share. Warns if the device cannot, and then never tries again."""
         gc.collect()
         collecting = gc.isenabled()
-        gc.disable()  # it might free what the device still uses, or unlock memory, in the midst of a capture
+        gc.disable()  # a collection might free or unlock memory during the capture
         try:
-            self.captured[kv] = [self.graphs.capture(work) for work in self.parts(kv)]
-        except Exception as error:  # of PyTorch's, CUDA's or Triton's
+            self.captured[kv] = [self.graphs.capture(part) for part in self.parts(kv)]
+        except Exception as error:  # PyTorch's, CUDA's or Triton's
             self.capturing = False
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.warn(
-                f"CUDA graphs cannot be made ({reason}): every step is launched piece by piece, which is "
-                "slower; use --no-graphs to have it so without this message",
+                f"CUDA graphs cannot be made ({reason}): every step launches its kernels one by one, which "
+                "is slower; use --no-graphs to do so without this warning",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -77,9 +77,7 @@ def random_ids(config: ModelConfig, B: int, T: int, seed: int = 0) -> Tensor:  #
 
 def new_kv(model: Mixtral, B: int, capacity: int | None = None) -> KVCache:
     """An empty KV cache whose memory holds NaN, so that a read of a place never written shows."""
-    kv = KVCache.allocate(
-        model.config, B, capacity or model.config.context, model.lm_head.weight.dtype, CPU
-    )
+    kv = KVCache.allocate(model.config, B, capacity or model.config.context, model.lm_head.weight.dtype, CPU)
     for layer in kv.layers:
         layer.k.fill_(torch.nan)
         layer.v.fill_(torch.nan)

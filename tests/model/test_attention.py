@@ -41,7 +41,7 @@ def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def like_the_model(
     B: int, heads: int, T: int, K: int, room: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """[B, heads, T, K] as a view of something larger, with the strides that projections and KV caches have."""
+    """[B, heads, T, K] as a view of something larger, with the strides of projections and KV caches."""
     if room:
         return torch.randn(B, heads, T + room, K).to(dtype)[:, :, :T]
     return torch.randn(B, T, heads + 3, K).to(dtype).transpose(1, 2)[:, :heads]

@@ -70,9 +70,7 @@ def test_half_precision(name: str, dtype: torch.dtype, typical: float, agreeing:
     with torch.inference_mode():
         expected, whole = wide(ids), narrow(ids)
         kv = new_kv(narrow, 4)
-        in_parts = torch.cat(
-            [narrow(ids[:, :30], kv), narrow(ids[:, 30:39], kv), narrow(ids[:, 39:], kv)], 1
-        )
+        in_parts = torch.cat([narrow(ids[:, :30], kv), narrow(ids[:, 30:39], kv), narrow(ids[:, 39:], kv)], 1)
     assert kv.layers[0].k.dtype == dtype
     for logits in (whole, in_parts):
         assert logits.dtype == dtype

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -86,8 +85,7 @@ class Stage:
 
     def make_player(self, way: Way | None) -> Player:
         subject = self.subject
-        cache = cast(ExpertCache | None, way.cache if way else None)
-        decoder = make_decoder(subject.model, cache, subject.options.graphs)
+        decoder = make_decoder(subject.model, way.cache if way else None, subject.options.graphs)
         return Player(subject.model, self.kv, subject.setup.plan.chunk, decoder, self.position)
 
     def graphs(self) -> bool:

@@ -21,15 +21,9 @@ from model.quant.backends import fused
 from model.quant.expert import BoundExpert, ExpertFormat
 from model.router import Choice
 from runtime.experts.cache import ExpertCache, LayerExperts
+from runtime.gpu.decoder import DecoderCache
 
 LADDER = ("full", "no prefetch", "no cache", "whole layers")
-
-
-class DecoderCache(Protocol):
-    """What a decoder asks of an expert cache."""
-
-    def provide(self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]) -> None: ...
-    def computed_one(self, layer: int) -> None: ...
 
 
 class Way(Protocol):
@@ -113,12 +107,16 @@ class Forgetful:
 
         return SameSlots(computed, self.inner.layer(layer).step)
 
-    def provide(self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]) -> None:
-        self.inner.provide(layer, ids, weights, [])
+    def provide(
+        self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]
+    ) -> Callable[[], None]:
+        computed = self.inner.provide(layer, ids, weights, [])
 
-    def computed_one(self, layer: int) -> None:
-        self.inner.computed_one(layer)
-        self.forget(layer)
+        def forget() -> None:
+            computed()
+            self.forget(layer)
+
+        return forget
 
     def forget(self, layer: int) -> None:
         table = self.inner.tables[layer]
@@ -157,15 +155,18 @@ class WholeLayers:
         def computed(x: Tensor, choice: Choice) -> Tensor:
             self.bring(layer)
             y = self.place(x, choice)
-            self.computed_one(layer)
+            self.computed_one()
             return y
 
         return SameSlots(computed, self.place.step)
 
-    def provide(self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]) -> None:
+    def provide(
+        self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]
+    ) -> Callable[[], None]:
         self.bring(layer)
+        return self.computed_one
 
-    def computed_one(self, layer: int) -> None:
+    def computed_one(self) -> None:
         self.computed = self.inner.copies.link.used()
 
     def bring(self, layer: int) -> None:
