@@ -1,10 +1,12 @@
 """Run Mixtral: load a checkpoint, generate text, hold conversations. See `runtime.engine`.
 
-Names are imported when they are first used: torch takes seconds, and who only wants to read a command's help,
-or the options, need not wait for it.
+A name is imported when it is first used. Torch takes seconds to import, and a command that only prints its
+help does not wait for it. The import fails at once if a file of another program hides `model` or `tokenizer`.
 """
 
 from importlib import import_module
+
+from runtime.shadowed import check_names
 
 TYPE_CHECKING = False  # of `typing`, which takes milliseconds to import
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ __all__ = [
     "Token",
 ]
 
+check_names("model", "tokenizer")
+
 HOMES = {
     "Engine": "engine",
     "Plan": "planning.planner",
@@ -42,7 +46,7 @@ HOMES |= dict.fromkeys(("EngineOptions", "SamplingParams"), "options")
 
 
 def __getattr__(name: str) -> object:
-    """Import one of `__all__` from its home, and keep it: asked for once."""
+    """Import one of `__all__` from its home, and keep it. Python asks for each name once."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{HOMES.get(name, 'errors')}"), name)
