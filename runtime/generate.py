@@ -122,7 +122,7 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
             say(f"{dtype_name(engine.dtype)} on {engine.device}: {engine.plan}")
         with engine.recording(args.trace) if args.trace else nullcontext():
             if prompt is None:
-                converse(engine.session(args.system), params)
+                converse(engine, engine.session(args.system), params)
             elif args.chat:
                 session = engine.session(args.system)
                 session.send(prompt)

@@ -1,7 +1,10 @@
 """What can be said of a request by arithmetic: before it is served, and also before any weight is read."""
 
+import operator
 from collections.abc import Iterable
+from typing import Any
 
+from model.errors import quoted
 from runtime.errors import PromptTooLong, RequestError
 
 
@@ -31,3 +34,27 @@ def check_bias(ids: Iterable[int], vocab: int) -> None:
     for i in ids:
         if i >= vocab:
             raise RequestError(f"logit_bias names token {i}, and ids end at {vocab - 1}")
+
+
+def check_ids(ids: Any, vocab: int) -> list[int]:
+    """A prompt's ids as plain integers. Raises `RequestError` unless they are one or more of the model's."""
+    try:
+        items = None if isinstance(ids, bytes) else iter(ids)
+    except TypeError:  # a number, or a tensor without dimensions
+        items = None
+    if items is None:
+        raise RequestError(f"the prompt is of type {type(ids).__name__}; give a str or token ids")
+    checked = []
+    for i in items:
+        try:
+            index = operator.index(i)
+        except TypeError:  # a fraction, a word, a row of a matrix
+            index = -1
+        if not 0 <= index < vocab:
+            raise RequestError(
+                f"the prompt holds {quoted(i)}, and token ids are integers from 0 to {vocab - 1}"
+            )
+        checked.append(index)
+    if not checked:
+        raise RequestError("the prompt is empty; give at least one token")
+    return checked

@@ -15,19 +15,24 @@ from runtime.errors import RequestError
 from runtime.options import SamplingParams
 
 
-def choose(
+def sample(
     logits: Tensor, params: SamplingParams, seen: Tensor | None, generator: torch.Generator | None
 ) -> tuple[int, float]:
-    """The next token's id, and its log-probability before any sampling option. `seen` [V] bool marks ids that
-    already occurred; `generator` lives on logits' device.
+    """The next token's id, and its log-probability before any sampling option.
 
-    Waits for the device once. Raises `RequestError` if the logits are no numbers, or if `params` leave
-    nothing to choose from: every token forbidden, or numbers beyond float32's range.
+    `seen` [V] bool marks the ids that already occurred. `generator` is on the logits' device, and None at
+    temperature 0. Waits for the device once.
+
+    Raises `RequestError` if a logit is NaN, or if `params` leave no token: all are forbidden, or the numbers
+    exceed float32's range.
     """
     logprobs = logits.log_softmax(-1)
-    token, largest = sample(logits, params, seen, generator)
+    adjusted = adjust(logits, params, seen)
+    largest, token = adjusted.max(0)
+    if params.temperature > 0:
+        token = draw(keep(adjusted, params).softmax(-1), generator)
     numbers = [token.float(), logprobs.gather(0, token.view(1))[0], logprobs[0], largest]  # an id is exact
-    chosen, logprob, first, most = torch.stack(numbers).tolist()
+    sampled, logprob, first, most = torch.stack(numbers).tolist()
     if math.isnan(first):  # one NaN or +infinity among the logits makes all log-probabilities NaN
         raise RequestError("the model computed NaN; try --dtype float32, or check the checkpoint")
     if not math.isfinite(most):
@@ -35,30 +40,27 @@ def choose(
             f"no token can be chosen, the largest logit is {most}; "
             f"allow some in logit_bias, or take less extreme sampling options"
         )
-    return int(chosen), logprob
+    return int(sampled), logprob
 
 
-def sample(
-    logits: Tensor, params: SamplingParams, seen: Tensor | None, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """The id, and the largest logit after penalties, bias and temperature: unless that is finite, the id has
-    no meaning. Neither waits for the device."""
+def adjust(logits: Tensor, params: SamplingParams, seen: Tensor | None) -> Tensor:
+    """The logits after repetition penalty, bias and temperature, which forbid no token by themselves."""
     if seen is not None and params.repetition_penalty != 1:
-        logits = penalise_repetition(logits, seen, params.repetition_penalty)
+        logits = penalize_repetition(logits, seen, params.repetition_penalty)
     if params.logit_bias:
         logits = add_bias(logits, params.logit_bias)
-    if params.temperature > 0:
-        logits = logits / params.temperature
-    largest, likeliest = logits.max(0)
-    if params.temperature == 0:
-        return likeliest, largest
+    return logits / params.temperature if params.temperature > 0 else logits
+
+
+def keep(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Keep the logits that every filter of `params` keeps; set the others to -inf."""
     if 0 < params.top_k < len(logits):
         logits = keep_top_k(logits, params.top_k)
     if params.top_p < 1:
         logits = keep_top_p(logits, params.top_p)
     if params.min_p > 0:
         logits = keep_min_p(logits, params.min_p)
-    return draw(logits.softmax(-1), generator), largest
+    return logits
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -67,14 +69,14 @@ def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
     return (probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator)).argmax()
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Divide the positive logits of tokens already seen by `penalty`, multiply the negative ones.
 
-    >>> penalise_repetition(torch.tensor([2.0, -2.0, 2.0]), torch.tensor([True, True, False]), 2.0).tolist()
+    >>> penalize_repetition(torch.tensor([2.0, -2.0, 2.0]), torch.tensor([True, True, False]), 2.0).tolist()
     [1.0, -4.0, 2.0]
     """
-    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, penalised, logits)
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalized, logits)
 
 
 def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:

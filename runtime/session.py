@@ -1,12 +1,10 @@
-"""One conversation: its KV cache, the ids that are in it, and the loop that makes new ones."""
-
-from __future__ import annotations
+"""One conversation: its KV cache, the ids in it, and the loop that generates new ones."""
 
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,13 +12,11 @@ from torch import Tensor
 from model.errors import quoted
 from runtime.errors import RequestError
 from runtime.options import SamplingParams
-from runtime.requests import check_bias, check_room
-from runtime.sampler import choose
+from runtime.requests import check_bias, check_ids, check_room
+from runtime.runner import ModelRunner
+from runtime.sampler import sample
 from runtime.stop import StopScanner
-from tokenizer import StreamDecoder, TokenizerError
-
-if TYPE_CHECKING:
-    from runtime.engine import Engine
+from tokenizer import StreamDecoder, Tokenizer, TokenizerError
 
 Finish = Literal["eos", "stop", "length", "context"]
 DEFAULT_PARAMS = SamplingParams()
@@ -52,11 +48,11 @@ class Session:
     A session is for one thread at a time; different sessions of an engine may be used from different threads.
     """
 
-    def __init__(self, engine: Engine, system: str | None = None) -> None:
-        self.engine = engine
+    def __init__(self, runner: ModelRunner, tokenizer: Tokenizer, system: str | None = None) -> None:
+        self.runner, self.tokenizer = runner, tokenizer
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-        self.ids: list[int] = []  # whose keys and values are in the cache
-        self.cache = engine.take_cache()
+        self.kv = runner.take_kv()
+        self.ids: list[int] = []  # the tokens whose keys and values are in `kv`
         self.requests = 0
         self.closed = self.computing = False
 
@@ -75,9 +71,9 @@ class Session:
         if not self.messages or self.messages[-1]["role"] != "user":
             raise RequestError("there is no message to answer; call send first")
         try:
-            with self.engine.working():
-                ids = self.engine.tokenizer.encode_chat(self.messages)
-            tokens = self.run(ids, params, self.engine.tokenizer.answer_stream(ids))
+            with self.runner.working():
+                ids = self.tokenizer.encode_chat(self.messages)
+            tokens = self.run(ids, params, self.tokenizer.answer_stream(ids))
         except (TokenizerError, RequestError) as error:
             self.messages.pop()
             raise error if isinstance(error, RequestError) else RequestError(str(error)) from error
@@ -96,16 +92,16 @@ class Session:
         if isinstance(prompt, str):
             self.warn_of_control(prompt)
         try:
-            with self.engine.working():
-                ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-                ids = self.engine.check_ids(ids)
-            return self.run(ids, params, self.engine.tokenizer.stream(prefix=ids))
+            with self.runner.working():
+                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+                ids = check_ids(ids, self.runner.config.vocab)
+            return self.run(ids, params, self.tokenizer.stream(prefix=ids))
         except TokenizerError as error:
             raise RequestError(str(error)) from error
 
     def warn_of_control(self, prompt: str) -> None:
         """Warn where a text spells control tokens: to the model, they are letters."""
-        if found := self.engine.tokenizer.control_in(prompt):
+        if found := self.tokenizer.control_in(prompt):
             names = ", ".join(map(quoted, found[:4])) + (", ..." if len(found) > 4 else "")
             warnings.warn(
                 f"the prompt spells {names}, which is text like any other there; conversations (--chat, "
@@ -116,32 +112,32 @@ class Session:
 
     def run(self, ids: list[int], params: SamplingParams, decoder: StreamDecoder) -> Iterator[Token]:
         """Check a request at once; serve it as the iterator that comes back is taken."""
-        self.engine.check_open()
+        self.runner.check_open()
         self.check_open()
-        check_bias(params.logit_bias, self.engine.config.vocab)
-        room = check_room(len(ids), self.cache.capacity, self.engine.config.context)
+        check_bias(params.logit_bias, self.runner.config.vocab)
+        room = check_room(len(ids), self.kv.capacity, self.runner.config.context)
         return self.decode_loop(ids, params, decoder, room)
 
     def decode_loop(
         self, ids: list[int], params: SamplingParams, decoder: StreamDecoder, room: int
     ) -> Iterator[Token]:
-        engine, scanner = self.engine, StopScanner(params.stop)
+        runner, scanner = self.runner, StopScanner(params.stop)
         request = self.begin_request()
-        generator = new_generator(params, engine.device)
-        ends = () if params.ignore_eos else engine.eos_ids
+        generator = new_generator(params, runner.device)
+        ends = () if params.ignore_eos else runner.eos_ids
         limit = min(params.max_new_tokens, room)
         seen: Tensor | None = None
         token = -1
         for made in range(1, limit + 1):
             began = time.perf_counter()
-            with engine.working():
+            with runner.working():
                 logits = self.prefill(ids) if made == 1 else self.step(token)  # [V]
                 if seen is not None:
                     seen[token] = True
                 elif params.repetition_penalty != 1:
                     seen = mark_seen(ids, logits)
-                token, logprob = choose(logits, params, seen, generator)
-                engine.count_token(time.perf_counter() - began, first=made == 1)
+                token, logprob = sample(logits, params, seen, generator)
+                runner.count_token(time.perf_counter() - began, first=made == 1)
                 text: str = ""
                 finish: Finish | None = None
                 if token in ends:
@@ -177,11 +173,11 @@ class Session:
     def prefill(self, ids: list[int]) -> Tensor:  # -> [V] float32
         """Bring the cache to hold exactly `ids`, computing what it does not hold yet, and always the last."""
         reused = min(common_prefix(self.ids, ids), len(ids) - 1)
-        self.cache.truncate(reused)
+        self.kv.truncate(reused)
         del self.ids[reused:]
         logits = self.forward(ids[reused:])
         self.ids = list(ids)
-        self.engine.count_prompt(len(ids) - reused, reused)
+        self.runner.count_prompt(len(ids) - reused, reused)
         return logits
 
     def step(self, token: int) -> Tensor:  # -> [V] float32
@@ -192,7 +188,7 @@ class Session:
     def forward(self, ids: list[int]) -> Tensor:
         self.computing = True
         try:
-            return self.engine.forward(ids, self.cache)
+            return self.runner.forward(ids, self.kv)
         finally:
             self.computing = False
 
@@ -201,9 +197,9 @@ class Session:
         if not self.closed:
             self.closed = True
             if not self.computing:  # else a signal's handler called this, and the step still writes to it
-                self.engine.give_cache(self.cache)
+                self.runner.give_kv(self.kv)
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> "Session":
         return self
 
     def __exit__(self, *error: object) -> None:

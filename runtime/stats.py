@@ -1,6 +1,6 @@
 """What an engine has done so far."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from runtime.units import format_bytes
 
@@ -17,16 +17,22 @@ class Stats:
     new_tokens: int = 0
     decoded_tokens: int = 0  # new tokens less each request's first, which the prompt pays for
     decode_seconds: float = 0.0
-    # Of experts that do not all stay on the device: see `runtime.experts.ledger.Counters`.
+    # Counted by an expert cache, and 0 where all experts are resident.
     hits: int = 0
     misses: int = 0
     guesses: int = 0
-    used_guesses: int = 0
-    recalled: int = 0
-    recallable: int = 0
-    stall_seconds: float = 0.0
+    used_guesses: int = 0  # misses whose expert had been guessed: it was there, or on its way
+    recalled: int = 0  # of `recallable`, those that the layer before ranked as high as that
+    recallable: int = 0  # experts that decoded tokens chose, where the layer before had a ranking
+    stall_seconds: float = 0.0  # in which the host or the device waited for copies
     copied_bytes: int = 0
-    wasted_bytes: int = 0
+    wasted_bytes: int = 0  # of the copied ones, those for unused guesses and for forwards that failed
+
+    def __add__(self, other: "Stats") -> "Stats":
+        return Stats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: "Stats") -> "Stats":
+        return Stats(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def prompt_rate(self) -> float:

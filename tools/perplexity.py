@@ -159,8 +159,8 @@ def score(
     if len(ids) < 2:
         raise RequestError(f"the text of {len(text)} characters comes to no token; give one with words in it")
     began = time.perf_counter()
-    with engine.working():
-        nats = engine.alone(
+    with engine.runner.working():
+        nats = engine.runner.alone(
             lambda: negative_log_likelihood(engine.model, ids, window, stride, chunk, progress)
         )
     return Score(nats, len(ids) - 1, len(text.encode()), time.perf_counter() - began)

@@ -24,7 +24,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -43,10 +43,11 @@ from runtime.experts.arena import Arena, unlocked_remedy
 from runtime.experts.choices import added_up, by_last_use, to_host
 from runtime.experts.copying import CopyEngine, HostLink, Link, Ticket
 from runtime.experts.cuda_link import CudaLink
-from runtime.experts.ledger import Counters, Ledger
+from runtime.experts.ledger import Ledger
 from runtime.experts.policy import make_policy
 from runtime.experts.slots import Guess, SlotTable, Spares
 from runtime.planning.planner import Plan
+from runtime.stats import Stats
 from runtime.units import format_bytes
 
 
@@ -104,7 +105,7 @@ class ExpertCache:
         self.last_use: list[Any] = [copies.link.used()] * total  # by slot: the link's mark behind it
         self.ledger = Ledger()
         self.counters = self.ledger.counters
-        self.uncounted = Counters()  # what was before `start_over`
+        self.uncounted = Stats()  # what was before `start_over`
         self.complete = True  # the step before came to its end
         # A cache that is never closed would leave its thread, and the memory that it holds. Registered before
         # the thread starts: however making an engine fails, no thread is left.
@@ -130,7 +131,7 @@ class ExpertCache:
                 "host memory that hold experts: those in the rest are copied by way of small buffers, which "
                 f"is slower; {unlocked_remedy()}",
                 RuntimeWarning,
-                stacklevel=4,  # where Engine.load was called
+                stacklevel=6,  # where Engine.load was called
             )
         try:
             return ExpertCache.over(arena, plan, form, device, policy, prefetch, link_gbps)
@@ -167,12 +168,11 @@ class ExpertCache:
         self.computed.clear()
         self.__dict__.pop("pool", None)
 
-    def count(self) -> Counters:
+    def count(self) -> Stats:
         """A copy of the counters."""
-        now, before = self.count_all(), self.uncounted
-        return Counters(**{f.name: getattr(now, f.name) - getattr(before, f.name) for f in fields(now)})
+        return self.count_all() - self.uncounted
 
-    def count_all(self) -> Counters:
+    def count_all(self) -> Stats:
         stalled = self.counters.stall_seconds + self.copies.link.stalled()
         return replace(
             self.counters,

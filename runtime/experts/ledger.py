@@ -2,32 +2,17 @@
 one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from runtime.experts import trace
 from runtime.experts.copying import Ticket
-
-
-@dataclass
-class Counters:
-    """Since the cache was made."""
-
-    hits: int = 0
-    misses: int = 0
-    guesses: int = 0
-    used_guesses: int = 0  # misses that had been guessed: the expert was there, or on its way
-    recalled: int = 0  # experts that a decoded token chose in a layer, and the layer before ranked that high
-    recallable: int = 0  # all that decoded tokens chose, where a layer before could say
-    stall_seconds: float = 0.0  # that the host or the device waited for copies
-    copied_bytes: int = 0
-    wasted_bytes: int = 0  # of these, for guesses that did not come true, and for steps that failed
+from runtime.stats import Stats
 
 
 class Ledger:
     """The entries of one cache."""
 
     def __init__(self) -> None:
-        self.counters = Counters()
+        self.counters = Stats()
         self.step = -1
         self.predicted: Sequence[int] = ()  # what the layer before ranked highest for the layer at hand
         self.recorder: trace.Recorder | None = None

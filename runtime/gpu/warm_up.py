@@ -1,7 +1,10 @@
-"""What the first request on a GPU would wait for: compiling kernels, setting up libraries, making graphs. An
-engine does it once after loading, with what requests use."""
+"""What the first request on a GPU would otherwise wait for: memory, compiled kernels, libraries and graphs.
+
+An engine gets all of it once after loading, with the calls that requests make.
+"""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import cast
 
@@ -9,37 +12,80 @@ import torch
 from torch import Tensor
 
 from model.kv_cache import KVCache
-from model.mixtral import Block, Mixtral
+from model.mixtral import Block
 from model.moe import Product
 from model.quant.backends.fused import FEW
+from model.quant.expert import BlobExperts
+from runtime.errors import DeviceError, RequestError
 from runtime.gpu.graphs import Work
+from runtime.planning.memory import release, reserve
+from runtime.runner import ModelRunner
 
 ROWS = (1, 2, FEW + 1)  # each of these is computed another way
 
+Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
-def warm_ups(
-    model: Mixtral, expert: Product, kv: KVCache, forward: Callable[[list[int], KVCache], Tensor]
-) -> list[Work]:
-    """Calls after which nothing is left to compile. They add to the KV cache.
 
-    The router decides how many rows an expert gets. So `expert` is computed by itself, whatever is in it, and
-    so are attention's projections, which are alike in all layers. `forward` then computes a prompt and a
-    token, after which a decoder makes its graphs.
+def prepare(runner: ModelRunner, progress: Bar | None = None) -> None:
+    """Get a GPU ready. A CPU needs nothing, since memory comes as it is used and nothing is compiled."""
+    if runner.device.type == "cuda":
+        take_planned(runner)
+        warm_up(runner, progress)
+
+
+def take_planned(runner: ModelRunner) -> None:
+    """Have the allocator hold the rest of the planned memory, one piece for the KV cache and one for
+    activations."""
+    release(runner.device)  # what loading took
+    runner.give_kv(runner.new_kv())
+    reserve(runner.device, runner.plan.workspace_bytes)
+
+
+def warm_up(runner: ModelRunner, progress: Bar | None = None) -> None:
+    """Compile kernels, set up libraries and make the first session's graphs. Nothing else differs afterwards.
+
+    Raises `DeviceError` if the device fails.
     """
-    attention = cast(Block, model.layers[0]).self_attn
-    hidden, out = model.config.hidden, model.config.heads * model.config.head_dim
+    kv = runner.take_kv()
+    works = warm_ups(runner, kv)
+    try:
+        with progress(len(works)) if progress else nullcontext(None) as advance:
+            for work in works:
+                work()
+                if advance:
+                    advance(1)
+    except RequestError as error:
+        raise DeviceError(str(error)) from error
+    if runner.cache:
+        runner.cache.start_over()
+    runner.give_kv(kv)
+
+
+def warm_ups(runner: ModelRunner, kv: KVCache) -> list[Work]:
+    """Calls after which nothing is left to compile. They add to `kv`.
+
+    The router decides how many rows an expert gets, so one expert is computed by itself. So are attention's
+    projections. All layers are alike, and so are all experts. Then a prompt and a token are computed, after
+    which the decoder makes its graphs.
+    """
+    model, config = runner.model, runner.config
+    block = cast(Block, model.layers[0])
+    resident = block.block_sparse_moe.experts
+    experts = runner.cache.computed if runner.cache else cast(BlobExperts, resident).experts
     products: list[tuple[Product, int]] = [
-        (attention.qkv_proj, hidden), (attention.o_proj, out), (expert, hidden),
-    ]  # fmt: skip
+        (block.self_attn.qkv_proj, config.hidden),
+        (block.self_attn.o_proj, config.heads * config.head_dim),
+        (experts[0], config.hidden),
+    ]
     like = model.embed_tokens.weight.detach()
     works: list[Work] = [
         partial(alone, product, like.new_zeros(rows, width)) for product, width in products for rows in ROWS
     ]
     prompt = [0] * min(2, kv.capacity - 1)  # a context holds 2 tokens at least
-    return works + [partial(forward, ids, kv) for ids in (prompt, [0])]
+    return works + [partial(runner.forward, ids, kv) for ids in (prompt, [0])]
 
 
 def alone(product: Product, x: Tensor) -> None:
-    """A product whose result nobody needs."""
+    """Compute a product and drop it."""
     with torch.inference_mode():
         product(x)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from runtime.errors import PromptTooLong, RequestError
 from runtime.options import SamplingParams
+from runtime.requests import more_context
 from runtime.shell.command import put, say
 from runtime.shell.prompts import decode
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 PASTE = 0.05  # seconds within which the next line of a pasted text arrives
 
 
-def converse(session: Session, params: SamplingParams) -> None:
+def converse(engine: Engine, session: Session, params: SamplingParams) -> None:
     """Take turns until end of file. A turn that fails says why, and the next may succeed.
 
     Ctrl-C ends an answer; what there is of it stays in the conversation. At the prompt it ends the program.
@@ -31,7 +32,7 @@ def converse(session: Session, params: SamplingParams) -> None:
             continue
         try:
             session.send(decode(message, "the message"))
-            show(session.generate(params), session.engine)
+            show(session.generate(params), engine)
         except KeyboardInterrupt:
             put("\n")
             say("the answer was ended; Ctrl-C once more ends the program")
@@ -39,7 +40,7 @@ def converse(session: Session, params: SamplingParams) -> None:
             say(f"error: {error}")
             if session.messages and not advised:
                 advised = True
-                remedy = session.engine.more_context(", with a larger context: ")
+                remedy = more_context(", with a larger context: ", engine.plan.context, engine.config.context)
                 say(f"the conversation fills the context; end it with Ctrl-D and begin another{remedy}")
         except RequestError as error:
             say(f"error: {error}")
@@ -69,5 +70,5 @@ def show(tokens: Iterator[Token], engine: Engine) -> None:
     if finish == "context":
         say(
             f"warning: stopped early, the context of {engine.plan.context} tokens is full"
-            + engine.more_context("; ")
+            + more_context("; ", engine.plan.context, engine.config.context)
         )

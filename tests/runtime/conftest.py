@@ -124,7 +124,7 @@ def shared_engine(checkpoint: Path) -> Iterator[Engine]:
 @pytest.fixture
 def engine(shared_engine: Engine) -> Engine:
     """One engine for all tests, its counters at zero: what one test does to it, the next must survive."""
-    shared_engine.counters.__init__()  # type: ignore[misc]
+    shared_engine.runner.counters.__init__()  # type: ignore[misc]
     return shared_engine
 
 

@@ -25,7 +25,9 @@ from runtime import (
     SamplingParams,
     Token,
 )
+from runtime.gpu.warm_up import take_planned
 from runtime.planning.planner import PREFILL_CHUNK
+from runtime.runner import ModelRunner
 
 PROMPT = "def alpha_"
 
@@ -324,7 +326,7 @@ def test_a_request_left_midway_gives_its_cache_back(load: Callable[..., Engine])
             next(tokens)
         tokens.close()  # type: ignore[attr-defined]
         assert list(engine.generate(PROMPT, greedy())) == expected
-    assert len(engine.idle_caches) == 1
+    assert len(engine.runner.idle_kvs) == 1
 
 
 def test_a_model_that_computes_nan_is_a_failed_request(
@@ -384,7 +386,7 @@ def test_a_closed_engine_serves_nothing_and_holds_nothing(load: Callable[..., En
         session, tokens = engine.session(), engine.generate(PROMPT)
         next(tokens)
         session.send("x")
-        model, cache = weakref.ref(engine.model), weakref.ref(session.cache)
+        model, kv = weakref.ref(engine.model), weakref.ref(session.kv)
     engine.close()  # twice is fine
     for use in (
         lambda: next(tokens),
@@ -400,7 +402,7 @@ def test_a_closed_engine_serves_nothing_and_holds_nothing(load: Callable[..., En
     session.close()
     session = tokens = use = None  # type: ignore[assignment]
     gc.collect()
-    assert model() is None and cache() is None and engine.stats().requests == 1
+    assert model() is None and kv() is None and engine.stats().requests == 1
 
 
 def test_ids_beyond_the_tokenizers_are_never_generated(
@@ -515,7 +517,7 @@ def test_an_engine_may_be_loaded_and_used_in_and_out_of_inference_mode(checkpoin
     with torch.inference_mode():
         engine = Engine.load(checkpoint, options)
         inside = ids_of(engine.generate([1, 2, 3], params))
-        assert engine.cache and not engine.cache.pool.is_inference()
+        assert engine.runner.cache and not engine.runner.cache.pool.is_inference()
     with engine:
         assert ids_of(engine.generate([1, 2, 3], params)) == inside
         outside = engine.logits([1, 2, 3])
@@ -528,15 +530,16 @@ def test_on_a_gpu_what_is_planned_is_taken_at_once(
     load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[object] = []
-    monkeypatch.setattr("runtime.engine.release", lambda device: calls.append("release"))
-    monkeypatch.setattr("runtime.engine.reserve", lambda device, size: calls.append(size))
+    for module in ("runtime.gpu.warm_up", "runtime.runner"):
+        monkeypatch.setattr(f"{module}.release", lambda device: calls.append("release"))
+    monkeypatch.setattr("runtime.gpu.warm_up.reserve", lambda device, size: calls.append(size))
     monkeypatch.setattr(KVCache, "allocate", lambda *words: calls.append("kv") or KVCache([], 1, words[2]))
     engine = load()
     assert calls == []
-    engine.device = torch.device("cuda")
-    engine.take_planned()
+    engine.runner.device = torch.device("cuda")
+    take_planned(engine.runner)
     assert calls == ["release", "kv", engine.plan.workspace_bytes]
-    assert engine.take_cache().capacity == engine.plan.context and len(calls) == 3
+    assert engine.runner.take_kv().capacity == engine.plan.context and len(calls) == 3
     engine.close()
     assert calls[3:] == ["release"]
 
@@ -544,13 +547,13 @@ def test_on_a_gpu_what_is_planned_is_taken_at_once(
 def test_an_engine_whose_plan_is_not_there_is_closed(
     load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    closed: list[Engine] = []
+    closed: list[ModelRunner] = []
 
-    def fail(engine: Engine, compiling: object) -> None:
+    def fail(runner: ModelRunner, compiling: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
-    monkeypatch.setattr(Engine, "prepare", fail)
-    monkeypatch.setattr(Engine, "close", lambda engine: closed.append(engine))
+    monkeypatch.setattr("runtime.startup.prepare", fail)
+    monkeypatch.setattr(ModelRunner, "close", lambda runner: closed.append(runner))
     with pytest.raises(DeviceError, match=r"out of memory \(CUDA out of memory. Tried to allocate 2 GiB\)"):
         load()
     assert len(closed) == 1

@@ -184,7 +184,7 @@ def test_requests_are_judged_before_weights_are_read(
     words: tuple[str, ...],
     message: str,
 ) -> None:
-    monkeypatch.setattr("runtime.engine.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("runtime.startup.load_weights", lambda *_: pytest.fail("weights were read"))
     outcome = run(*(word.format(folder=tmp_path) for word in words))
     assert outcome.status in (1, 2) and outcome.err.count("\n") == 1 and message in outcome.err
 

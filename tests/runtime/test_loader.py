@@ -132,10 +132,10 @@ def test_half_precision_is_near(
 
 def token_logits(engine: Engine, ids: list[int]) -> Tensor:  # [V]
     """Computed one token at a time, as decoding does."""
-    cache = engine.take_cache()
+    kv = engine.runner.take_kv()
     for i in ids:
-        logits = engine.forward([i], cache)
-    engine.give_cache(cache)
+        logits = engine.runner.forward([i], kv)
+    engine.runner.give_kv(kv)
     return logits
 
 

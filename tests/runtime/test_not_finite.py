@@ -40,8 +40,8 @@ def load(request: pytest.FixtureRequest, folder: Path, path: str) -> Iterator[Ca
 
     def load(dtype: str) -> Engine:
         engine = Engine.load(folder, EngineOptions(device="cpu", dtype=dtype, offload=request.param))
-        assert (engine.decoder is None) == (path == "general")
-        assert (engine.cache is None) == (request.param == "never")
+        assert (engine.runner.decoder is None) == (path == "general")
+        assert (engine.runner.cache is None) == (request.param == "never")
         engines.append(engine)
         return engine
 

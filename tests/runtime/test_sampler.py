@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from runtime import RequestError, SamplingParams, sampler
-from runtime.sampler import add_bias, choose, draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from runtime.sampler import add_bias, draw, keep_min_p, keep_top_k, keep_top_p, penalize_repetition, sample
 
 V = 24
 VANISHING = 1e-30  # float32 ends not far below
@@ -46,11 +46,11 @@ def generator(seed: int = 0) -> torch.Generator:
 def chosen(
     logits: Tensor, params: SamplingParams, seen: Tensor | None, source: torch.Generator | None
 ) -> int:
-    return choose(logits, params, seen, source)[0]
+    return sample(logits, params, seen, source)[0]
 
 
 def survivors(logits: Tensor, params: SamplingParams, seen: Tensor | None = None) -> dict[int, float]:
-    """What `choose` draws from: id -> probability, caught where it draws."""
+    """What `sample` draws from: id -> probability, caught where it draws."""
     caught = []
 
     def catch(probabilities: Tensor, source: torch.Generator | None) -> Tensor:
@@ -87,7 +87,7 @@ def test_the_filters_together_are_those_of_transformers_in_its_order(
 
     expected = oracle(0)
     clear = torch.equal(oracle(1e-5) > VANISHING, oracle(-1e-5) > VANISHING)
-    gaps = penalise_repetition(logits, mark(seen), penalty).sort().values.diff()
+    gaps = penalize_repetition(logits, mark(seen), penalty).sort().values.diff()
     assume(clear and gaps.min() > 1e-5)  # else rounding decides which tokens a filter keeps
 
     params = SamplingParams(
@@ -129,9 +129,9 @@ def test_a_penalty_lowers_what_was_seen_and_nothing_else(
     logits: Tensor, seen: set[int], penalty: float
 ) -> None:
     marked = mark(seen)
-    penalised = penalise_repetition(logits, marked, penalty)
-    assert torch.equal(penalised[~marked], logits[~marked])
-    assert (penalised[marked & (logits != 0)] < logits[marked & (logits != 0)]).all()
+    penalized = penalize_repetition(logits, marked, penalty)
+    assert torch.equal(penalized[~marked], logits[~marked])
+    assert (penalized[marked & (logits != 0)] < logits[marked & (logits != 0)]).all()
 
 
 @given(ANY)
@@ -253,7 +253,7 @@ def test_the_device_is_waited_for_once(params: SamplingParams, monkeypatch: pyte
     tolist = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: (asked.append("tolist"), tolist(tensor))[1])
     with Watching():
-        choose(torch.randn(V), params, mark({3}), generator())
+        sample(torch.randn(V), params, mark({3}), generator())
     assert asked == ["tolist"]
 
 
@@ -261,4 +261,4 @@ def test_the_device_is_waited_for_once(params: SamplingParams, monkeypatch: pyte
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams()])
 def test_logits_that_are_no_numbers(spoilt: float, params: SamplingParams) -> None:
     with pytest.raises(RequestError, match="NaN"):
-        choose(torch.tensor([0.0, spoilt, 1.0]), params, None, generator())
+        sample(torch.tensor([0.0, spoilt, 1.0]), params, None, generator())

@@ -59,7 +59,7 @@ def test_each_turn_is_what_the_whole_conversation_gives_to_a_stranger(
 def test_a_growing_text_is_computed_once(engine: Engine) -> None:
     session, ids = engine.session(), engine.tokenizer.encode("def alpha_beta(alpha, n=7): return")
     for end, reused in ((5, 0), (9, 5), (9, 8), (len(ids), 9)):
-        engine.counters.__init__()  # type: ignore[misc]
+        engine.runner.counters.__init__()  # type: ignore[misc]
         list(session.complete(ids[:end], greedy(1)))
         stats = engine.stats()
         assert (stats.reused_tokens, stats.prompt_tokens) == (reused, end - reused)
@@ -171,7 +171,7 @@ def test_closed_sessions_serve_nothing_and_their_cache_goes_to_one_other(load: C
     session.close()
     session.close()
     a, b = engine.session(), engine.session()
-    assert a.cache is session.cache is not b.cache
+    assert a.kv is session.kv is not b.kv
     made = [token.id for token, _ in zip(a.complete(ids, greedy()), range(3), strict=False)]
     for use in (lambda: next(tokens), lambda: next(unbegun), lambda: session.complete(ids)):
         with pytest.raises(RequestError, match="the session is closed"):

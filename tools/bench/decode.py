@@ -24,12 +24,12 @@ from model.mixtral import Mixtral
 from model.moe import SparseMoE
 from model.quant.expert import BlobExperts
 from model.quant.product import QuantizedLinear
-from runtime.experts.ledger import Counters
 from runtime.shell.arguments import at_least_one
+from runtime.stats import Stats
 from tools.bench.figures import bound, device_memory, traffic
 from tools.bench.forced import Trace
 from tools.bench.link import measure_memory
-from tools.bench.play import Player, Stage, difference, seconds
+from tools.bench.play import Player, Stage, seconds
 from tools.bench.routing import MAKERS
 from tools.bench.subject import Subject, make_cache, make_subject
 from tools.bench.subject import add_arguments as add_subject
@@ -129,7 +129,7 @@ class Turn:
 
     prompt: float
     decode: float
-    counted: Counters
+    counted: Stats
 
 
 def turn(stage: Stage, way: str, ids: torch.Tensor, prompt: int) -> Turn:  # ids [1, P + T]
@@ -137,7 +137,7 @@ def turn(stage: Stage, way: str, ids: torch.Tensor, prompt: int) -> Turn:  # ids
     taken = seconds(partial(player.prompt, there))
     before = stage.count()
     decoding = seconds(partial(player.decode, ids[0, prompt:].tolist()))
-    return Turn(taken, decoding, difference(stage.count(), before))
+    return Turn(taken, decoding, stage.count() - before)
 
 
 def offloaded(stage: Stage, turns: dict[str, list[Turn]], tokens: int) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from runtime.experts.ledger import Counters
 from runtime.planning.planner import Plan
+from runtime.stats import Stats
 
 
-def traffic(counted: Counters, tokens: int, blob: int) -> dict[str, float]:
+def traffic(counted: Stats, tokens: int, blob: int) -> dict[str, float]:
     """Of the experts, per decoded token; blobs of so many bytes.
 
-    >>> counted = Counters(hits=6, misses=2, used_guesses=1, recalled=3, recallable=4, copied_bytes=30, wasted_bytes=10)
+    >>> counted = Stats(hits=6, misses=2, used_guesses=1, recalled=3, recallable=4, copied_bytes=30, wasted_bytes=10)
     >>> figures = traffic(counted, tokens=4, blob=10)
     >>> figures["hit_ratio"], figures["missed_bytes_per_token"], figures["copied_bytes_per_token"]
     (0.75, 5.0, 7.5)

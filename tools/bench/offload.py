@@ -24,13 +24,13 @@ import torch
 
 from runtime.errors import MixtralError, OptionError
 from runtime.experts.copying import HostLink
-from runtime.experts.ledger import Counters
 from runtime.planning.footprint import Plan
 from runtime.process.threads import choose_threads, computing
 from runtime.shell.arguments import at_least_one
+from runtime.stats import Stats
 from tools.bench.decode import make_trace, random_ids
 from tools.bench.figures import bound, device_memory, traffic
-from tools.bench.play import Stage, difference, seconds
+from tools.bench.play import Stage, seconds
 from tools.bench.routing import MAKERS
 from tools.bench.subject import Subject, give_back, make_cache, make_subject
 from tools.bench.subject import add_arguments as add_subject
@@ -150,14 +150,14 @@ def measure(subject: Subject, plan: Plan, routing: str, args: argparse.Namespace
         make_trace(subject, routing, tokens + WARM_UP),
     )
 
-    def turn(way: str, repeat: int) -> tuple[float, Counters]:
+    def turn(way: str, repeat: int) -> tuple[float, Stats]:
         """Seconds per token, and what was counted meanwhile."""
         player = stage.use(way)
         # Where nothing is kept, a token leaves what sixteen would, and takes long enough.
         player.decode(ids[repeat][WARM_UP - 1 if way in FORGETTING else 0 : WARM_UP])
         before = stage.count()
         taken = seconds(lambda: player.decode(ids[repeat][WARM_UP:]))
-        return taken / tokens, difference(stage.count(), before)
+        return taken / tokens, stage.count() - before
 
     try:
         first = turn(args.modes[0], 0)
@@ -167,7 +167,7 @@ def measure(subject: Subject, plan: Plan, routing: str, args: argparse.Namespace
         link = choose_link(subject, lambda way: turn(way, 0), first[1], plan.blob_bytes, tokens)
         if subject.setup.device.type == "cpu":
             cache.copies.link = HostLink(link)  # it is idle now
-        turns: dict[str, list[tuple[float, Counters]]] = {way: [] for way in stage.ways}
+        turns: dict[str, list[tuple[float, Stats]]] = {way: [] for way in stage.ways}
         for repeat in range(args.repeats):
             for way, taken in turns.items():
                 taken.append(turn(way, repeat))
@@ -180,7 +180,7 @@ def measure(subject: Subject, plan: Plan, routing: str, args: argparse.Namespace
 
 
 def choose_link(
-    subject: Subject, turn: Callable[[str], tuple[float, Counters]], counted: Counters, blob: int, tokens: int
+    subject: Subject, turn: Callable[[str], tuple[float, Stats]], counted: Stats, blob: int, tokens: int
 ) -> float:
     """Bytes per second: as measured; on a CPU, if nothing else was asked for, what makes copying the misses
     take as long as computing."""
@@ -191,14 +191,12 @@ def choose_link(
 
 
 def report(
-    turns: dict[str, list[tuple[float, Counters]]], link: float, plan: Plan, tokens: int
+    turns: dict[str, list[tuple[float, Stats]]], link: float, plan: Plan, tokens: int
 ) -> dict[str, Any]:
     """Medians. Misses are the policy's own: guesses do not change them."""
     by_mode = {}
     for mode, taken in turns.items():
-        total = Counters()
-        for _, counted in taken:
-            total = Counters(**{name: value + getattr(counted, name) for name, value in vars(total).items()})
+        total = sum((counted for _, counted in taken), Stats())
         by_mode[mode] = traffic(total, len(taken) * tokens, plan.blob_bytes)
     rates = {mode: statistics.median(1 / seconds for seconds, _ in taken) for mode, taken in turns.items()}
     cached = next((mode for mode in turns if mode in ("full", "no prefetch")), None)

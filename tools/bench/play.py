@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from torch import Tensor
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from runtime.experts.cache import ExpertCache
-from runtime.experts.ledger import Counters
 from runtime.gpu.decoder import Decoder, make_decoder
 from runtime.planning.footprint import PREFILL_CHUNK
 from runtime.planning.memory import reserve
+from runtime.stats import Stats
 from tools.bench.forced import Trace, TraceRouter
 from tools.bench.subject import Subject, look_ahead, nobody
 from tools.bench.ways import Way
@@ -93,8 +93,8 @@ class Stage:
         decoders = [player.decoder for player in self.players.values()]
         return all(decoder is not None and len(decoder.captured) > 0 for decoder in decoders)
 
-    def count(self) -> Counters:
-        return self.cache.count() if self.cache is not None else Counters()
+    def count(self) -> Stats:
+        return self.cache.count() if self.cache is not None else Stats()
 
     def close(self) -> None:
         """The subject's routers are its own again. The cache is closed."""
@@ -111,8 +111,3 @@ def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def difference(after: Counters, before: Counters) -> Counters:
-    """What was counted in between."""
-    return replace(after, **{name: value - getattr(before, name) for name, value in vars(after).items()})

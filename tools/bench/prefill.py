@@ -20,7 +20,7 @@ from typing import Any
 from runtime.shell.arguments import at_least_one
 from tools.bench.decode import random_ids, rates, set_up
 from tools.bench.figures import bound, device_memory
-from tools.bench.play import Stage, difference, seconds
+from tools.bench.play import Stage, seconds
 from tools.bench.subject import add_arguments as add_subject
 from tools.bench.subject import make_subject
 
@@ -65,7 +65,7 @@ def measure(stage: Stage, tokens: int, repeats: int) -> dict[str, Any]:
             player.kv.truncate(0)
             before = stage.count()
             taken.append(seconds(partial(player.prompt, ids)))
-            counted = difference(stage.count(), before)
+            counted = stage.count() - before
             memory = memory or device_memory(setup.plan, setup.device)
             if way == "full":
                 misses.append(counted.misses)

@@ -46,8 +46,8 @@ class FlakyLink(HostLink):
 def open_soak(subject: Subject) -> Iterator[Case]:
     with Engine.load(subject.hf, RESIDENT) as resident, Engine.load(subject.hf, OFFLOADED) as offloaded:
         known = [texts(resident, request) for request in REQUESTS]
-        assert offloaded.cache is not None
-        offloaded.cache.copies.link = link = FlakyLink(Random(0))
+        assert offloaded.runner.cache is not None
+        offloaded.runner.cache.copies.link = link = FlakyLink(Random(0))
 
         def case(chance: Random) -> Verdict:
             link.share = chance.choice((0, 0, 0, 0.01, 0.2))

@@ -83,8 +83,9 @@ class Rig:
             return Engine.load(folder, EngineOptions(device="cpu", dtype=dtype, **options))
 
         self.resident, self.engine = load(offload="never"), load(offload="always")
-        assert self.engine.cache is not None
-        self.cache, self.arena = self.engine.cache, self.engine.cache.arena
+        cache = self.engine.runner.cache
+        assert cache is not None
+        self.cache, self.arena = cache, cache.arena
         self.form = self.cache_format(folder, dtype)
         self.layers, self.experts = self.engine.config.layers, self.engine.config.experts
         self.known: dict[Any, Any] = {}
@@ -117,13 +118,14 @@ class Rig:
         self.engine.model.look_ahead(lookahead if prefetch else 0)
         for n, block in enumerate(blocks):
             block.block_sparse_moe.experts = cache.layer(n)
-        before, self.engine.cache = self.engine.plan, cache
-        self.engine.plan = replace(before, slots_per_layer=tuple(counts), spares=lookahead * prefetch)
+        runner = self.engine.runner
+        before, runner.cache = runner.plan, cache
+        runner.plan = replace(before, slots_per_layer=tuple(counts), spares=lookahead * prefetch)
         try:
             yield cache
         finally:
             cache.close()
-            self.engine.cache, self.engine.plan = self.cache, before
+            runner.cache, runner.plan = self.cache, before
             for n, block in enumerate(blocks):
                 block.block_sparse_moe.experts = self.cache.layer(n)
 

@@ -118,7 +118,7 @@ def hammer_requests(count: int, engine: Engine, prompt: list[int], seed: int = 0
         thrown.until(ask)
         if n % 10 == 0:
             ask()
-            other = threading.Thread(target=engine.turns.take, args=(lambda: None,))
+            other = threading.Thread(target=engine.runner.turns.take, args=(lambda: None,))
             other.start()
             other.join(10)
             assert not other.is_alive(), "another thread gets its turn"

@@ -215,7 +215,7 @@ def test_decoding_finds_the_last_tokens_experts(rig: Any, events: Any) -> None:
         rig.engine.logits(ids)
         cache.record(events)
         session = rig.engine.session()
-        rig.engine.forward(ids[:1], session.cache)
+        rig.engine.runner.forward(ids[:1], session.kv)
         session.close()
         held = [set(table.where) for table in cache.tables]
         chosen = [set(routing.experts) for routing in events.of(Routing)]

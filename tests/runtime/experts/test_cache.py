@@ -27,7 +27,7 @@ def test_one_transfer_per_layer(rig: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
             monkeypatch.setattr(torch.Tensor, name, spy)
         session = rig.engine.session()
-        rig.engine.forward(ids[:1], session.cache)
+        rig.engine.runner.forward(ids[:1], session.kv)
         session.close()
         assert counted == ["cpu"] * rig.layers
         assert cache.counters.misses
@@ -71,7 +71,7 @@ def test_guesses_are_the_likeliest_that_are_absent(rig: Any, events: Any) -> Non
         cache.record(events)
         session = rig.engine.session()
         for i in rig.ids(6, seed=3):
-            rig.engine.forward([i], session.cache)
+            rig.engine.runner.forward([i], session.kv)
         session.close()
         assert len(events.of(Guess)) > 5
         for guess in events.of(Guess):

@@ -153,8 +153,8 @@ class Gate(HostLink):
 @pytest.mark.parametrize("opens", [True, False])
 def test_closing_while_a_request_waits(variant: Callable[..., Path], opens: bool) -> None:
     engine = Engine.load(variant(), EngineOptions(device="cpu", dtype="float32", offload="always", slots=2))
-    assert engine.cache
-    engine.cache.copies.link = gate = Gate()
+    assert engine.runner.cache
+    engine.runner.cache.copies.link = gate = Gate()
     outcome: list[Any] = []
     request = threading.Thread(target=lambda: outcome.append(taken(engine, [5, 6, 7], 4)))
     request.start()
@@ -167,7 +167,7 @@ def test_closing_while_a_request_waits(variant: Callable[..., Path], opens: bool
     assert str(error) == "the engine is closed; load it again"
     gate.open.set()
     closing.join(60)
-    assert not closing.is_alive() and not engine.cache.copies.thread.is_alive()
+    assert not closing.is_alive() and not engine.runner.cache.copies.thread.is_alive()
     with pytest.raises(RequestError, match="the engine is closed"):
         engine.generate([1])
     engine.close()
@@ -179,13 +179,13 @@ def test_closing_does_not_wait_for_ever_and_memory_stays_until_the_piece_has_pas
 ) -> None:
     monkeypatch.setattr(copying, "LIMIT", 0.1)
     engine = Engine.load(variant(), EngineOptions(device="cpu", dtype="float32", offload="always", slots=2))
-    assert engine.cache
-    engine.cache.copies.link = gate = Gate()
-    engine.cache.submit(0, 0, 0, urgent=True)
+    assert engine.runner.cache
+    engine.runner.cache.copies.link = gate = Gate()
+    engine.runner.cache.submit(0, 0, 0, urgent=True)
     assert gate.reached_it.wait(60)
-    copies, arena = engine.cache.copies, weakref.ref(engine.cache.arena)
+    copies, arena = engine.runner.cache.copies, weakref.ref(engine.runner.cache.arena)
     engine.close()
-    assert copies.closed and not copies.ended and not hasattr(engine.cache, "pool")
+    assert copies.closed and not copies.ended and not hasattr(engine.runner.cache, "pool")
     del engine
     gc.collect()
     assert arena() is not None and hasattr(arena(), "blobs"), "a piece of it is under way"
@@ -203,7 +203,7 @@ def test_no_thread_outlives_its_engine_and_no_memory(variant: Callable[..., Path
         assert len(threads()) == len(before) + 1
         tokens = engine.generate([1, 2, 3])
         next(tokens)
-        cache = engine.cache
+        cache = engine.runner.cache
         assert cache
         cache.submit(1, 0, 0, urgent=False)  # never waited for
         thread = cache.copies.thread
@@ -280,7 +280,7 @@ def test_interrupted_between_any_two_lines(rig: Any) -> None:
 
 def test_a_load_that_fails_anywhere_leaves_no_thread(variant: Callable[..., Path]) -> None:
     """An error at every other line of what makes an engine and its cache, from the arena to the first use."""
-    files = ("runtime/engine.py", "experts/cache.py", "experts/copying.py")
+    files = ("runtime/startup.py", "runtime/runner.py", "experts/cache.py", "experts/copying.py")
     ends = ("close", "end", "let_go", "drop", "in_its_thread")
     folder, before, left, failed = variant(), threads(), [0], list[str]()
     options = EngineOptions(device="cpu", dtype="float32", offload="always", slots=2)
@@ -310,7 +310,7 @@ def test_a_load_that_fails_anywhere_leaves_no_thread(variant: Callable[..., Path
         await_threads(before)
         if loaded:
             break
-    assert len(failed) > 25 and {"make", "over", "__init__", "start", "load"} <= set(failed)
+    assert len(failed) > 25 and {"make", "over", "__init__", "start", "load_weights"} <= set(failed)
     await_threads(before)
 
 

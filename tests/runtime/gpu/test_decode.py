@@ -86,7 +86,7 @@ def load(folders: Callable[[str], Path], device: str) -> Callable[..., Engine]:
         engine = Engine.load(
             folders(experts), EngineOptions(**{"device": device, "dtype": "float32"} | options)
         )
-        assert engine.decoder is not None
+        assert engine.runner.decoder is not None
         return engine
 
     return load
@@ -193,7 +193,7 @@ def test_no_room_is_an_error_and_the_last_token_fits(load: Callable[..., Engine]
         session.prefill(PROMPT)
         for i in IDS[:5]:
             session.step(i)
-        assert session.cache.length == 8
+        assert session.kv.length == 8
         with pytest.raises(ValueError, match="8 tokens and 1 more do not fit a context of 8"):
             session.step(1)
 
@@ -351,7 +351,7 @@ def test_sessions_come_and_go(load: Callable[..., Engine]) -> None:
         one.close()
         del one, two
         assert torch.equal(decoded(engine), expected)
-        assert engine.decoder is not None and engine.decoder.capturing
+        assert engine.runner.decoder is not None and engine.runner.decoder.capturing
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import torch
 from model.mixtral import Mixtral
 from model.quant.backends.blocks import Blocks
 from runtime import DeviceError, Engine, RequestError, SamplingParams
+from runtime.gpu import warm_up
 from runtime.gpu.graphs import Work
 from tests.model.kernels.test_fused import run_cases, triton
 from tests.runtime.gpu.plain_step import Recorded, use_plain_kernels
@@ -25,19 +26,19 @@ def test_no_request_compiles_anything(tmp_path: Path) -> None:
 
 def test_on_a_cpu_loading_computes_nothing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("take_planned", "warm_up"):
-        monkeypatch.setattr(Engine, name, lambda self, *args: pytest.fail("it is for GPUs"))
+        monkeypatch.setattr(warm_up, name, lambda *args: pytest.fail("it is for GPUs"))
     monkeypatch.setattr(Mixtral, "forward", lambda self, *args: pytest.fail("nothing was asked for"))
     load(), load(offload="always")
 
 
 def test_on_a_gpu_loading_ends_with_it(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, done = load(), []
-    monkeypatch.setattr(Engine, "take_planned", lambda self: done.append("planned"))
-    monkeypatch.setattr(Engine, "warm_up", lambda self, progress: done.append(progress))
-    engine.prepare(bar)
+    runner, done = load().runner, []
+    monkeypatch.setattr(warm_up, "take_planned", lambda runner: done.append("planned"))
+    monkeypatch.setattr(warm_up, "warm_up", lambda runner, progress: done.append(progress))
+    warm_up.prepare(runner, bar)
     assert not done
-    monkeypatch.setattr(engine, "device", torch.device("cuda", 0))
-    engine.prepare(bar)
+    monkeypatch.setattr(runner, "device", torch.device("cuda", 0))
+    warm_up.prepare(runner, bar)
     assert done == ["planned", bar]
 
 
@@ -79,12 +80,12 @@ def test_afterwards_all_is_as_it_was_but_that_graphs_are_there(
 
     engine = load(offload=offload)
     before = engine.stats()
-    engine.warm_up(bar)
+    warm_up.warm_up(engine.runner, bar)
     assert steps[0] == sum(steps[1:]) > 0 and steps[-1] == 0, "left when all is done"
     assert len(captured) == parts
-    assert engine.stats() == before and all(cache.length <= 3 for cache in engine.idle_caches)
-    if engine.cache:
-        assert all(table.find(e) is None for table in engine.cache.tables for e in range(4))
+    assert engine.stats() == before and all(kv.length <= 3 for kv in engine.runner.idle_kvs)
+    if engine.runner.cache:
+        assert all(table.find(e) is None for table in engine.runner.cache.tables for e in range(4))
     assert [(token.id, token.logprob) for token in engine.generate([5, 6, 7], GREEDY)] == expected
     assert len(captured) == parts, "the first session's were made"
     counted = engine.stats(), cold.stats()
@@ -95,7 +96,7 @@ def test_afterwards_all_is_as_it_was_but_that_graphs_are_there(
 @pytest.mark.parametrize("context", [2, 3])
 def test_with_hardly_any_context(context: int, load: Load, captured: list[Work]) -> None:
     engine = load(context=context)
-    engine.warm_up()
+    warm_up.warm_up(engine.runner)
     with engine.session() as session:
         assert len(session.prefill([5])) == engine.config.vocab
 
@@ -107,6 +108,6 @@ def test_what_goes_wrong_is_the_devices_error(
         raise RequestError("an expert could not be copied")
 
     engine = load()
-    monkeypatch.setattr(engine, "forward", forward)
+    monkeypatch.setattr(engine.runner, "forward", forward)
     with pytest.raises(DeviceError, match="could not be copied"):
-        engine.warm_up()
+        warm_up.warm_up(engine.runner)

@@ -15,6 +15,7 @@ from model.quant.backends.blocks import Blocks
 from model.quant.backends.fused import Fused
 from model.quant.spec import QuantSpec
 from runtime import Engine, EngineOptions, SamplingParams
+from runtime.gpu.warm_up import warm_up
 from tests.quantized import quantize_folder
 from tests.runtime.gpu import plain_step
 from tests.runtime.gpu.plain_step import Recorded
@@ -75,7 +76,7 @@ def test_nothing_is_left_to_compile(
     options = EngineOptions(device="cpu", dtype="float32", offload=offload, graphs=False)
     with torch.no_grad(), Engine.load(folder, options) as engine:
         assert not launched, "on a CPU nothing is warmed up"
-        engine.warm_up()
+        warm_up(engine.runner)
         known = set(launched)
         names = {"multiply_one", "multiply_few", "expand", "gate_up", "down", "route", "attend_sum"}
         assert {name for name, *_ in known} >= names

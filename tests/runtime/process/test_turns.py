@@ -95,7 +95,7 @@ def test_a_half_taken_generator_is_collected_in_the_midst_of_a_step(engine: Engi
         finally:
             gc.enable()
     assert len(collected) == 3 and all(collected)
-    assert len(engine.idle_caches) == 1
+    assert len(engine.runner.idle_kvs) == 1
 
 
 def test_generators_in_cycles_and_no_care_taken(engine: Engine) -> None:
@@ -145,7 +145,7 @@ def test_a_session_closed_in_the_midst_of_its_step_keeps_its_cache(engine: Engin
     with in_a_step(engine, act), pytest.raises(RequestError, match="the session is closed"):
         for token in tokens:
             got.append(token.id)
-    assert got == expected[: len(got)] and others[0].cache is not session.cache
+    assert got == expected[: len(got)] and others[0].kv is not session.kv
     assert [token.id for token in others[0].complete(PROMPT, PARAMS)] == expected
 
 
@@ -155,9 +155,9 @@ def test_closed_in_the_midst_of_a_step(engine: Engine) -> None:
         for token in engine.generate(PROMPT, PARAMS):
             got.append(token.id)
     assert len(got) == 1
-    assert not hasattr(engine, "model") and not engine.idle_caches
-    if engine.cache:
-        assert engine.cache.copies.ended and not hasattr(engine.cache, "pool")
+    assert not hasattr(engine, "model") and not engine.runner.idle_kvs
+    if engine.runner.cache:
+        assert engine.runner.cache.copies.ended and not hasattr(engine.runner.cache, "pool")
     engine.close()
     assert engine.stats().new_tokens == 1
 
@@ -167,7 +167,7 @@ def test_closed_by_another_thread_in_the_midst_of_a_step(engine: Engine) -> None
 
     def act() -> None:
         closing.start()
-        while not engine.closed:
+        while not engine.runner.closed:
             time.sleep(1e-3)
         assert hasattr(engine, "model")
 
@@ -180,12 +180,12 @@ def test_closed_by_another_thread_in_the_midst_of_a_step(engine: Engine) -> None
 def test_closed_by_a_finaliser_in_the_copy_thread(checkpoint: Path) -> None:
     options = EngineOptions(device="cpu", dtype="float32", **KINDS["offloaded"])
     engine = Engine.load(checkpoint, options)
-    assert engine.cache is not None
-    engine.cache.copies.finished = lambda ticket: engine.close()  # a finaliser may come anywhere there
+    assert engine.runner.cache is not None
+    engine.runner.cache.copies.finished = lambda ticket: engine.close()  # a finaliser may come anywhere there
     with pytest.raises(RequestError, match="the engine is closed; load"):
         ids(engine)
-    engine.cache.copies.thread.join(30)
-    assert engine.cache.copies.ended and not hasattr(engine, "model")
+    engine.runner.cache.copies.thread.join(30)
+    assert engine.runner.cache.copies.ended and not hasattr(engine, "model")
 
 
 def test_a_recording_left_by_a_finaliser_in_the_midst_of_a_step(checkpoint: Path, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_recording_left_by_a_finaliser_in_the_midst_of_a_step(checkpoint: Path
         recording[0].__enter__()
         with in_a_step(engine, recording.clear):
             assert ids(engine) == expected
-        assert engine.cache is not None and engine.cache.ledger.recorder is None
+        assert engine.runner.cache is not None and engine.runner.cache.ledger.recorder is None
 
 
 def test_a_trace_closed_in_the_midst_of_an_event(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def hold():  # whose turn it is at the fork
     def work():
         held[0].set()
         held[1].wait()
-    engine.alone(work)
+    engine.runner.alone(work)
 threading.Thread(target=hold).start()
 held[0].wait()
 child = os.fork()
@@ -284,7 +284,7 @@ if child == 0:
         began = time.monotonic()
         session.close()
         engine.stats()
-        arena.unregister([1], None, engine.turns.process)  # asks no driver
+        arena.unregister([1], None, engine.runner.turns.process)  # asks no driver
         engine.close()
         del tokens, session, engine
         assert time.monotonic() - began < 5

@@ -1,0 +1,208 @@
+"""What all sessions of an engine share: the model in memory, and what it takes to compute with it.
+
+Threads take turns with the model. What a finaliser or a signal handler may call in the middle of a forward
+waits for no turn: `stats`, `give_kv` and `close`.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from model.kv_cache import KVCache
+from model.mixtral import Mixtral
+from runtime.errors import RequestError
+from runtime.experts.cache import ExpertCache
+from runtime.gpu.decoder import make_decoder
+from runtime.options import EngineOptions
+from runtime.planning.memory import release
+from runtime.planning.planner import Plan
+from runtime.process.ambient import unaffected
+from runtime.process.shortage import shortage_as
+from runtime.process.threads import computing, usable_processors
+from runtime.process.turns import Nested, Turns
+from runtime.stats import Stats
+
+Result = TypeVar("Result")
+
+
+class ModelRunner:
+    """A loaded model, its KV caches and its counters."""
+
+    def __init__(
+        self,
+        model: Mixtral,
+        cache: ExpertCache | None,
+        plan: Plan,
+        dtype: torch.dtype,
+        options: EngineOptions,
+        eos_ids: frozenset[int],
+        unused: Tensor | None,
+    ) -> None:
+        """`cache` holds the experts unless all of them are resident. A text ends at `eos_ids`. `unused` [V]
+        bool marks the ids that no token has."""
+        self.model, self.cache, self.plan, self.dtype, self.options = model, cache, plan, dtype, options
+        self.eos_ids, self.unused = eos_ids, unused
+        self.config = model.config
+        self.device = model.embed_tokens.weight.device
+        self.decoder = make_decoder(model, cache, options.graphs)
+        self.processors = usable_processors()
+        self.counters = Stats()
+        self.turns = Turns()
+        self.idle_kvs: deque[KVCache] = deque(maxlen=1)  # the plan counts one
+        self.closed = False
+        self.close_later = False  # when the step that is running has ended
+
+    def forward(self, ids: list[int], kv: KVCache) -> Tensor:
+        """Add `ids` to `kv`; return the logits after the last, [V] float32. Call it inside `working`. Raises
+        as `alone` does."""
+        return self.alone(partial(self.compute, ids, kv))
+
+    def compute(self, ids: list[int], kv: KVCache) -> Tensor:
+        with torch.inference_mode():
+            if self.decoder is not None and len(ids) == 1:
+                row = self.decoder.step(ids[0], kv).clone()
+            else:
+                for start in range(0, len(ids), self.plan.chunk):
+                    self.check_open()
+                    chunk = torch.tensor([ids[start : start + self.plan.chunk]], device=self.device)
+                    logits = self.model(chunk, kv, last=True)  # [1, 1, V]
+                row = logits[0, 0].float()
+            return row if self.unused is None else row.masked_fill(self.unused, -torch.inf)
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """The logits after each of `ids`, computed as a prompt is: [T, V] float32. Raises as `alone` does."""
+        kv = self.take_kv()
+        try:
+            return self.alone(partial(self.compute_all, ids, kv))
+        finally:
+            self.give_kv(kv)
+
+    def compute_all(self, ids: list[int], kv: KVCache) -> Tensor:
+        with self.working(), torch.no_grad():
+            row = torch.tensor([ids], device=self.device)  # [1, T]
+            shape = len(ids), self.config.vocab
+            logits = torch.empty(shape, dtype=torch.float32, device=self.device)  # [T, V]
+            chunks = zip(row.split(self.plan.chunk, 1), logits.split(self.plan.chunk), strict=True)
+            for chunk, part in chunks:  # [1, t], [t, V]
+                self.check_open()
+                part.copy_(self.model(chunk, kv)[0])
+            return logits
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Inside, the calling thread computes with this engine's number of threads and with PyTorch's own
+        settings, and memory that runs short is a `RequestError`.
+
+        Every part of a request runs in such a block. No block holds a `yield`, since the program's own code
+        runs there.
+        """
+        with (
+            shortage_as(RequestError),
+            computing(self.options.threads, self.processors),
+            unaffected(self.device),
+        ):
+            yield
+
+    def alone(self, work: Callable[[], Result]) -> Result:
+        """Do `work` while no other thread computes with the model, and return its result.
+
+        Raises `RequestError` if the engine is closed before `work` or while it runs, if this process is a
+        fork of the one that loaded it, or if the calling thread is already computing with it.
+        """
+
+        def turn() -> Result:
+            self.check_open()
+            result = work()
+            self.check_open()
+            return result
+
+        try:
+            return self.turns.take(turn)
+        finally:
+            if self.close_later:
+                self.let_go()
+
+    def take_kv(self) -> KVCache:
+        """An empty KV cache of the planned context, reused from an earlier session if there is one."""
+        try:
+            kv = self.idle_kvs.pop()
+        except IndexError:
+            with self.working():
+                return self.new_kv()
+        kv.truncate(0)
+        return kv
+
+    def new_kv(self) -> KVCache:
+        return KVCache.allocate(self.config, 1, self.plan.context, self.dtype, self.device)
+
+    def give_kv(self, kv: KVCache) -> None:
+        """Keep a KV cache for the next session."""
+        if not self.idle_kvs:
+            self.idle_kvs.append(kv)
+        if self.closed:
+            self.idle_kvs.clear()
+
+    def stats(self) -> Stats:
+        """A copy of the counters, which may be taken in the middle of a forward."""
+        return self.counters + self.cache.count() if self.cache else dataclasses.replace(self.counters)
+
+    def count_prompt(self, computed: int, reused: int) -> None:
+        with self.turns.lock:
+            self.counters.requests += 1
+            self.counters.prompt_tokens += computed
+            self.counters.reused_tokens += reused
+
+    def count_token(self, seconds: float, first: bool) -> None:
+        """Count a new token. A request's first token pays for its prompt."""
+        with self.turns.lock:
+            self.counters.new_tokens += 1
+            if first:
+                self.counters.prompt_seconds += seconds
+                self.counters.first_token_seconds = seconds
+            else:
+                self.counters.decoded_tokens += 1
+                self.counters.decode_seconds += seconds
+
+    def check_open(self) -> None:
+        """Raises `RequestError` if the engine is closed, or if this process is a fork."""
+        self.turns.check_process()
+        if self.closed:
+            raise RequestError("the engine is closed; load it again")
+
+    def close(self) -> None:
+        """Release the weights and caches, after the running step if there is one.
+
+        A request that waits for an expert fails at once, another one at the end of its step. This waits for
+        that end, except in a finaliser or signal handler that runs in the thread of that step. Then the step
+        releases everything when it ends.
+        """
+        self.closed = True
+        if self.turns.forked:  # the rest belongs to the process that loaded it
+            return
+        if self.cache:
+            self.cache.copies.end()
+            if self.cache.copies.in_its_thread():  # a finaliser there, and a step may wait for this thread
+                self.close_later = True
+                return
+        self.let_go()
+
+    def let_go(self) -> None:
+        try:
+            self.turns.take(self.drop)
+        except Nested:
+            self.close_later = True
+        else:
+            release(self.device)
+
+    def drop(self) -> None:
+        self.idle_kvs.clear()
+        self.decoder = None
+        self.__dict__.pop("model", None)
+        if self.cache:
+            self.cache.close()

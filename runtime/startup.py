@@ -1,0 +1,140 @@
+"""From a checkpoint's folder to a model that serves requests: plan, tokenizer, weights, warm-up.
+
+Nothing is allocated before the plan is made, and no weight is read before everything that can be checked
+without it has been.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint, open_checkpoint
+from model.config import ModelConfig
+from model.errors import ModelError
+from model.mixtral import Mixtral
+from runtime.errors import DeviceError, LoadError
+from runtime.experts.cache import ExpertCache
+from runtime.gpu.warm_up import Bar, prepare
+from runtime.loader import load_model, load_resident
+from runtime.options import EngineOptions
+from runtime.planning.planner import Plan
+from runtime.planning.setup import Setup, make_plan
+from runtime.process.ambient import unaffected
+from runtime.process.interrupts import interrupts_told
+from runtime.process.shortage import shortage_as
+from runtime.process.threads import computing, start_threads
+from runtime.runner import ModelRunner
+from tokenizer import Tokenizer, TokenizerError
+
+MOST_PADDING = 256  # ids that a model has beyond its tokenizer's, to round their number up
+REMEDY = "lower --context, give the model fewer bits (python -m tools.quantize), or free some"
+
+Judge = Callable[[Tokenizer, Plan, ModelConfig], None]
+
+
+def start(
+    folder: Path, options: EngineOptions, progress: Bar | None, compiling: Bar | None, judge: Judge | None
+) -> tuple[ModelRunner, Tokenizer]:
+    """Load the checkpoint in `folder`. The arguments and errors are those of `Engine.load`."""
+    with interrupts_told(), shortage_as(DeviceError, REMEDY), computing(options.threads):
+        start_threads()
+        try:
+            checkpoint = open_checkpoint(folder)
+            setup = make_plan(checkpoint, options)
+            tokenizer = load_tokenizer(checkpoint, options)
+            if judge:
+                judge(tokenizer, setup.plan, checkpoint.config)
+            runner = make_runner(checkpoint, setup, tokenizer, options, progress, compiling)
+        except (ModelError, TokenizerError) as error:
+            raise LoadError(str(error)) from error
+    return runner, tokenizer
+
+
+def load_tokenizer(checkpoint: Checkpoint, options: EngineOptions) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises `LoadError` if it has more ids than the model, and warns if it lacks
+    many."""
+    vocab = checkpoint.config.vocab
+    tokenizer = Tokenizer.load(checkpoint.folder, options.chat_template, vocab)
+    if tokenizer.vocab_size > vocab:
+        raise LoadError(
+            f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} ids and the model "
+            f"{vocab}; they do not belong together"
+        )
+    if (missing := vocab - tokenizer.vocab_size) > MOST_PADDING:
+        warnings.warn(
+            f"{checkpoint.folder}: the tokenizer lacks {missing} of the model's {vocab} ids; "
+            "look whether the model has a newer tokenizer.model",
+            RuntimeWarning,
+            stacklevel=4,  # the caller of Engine.load
+        )
+    return tokenizer
+
+
+def make_runner(
+    checkpoint: Checkpoint,
+    setup: Setup,
+    tokenizer: Tokenizer,
+    options: EngineOptions,
+    progress: Bar | None,
+    compiling: Bar | None,
+) -> ModelRunner:
+    """Read the weights, and warm up. An error leaves nothing open."""
+    config, device = checkpoint.config, setup.device
+    bar = progress(checkpoint.bytes) if progress else nullcontext(None)
+    # The caller may be in inference mode, and no other thread could fill the tensors made there.
+    with unaffected(device), torch.inference_mode(False):
+        with bar as advance:
+            model, cache = load_weights(checkpoint, setup, options, advance)
+        runner = None
+        try:
+            ends = frozenset(config.eos_ids) | {i for i in tokenizer.ends if i < config.vocab}
+            unused = unused_ids(config.vocab, tokenizer.vocab_size, ends, device)
+            runner = ModelRunner(model, cache, setup.plan, setup.dtype, options, ends, unused)
+            prepare(runner, compiling)
+        except BaseException:  # the caller may keep it, and with it the frames that refer to the weights
+            if made := runner or cache:
+                made.close()
+            raise
+    return runner
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    setup: Setup,
+    options: EngineOptions,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Mixtral, ExpertCache | None]:
+    """The model, and the cache of its experts unless all of them are resident."""
+    form, dtype, device = setup.form, setup.dtype, setup.device
+    if setup.plan.resident:
+        return load_resident(checkpoint, form, dtype, device, progress), None
+    cache = ExpertCache.make(
+        setup.plan, form, device, checkpoint.config.experts,
+        options.policy, options.prefetch, options.link_gbps,
+    )  # fmt: skip
+    try:
+        model = load_model(checkpoint, form, dtype, device, cache.layer, cache.arena.blob, progress)
+        if options.lookahead and options.prefetch:
+            model.look_ahead(options.lookahead)
+    except BaseException:
+        cache.close()
+        raise
+    return model, cache
+
+
+def unused_ids(model: int, tokenizer: int, used: Iterable[int], device: torch.device) -> Tensor | None:
+    """Mark the ids that no token has, [V] bool, or return None if there are none. A padded vocabulary
+    has such ids, which the tokenizer lacks. The configuration names those in `used`, so they have a meaning.
+
+    >>> unused_ids(6, 3, {2, 4}, torch.device("cpu")).tolist()
+    [False, False, False, True, False, True]
+    """
+    if model == tokenizer:
+        return None
+    unused = torch.arange(model, device=device) >= tokenizer
+    unused[[i for i in used if i < model]] = False
+    return unused
