@@ -22,6 +22,7 @@ from runtime.shell.arguments import help_by_put, new_parser
 from runtime.shell.command import put, run
 from tools.bench import decode, gpu, link, offload, prefill
 from tools.bench.machine import machine
+from tools.bench.text import as_text
 
 SUBCOMMANDS: dict[str, Any] = {
     "decode": decode,
@@ -61,31 +62,3 @@ def make_parser(command: str, description: str | None, benchmarks: dict[str, Any
         subparser.set_defaults(benchmark=module)
         subparser.add_argument("--json", action="store_true", help="print JSON")
     return parser
-
-
-def as_text(report: dict[str, Any], indent: str = "") -> str:
-    """
-    >>> print(as_text({"machine": {"cores": 2}, "warm": {"seconds": 0.51234567}}))
-    machine
-      cores  2
-    warm
-      seconds  0.5123
-    """
-    width = max((len(name) for name, value in report.items() if not isinstance(value, dict)), default=0)
-    lines = []
-    for name, value in report.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{name}", as_text(value, indent + "  ")]
-        else:
-            lines.append(f"{indent}{name:{width}}  {show(value)}")
-    return "\n".join(lines)
-
-
-def show(value: object) -> str:
-    """
-    >>> show(0.51234567), show(12345), show(True), show("4g64")
-    ('0.5123', '12,345', 'True', '4g64')
-    """
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,6 +1,7 @@
-"""What every benchmark of a model reports beside its speed: what crossed the link, how fast that could have
-been, and what the device's memory came to."""
+"""What every benchmark reports beside the speed of a model: the bytes that crossed the link, the time that
+they need at least, and the peak of the device's memory."""
 
+import statistics
 from typing import Any
 
 import torch
@@ -9,32 +10,43 @@ from runtime.planning.planner import Plan
 from runtime.stats import Stats
 
 
-def traffic(counted: Stats, tokens: int, blob: int) -> dict[str, float]:
-    """Of the experts, per decoded token; blobs of so many bytes.
+def rates(tokens: int, taken: list[float]) -> dict[str, float]:
+    """Median and best tokens per second of several measurements, in seconds.
 
-    >>> counted = Stats(hits=6, misses=2, used_guesses=1, recalled=3, recallable=4, copied_bytes=30, wasted_bytes=10)
+    >>> rates(10, [1.0, 2.0, 5.0])
+    {'tokens': 10, 'tokens_per_s': 5.0, 'best_tokens_per_s': 10.0}
+    """
+    return {
+        "tokens": tokens,
+        "tokens_per_s": tokens / statistics.median(taken),
+        "best_tokens_per_s": tokens / min(taken),
+    }
+
+
+def traffic(counted: Stats, tokens: int, blob: int) -> dict[str, float]:
+    """What happened to experts, per decoded token. An expert is `blob` bytes.
+
+    >>> counted = Stats(hits=6, misses=2, recalled=3, recallable=4, copied_bytes=30, wasted_bytes=10)
     >>> figures = traffic(counted, tokens=4, blob=10)
     >>> figures["hit_ratio"], figures["missed_bytes_per_token"], figures["copied_bytes_per_token"]
     (0.75, 5.0, 7.5)
     >>> figures["lookahead_recall"], figures["wasted_share_of_bytes"]
     (0.75, 0.3333333333333333)
-    """  # noqa: E501
+    """
     return {
         "hit_ratio": counted.hits / max(counted.hits + counted.misses, 1),
         "misses_per_token": counted.misses / tokens,
         "missed_bytes_per_token": counted.misses / tokens * blob,
         "copied_bytes_per_token": counted.copied_bytes / tokens,
-        "wasted_bytes_per_token": counted.wasted_bytes / tokens,
         "wasted_share_of_bytes": counted.wasted_bytes / max(counted.copied_bytes, 1),
         "lookahead_recall": counted.recalled / max(counted.recallable, 1),
-        "misses_guessed": counted.used_guesses / max(counted.misses, 1),
         "stall_ms_per_token": counted.stall_seconds / tokens * 1e3,
     }
 
 
 def bound(missed_bytes: float, link: float, computing: float) -> dict[str, float]:
-    """What a token, or a prompt, takes at least: the misses' bytes over the link, or computing alone, in
-    seconds.
+    """The least time of a token or a prompt: either its missed bytes at `link` bytes per second, or
+    `computing` seconds, whichever is longer.
 
     >>> bound(3e9, link=1e9, computing=2.0)["bound_ms"], bound(1e9, link=1e9, computing=2.0)["bound_ms"]
     (3000.0, 2000.0)
@@ -48,10 +60,10 @@ def bound(missed_bytes: float, link: float, computing: float) -> dict[str, float
 
 
 def device_memory(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """The most that PyTorch took of a GPU since the last measurement, beside the plan; nothing on a CPU.
+    """The peak of PyTorch's memory on a GPU since the last measurement, beside the plan; nothing on a CPU.
 
-    What is no tensor (the driver's context, kernels, graphs) is told by the difference between what the
-    device lacks and what PyTorch holds: other programs' memory is part of it.
+    `outside_pytorch_bytes` (the driver's context, kernels, graphs) is what the device lacks beyond what
+    PyTorch holds, so it includes the memory of other programs.
     """
     if device.type != "cuda":
         return {}
@@ -59,11 +71,8 @@ def device_memory(plan: Plan, device: torch.device) -> dict[str, Any]:
     peak, other = torch.cuda.max_memory_reserved(device), total - free - torch.cuda.memory_reserved(device)
     report = {
         "peak_reserved_bytes": peak,
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
         "outside_pytorch_bytes": other,
         "planned_bytes": plan.device_bytes,
-        "planned_driver_bytes": plan.driver_bytes,
         "peak_over_plan": (peak + other) / plan.device_bytes,
-        "peak_reserved_over_plan": peak / (plan.device_bytes - plan.driver_bytes),
     }
     return {"device_memory": report}

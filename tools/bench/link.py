@@ -1,19 +1,19 @@
-"""How fast bytes reach the device, by size of copy: the figure that decoding is bound by where experts miss.
+"""How fast bytes reach the device, by size of copy. Where experts miss, this bounds the speed of decoding.
 
-    pinned      from page-locked memory, in one call: the best that the link does
-    pieces      from page-locked memory, in pieces, as the expert cache has them copied
-    pageable    from ordinary memory, in one call: the driver copies everything once more
-    staged      from ordinary memory, by way of two page-locked buffers: what the expert cache does where the
+    pinned      from page-locked memory in one call: the best that the link does
+    pieces      from page-locked memory in pieces, as the expert cache copies
+    pageable    from ordinary memory in one call, for which the driver copies everything once more
+    staged      from ordinary memory through two page-locked buffers, as the expert cache does where the
                 system refuses to lock memory
 
-And how fast the device reads its own memory: the bound where no expert misses. On a machine without a GPU the
-copies are within host memory: whole by all threads, in pieces by the one thread that stands for a link.
+And how fast the device reads its own memory, which is the bound where no expert misses. Without a GPU the
+copies are within host memory: whole by all threads, or in pieces by the one thread that stands for a link.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -27,11 +27,11 @@ from runtime.planning.device import choose_device
 from runtime.shell.arguments import at_least_one
 from runtime.units import format_bytes
 
-BUFFER = 256 << 20  # bytes, each copied once per measurement: more than any cache holds
+BUFFER = 256 << 20  # bytes, each copied once per measurement: more than a processor's caches hold
 SIZES = tuple(1 << power for power in range(16, 29, 2))  # bytes of a copy: 64 KiB to 256 MiB
 EXPERT = 64 << 20  # bytes: the nearest of SIZES to an expert of Mixtral-8x7B at 2 to 4 bits
 MEMORY = 1 << 30  # bytes read to measure the device's memory
-CALLS = 20  # on end, while a GPU's memory is measured: its clock starts some microseconds before the first
+CALLS = 20  # in a row, to measure a GPU's memory: its clock starts some microseconds before the first
 
 Copy = Callable[[Tensor, Tensor], object]  # source, target [bytes] uint8
 
@@ -39,7 +39,7 @@ Copy = Callable[[Tensor, Tensor], object]  # source, target [bytes] uint8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="(default: cuda if there is one)")
     parser.add_argument("--threads", type=at_least_one, metavar="N", help="(default: as an engine has)")
-    parser.add_argument("--repeats", type=at_least_one, default=5, help="medians of these (default: 5)")
+    parser.add_argument("--repeats", type=at_least_one, default=5, help="whose median counts (default: 5)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -48,17 +48,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises `OptionError` or `DeviceError` for a device that is not there.
     """
     device = choose_device(args.device)
-    measured = measure_copies(device, [size for size in SIZES if size <= BUFFER], args.repeats)
+    sizes = [size for size in SIZES if size <= BUFFER]
+    measured = measure_copies(device, sizes, args.repeats)
     copies = "no GPU: copies within host memory" if device.type == "cpu" else "from host memory to the device"
     if device.type == "cuda" and "pinned" not in measured:
         copies += f"; the driver does not lock memory: {unlocked_remedy()}"
     return {
         "device": str(device),
         "copies": copies,
-        "bytes_per_measurement": BUFFER,
         "repeats": args.repeats,
-        "link": measured,
-        "memory": {"bytes": MEMORY, "bytes_per_s": measure_memory(device, args.repeats)},
+        "memory_gb_per_s": measure_memory(device, args.repeats) / 1e9,
+        "link_gb_per_s": [
+            {"copies of": format_bytes(size)} | {kind: rates[n] / 1e9 for kind, rates in measured.items()}
+            for n, size in enumerate(sizes)
+        ],
     }
 
 
@@ -66,67 +69,51 @@ def measure_link(device: torch.device, repeats: int = 5) -> float:
     """Bytes per second that reach the device in copies of about an expert's size, at best: from page-locked
     memory in one call, or staged where that is refused. On a CPU, what a `HostLink` without a limit copies.
 
-    Its buffers, of `BUFFER` bytes on either side, are gone when it returns.
+    Its buffers, of `BUFFER` bytes on either side, are freed when it returns.
     """
-    [[row]] = measure_copies(device, [min(EXPERT, BUFFER)], repeats, kinds=1).values()
-    return row["bytes_per_s"]
-
-
-def measure_memory(device: torch.device, repeats: int = 5) -> float:
-    """Bytes per second that the device reads of its own memory, at best: of sums, of integers and of float32,
-    and of a copy, whose bytes are both read and written. Which is fastest differs from device to device.
-
-    Its buffer, of `MEMORY` bytes, is gone when it returns.
-    """
-    try:
-        return max(memory_rates(device, repeats))
-    finally:
-        give_back(device)
+    [[rate]] = measure_copies(device, [min(EXPERT, BUFFER)], repeats, kinds=1).values()
+    return rate
 
 
 def measure_copies(
-    device: torch.device, sizes: list[int], repeats: int, kinds: int | None = None
-) -> dict[str, list[dict[str, float]]]:
-    """For each kind of copy that this machine has, or the first few `kinds`, a row for each size."""
+    device: torch.device, sizes: Sequence[int], repeats: int, kinds: int | None = None
+) -> dict[str, list[float]]:
+    """Bytes per second by kind of copy and by size: for all kinds of this machine, or the first `kinds`."""
     arena = Arena(1, 1, BUFFER, device.type == "cuda", device)
     try:
         return copy_rates(device, arena, sizes, repeats, kinds)
     finally:
         arena.close()
-        give_back(device)
+        give_back(device)  # the buffers, which went with `copy_rates`
 
 
 def copy_rates(
-    device: torch.device, arena: Arena, sizes: list[int], repeats: int, kinds: int | None
-) -> dict[str, list[dict[str, float]]]:
-    locked = arena.blob(0, 0).fill_(1)  # [BUFFER]; pages that nobody wrote may all be one
+    device: torch.device, arena: Arena, sizes: Sequence[int], repeats: int, kinds: int | None
+) -> dict[str, list[float]]:
+    locked = arena.blob(0, 0).fill_(1)  # [BUFFER]; unwritten pages may all be one
     ordinary = locked if device.type == "cpu" else torch.ones(BUFFER, dtype=torch.uint8)
     target = torch.zeros(BUFFER, dtype=torch.uint8, device=device)
-    chosen = islice(ways(device, arena.pinned, locked, ordinary).items(), kinds)
+    copies = islice(ways(device, arena.pinned, locked, ordinary).items(), kinds)
     return {
         kind: [measure(device, source, target, size, copy, repeats) for size in sizes]
-        for kind, (source, copy) in chosen
+        for kind, (source, copy) in copies
     }
 
 
 def ways(
     device: torch.device, pinned: bool, locked: Tensor, ordinary: Tensor
 ) -> dict[str, tuple[Tensor, Copy]]:
-    """Each kind of copy that this machine has: from where, and how. `pinned` says if `locked` really is.
+    """Each kind of copy that this machine has: from where, and how. `pinned` says whether `locked` really is.
 
-    First the one that says what the expert cache can hope for.
+    The first shows what the expert cache can hope for.
     """
     if device.type == "cpu":
         return {"pieces": (locked, in_pieces(HostLink())), "whole": (locked, whole)}
-    slow = {"staged": (ordinary, in_pieces(CudaLink(device, never))), "pageable": (ordinary, whole)}
+    staged = CudaLink(device, lambda source: False)  # to which no memory is page-locked
+    slow = {"staged": (ordinary, in_pieces(staged)), "pageable": (ordinary, whole)}
     if not pinned:
         return slow
     return {"pinned": (locked, whole), "pieces": (locked, in_pieces(CudaLink(device)))} | slow
-
-
-def never(source: Tensor) -> bool:
-    """Whether ordinary memory is page-locked."""
-    return False
 
 
 def whole(source: Tensor, target: Tensor) -> None:
@@ -134,7 +121,7 @@ def whole(source: Tensor, target: Tensor) -> None:
 
 
 def in_pieces(link: Link) -> Copy:
-    """As the expert cache has them copied, less the thread."""
+    """As the expert cache copies, without its thread."""
 
     def copy(source: Tensor, target: Tensor) -> None:
         link.begin(None)
@@ -147,17 +134,28 @@ def in_pieces(link: Link) -> Copy:
 
 def measure(
     device: torch.device, source: Tensor, target: Tensor, size: int, copy: Copy, repeats: int
-) -> dict[str, float]:
-    """Seconds that a copy of `size` bytes takes among others like it: both buffers, a multiple of that long,
-    are copied from end to end. The median of that, again and again; the first time does not count."""
+) -> float:
+    """Bytes per second of copies of `size` bytes, one after the other from end to end of both buffers, which
+    are a multiple of that long."""
     parts = list(zip(source.split(size), target.split(size), strict=True))
 
     def work() -> None:
         for part, place in parts:
             copy(part, place)
 
-    each = median_seconds(work, device, repeats) / len(parts)
-    return {"bytes": size, "seconds": each, "bytes_per_s": size / each}
+    return source.numel() / median_seconds(work, device, repeats)
+
+
+def measure_memory(device: torch.device, repeats: int = 5) -> float:
+    """Bytes per second that the device reads of its own memory, at best: in sums, of integers and of float32,
+    and in a copy, whose bytes are both read and written. Which is fastest differs between devices.
+
+    Its buffer, of `MEMORY` bytes, is freed when it returns.
+    """
+    try:
+        return max(memory_rates(device, repeats))
+    finally:
+        give_back(device)
 
 
 def memory_rates(device: torch.device, repeats: int) -> list[float]:
@@ -176,17 +174,15 @@ def memory_rates(device: torch.device, repeats: int) -> list[float]:
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of `repeats`, behind one that does not count."""
-    return statistics.median([seconds(work, device) for _ in range(repeats + 1)][1:])
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """From a device that has nothing to do until it has nothing to do again."""
-    wait(device)
-    start = time.perf_counter()
-    work()
-    wait(device)
-    return time.perf_counter() - start
+    """The median of `repeats`, after one that does not count. The device is idle before and after each."""
+    taken = []
+    for _ in range(repeats + 1):
+        wait(device)
+        start = time.perf_counter()
+        work()
+        wait(device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
 
 
 def wait(device: torch.device) -> None:
@@ -195,19 +191,6 @@ def wait(device: torch.device) -> None:
 
 
 def give_back(device: torch.device) -> None:
-    """What has been freed, to whoever measures how much of the device's memory is taken."""
+    """Return freed memory to the device, before its free memory is measured."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def as_text(report: dict[str, Any]) -> str:
-    """A table of sizes and kinds, in GB/s."""
-    kinds: dict[str, list[dict[str, float]]] = report["link"]
-    about = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    lines = [about, f"{report['device']}: {report['copies']}", ""]
-    lines += [f"{'GB/s':>10}" + "".join(f"{kind:>10}" for kind in kinds)]
-    for rows in zip(*kinds.values(), strict=True):
-        size = format_bytes(int(rows[0]["bytes"]))
-        lines += [f"{size:>10}" + "".join(f"{row['bytes_per_s'] / 1e9:10.2f}" for row in rows)]
-    memory = f"{report['memory']['bytes_per_s'] / 1e9:.1f} GB/s"
-    return "\n".join([*lines, "", f"memory of {report['device']}: {memory}"])

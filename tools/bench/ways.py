@@ -1,18 +1,15 @@
-"""The ways in which a model's experts are provided, all of which a benchmark measures over the same model,
-slots and ids:
+"""The ways to provide a model's experts that the benchmarks compare, all over the same model, slots and ids:
 
-    computing       nothing is copied: each layer computes from some slots, whichever experts they hold
-    full            the expert cache with all its parts
-    no prefetch     the expert cache, nothing copied early
-    no cache        nothing kept: a token's experts are copied in every layer
-    whole layers    all experts of a layer are copied before it is computed, as device maps do
-
-A way serves `model.forward` (`experts(layer)` computes) and a `Decoder` (which talks to `cache`) alike.
+computing       nothing is copied: each layer computes from some slots, regardless of what they hold
+full            the expert cache with all its parts
+no prefetch     the expert cache, with nothing copied early
+no cache        nothing is kept: a token's experts are copied in every layer
+whole layers    all experts of a layer are copied before it is computed, as device maps do
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import cast
 
 from torch import Tensor
 
@@ -21,27 +18,37 @@ from model.quant.backends import fused
 from model.quant.expert import BoundExpert, ExpertFormat
 from model.router import Choice
 from runtime.experts.cache import ExpertCache, LayerExperts
-from runtime.gpu.decoder import DecoderCache
 
 LADDER = ("full", "no prefetch", "no cache", "whole layers")
 
 
-class Way(Protocol):
-    """See the list above."""
+@dataclass(frozen=True)
+class Way:
+    """One of the list above."""
 
-    guesses: bool
+    experts: Callable[[int], Experts]  # of each layer
+    cache: ExpertCache | None = (
+        None  # for a decoder; None where nothing happens between choosing and computing
+    )
+    guesses: bool = False  # whether routers look ahead
 
-    @property
-    def cache(self) -> DecoderCache | None:
-        """None where nothing is to be done between a choice and computing."""
-        ...
 
-    def experts(self, layer: int) -> Experts: ...
+def make_ways(cache: ExpertCache, names: Sequence[str]) -> dict[str, Way]:
+    """The ways of these names over one cache. Use one at a time, and begin each with empty slots."""
+    forgetful, whole = cast(ExpertCache, Forgetful(cache)), cast(ExpertCache, WholeLayers(cache))
+    ways = {
+        "computing": Way(in_slots(cache)),
+        "full": Way(cache.layer, cache, guesses=True),
+        "no prefetch": Way(cache.layer, cache),
+        "no cache": Way(lambda layer: LayerExperts(forgetful, layer), forgetful),
+        "whole layers": Way(lambda layer: LayerExperts(whole, layer), whole),
+    }
+    return {name: ways[name] for name in names}
 
 
 @dataclass(frozen=True)
 class InPlace:
-    """Computes from certain blobs, whichever they are: `model.moe.Experts`."""
+    """Computes from certain blobs: `model.moe.StepExperts`."""
 
     form: ExpertFormat
     blobs: Tensor  # [E, blob bytes]
@@ -55,57 +62,34 @@ class InPlace:
         return fused.expert_pair(x, self.blobs, choice.ids[0], choice.weights[0], self.form.pair)
 
 
-class Computing:
-    """No more than computing: of what is in the slots, each layer takes as many blobs as it has experts.
+def in_slots(cache: ExpertCache) -> Callable[[int], InPlace]:
+    """Each layer computes from as many slots as it has experts.
 
-    Next to one another, layers take others, so that no cache of the device knows them: as many bytes are read
-    as where all experts are resident.
+    Neighboring layers take different slots, so that no cache of the device holds them: as many bytes are read
+    as with all experts resident.
     """
+    E, pool = cache.arena.experts, cache.pool
+    if len(pool) < E:  # of a tiny model
+        pool = pool[:1].repeat(E, 1)
+    bound = [cache.form.bind(blob) for blob in pool]
 
-    cache, guesses = None, False
+    def layer(number: int) -> InPlace:
+        start = number * E % (len(pool) - E + 1)
+        return InPlace(cache.form, pool[start : start + E], bound[start : start + E])
 
-    def __init__(self, cache: ExpertCache) -> None:
-        E, pool, self.form = cache.arena.experts, cache.pool, cache.form
-        if len(pool) < E:  # of a tiny model
-            pool = pool[:1].repeat(E, 1)
-        self.pool, self.count = pool, E
-        self.bound = [cache.form.bind(blob) for blob in pool]
-
-    def experts(self, layer: int) -> InPlace:
-        start = layer * self.count % (len(self.pool) - self.count + 1)
-        rows = slice(start, start + self.count)
-        return InPlace(self.form, self.pool[rows], self.bound[rows])
-
-
-class Cached:
-    """The expert cache, with or without guesses."""
-
-    def __init__(self, cache: ExpertCache, guesses: bool) -> None:
-        self.cache, self.guesses = cache, guesses
-
-    def experts(self, layer: int) -> LayerExperts:
-        return self.cache.layer(layer)
+    return layer
 
 
 class Forgetful:
-    """The expert cache, with slots that are empty again behind every layer."""
-
-    guesses = False
+    """Stands in for an expert cache: its slots are empty again after every layer."""
 
     def __init__(self, cache: ExpertCache) -> None:
-        self.inner = cache
+        self.inner, self.one = cache, cache.one
 
-    @property
-    def cache(self) -> "Forgetful":
-        return self
-
-    def experts(self, layer: int) -> Experts:
-        def computed(x: Tensor, choice: Choice) -> Tensor:
-            y = self.inner.apply(layer, x, choice)
-            self.forget(layer)
-            return y
-
-        return SameSlots(computed, self.inner.layer(layer).step)
+    def apply(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
+        y = self.inner.apply(layer, x, choice)
+        self.forget(layer)
+        return y
 
     def provide(
         self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]
@@ -125,48 +109,31 @@ class Forgetful:
                 table.clear(slot, held.expert)
 
 
-@dataclass(frozen=True)
-class SameSlots:
-    """`model.moe.Experts` of two functions."""
-
-    apply: Callable[[Tensor, Choice], Tensor]
-    step: Callable[[Tensor, Choice], Tensor]
-
-    def __call__(self, x: Tensor, choice: Choice) -> Tensor:
-        return self.apply(x, choice)
-
-
 class WholeLayers:
-    """Every layer is copied as a whole, over the layer before, and then computed."""
-
-    guesses = False
+    """Stands in for an expert cache: copies each layer as a whole over the layer before it. Copies go over
+    the cache's link to as many of its slots as a layer has experts."""
 
     def __init__(self, cache: ExpertCache) -> None:
-        """The copies go to the cache's slots, as many as there are experts, and over its link."""
-        self.inner = cache
-        self.place: InPlace = Computing(cache).experts(0)
+        self.inner, self.place = cache, in_slots(cache)(0)
         self.computed = cache.copies.link.used()
 
-    @property
-    def cache(self) -> "WholeLayers":
-        return self
+    def apply(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
+        self.bring(layer)
+        y = self.place(x, choice)
+        self.mark()
+        return y
 
-    def experts(self, layer: int) -> Experts:
-        def computed(x: Tensor, choice: Choice) -> Tensor:
-            self.bring(layer)
-            y = self.place(x, choice)
-            self.computed_one()
-            return y
-
-        return SameSlots(computed, self.place.step)
+    def one(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
+        return self.place.step(x, choice)
 
     def provide(
         self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]
     ) -> Callable[[], None]:
         self.bring(layer)
-        return self.computed_one
+        return self.mark
 
-    def computed_one(self) -> None:
+    def mark(self) -> None:
+        """The layer is computed: the next one may be copied over it."""
         self.computed = self.inner.copies.link.used()
 
     def bring(self, layer: int) -> None:
@@ -177,15 +144,3 @@ class WholeLayers:
         ]
         for ticket in tickets:
             self.inner.counters.stall_seconds += copies.wait(ticket)
-
-
-def make_ways(cache: ExpertCache, names: Sequence[str]) -> dict[str, Way]:
-    """Of one cache: only one of them may be used at a time, with empty slots to begin with."""
-    makers: dict[str, Callable[[], Way]] = {
-        "computing": lambda: Computing(cache),
-        "full": lambda: Cached(cache, True),
-        "no prefetch": lambda: Cached(cache, False),
-        "no cache": lambda: Forgetful(cache),
-        "whole layers": lambda: WholeLayers(cache),
-    }
-    return {name: makers[name]() for name in names}

@@ -27,15 +27,13 @@ def test_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main([*words, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["copies"] == "no GPU: copies within host memory" and report["device"] == "cpu"
-    assert list(report["link"]) == ["pieces", "whole"]
-    for rows in report["link"].values():
-        assert [row["bytes"] for row in rows] == [1 << 16, 1 << 18, 1 << 20]
-        assert all(row["bytes_per_s"] == pytest.approx(row["bytes"] / row["seconds"]) for row in rows)
-    assert report["memory"]["bytes"] == 1 << 20 and report["memory"]["bytes_per_s"] > 0
+    assert [row["copies of"] for row in report["link_gb_per_s"]] == ["64.0 KiB", "256.0 KiB", "1.0 MiB"]
+    assert all(row["pieces"] > 0 and row["whole"] > 0 for row in report["link_gb_per_s"])
+    assert report["memory_gb_per_s"] > 0
     assert bench.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[4:7]] == [["64.0", "KiB"], ["256.0", "KiB"], ["1.0", "MiB"]]
-    assert lines[-1].startswith("memory of cpu: ")
+    assert lines[-4].split() == ["copies", "of", "pieces", "whole"]
+    assert [line.split()[:2] for line in lines[-3:]] == [["64.0", "KiB"], ["256.0", "KiB"], ["1.0", "MiB"]]
 
 
 def test_all_bytes_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,8 +43,8 @@ def test_all_bytes_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     for copy in (link.whole, link.in_pieces(host)):
         for size in (16, 64):
             target.zero_()
-            row = link.measure(CPU, source, target, size, copy, repeats=1)
-            assert torch.equal(source, target) and row["bytes"] == size
+            assert link.measure(CPU, source, target, size, copy, repeats=1) > 0
+            assert torch.equal(source, target)
 
 
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,5 +121,5 @@ def test_on_a_real_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     held = torch.cuda.memory_reserved()
     assert bench.main(["link", "--device", "cuda", "--repeats", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert set(report["link"]) >= {"staged", "pageable"} and report["memory"]["bytes_per_s"] > 1e9
+    assert set(report["link_gb_per_s"][0]) >= {"staged", "pageable"} and report["memory_gb_per_s"] > 1
     assert torch.cuda.memory_reserved() <= held

@@ -1,5 +1,5 @@
-"""The ways of providing experts, and routing by a trace: by calling the model, and by a decoder whose kernels
-and graphs are stand-ins. All that really copies gives the same logits as a resident model."""
+"""The ways of providing experts by calling the model and by a decoder whose kernels and graphs are stand-ins.
+All that really copy give the same logits as a resident model."""
 
 import argparse
 from collections.abc import Iterator
@@ -8,19 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from tools.bench.play import Stage
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.quant.backends.blocks import Blocks
 from model.shapes import SHAPES
-from runtime.experts.trace import Event, Routing
-from runtime.gpu.decoder import Decoder
 from tests.runtime.gpu.plain_step import Recorded, use_plain_kernels
-from tools.bench import link, routing, subject
-from tools.bench.decode import make_trace, random_ids, set_up
-from tools.bench.play import Stage, difference
-from tools.bench.subject import Subject, make_cache, make_subject
-from tools.bench.ways import LADDER, make_ways
+from tools.bench import link, subject
+from tools.bench.decode import random_ids
+from tools.bench.subject import Subject, make_subject
+from tools.bench.ways import LADDER
 
 SMALL = ModelConfig(
     vocab=100, hidden=64, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=64, experts=6,
@@ -50,42 +48,34 @@ def make(**options: Any) -> Subject:
     return make_subject(argparse.Namespace(**args | engine | options), TOKENS)
 
 
-def stage_of(subject: Subject, routing: str, ways: tuple[str, ...] = LADDER) -> Stage:
-    return set_up(subject, ways, routing, TOKENS)
-
-
 @torch.inference_mode()
 def logits(stage: Stage, way: str) -> Tensor:
-    """Behind each id, after a prompt of some: [T, V]."""
+    """After each id, after a prompt of some: [T, V]."""
     player, rows = stage.use(way), []
     if player.decoder is not None and not player.decoder.captured:
-        player.token(0)  # the stand-in for capturing computes, with whatever is in the slots by then
+        player.decode([0])  # the stand-in for capturing computes, with whatever is in the slots by then
         stage.use(way)
     player.prompt(torch.tensor([IDS[:START]]))
     for i in IDS[START:]:
         if player.decoder is not None:
             rows.append(player.decoder.step(i, player.kv).clone())
         else:
-            assert player.position is not None
-            player.position.fill_(player.kv.length)
             rows.append(stage.subject.model(torch.tensor([[i]]), player.kv)[0, 0])
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(
-    ("routed", "options"),
-    [("own", {}), ("synthetic", {"lookahead": 2, "prefetch": 2}), ("synthetic", {"prefetch": 0})],
-)
+@pytest.mark.parametrize("options", [{}, {"lookahead": 2, "prefetch": 2}, {"prefetch": 0}])
 def test_every_way_gives_the_resident_models_logits(
-    routed: str, options: dict[str, int], graphs: bool, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, int], graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subject, "HOST_BYTES", 1 << 16)  # of 18 experts
     resident = make(offload="never")
-    expected = logits(stage := stage_of(resident, routed), "resident")
+    stage = Stage(resident, ("full",))
+    expected = logits(stage, "resident")
     stage.close()
     offloaded = make(slots=3, **options)
     assert offloaded.store is not None and offloaded.store.count == 8
-    stage = stage_of(offloaded, routed, ("full", "computing", *LADDER[1:]))
+    stage = Stage(offloaded, ("full", "computing", *LADDER[1:]))
     for way in (*LADDER, "full"):
         assert torch.equal(logits(stage, way), expected), way
     assert logits(stage, "computing").isfinite().all()
@@ -94,51 +84,31 @@ def test_every_way_gives_the_resident_models_logits(
     offloaded.close()
 
 
-class Notes:
-    """Keeps every choice that a trace would."""
-
-    def __init__(self, chosen: list[tuple[int, ...]]) -> None:
-        self.chosen = chosen
-
-    def add(self, event: Event) -> None:
-        if isinstance(event, Routing):
-            self.chosen.append(event.experts)
-
-
-@pytest.mark.parametrize(("routed", "slots"), [("uniform", 2), ("synthetic", 4)])
-def test_forced_routing_is_the_trace_and_hits_are_those_of_its_replay(routed: str, slots: int) -> None:
-    made = make(slots=slots)
-    stage, chosen = stage_of(made, routed, ("full", "no prefetch", "no cache", "computing")), []
-    assert stage.cache is not None
-    stage.cache.record(Notes(chosen))
-    trace = routing.MAKERS[routed](3, 6, 2, TOKENS)
-    for way, hits in (("full", True), ("no prefetch", True), ("no cache", False)):
+def test_guesses_are_made_in_the_full_way_alone() -> None:
+    made = make(slots=3)
+    stage = Stage(made, ("computing", *LADDER))
+    for way in ("full", *LADDER[1:], "computing", "full"):
         player, before = stage.use(way), stage.count()
-        chosen.clear()
         player.decode(IDS)
-        assert torch.equal(torch.tensor(chosen).view(TOKENS, 3, 2), trace.sort(-1).values), way
-        counted = difference(stage.count(), before)
-        assert counted.hits + counted.misses == TOKENS * 3 * 2
-        expected = routing.hit_ratio(trace, slots) if hits else 0
-        assert counted.hits / (TOKENS * 3 * 2) == pytest.approx(expected)
-        if way == "full":
-            assert 0 < counted.recalled <= counted.recallable == TOKENS * 2 * 2
-            assert counted.guesses > 0
-        else:
-            assert counted.guesses == counted.recallable == 0
+        counted = stage.count() - before
+        needed = counted.hits + counted.misses
+        assert needed == (0 if way in ("whole layers", "computing") else TOKENS * 3 * 2), way
+        assert (counted.guesses > 0) == (way == "full") == (counted.recallable > 0), way
+        if way == "no cache":
+            assert counted.hits == 0
     stage.close()
 
 
 def test_what_crosses_the_link() -> None:
     made = make(slots=3)
     blob = made.setup.plan.blob_bytes
-    stage = stage_of(made, "synthetic", ("computing", *LADDER))
+    stage = Stage(made, ("computing", *LADDER))
     for way in ("no cache", "whole layers", "computing", "full"):
         player = stage.use(way)
         player.decode(IDS[:2])
         before = stage.count()
         player.decode(IDS[2:])
-        counted, tokens = difference(stage.count(), before), TOKENS - 2
+        counted, tokens = stage.count() - before, TOKENS - 2
         needed = {"no cache": 3 * 2, "whole layers": 3 * 6, "computing": 0}.get(way)
         if needed is not None:
             assert counted.copied_bytes == tokens * needed * blob, way
@@ -147,36 +117,19 @@ def test_what_crosses_the_link() -> None:
     stage.close()
 
 
-def test_caches_of_other_sizes_over_the_same_store() -> None:
-    made = make(slots=2)
-    seen = []
-    for slots in (4, 2, 6):
-        plan = made.plan(slots)
-        assert set(plan.slots_per_layer) == {slots} and plan.arena_bytes
-        cache = make_cache(made, plan)
-        assert cache.pool.shape[0] == 3 * slots + plan.spares and not cache.pool[-1].eq(0).all()
-        stage = Stage(made, make_ways(cache, LADDER), cache, make_trace(made, "own", TOKENS))
-        seen.append(logits(stage, "full"))
-        stage.close()
-    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
-    made.close()
-
-
-def test_a_decoder_is_told_by_the_trace_before_its_first_step(graphs: bool) -> None:
-    made = make(slots=2)
-    stage = stage_of(made, "synthetic", ("full",))
-    decoder = stage.use("full").decoder
-    assert (decoder is not None) == graphs
-    if decoder is not None:
-        assert isinstance(decoder, Decoder) and decoder.cache is not None
-        assert type(decoder.routers[0]).__name__ == "TraceRouter" and decoder.routers[0].distance == 1
+def test_slots_are_filled_before_they_are_used() -> None:
+    made = make(slots=4)
+    stage = Stage(made, ("computing",))
+    assert stage.cache is not None
+    pool = stage.cache.pool
+    assert pool.shape[0] == 3 * 4 + made.setup.plan.spares and not any(blob.eq(0).all() for blob in pool)
     stage.close()
 
 
 def test_graphs_that_fail_are_reported(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def made(expected: bool) -> None:
         subject = make(slots=3, offload="always")
-        stage = stage_of(subject, "own")
+        stage = Stage(subject, ("full",))
         try:
             stage.use("full").decode(IDS[:2])
             assert stage.graphs() is expected

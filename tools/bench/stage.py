@@ -1,0 +1,110 @@
+"""Prompts and decoding as an engine does them, without the tokenizer and the sampler: ids are random."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from model.mixtral import Mixtral
+from runtime.gpu.decoder import Decoder, make_decoder
+from runtime.planning.memory import reserve
+from runtime.stats import Stats
+from tools.bench.subject import Subject, make_cache, no_experts
+from tools.bench.ways import Way, make_ways
+
+
+@dataclass
+class Player:
+    """Runs a model in one way: with its decoder where there is one, otherwise by calling the model."""
+
+    model: Mixtral
+    kv: KVCache
+    chunk: int  # tokens of a prompt in one forward
+    decoder: Decoder | None
+    gates: list[Tensor | None]  # which the decoder's graphs read: other ways replace them in the routers
+
+    def prompt(self, ids: Tensor) -> int:  # [1, T]
+        """Add ids to the KV cache. Returns the likeliest next id, for which it waits for the device."""
+        with torch.inference_mode():
+            for part in ids.split(self.chunk, dim=1):
+                logits = self.model(part, self.kv, last=True)  # [1, 1, V]
+            return int(logits[0, 0].float().argmax())
+
+    def decode(self, ids: Sequence[int]) -> None:
+        """Add one id after the other, each after the answer to the last."""
+        device = self.model.embed_tokens.weight.device
+        for i in ids:
+            if self.decoder is None:
+                self.prompt(torch.tensor([[i]], device=device))
+            else:
+                with torch.inference_mode():
+                    int(self.decoder.step(i, self.kv).argmax())
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How long some work took, and what happened to experts meanwhile."""
+
+    seconds: float
+    counted: Stats
+
+
+class Stage:
+    """A subject that runs in several ways, one at a time."""
+
+    def __init__(self, subject: Subject, names: Sequence[str]) -> None:
+        """`names` are of `ways.py`, all over one cache. Where the subject's experts are resident, "resident"
+        is the only way instead."""
+        self.subject, setup = subject, subject.setup
+        self.cache = make_cache(subject) if subject.store is not None else None
+        self.ways: dict[str, Way | None] = {"resident": None}
+        if self.cache is not None:
+            self.ways = {**make_ways(self.cache, names)}
+        self.kv = KVCache.allocate(subject.config, 1, setup.plan.context, setup.dtype, setup.device)
+        reserve(setup.device, setup.plan.workspace_bytes)  # as an engine does
+        self.players: dict[str, Player] = {}
+
+    def use(self, name: str) -> Player:
+        """Run in that way from now on, beginning with an empty KV cache and empty slots."""
+        way, subject, options = self.ways[name], self.subject, self.subject.options
+        if self.cache is not None and way is not None:
+            self.cache.forget()
+            subject.model.look_ahead(options.lookahead if way.guesses and options.prefetch else 0)
+            subject.provide(way.experts)
+        self.kv.truncate(0)
+        if name not in self.players:
+            decoder = make_decoder(subject.model, way.cache if way else None, options.graphs)
+            gates = [block.block_sparse_moe.gate.gates for block in subject.blocks]
+            self.players[name] = Player(subject.model, self.kv, subject.setup.plan.chunk, decoder, gates)
+        return self.players[name]
+
+    def turn(self, way: str, before: Callable[[Player], None], work: Callable[[Player], object]) -> Turn:
+        """Do `before` and then `work` in that way. Only `work` is timed and counted."""
+        player = self.use(way)
+        before(player)
+        counted, start = self.count(), time.perf_counter()
+        work(player)
+        return Turn(time.perf_counter() - start, self.count() - counted)
+
+    def graphs(self) -> bool:
+        """Whether CUDA graphs were made for every way used so far. Making them may have failed."""
+        decoders = [player.decoder for player in self.players.values()]
+        return all(decoder is not None and len(decoder.captured) > 0 for decoder in decoders)
+
+    def count(self) -> Stats:
+        return self.cache.count() if self.cache is not None else Stats()
+
+    def close(self) -> None:
+        self.players.clear()
+        self.ways.clear()
+        if self.cache is not None:
+            self.subject.provide(no_experts)  # those of the ways refer to slots
+            self.cache.close()
+
+
+def random_ids(config: ModelConfig, count: int) -> Tensor:  # [1, count] int64
+    return torch.randint(config.vocab, (1, count), generator=torch.Generator().manual_seed(0))
