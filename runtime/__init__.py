@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from runtime.engine import Engine
     from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, PromptTooLong, RequestError
     from runtime.options import EngineOptions, SamplingParams
-    from runtime.planning.planner import Plan
+    from runtime.planning.plan import Plan
     from runtime.session import Session, Token
     from runtime.stats import Stats
 
@@ -37,7 +37,7 @@ check_names("model", "tokenizer")
 
 HOMES = {
     "Engine": "engine",
-    "Plan": "planning.planner",
+    "Plan": "planning.plan",
     "Session": "session",
     "Stats": "stats",
     "Token": "session",

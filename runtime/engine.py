@@ -20,10 +20,12 @@ from runtime.errors import OptionError, RequestError
 from runtime.experts.trace import Header, TraceWriter
 from runtime.gpu.warm_up import Bar
 from runtime.options import EngineOptions, SamplingParams
+from runtime.planning.attribute import planned
+from runtime.planning.plan import Plan
 from runtime.requests import check_ids, more_context
 from runtime.runner import ModelRunner
 from runtime.session import DEFAULT_PARAMS, Session, Token
-from runtime.startup import Judge, start
+from runtime.startup import Judge, plan_folder, start
 from runtime.stats import Stats
 from tokenizer import Tokenizer
 
@@ -64,6 +66,21 @@ class Engine:
         """
         folder = DEMO if path is None else Path(path)
         return Engine(*start(folder, options or EngineOptions(), progress, compiling, judge))
+
+    @planned
+    @staticmethod
+    def plan(path: str | PathLike[str] | None = None, options: EngineOptions | None = None) -> Plan:
+        """Plan an engine without loading it: which device and dtype it would use, and how much memory.
+
+            plan = Engine.plan("path/to/checkpoint", EngineOptions(vram="11GiB"))
+            print(plan.where, plan.device_bytes, plan.host_bytes, plan.resident)
+
+        Of the checkpoint in folder `path`, or of the demo model, this reads headers only, and it allocates
+        nothing. The `plan` of a loaded engine is the `Plan` that it keeps to.
+
+        Raises as `load` does, except that errors in the tokenizer and in the weights are not found.
+        """
+        return plan_folder(DEMO if path is None else Path(path), options or EngineOptions())
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams = DEFAULT_PARAMS

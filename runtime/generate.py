@@ -37,7 +37,7 @@ from runtime.shell.prompts import read_prompt
 if TYPE_CHECKING:
     from model.config import ModelConfig
     from runtime.engine import Engine
-    from runtime.planning.footprint import Plan
+    from runtime.planning.plan import Plan
     from tokenizer import Tokenizer
 
 
@@ -95,14 +95,14 @@ def say_plan(model: Path | None, options: EngineOptions) -> None:
     """Say what memory an engine would take, reading no weights."""
     from model.checkpoint import open_checkpoint
     from runtime.engine import DEMO
-    from runtime.planning.setup import make_plan
+    from runtime.planning.planner import plan_checkpoint
 
     try:
         checkpoint = open_checkpoint(model or DEMO)
     except ModelError as error:
         raise LoadError(str(error)) from error
-    setup = make_plan(checkpoint, options)
-    say(f"{checkpoint.description}, in {dtype_name(setup.dtype)} on {setup.device}: {setup.plan}")
+    plan = plan_checkpoint(checkpoint, options)
+    say(f"{checkpoint.description}, in {plan.where}: {plan}")
 
 
 def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingParams) -> None:
@@ -119,7 +119,7 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
         Engine.load(args.model, options, loading, compiling, partial(judge, args, params, prompt)) as engine,
     ):
         if not args.quiet:
-            say(f"{dtype_name(engine.dtype)} on {engine.device}: {engine.plan}")
+            say(f"{engine.plan.where}: {engine.plan}")
         with engine.recording(args.trace) if args.trace else nullcontext():
             if prompt is None:
                 converse(engine, engine.session(args.system), params)
@@ -156,16 +156,12 @@ def judge(
     check_room(len(ids), plan.context, config.context)
 
 
-def dtype_name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def report(engine: Engine, args: argparse.Namespace, file: TextIO | None) -> None:
     """Statistics to stderr as asked, and to a file if there is one."""
     stats = engine.stats()
     rates = {"prompt_tokens_per_s": stats.prompt_rate, "decode_tokens_per_s": stats.decode_rate}
     rates |= {"hit_ratio": stats.hit_ratio, "lookahead_recall": stats.recall}
-    as_json = json.dumps(dataclasses.asdict(stats) | rates | {"plan": dataclasses.asdict(engine.plan)})
+    as_json = json.dumps(dataclasses.asdict(stats) | rates | {"plan": engine.plan.as_dict()})
     if args.stats == "json":
         say(as_json)
     elif args.stats == "text" or not args.quiet:

@@ -15,11 +15,12 @@ from model.config import ModelConfig
 from model.linear import pack
 from model.mixtral import Mixtral
 from model.moe import Experts
-from model.quant.expert import BlobExperts, ExpertFormat, aligned
-from model.quant.product import QuantizedLinear, choose_backend
+from model.quant.expert import BlobExperts, ExpertFormat
+from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
-from model.quant.streams import EXPERT, Field, matrix_fields
+from model.quant.streams import EXPERT, matrix_fields
 from model.quant.tensor import QuantizedTensor
+from runtime.planning.costs import attention_bytes, matrix_bytes
 
 WORKERS = 2  # one reads while the other brings what it has read into the form that is kept
 
@@ -96,25 +97,6 @@ def pack_trunk(model: Mixtral) -> None:
     model.lm_head = pack(model.lm_head)
 
 
-def attention_bytes(
-    config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device
-) -> int | None:
-    """What a layer's attention takes in memory in this format; None where it is plain parameters. A GPU need
-    not be there: whatever computes on one keeps what files have."""
-    if not spec.quantized:
-        return None
-    qkv, out = (config.heads + 2 * config.kv_heads) * config.head_dim, config.heads * config.head_dim
-    shapes = (qkv, config.hidden), (config.hidden, out)
-    return sum(kept_bytes(spec, shape, dtype, device) for shape in shapes)
-
-
-def kept_bytes(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> int:
-    fields: Callable[..., list[Field]] = matrix_fields
-    if device.type == "cpu":
-        fields = choose_backend(spec, shape, dtype, device)[0].fields
-    return aligned(fields("", shape, spec)[-1].end)
-
-
 def quantized_linear(
     config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device
 ) -> Callable[[int, int], QuantizedLinear] | None:
@@ -122,14 +104,14 @@ def quantized_linear(
 
     All of them in one tensor: a GPU's allocator would round each up, by a tenth of it.
     """
-    size = attention_bytes(config, spec, dtype, device)
-    if size is None:
+    if not spec.quantized:
         return None
+    size = attention_bytes(config, spec, dtype, device)
     free = torch.empty(config.layers * size, dtype=torch.uint8, device=device)
 
     def make(inputs: int, outputs: int) -> QuantizedLinear:
         nonlocal free
-        taken = kept_bytes(spec, (outputs, inputs), dtype, device)
+        taken = matrix_bytes(spec, (outputs, inputs), dtype, device)
         memory, free = free[:taken], free[taken:]
         return QuantizedLinear(inputs, outputs, spec, dtype, device, memory)
 

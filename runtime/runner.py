@@ -21,7 +21,7 @@ from runtime.experts.cache import ExpertCache
 from runtime.gpu.decoder import make_decoder
 from runtime.options import EngineOptions
 from runtime.planning.memory import release
-from runtime.planning.planner import Plan
+from runtime.planning.plan import Plan
 from runtime.process.ambient import unaffected
 from runtime.process.shortage import shortage_as
 from runtime.process.threads import computing, usable_processors
@@ -39,17 +39,16 @@ class ModelRunner:
         model: Mixtral,
         cache: ExpertCache | None,
         plan: Plan,
-        dtype: torch.dtype,
         options: EngineOptions,
         eos_ids: frozenset[int],
         unused: Tensor | None,
     ) -> None:
         """`cache` holds the experts unless all of them are resident. A text ends at `eos_ids`. `unused` [V]
         bool marks the ids that no token has."""
-        self.model, self.cache, self.plan, self.dtype, self.options = model, cache, plan, dtype, options
+        self.model, self.cache, self.plan, self.options = model, cache, plan, options
         self.eos_ids, self.unused = eos_ids, unused
         self.config = model.config
-        self.device = model.embed_tokens.weight.device
+        self.device, self.dtype = plan.device, plan.dtype
         self.decoder = make_decoder(model, cache, options.graphs)
         self.processors = usable_processors()
         self.counters = Stats()

@@ -16,13 +16,14 @@ from model.checkpoint import Checkpoint, open_checkpoint
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.mixtral import Mixtral
+from model.quant.expert import ExpertFormat
 from runtime.errors import DeviceError, LoadError
 from runtime.experts.cache import ExpertCache
 from runtime.gpu.warm_up import Bar, prepare
 from runtime.loader import load_model, load_resident
 from runtime.options import EngineOptions
-from runtime.planning.planner import Plan
-from runtime.planning.setup import Setup, make_plan
+from runtime.planning.plan import Plan
+from runtime.planning.planner import plan_checkpoint
 from runtime.process.ambient import unaffected
 from runtime.process.interrupts import interrupts_told
 from runtime.process.shortage import shortage_as
@@ -36,6 +37,15 @@ REMEDY = "lower --context, give the model fewer bits (python -m tools.quantize),
 Judge = Callable[[Tokenizer, Plan, ModelConfig], None]
 
 
+def plan_folder(folder: Path, options: EngineOptions) -> Plan:
+    """Plan the checkpoint in `folder` without loading it. See `Engine.plan`."""
+    with shortage_as(DeviceError, REMEDY):
+        try:
+            return plan_checkpoint(open_checkpoint(folder), options)
+        except ModelError as error:
+            raise LoadError(str(error)) from error
+
+
 def start(
     folder: Path, options: EngineOptions, progress: Bar | None, compiling: Bar | None, judge: Judge | None
 ) -> tuple[ModelRunner, Tokenizer]:
@@ -44,11 +54,11 @@ def start(
         start_threads()
         try:
             checkpoint = open_checkpoint(folder)
-            setup = make_plan(checkpoint, options)
+            plan = plan_checkpoint(checkpoint, options)
             tokenizer = load_tokenizer(checkpoint, options)
             if judge:
-                judge(tokenizer, setup.plan, checkpoint.config)
-            runner = make_runner(checkpoint, setup, tokenizer, options, progress, compiling)
+                judge(tokenizer, plan, checkpoint.config)
+            runner = make_runner(checkpoint, plan, tokenizer, options, progress, compiling)
         except (ModelError, TokenizerError) as error:
             raise LoadError(str(error)) from error
     return runner, tokenizer
@@ -76,24 +86,24 @@ def load_tokenizer(checkpoint: Checkpoint, options: EngineOptions) -> Tokenizer:
 
 def make_runner(
     checkpoint: Checkpoint,
-    setup: Setup,
+    plan: Plan,
     tokenizer: Tokenizer,
     options: EngineOptions,
     progress: Bar | None,
     compiling: Bar | None,
 ) -> ModelRunner:
     """Read the weights, and warm up. An error leaves nothing open."""
-    config, device = checkpoint.config, setup.device
+    config, device = checkpoint.config, plan.device
     bar = progress(checkpoint.bytes) if progress else nullcontext(None)
     # The caller may be in inference mode, and no other thread could fill the tensors made there.
     with unaffected(device), torch.inference_mode(False):
         with bar as advance:
-            model, cache = load_weights(checkpoint, setup, options, advance)
+            model, cache = load_weights(checkpoint, plan, options, advance)
         runner = None
         try:
             ends = frozenset(config.eos_ids) | {i for i in tokenizer.ends if i < config.vocab}
             unused = unused_ids(config.vocab, tokenizer.vocab_size, ends, device)
-            runner = ModelRunner(model, cache, setup.plan, setup.dtype, options, ends, unused)
+            runner = ModelRunner(model, cache, plan, options, ends, unused)
             prepare(runner, compiling)
         except BaseException:  # the caller may keep it, and with it the frames that refer to the weights
             if made := runner or cache:
@@ -104,16 +114,17 @@ def make_runner(
 
 def load_weights(
     checkpoint: Checkpoint,
-    setup: Setup,
+    plan: Plan,
     options: EngineOptions,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Mixtral, ExpertCache | None]:
     """The model, and the cache of its experts unless all of them are resident."""
-    form, dtype, device = setup.form, setup.dtype, setup.device
-    if setup.plan.resident:
+    dtype, device = plan.dtype, plan.device
+    form = ExpertFormat.choose(checkpoint.config, checkpoint.experts, dtype, device)
+    if plan.resident:
         return load_resident(checkpoint, form, dtype, device, progress), None
     cache = ExpertCache.make(
-        setup.plan, form, device, checkpoint.config.experts,
+        plan, form, device, checkpoint.config.experts,
         options.policy, options.prefetch, options.link_gbps,
     )  # fmt: skip
     try:

@@ -34,7 +34,7 @@ from model.mixtral import Mixtral
 from runtime.engine import DEMO, Engine
 from runtime.errors import LoadError, OptionError, RequestError
 from runtime.options import EngineOptions
-from runtime.planning.planner import PREFILL_CHUNK
+from runtime.planning.plan import PREFILL_CHUNK
 from runtime.shell.arguments import add_flags, from_flags, new_parser
 from runtime.shell.progress import byte_bar, kernel_bar, progress
 

@@ -29,7 +29,7 @@ from dev.demo.held_out import judge
 from model.checkpoint import save_hf
 from model.config import ModelConfig
 from model.mixtral import Mixtral
-from runtime.planning.device import choose_device
+from runtime.planning.device import pick_device
 
 DEMO = ModelConfig(
     vocab=2048, hidden=256, layers=8, heads=4, kv_heads=2, head_dim=64, ffn=128,
@@ -244,7 +244,7 @@ class Every:
 
 def train(out: Path, recipe: Recipe, corpus: Corpus) -> None:
     torch.manual_seed(recipe.seed)
-    device = choose_device(None)
+    device = pick_device(None)
     if not (out / "tokenizer.model").exists():
         (out / "tokenizer.model").write_bytes(train_tokenizer(corpus.train, DEMO.vocab))
     tokenizer = Processor(model_file=str(out / "tokenizer.model"))

@@ -36,7 +36,7 @@ from dev.peers.config import their_config
 from model.config import ModelConfig
 from model.shapes import SHAPES
 from runtime.errors import DeviceError, MixtralError, OptionError
-from runtime.planning.device import choose_device
+from runtime.planning.device import pick_device
 from runtime.planning.memory import free_host_bytes
 from runtime.shell.arguments import at_least_one
 from runtime.units import format_bytes, parse_bytes
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         versions = {name: importlib.metadata.version(name) for name in ("accelerate", "transformers")}
     except importlib.metadata.PackageNotFoundError as error:
         raise OptionError(f"{error.name} is not installed; pip install accelerate transformers") from None
-    device, limit = choose_device(args.device), parse_bytes(args.vram)
+    device, limit = pick_device(args.device), parse_bytes(args.vram)
     full = SHAPES[args.shape]
     count = min(args.layers, full.layers)
     model = empty_model(replace(full, layers=count))

@@ -46,7 +46,7 @@ from runtime.experts.cuda_link import CudaLink
 from runtime.experts.ledger import Ledger
 from runtime.experts.policy import make_policy
 from runtime.experts.slots import Guess, SlotTable, Spares
-from runtime.planning.planner import Plan
+from runtime.planning.plan import Plan
 from runtime.stats import Stats
 from runtime.units import format_bytes
 

@@ -9,10 +9,11 @@ import torch
 
 from model.errors import quoted
 from model.quant.backends.int4pack import kernel_block
+from model.target import Target
 from runtime.errors import DeviceError, OptionError
 
 
-def choose_device(name: str | None) -> torch.device:
+def pick_device(name: str | None) -> torch.device:
     """`name` as a device of this machine; None is the first GPU that this build of torch can use, else the
     CPU. Warns if there are GPUs, and none of them can be used.
 
@@ -97,20 +98,18 @@ def has_kernels(capability: tuple[int, int], built: Sequence[str]) -> bool:
 SMALL_MODEL = 1 << 28  # weights: 1 GiB in float32
 
 
-def choose_dtype(
-    name: str | None, device: torch.device, weights: int, quantized: bool = False
-) -> torch.dtype:
-    """The dtype called `name`, or what suits the device and a model of so many weights.
+def pick_dtype(name: str | None, target: Target, weights: int, quantized: bool = False) -> torch.dtype:
+    """The dtype called `name`. None picks one for the target and a model with this number of weights.
 
-    bfloat16 has float32's range, so it is the first choice wherever hardware multiplies it: CUDA from compute
-    capability 8.0, CPUs with AVX-512 BF16 or AMX. Older GPUs get float16, other CPUs float32, and so do small
-    models on any CPU: a bfloat16 product of one row costs a CPU some 20 us before it begins, float32's half.
-    Quantized weights have a fast product on a CPU, and that is in bfloat16.
+    bfloat16 has float32's range, so it is the first choice where hardware multiplies it: GPUs from compute
+    capability 8.0 on, CPUs with AVX-512 BF16 or AMX. Older GPUs get float16, and other CPUs float32. Small
+    models get float32 on any CPU, because there a bfloat16 product of one row takes some 20 us to begin, and
+    float32's takes half of that. Quantized weights have a fast product on a CPU, which computes in bfloat16.
     """
     if name is not None:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if target.capability is not None:
+        return torch.bfloat16 if target.capability >= (8, 0) else torch.float16
     if quantized and kernel_block():
         return torch.bfloat16
     return torch.bfloat16 if weights > SMALL_MODEL and cpu_multiplies_bfloat16() else torch.float32

@@ -26,7 +26,7 @@ from runtime import (
     Token,
 )
 from runtime.gpu.warm_up import take_planned
-from runtime.planning.planner import PREFILL_CHUNK
+from runtime.planning.plan import PREFILL_CHUNK
 from runtime.runner import ModelRunner
 
 PROMPT = "def alpha_"

@@ -21,9 +21,10 @@ from model.quant.backends.int4pack import kernel_block
 from model.quant.expert import BlobExperts, aligned
 from model.quant.product import QuantizedLinear
 from model.quant.tensor import QuantizedTensor
+from model.target import Target
 from runtime import Engine, EngineOptions, LoadError, SamplingParams
 from runtime import generate as command
-from runtime.planning.device import choose_dtype
+from runtime.planning.device import pick_dtype
 from tools.quantize import command as quantize
 
 IDS = [1, *range(30, 75), 2, 2]
@@ -157,12 +158,12 @@ def test_progress_adds_up_to_the_bytes_of_the_files(
 
 
 def test_the_dtype_of_quantized_weights_is_the_fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
+    cpu = Target(torch.device("cpu"))
     monkeypatch.setattr("runtime.planning.device.kernel_block", lambda: 32)
-    assert choose_dtype(None, cpu, 1000, quantized=True) == torch.bfloat16
-    assert choose_dtype(None, cpu, 1000) == torch.float32
+    assert pick_dtype(None, cpu, 1000, quantized=True) == torch.bfloat16
+    assert pick_dtype(None, cpu, 1000) == torch.float32
     monkeypatch.setattr("runtime.planning.device.kernel_block", lambda: 0)
-    assert choose_dtype(None, cpu, 1000, quantized=True) == torch.float32
+    assert pick_dtype(None, cpu, 1000, quantized=True) == torch.float32
 
 
 # --- what goes wrong

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from runtime.planning.planner import Plan
+from runtime.planning.plan import Plan
 from runtime.stats import Stats
 
 

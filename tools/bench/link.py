@@ -23,7 +23,7 @@ from torch import Tensor
 from runtime.experts.arena import Arena, unlocked_remedy
 from runtime.experts.copying import HostLink, Link
 from runtime.experts.cuda_link import CudaLink
-from runtime.planning.device import choose_device
+from runtime.planning.device import pick_device
 from runtime.shell.arguments import at_least_one
 from runtime.units import format_bytes
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises `OptionError` or `DeviceError` for a device that is not there.
     """
-    device = choose_device(args.device)
+    device = pick_device(args.device)
     sizes = [size for size in SIZES if size <= BUFFER]
     measured = measure_copies(device, sizes, args.repeats)
     copies = "no GPU: copies within host memory" if device.type == "cpu" else "from host memory to the device"

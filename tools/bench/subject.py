@@ -29,7 +29,9 @@ from runtime.experts.arena import Arena
 from runtime.experts.cache import ExpertCache
 from runtime.loader import load_model, load_resident
 from runtime.options import EngineOptions
-from runtime.planning.setup import DEFAULT_CONTEXT, Setup, plan_model
+from runtime.planning.plan import Plan
+from runtime.planning.planner import plan_model
+from runtime.planning.request import DEFAULT_CONTEXT
 from runtime.shell.arguments import add_flags, at_least_one, from_flags
 from runtime.units import format_bytes, parse_bytes
 from tools.bench.link import give_back as empty_cache
@@ -69,6 +71,22 @@ class Store:
 
     def blob(self, layer: int, expert: int) -> Tensor:  # [blob_bytes] uint8
         return self.memory.blob(0, (layer * self.experts + expert) % self.count)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is decided before anything is allocated."""
+
+    plan: Plan
+    form: ExpertFormat
+
+    @property
+    def device(self) -> torch.device:
+        return self.plan.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.plan.dtype
 
 
 @dataclass
@@ -131,7 +149,7 @@ def make_subject(args: argparse.Namespace, tokens: int, **defaults: Any) -> Subj
     """The model that the command line describes, with a context of at least `tokens`. `defaults` replace
     those of engine options that the command line leaves out.
 
-    Raises as `runtime.planning.setup.plan_model` does, before anything is loaded or made.
+    Raises as `runtime.planning.planner.plan_model` does, before anything is loaded or made.
     """
     checkpoint, config, formats, about = find_model(args)
     if tokens > config.context:
@@ -140,7 +158,8 @@ def make_subject(args: argparse.Namespace, tokens: int, **defaults: Any) -> Subj
     options = from_flags(EngineOptions, argparse.Namespace(**defaults | vars(args)))
     if (options.context or 0) < tokens:
         raise OptionError(f"{tokens} tokens do not fit --context {options.context}")
-    setup = plan_model(config, *formats, options)
+    plan = plan_model(config, *formats, options)
+    setup = Setup(plan, ExpertFormat.choose(config, formats[1], plan.dtype, plan.device))
     link, memory = measure_rates(setup.device, options)
     if args.enforce:
         enforce(setup, options)

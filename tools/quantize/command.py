@@ -32,7 +32,7 @@ from model.errors import ModelError
 from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
 from runtime.errors import DeviceError, MixtralError
-from runtime.planning.device import choose_device
+from runtime.planning.device import pick_device
 from runtime.process.shortage import shortage_as
 from runtime.process.threads import choose_threads, computing
 from runtime.shell.arguments import new_parser
@@ -101,7 +101,7 @@ def convert(argv: list[str] | None) -> None:
                 args.out,
                 args.attention,
                 args.experts,
-                args.device or choose_device(None),
+                args.device or pick_device(None),
                 args.tokenizer,
             )
             if not args.tokenizer and (missing := tokenizer_missing(args.source)):
@@ -143,7 +143,7 @@ def spec(text: str) -> QuantSpec:
 
 def device(text: str) -> torch.device:
     try:
-        return choose_device(text)
+        return pick_device(text)
     except MixtralError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.target import Target
 from runtime import DeviceError, EngineOptions, OptionError
 from runtime.planning import device, memory
-from runtime.planning.device import choose_device, choose_dtype, find_device
+from runtime.planning.device import find_device, pick_device, pick_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 1 << 30
@@ -38,13 +39,13 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpus")
 def test_with_gpus() -> None:
-    assert choose_device(None) == choose_device("cuda") == choose_device("cuda:0") == CUDA
-    assert choose_device("cuda:1") == torch.device("cuda", 1)
-    assert choose_device("cpu") == CPU
+    assert pick_device(None) == pick_device("cuda") == pick_device("cuda:0") == CUDA
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    assert pick_device("cpu") == CPU
     with pytest.raises(DeviceError, match=r"cuda:2: there are 2"):
-        choose_device("cuda:2")
+        pick_device("cuda:2")
     with pytest.raises(DeviceError, match=r"cuda:256"):  # torch.device would make this cuda:0
-        choose_device("cuda:256")
+        pick_device("cuda:256")
 
 
 @pytest.mark.usefixtures("gpus")
@@ -52,31 +53,31 @@ def test_a_gpu_that_the_build_has_no_kernels_for_is_not_chosen(built: list[str])
     """And asked for, it is refused before anything is loaded."""
     warnings.simplefilter("error")
     built.remove("sm_75")
-    assert choose_device(None) == torch.device("cuda", 1)
+    assert pick_device(None) == torch.device("cuda", 1)
     with pytest.raises(DeviceError) as caught:
-        choose_device("cuda")
+        pick_device("cuda")
     assert str(caught.value) == (
         f"device cuda: this GPU has compute capability 7.5, and torch {torch.__version__} has kernels for "
         "sm_80, sm_90, compute_90; use --device cpu or install a build of torch for it"
     )
     built[:] = ["sm_90", "compute_90"]
     with pytest.warns(RuntimeWarning, match=r"on the CPU, because .* 7\.5, and torch .* sm_90") as warned:
-        assert choose_device(None) == CPU
+        assert pick_device(None) == CPU
     assert len(warned) == 1
-    assert choose_device("cpu") == CPU
+    assert pick_device("cpu") == CPU
     assert find_device(None) == find_device("cuda") == CUDA, "nothing is asked of it"
     built.append("compute_70")  # intermediate code is compiled for any later GPU
-    assert choose_device(None) == choose_device("cuda") == CUDA
+    assert pick_device(None) == pick_device("cuda") == CUDA
     built[:] = ["gfx90a"]
-    assert choose_device(None) == CUDA, "nothing is known of it"
+    assert pick_device(None) == CUDA, "nothing is known of it"
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_without_gpus() -> None:
     warnings.simplefilter("error")
-    assert choose_device(None) == choose_device("cpu") == CPU
+    assert pick_device(None) == pick_device("cpu") == CPU
     with pytest.raises(DeviceError, match=r"device cuda: .*use --device cpu"):
-        choose_device("cuda")
+        pick_device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -84,20 +85,20 @@ def test_without_gpus() -> None:
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(OptionError, match="device is") as caught:
-        choose_device(name)
+        pick_device(name)
     assert repr(name)[:9] in str(caught.value) and len(str(caught.value)) < 200
 
 
 @pytest.mark.usefixtures("gpus")
 def test_dtype_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_dtype(None, CUDA, 1) is torch.float16
-    assert choose_dtype(None, torch.device("cuda", 1), 1) is torch.bfloat16
+    assert pick_dtype(None, Target.of(CUDA), 1) is torch.float16
+    assert pick_dtype(None, Target.of(torch.device("cuda", 1)), 1) is torch.bfloat16
     for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr("runtime.planning.device.cpu_multiplies_bfloat16", lambda fast=fast: fast)
-        assert choose_dtype(None, CPU, 46_700_000_000) is expected
-        assert choose_dtype(None, CPU, 8_900_000) is torch.float32
+        assert pick_dtype(None, Target(CPU), 46_700_000_000) is expected
+        assert pick_dtype(None, Target(CPU), 8_900_000) is torch.float32
     for name in ("float32", "bfloat16", "float16"):
-        assert choose_dtype(EngineOptions(dtype=name).dtype, CUDA, 1) is getattr(torch, name)
+        assert pick_dtype(EngineOptions(dtype=name).dtype, Target(CUDA, (7, 5)), 1) is getattr(torch, name)
 
 
 @pytest.fixture

@@ -17,12 +17,10 @@ from model.quant.product import scratch_bytes
 from model.quant.spec import QuantSpec
 from model.quant.streams import expert_fields
 from runtime import DeviceError, Engine, OptionError
-from runtime.planning.planner import Plan, plan
+from runtime.planning.plan import Plan
 from runtime.units import parse_bytes
+from tests.runtime.planning.asked import SMALL, plan
 
-SMALL = ModelConfig(
-    vocab=320, hidden=96, layers=3, heads=6, kv_heads=2, head_dim=32, ffn=80, experts=5,
-    experts_per_token=2, context=4096, rope_theta=1e6, norm_eps=1e-5)  # fmt: skip
 BLOB = 3 * 96 * 80 * 4
 LIMITS = [0, 1, *(1 << power for power in range(16, 25))]
 
@@ -213,7 +211,7 @@ def test_too_little_host_memory_is_a_refusal() -> None:
 
 
 def test_an_engine_has_the_plan_of_its_model(engine: Engine, config: ModelConfig) -> None:
-    assert engine.plan == plan(config, torch.float32, config.context)
+    assert engine.plan == plan(config, torch.float32, config.context, shared=True)
 
 
 def test_an_engine_too_large_for_its_budget_is_refused(load: Callable[..., Engine]) -> None:
@@ -229,10 +227,10 @@ def test_a_budget_that_is_enough_is_accepted(load: Callable[..., Engine], ram: s
 def test_too_little_free_memory_is_a_refusal_and_unknown_free_memory_is_not(
     load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.planning.setup.free_device_bytes", lambda device: 1000)
+    monkeypatch.setattr("runtime.planning.request.free_device_bytes", lambda device: 1000)
     with pytest.raises(DeviceError, match=r"memory on cpu .*the budget is 1000 B"):
         load()
-    monkeypatch.setattr("runtime.planning.setup.free_device_bytes", lambda device: None)
+    monkeypatch.setattr("runtime.planning.request.free_device_bytes", lambda device: None)
     assert load().plan.context == 640
     with pytest.raises(OptionError, match="'50%'"):
         load(ram="50%")

@@ -150,7 +150,7 @@ def test_what_makes_no_sense(
 def test_a_model_that_memory_cannot_hold_is_not_begun(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("runtime.planning.setup.free_device_bytes", lambda device: 1000)
+    monkeypatch.setattr("runtime.planning.request.free_device_bytes", lambda device: 1000)
     assert bench.main([*WORDS, "--shape", "mixtral-8x7b"]) == 1
     assert "memory on cpu" in capsys.readouterr().err
 

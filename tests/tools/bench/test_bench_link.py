@@ -108,7 +108,7 @@ def test_on_a_gpu_that_locks_memory(cuda: dict[str, int]) -> None:
 
 def test_on_a_gpu_that_does_not(cuda: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Arena, "register", lambda *_: 0)
-    monkeypatch.setattr(link, "choose_device", lambda name: CUDA)
+    monkeypatch.setattr(link, "pick_device", lambda name: CUDA)
     measured = link.measure_copies(CUDA, [1 << 20], repeats=1)
     assert list(measured) == ["staged", "pageable"] and Stand.log == [(False, 1 << 18)] * 8
     Stand.log.clear()

@@ -87,7 +87,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_limit_for_pytorch(gpu: list[float]) -> None:
     setup = make().setup
-    setup = replace(setup, device=CUDA, plan=replace(setup.plan, driver_bytes=GIB // 2))
+    setup = replace(setup, plan=replace(setup.plan, device=CUDA, driver_bytes=GIB // 2))
     subject.enforce(setup, EngineOptions(vram="12GiB"))
     setup = replace(setup, plan=replace(setup.plan, driver_bytes=2 * GIB))
     subject.enforce(setup, EngineOptions(vram="12GiB"))

@@ -13,7 +13,7 @@ from model.quant.expert import ALIGNMENT, BlobExperts
 from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
 from model.shapes import SHAPES
-from runtime.planning.footprint import count_weights
+from runtime.planning.costs import count_weights
 from tools.bench.random_model import fill_normal, random_matrix, random_model
 
 CPU = torch.device("cpu")

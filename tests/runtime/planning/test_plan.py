@@ -13,18 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.attention import Attending, attend_by_scores
-from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.mixtral import Block, Mixtral
 from model.moe import Experts, ManyTokens, ResidentExperts
 from model.router import Choice
-from runtime.planning.footprint import MAX_CHUNK, PREFILL_CHUNK, Request, lay_out
-from runtime.planning.planner import plan
-
-CPU = torch.device("cpu")
-SMALL = ModelConfig(
-    vocab=320, hidden=96, layers=3, heads=6, kv_heads=2, head_dim=32, ffn=80, experts=5,
-    experts_per_token=2, context=4096, rope_theta=1e6, norm_eps=1e-5)  # fmt: skip
+from runtime.planning.plan import MAX_CHUNK, PREFILL_CHUNK, lay_out
+from tests.runtime.planning.asked import CPU, SMALL, asked, plan
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -94,7 +88,7 @@ def test_the_workspace_is_enough_for_a_chunk_and_not_far_too_much(
 ) -> None:
     config = dataclasses.replace(SMALL, layers=2, hidden=hidden, ffn=ffn)
     blob = 1 << 40 if large else None  # next to such an expert, a chunk may be as large as it likes
-    planned = lay_out(Request(config, dtype, context, expert=blob), (2, 2), resident)
+    planned = lay_out(asked(config, dtype, context, expert=blob), (2, 2), resident)
     N = planned.chunk
     assert planned.chunk == (MAX_CHUNK if large else min(PREFILL_CHUNK, context))
 
@@ -114,7 +108,7 @@ def test_the_workspace_is_enough_for_a_chunk_and_not_far_too_much(
     with torch.inference_mode(), LiveBytes() as measured:
         model(torch.randint(config.vocab, (1, N)), cache, last=True)
     unseen = N * context * dtype.itemsize if context > N else 0  # the kernel's own copy of the mask
-    plain = Request(config, dtype, context, expert=blob, attending=Attending.FLASH)
+    plain = asked(config, dtype, context, expert=blob, attending=Attending.FLASH)
     without = lay_out(plain, (2, 2), resident)
     assert planned.workspace_bytes - without.workspace_bytes == N * context * (1 + dtype.itemsize)
     assert planned.workspace_bytes >= measured.peak + unseen
@@ -165,10 +159,10 @@ def test_gates_that_look_ahead_are_counted(distance: int) -> None:
     ahead = [router.ahead for router in routers]
     routed = [router.gates if router.ahead is not None else None for router in routers]
     for shared, held in ((True, [ahead]), (False, [ahead, routed])):
-        request = Request(SMALL, torch.bfloat16, 100, lookahead=distance, shared=shared)
+        request = asked(SMALL, torch.bfloat16, 100, lookahead=distance, shared=shared)
         planned = lay_out(request, (2, 2, 2))
         gates = planned.staging_bytes - planned.spares * planned.blob_bytes
         real = size(gate for group in held for gate in group if gate is not None)
         assert real <= gates <= 3 * real, "the last layers have fewer"
-        assert lay_out(dataclasses.replace(request, prefetch=0), (2, 2, 2)).staging_bytes == 0
+        assert lay_out(request.changed(prefetch=0), (2, 2, 2)).staging_bytes == 0
         assert lay_out(request, (5, 5, 5), resident=True).staging_bytes == 0

@@ -1,0 +1,82 @@
+"""What a model's parts take on a device, in given formats and a given dtype.
+
+A GPU need not be there: on one, quantized weights take in memory what they take in files.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from model.attention import Attending
+from model.config import ModelConfig
+from model.quant.backends import fused
+from model.quant.expert import aligned, blob_bytes
+from model.quant.product import choose_backend, scratch_bytes
+from model.quant.spec import QuantSpec
+from model.quant.streams import Field, matrix_fields
+from model.rows import kernel_bytes
+from model.target import Target
+from runtime.planning.memory import CONTEXT_BYTES, context_bytes, driver_bytes, overhead_bytes
+
+MATRIX_SHAPES = 5  # of a model: qkv, o, w13, w2 and the head
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a plan adds up, apart from what follows from the configuration alone."""
+
+    attention_bytes: int  # a layer's projections
+    blob_bytes: int  # an expert
+    scratch_bytes: int  # expanded weights, while a product with quantized ones lasts
+    overhead_bytes: int  # of PyTorch's allocator on a GPU, of oneDNN's kernels on a CPU
+    driver_bytes: int  # of a GPU, outside of PyTorch's allocator
+    attending: Attending  # how attention of a prompt is computed
+
+    @staticmethod
+    def of(
+        config: ModelConfig, attention: QuantSpec, experts: QuantSpec, dtype: torch.dtype, target: Target
+    ) -> "Costs":
+        """Raises `ModelError` if a format's groups do not divide the model's matrices."""
+        device, scratch = target.device, 0
+        if attention.quantized or experts.quantized:
+            fast = not target.present or fused.unsupported(device) is None
+            scratch = scratch_bytes(device, max(config.hidden, config.ffn), dtype, fast)
+        kernels = kernel_bytes(MATRIX_SHAPES, dtype, device)
+        return Costs(
+            attention_bytes=attention_bytes(config, attention, dtype, device),
+            blob_bytes=blob_bytes(config, experts, dtype, device),
+            scratch_bytes=scratch,
+            overhead_bytes=kernels + overhead_bytes(device, target.capability if target.present else None),
+            driver_bytes=driver_bytes(device, context_bytes(device) if target.present else CONTEXT_BYTES),
+            attending=Attending.of(config, dtype, target.capability),
+        )
+
+
+def count_weights(config: ModelConfig) -> tuple[int, int]:
+    """Count the trunk's weights, without the gates, and those of all experts."""
+    c = config
+    trunk = 2 * c.vocab * c.hidden + c.hidden + c.layers * (2 * c.hidden + projections(c))
+    return trunk, c.layers * c.experts * 3 * c.ffn * c.hidden
+
+
+def projections(config: ModelConfig) -> int:
+    """Count the weights of a layer's attention."""
+    return 2 * (config.heads + config.kv_heads) * config.head_dim * config.hidden
+
+
+def attention_bytes(config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> int:
+    """What a layer's attention takes in memory in this format."""
+    if not spec.quantized:
+        return projections(config) * dtype.itemsize
+    qkv, out = (config.heads + 2 * config.kv_heads) * config.head_dim, config.heads * config.head_dim
+    shapes = (qkv, config.hidden), (config.hidden, out)
+    return sum(matrix_bytes(spec, shape, dtype, device) for shape in shapes)
+
+
+def matrix_bytes(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> int:
+    """What a quantized matrix takes in memory, rounded up so that another one can follow it."""
+    fields: Callable[..., list[Field]] = matrix_fields
+    if device.type == "cpu":
+        fields = choose_backend(spec, shape, dtype, device)[0].fields
+    return aligned(fields("", shape, spec)[-1].end)

@@ -1,0 +1,167 @@
+"""What a model takes of the device's and the host's memory, term by term.
+
+The prefill chunk depends on the model and the context alone, and not on whether experts are resident. A
+prompt that is cut elsewhere rounds elsewhere, so otherwise a smaller budget would change what a model writes.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from model.kv_cache import KVCache
+from runtime.planning.costs import count_weights, projections
+from runtime.planning.request import Request
+from runtime.units import format_bytes
+
+PREFILL_CHUNK = 512  # prompt tokens per forward, at least: enough rows for a product to be compute-bound
+MAX_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each byte goes, for one session of `context` tokens."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations, and of weights that are not quantized
+    context: int  # tokens of KV cache
+    chunk: int  # prompt tokens per forward
+    trunk_bytes: int  # on the device: embeddings, attention, norms, gates, head, rotary tables
+    kv_bytes: int  # on the device
+    workspace_bytes: int  # on the device: activations of one chunk, expanded weights
+    staging_bytes: int  # on the device, for guesses: spare slots, and gates that look ahead
+    slots_bytes: int  # on the device: all layers' slots
+    arena_bytes: int  # in host memory: every expert's blob; 0 if all experts are resident
+    slots_per_layer: tuple[int, ...]
+    spares: int  # slots of no layer, where guessed experts land
+    blob_bytes: int  # one expert in memory
+    overhead_bytes: int = 0  # on the device: of PyTorch's allocator, or on a CPU of oneDNN's kernels
+    driver_bytes: int = 0  # on the device, outside of PyTorch's allocator
+
+    @property
+    def resident(self) -> bool:
+        """Whether the device holds every expert for good, and there is no arena to bring any from."""
+        return self.arena_bytes == 0
+
+    @property
+    def device_bytes(self) -> int:
+        """All that the device holds."""
+        inside = self.trunk_bytes + self.kv_bytes + self.workspace_bytes + self.staging_bytes
+        return inside + self.slots_bytes + self.overhead_bytes + self.driver_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """All that the host holds for the device."""
+        return self.arena_bytes
+
+    @property
+    def where(self) -> str:
+        """The dtype and the device, like "bfloat16 on cuda:0"."""
+        return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, as JSON can have them."""
+        names = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
+        return dataclasses.asdict(self) | names | {"slots_per_layer": list(self.slots_per_layer)}
+
+    def __str__(self) -> str:
+        """One line, or two if experts are offloaded.
+
+        >>> sizes = (size << 20 for size in (10, 4, 6, 1, 5, 16))
+        >>> print(Plan(torch.device("cpu"), torch.float32, 4096, 2048, *sizes, (3, 2), 1, 1 << 20))
+        26.0 MiB: trunk 10.0 MiB, slots 5.0 MiB, kv 4.0 MiB, workspace 6.0 MiB, staging 1.0 MiB; context 4096 tokens
+        slots: 2 in 1 layer, 3 in 1; 1 spare; 1.0 MiB an expert; arena 16.0 MiB of host memory
+        """  # noqa: E501
+        experts = "experts" if self.resident else "slots"
+        terms = {"trunk": self.trunk_bytes, experts: self.slots_bytes, "kv": self.kv_bytes}
+        terms["workspace"] = self.workspace_bytes
+        rest = {name: getattr(self, f"{name}_bytes") for name in ("staging", "overhead", "driver")}
+        terms |= {name: size for name, size in rest.items() if size}
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms.items())
+        line = f"{format_bytes(self.device_bytes)}: {listed}; context {self.context} tokens"
+        if self.resident:
+            return line
+        spares = f"{self.spares} spare{'s' * (self.spares != 1)}"
+        return (
+            f"{line}\nslots: {describe_slots(self.slots_per_layer)}; {spares}; "
+            f"{format_bytes(self.blob_bytes)} an expert; "
+            f"arena {format_bytes(self.arena_bytes)} of host memory"
+        )
+
+
+def describe_slots(slots_per_layer: tuple[int, ...]) -> str:
+    """
+    >>> describe_slots((4, 3, 4, 3, 3)), describe_slots((2, 2))
+    ('3 in 3 layers, 4 in 2', '2 in each of 2 layers')
+    """
+    fewest, layers = min(slots_per_layer), len(slots_per_layer)
+    more = sum(slots > fewest for slots in slots_per_layer)
+    if not more:
+        return f"{fewest} in each of {layers} layers"
+    return f"{fewest} in {layers - more} layer{'s' * (layers - more != 1)}, {fewest + 1} in {more}"
+
+
+def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool = False) -> Plan:
+    """The plan with these slots, whether or not it fits."""
+    r, c, costs, wide = request, request.config, request.costs, request.dtype.itemsize
+    trunk = (count_weights(c)[0] - c.layers * projections(c)) * wide + c.layers * costs.attention_bytes
+    trunk += c.layers * c.experts * c.hidden * 4  # gates are float32
+    trunk += 2 * c.context * c.head_dim * wide  # rotary tables
+    chunk = chunk_tokens(r)
+    attending = costs.attending.bytes(c, r.dtype, chunk, r.context)
+    logits = 4 * c.vocab * 4  # of one token, and copies for the sampler
+    spares = 0 if resident else r.options.lookahead * r.options.prefetch
+    return Plan(
+        device=r.target.device,
+        dtype=r.dtype,
+        context=r.context,
+        chunk=chunk,
+        trunk_bytes=trunk,
+        kv_bytes=KVCache.bytes(c, 1, r.context, r.dtype),
+        workspace_bytes=chunk * activation_bytes(r, resident) + attending + logits + costs.scratch_bytes,
+        staging_bytes=spares * costs.blob_bytes + (0 if resident else gate_bytes(r)),
+        slots_bytes=sum(slots_per_layer) * costs.blob_bytes,
+        arena_bytes=0 if resident else c.layers * c.experts * costs.blob_bytes,
+        slots_per_layer=slots_per_layer,
+        spares=spares,
+        blob_bytes=costs.blob_bytes,
+        overhead_bytes=costs.overhead_bytes,
+        driver_bytes=costs.driver_bytes,
+    )
+
+
+def chunk_tokens(request: Request) -> int:
+    """Prompt tokens per forward.
+
+    In each chunk, every expert that a layer lacks crosses the link, so long chunks are worth some slots. The
+    chunk doubles while its activations take no more than a quarter of one slot per layer. The memory of
+    attention's mask or scores does not count here: it grows with the context, so a longer context could
+    otherwise mean a shorter chunk and more slots.
+    """
+    chunk = PREFILL_CHUNK
+    quarter = request.config.layers * request.costs.blob_bytes // 4
+    while chunk < MAX_CHUNK and 2 * chunk * activation_bytes(request, resident=False) <= quarter:
+        chunk *= 2
+    return min(chunk, request.context)
+
+
+def activation_bytes(request: Request, resident: bool) -> int:
+    """What one token's activations take, at the widest moment of a layer.
+
+    That is the residual stream, its norm in float32 and back, and the larger of two: q, k, v, rotated and
+    attended, or an expert's rows through w13. Offloaded experts' outputs are held until all are there.
+    """
+    c, wide = request.config, request.dtype.itemsize
+    qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
+    held = 0 if resident else c.experts_per_token * c.hidden * wide
+    return 3 * c.hidden * wide + 2 * c.hidden * 4 + max(4 * qkv, 4 * c.ffn + 2 * c.hidden) * wide + held
+
+
+def gate_bytes(request: Request) -> int:
+    """What later layers' gates take, as lookahead combines them with each layer's own. A GPU's decoder holds
+    them a second time, below a copy of the layer's own gate."""
+    c, options = request.config, request.options
+    distance = options.lookahead if options.prefetch else 0
+    copies = distance if request.shared else 2 * distance + 1
+    return c.layers * copies * c.experts * c.hidden * 4 if distance else 0

@@ -1,0 +1,139 @@
+"""What a plan is made for: a model in its formats, an engine's options, a device, and the memory to use."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from model.config import ModelConfig
+from model.quant.spec import QuantSpec
+from model.target import Target
+from runtime.errors import OptionError
+from runtime.options import EngineOptions
+from runtime.planning.costs import Costs, count_weights
+from runtime.planning.device import pick_dtype
+from runtime.planning.memory import free_device_bytes
+from runtime.units import parse_bytes
+
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most bytes of a memory that a plan may take (None: no limit), and what a refusal calls it."""
+
+    bytes: int | None
+    place: str
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Budgets of the device and of the host.
+
+    A CPU is both: everything counts against the device's budget, and the host's has no limit of its own.
+    """
+
+    device: Budget
+    host: Budget
+
+    @staticmethod
+    def here(options: EngineOptions, device: torch.device) -> "Budgets":
+        """What is free on this machine, or the options' limits if those are lower."""
+        host = budget_here(torch.device("cpu"), "--ram", options.ram)
+        if device.type == "cpu":
+            return Budgets(host, replace(host, bytes=None))
+        return Budgets(budget_here(device, "--vram", options.vram), host)
+
+    @staticmethod
+    def given(options: EngineOptions, device: torch.device) -> "Budgets":
+        """The options' limits alone, for a machine that need not be there.
+
+        Raises `OptionError` if a limit is a percentage.
+        """
+        host = Budget(parse_bytes(options.ram) if options.ram else None, "host memory")
+        if device.type == "cpu":
+            return Budgets(host, replace(host, bytes=None))
+        return Budgets(Budget(parse_bytes(options.vram) if options.vram else None, "device memory"), host)
+
+
+def budget_here(device: torch.device, flag: str, wish: str | None) -> Budget:
+    """What may be used of a device's memory: what is free, or the value `wish` of `flag` if that is less."""
+    free = free_device_bytes(device)
+    limit = parse_bytes(wish, whole=free) if wish else None
+    if limit is not None and (free is None or limit < free):
+        return Budget(limit, f"memory on {device} under {flag} {wish}")
+    return Budget(free, f"memory on {device}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that a plan depends on."""
+
+    config: ModelConfig
+    attention: QuantSpec
+    experts: QuantSpec
+    options: EngineOptions
+    target: Target
+    dtype: torch.dtype
+    costs: Costs
+    budgets: Budgets
+
+    @staticmethod
+    def make(
+        config: ModelConfig,
+        attention: QuantSpec,
+        experts: QuantSpec,
+        options: EngineOptions,
+        target: Target,
+        budgets: Budgets | None = None,
+    ) -> "Request":
+        """`attention` and `experts` are the formats of a model's weights. Without `budgets`, what is free on
+        this machine may be used.
+
+        Raises `OptionError` for options that do not fit the model or the device, and `ModelError` if a
+        format's groups do not divide the model's matrices.
+        """
+        device = target.device
+        check(options, config, device)
+        quantized = attention.quantized or experts.quantized
+        dtype = pick_dtype(options.dtype, target, sum(count_weights(config)), quantized)
+        costs = Costs.of(config, attention, experts, dtype, target)
+        budgets = budgets or Budgets.here(options, device)
+        return Request(config, attention, experts, options, target, dtype, costs, budgets)
+
+    @property
+    def context(self) -> int:
+        """Tokens of KV cache."""
+        return self.options.context or min(DEFAULT_CONTEXT, self.config.context)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the device computes from host memory, so that slots and arena share one budget."""
+        return self.target.device.type == "cpu"
+
+    def changed(self, **options: Any) -> "Request":
+        """The same request with other values for some options."""
+        return replace(self, options=replace(self.options, **options))
+
+
+def check(options: EngineOptions, config: ModelConfig, device: torch.device) -> None:
+    """Raises `OptionError` for options that make no sense for this model or device, whatever its memory."""
+    on_cpu, A, E, slots = device.type == "cpu", config.experts_per_token, config.experts, options.slots
+    if options.context is not None and options.context > config.context:
+        raise OptionError(
+            f"context is {options.context}, and this model was made for at most {config.context}"
+        )
+    if options.vram and on_cpu:
+        raise OptionError(f"vram is {options.vram}, and the device is the CPU; limit it with --ram")
+    if options.link_gbps and not on_cpu:
+        raise OptionError(f"link_gbps is {options.link_gbps}, and only a CPU's copies can be slowed down")
+    if slots is None:
+        return
+    if not A <= slots <= E:
+        raise OptionError(
+            f"slots is {slots}, and must be from {A}, which a token uses, to {E}, which a layer has"
+        )
+    if options.offload == "never" and slots < E:
+        raise OptionError(
+            f"slots is {slots} and offload is 'never', which keeps all {E}; leave one of them out"
+        )
