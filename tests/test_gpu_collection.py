@@ -1,5 +1,5 @@
-"""The README's commands for a GPU find all that there is to check on one, where none of the packages is
-installed that only tests want, other than pytest."""
+"""The commands for a GPU in docs/install.md find all that there is to check on one, and need only pytest of
+the test extra."""
 
 import os
 import re
@@ -26,7 +26,7 @@ sys.meta_path[:] = [Fewer()]
 
 def test_without_the_test_extra_every_gpu_test_is_collected(tmp_path: Path) -> None:
     (tmp_path / "hide.py").write_text(HIDE)
-    commands = re.findall(r"-m pytest -m gpu (.+?) *#", (ROOT / "README.md").read_text())
+    commands = re.findall(r"-m pytest -m gpu (.+?) *#", (ROOT / "docs" / "install.md").read_text())
     folders = tuple(f"{folder}/" for command in commands for folder in command.split())
     assert len(commands) == 2
     words = ["-m", "gpu", "--collect-only", "-q", "-p", "hide", "-p", "no:cacheprovider"]
