@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.mixtral import Mixtral
 from runtime.errors import OptionError, RequestError
+from runtime.experts.policy import policy_name
 from runtime.experts.trace import Header, TraceWriter
 from runtime.gpu.warm_up import Bar
 from runtime.options import EngineOptions, SamplingParams
@@ -131,7 +132,7 @@ class Engine:
             experts_per_token=self.config.experts_per_token,
             slots=runner.plan.slots_per_layer,
             spares=runner.plan.spares,
-            policy=options.policy,
+            policy=policy_name(options.policy),
             seed=0,
             expert_bytes=runner.plan.blob_bytes,
             options={"lookahead": options.lookahead, "prefetch": options.prefetch},

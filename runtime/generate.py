@@ -28,7 +28,7 @@ from model.errors import ModelError
 from runtime.errors import LoadError, OptionError
 from runtime.options import EngineOptions, SamplingParams
 from runtime.requests import check_bias, check_room
-from runtime.shell.arguments import add_flags, from_flags, new_parser
+from runtime.shell.arguments import add_flags, from_flags, group, new_parser
 from runtime.shell.aside import check_writable, written_aside
 from runtime.shell.conversation import converse, show
 from runtime.shell.progress import byte_bar, kernel_bar
@@ -63,30 +63,31 @@ def generate(argv: list[str] | None) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("runtime.generate", __doc__)
-    parser.add_argument(
+    prompt = group(parser, "model and prompt")
+    prompt.add_argument(
         "--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)"
     )
-    source = parser.add_mutually_exclusive_group()
+    source = prompt.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="text to continue, or with --chat to answer")
     source.add_argument(
-        "--prompt-file", type=Path, metavar="FILE", help="the same from a file (default: stdin)"
+        "--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file (default: stdin)"
     )
-    parser.add_argument("--chat", action="store_true", help="hold a conversation, in the model's chat format")
-    parser.add_argument("--system", metavar="TEXT", help="system message of the conversation")
-    add_flags(parser, SamplingParams)
-    add_flags(parser, EngineOptions)
-    parser.add_argument("--dry-run", action="store_true", help="say what memory it would take, and stop")
-    parser.add_argument(
+    prompt.add_argument("--chat", action="store_true", help="hold a conversation, in the model's chat format")
+    prompt.add_argument("--system", metavar="TEXT", help="system message of the conversation")
+    add_flags(parser, SamplingParams, EngineOptions)
+    output = group(parser, "output")
+    output.add_argument("--dry-run", action="store_true", help="print the memory it would take, and stop")
+    output.add_argument(
         "--stats", choices=("text", "json"), help="form of the statistics at the end (default: text)"
     )
-    parser.add_argument(
-        "--stats-file", type=Path, metavar="FILE", help="write the statistics there too, as JSON"
+    output.add_argument(
+        "--stats-file", type=Path, metavar="FILE", help="write the statistics to a file too, as JSON"
     )
-    parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="write what becomes of experts there (see tools.trace)"
+    output.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write what becomes of experts to a file (see tools.trace)"
     )
-    parser.add_argument(
-        "--quiet", action="store_true", help="no plan, progress or statistics, only warnings and errors"
+    output.add_argument(
+        "--quiet", action="store_true", help="print no plan, progress or statistics, only warnings and errors"
     )
     return parser
 

@@ -10,7 +10,7 @@ from typing import Any
 from model.errors import quoted
 from runtime.checks import choice, number, plain, require, truth, whole
 from runtime.errors import OptionError
-from runtime.experts.policy import POLICIES
+from runtime.experts.policy import POLICIES, PolicyMaker
 from runtime.units import parse_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,16 +44,16 @@ class EngineOptions:
     dtype: str | None = option(None, "what to compute in (default: by device)", choices=DTYPES)
     vram: str | None = option(
         None,
-        "device memory to use at most, like 11GiB, or 90%% of what is free (default: all of it)",
+        "most device memory to use, as 11GiB or 90%% of what is free (default: all of it)",
         metavar="SIZE",
     )
     ram: str | None = option(
         None,
-        "host memory to use at most, like 20GiB, or 90%% of what is free (default: all of it)",
+        "most host memory to use, as 20GiB or 90%% of what is free (default: all of it)",
         metavar="SIZE",
     )
     context: int | None = option(
-        None, "tokens of KV cache (default: 4096, or the model's limit if smaller)", int, metavar="N"
+        None, "most tokens of a text (default: 4096, or the model's limit if smaller)", int, metavar="N"
     )
 
     chat_template: str | None = option(
@@ -61,28 +61,29 @@ class EngineOptions:
     )
     threads: int | None = option(
         None,
-        "threads to compute with on the CPU (default: PyTorch's choice, within the processors that affinity "
-        "and control groups allow)",
+        "threads to compute with on a CPU (default: PyTorch's choice, at most the processors it may use)",
         int,
         metavar="N",
     )
 
     offload: str = option(
-        "auto", "keep experts in host memory: if they do not all fit the device, never, or always (a study)",
+        "auto", "keep experts in host memory: where they do not all fit, never, or always, for study",
         choices=OFFLOAD,
     )  # fmt: skip
     slots: int | None = option(
         None, "experts of each layer on the device (default: as many as fit)", int, metavar="N"
     )
-    policy: str = option("lru", "which expert leaves when another needs its slot", choices=tuple(POLICIES))
-    lookahead: int = option(1, "layers to look ahead for experts to copy early: 0, 1 or 2", int, metavar="N")
-    prefetch: int = option(1, "experts to copy early for each of these layers", int, metavar="N")
+    policy: str | PolicyMaker = option(  # noqa: RUF009
+        "lru", "which expert to evict when another needs its slot", choices=tuple(POLICIES)
+    )
+    lookahead: int = option(1, "how many layers ahead to guess experts: 0, 1 or 2", int, metavar="N")
+    prefetch: int = option(1, "experts to prefetch for each of these layers", int, metavar="N")
     graphs: bool = option(
-        True, "put a token's step on a GPU as CUDA graphs, rather than launch by launch",
+        True, "on a GPU, run a token's step as CUDA graphs (default), or launch by launch",
         action=argparse.BooleanOptionalAction,
     )  # fmt: skip
     link_gbps: float | None = option(
-        None, "GB/s to copy experts at, at most: to study a slower link (CPU only)", float, metavar="G"
+        None, "copy experts at no more than G GB/s, to study a slower link (CPU only)", float, metavar="G"
     )
 
     def __post_init__(self) -> None:
@@ -101,7 +102,8 @@ class EngineOptions:
             expected = "a whole number of tokens, at least 2"
             settle(self, "context", whole("context", self.context, 2, expected=expected))
         choice("offload", self.offload, OFFLOAD)
-        choice("policy", self.policy, POLICIES)
+        if not callable(self.policy):
+            choice("policy", self.policy, POLICIES)
         numbers = {"slots": (1, 1 << 20), "threads": (1, 1 << 12), "lookahead": (0, 2), "prefetch": (0, 64)}
         for name, (least, most) in numbers.items():
             if name not in ("slots", "threads") or getattr(self, name) is not None:
@@ -122,7 +124,7 @@ class SamplingParams:
 
     max_new_tokens: int = option(256, "stop after this many tokens", int, metavar="N")
     temperature: float = option(0.7, "0 takes the likeliest token; higher is more varied", float, metavar="T")
-    top_k: int = option(0, "consider only the K likeliest tokens; 0 is all", int, metavar="K")
+    top_k: int = option(0, "consider only the K likeliest tokens; 0 considers all", int, metavar="K")
     top_p: float = option(
         0.95, "consider only the likeliest tokens that together reach probability P", float, metavar="P"
     )
@@ -133,7 +135,7 @@ class SamplingParams:
         1.0, "above 1 makes tokens that already occurred less likely", float, metavar="R"
     )
     logit_bias: Mapping[int, float] = option(
-        (), "add BIAS to a token's logit", parse_bias, nargs="+", metavar="ID=BIAS"
+        (), "add BIAS to the logit of token ID", parse_bias, nargs="+", metavar="ID=BIAS"
     )
     seed: int | None = option(
         None, "the same seed gives the same text (default: a new one each time)", int, metavar="S"

@@ -44,7 +44,7 @@ from runtime.experts.choices import added_up, by_last_use, to_host
 from runtime.experts.copying import CopyEngine, HostLink, Link, Ticket
 from runtime.experts.cuda_link import CudaLink
 from runtime.experts.ledger import Ledger
-from runtime.experts.policy import make_policy
+from runtime.experts.policy import PolicyMaker, make_policy
 from runtime.experts.slots import Guess, SlotTable, Spares
 from runtime.planning.plan import Plan
 from runtime.stats import Stats
@@ -118,7 +118,7 @@ class ExpertCache:
         form: ExpertFormat,
         device: torch.device,
         experts: int,
-        policy: str = "lru",
+        policy: str | PolicyMaker = "lru",
         prefetch: int = 1,
         link_gbps: float | None = None,
     ) -> "ExpertCache":
@@ -145,7 +145,7 @@ class ExpertCache:
         plan: Plan,
         form: ExpertFormat,
         device: torch.device,
-        policy: str = "lru",
+        policy: str | PolicyMaker = "lru",
         prefetch: int = 1,
         link_gbps: float | None = None,
     ) -> "ExpertCache":

@@ -15,7 +15,8 @@ from runtime.errors import OptionError
 class Policy(Protocol):
     """Chooses victims among the experts of one layer that are in slots.
 
-    A policy of one's own is such a class and a line in `POLICIES`:
+    A policy of one's own is such a class. `EngineOptions(policy=...)` takes a function that makes one from a
+    seed and a layer's number. A line in `POLICIES` gives that function a name for the command line.
 
     >>> class MostRecent:
     ...     "Evicts what was used last: best for a loop that is longer than the slots."
@@ -27,8 +28,7 @@ class Policy(Protocol):
     ...         return next(e for e in reversed(self.order) if e in candidates)
     ...     def evicted(self, expert):
     ...         self.order.remove(expert)
-    >>> policies = POLICIES | {"most-recent": lambda seed, layer: MostRecent()}
-    >>> policy = make_policy("most-recent", seed=0, layer=0, policies=policies)
+    >>> policy = make_policy(lambda seed, layer: MostRecent(), seed=0, layer=0)
     >>> for expert in (3, 1, 4):
     ...     policy.used(expert)
     >>> policy.victim({3, 1})
@@ -155,9 +155,9 @@ class Static:
         del self.arrived[expert]
 
 
-Policies = dict[str, Callable[[int, int], Policy]]
+PolicyMaker = Callable[[int, int], Policy]  # from a seed and a layer's number
 
-POLICIES: Policies = {
+POLICIES: dict[str, PolicyMaker] = {
     "lru": lambda seed, layer: LRU(),
     "lfu": lambda seed, layer: LFU(),
     "random": Random,
@@ -165,14 +165,25 @@ POLICIES: Policies = {
 }
 
 
-def make_policy(name: str, seed: int, layer: int, policies: Policies = POLICIES) -> Policy:
-    """The policy of one layer. Raises `OptionError` for a name that is not there.
+def make_policy(policy: str | PolicyMaker, seed: int, layer: int) -> Policy:
+    """The policy of one layer. Raises `OptionError` for a name that is not in `POLICIES`.
 
     >>> make_policy("fifo", seed=0, layer=0)
     Traceback (most recent call last):
     ...
     runtime.errors.OptionError: policy is 'fifo', and must be one of lru, lfu, random, static
     """
-    if name not in policies:
-        raise OptionError(f"policy is {quoted(name)}, and must be one of {', '.join(policies)}")
-    return policies[name](seed, layer)
+    if callable(policy):
+        return policy(seed, layer)
+    if policy not in POLICIES:
+        raise OptionError(f"policy is {quoted(policy)}, and must be one of {', '.join(POLICIES)}")
+    return POLICIES[policy](seed, layer)
+
+
+def policy_name(policy: str | PolicyMaker) -> str:
+    """What traces call a policy.
+
+    >>> policy_name("lru"), policy_name(Random)
+    ('lru', 'Random')
+    """
+    return policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)

@@ -1,4 +1,4 @@
-"""Parsers of command lines, and option dataclasses as flags: `--max-new-tokens` is `max_new_tokens`."""
+"""Parsers of command lines, and option dataclasses as flags: `max_new_tokens` is `--max-new-tokens`."""
 
 import argparse
 import dataclasses
@@ -8,9 +8,18 @@ from runtime.shell.command import put
 
 Options = TypeVar("Options")
 
+# The titles under which `--help` shows the fields of options, in this order.
+GROUPS = {
+    "model and prompt": ("chat_template",),
+    "when to stop": ("max_new_tokens", "stop", "ignore_eos"),
+    "sampling": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias", "seed"),
+    "memory and device": ("device", "dtype", "vram", "ram", "context", "threads", "graphs"),
+    "experts that do not all fit": ("offload", "slots", "policy", "lookahead", "prefetch", "link_gbps"),
+}
+
 
 def new_parser(command: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of `python -m command`, without flags so far but `--help`."""
+    """The parser of `python -m command`, with no flag but `--help`."""
     return help_by_put(
         argparse.ArgumentParser(
             prog=f"python -m {command}",
@@ -22,7 +31,7 @@ def new_parser(command: str, description: str | None) -> argparse.ArgumentParser
 
 
 def help_by_put(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Let a parser print its help as results are printed: argparse hides that stdout takes no more."""
+    """Let a parser print its help as results are printed. Argparse would hide that stdout takes no more."""
     parser.print_help = lambda file=None: put(parser.format_help())  # type: ignore[method-assign]
     return parser
 
@@ -35,22 +44,35 @@ def at_least_one(text: str) -> int:
     return value
 
 
-def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
-    """Add a flag for each field of the dataclass `options`, in a group of its own."""
-    group = parser.add_argument_group(options.__name__)
-    for field in dataclasses.fields(options):
-        words: dict[str, Any] = dict(field.metadata)
-        if words.get("action") in ("store_true", argparse.BooleanOptionalAction):
-            del words["type"]
-        elif words.get("nargs") == "+":
-            words["action"] = "extend"
-        if field.default not in (None, (), False):
-            words["help"] += f" (default: {field.default})"
-        group.add_argument(flag(field.name), default=argparse.SUPPRESS, **words)
+def add_flags(parser: argparse.ArgumentParser, *options: type) -> None:
+    """Add a flag for each field of these dataclasses, under the titles of `GROUPS`."""
+    fields = {field.name: field for each in options for field in dataclasses.fields(each)}
+    for title, names in GROUPS.items():
+        for name in names:
+            if name in fields:
+                add_flag(group(parser, title), fields.pop(name))
+    assert not fields, f"no group for {', '.join(fields)}"
+
+
+def add_flag(group: argparse._ArgumentGroup, field: "dataclasses.Field[Any]") -> None:
+    words: dict[str, Any] = dict(field.metadata)
+    if words.get("action") in ("store_true", argparse.BooleanOptionalAction):
+        del words["type"]
+    elif words.get("nargs") == "+":
+        words["action"] = "extend"
+    if isinstance(field.default, (str, int, float)) and not isinstance(field.default, bool):
+        words["help"] += f" (default: {field.default})"
+    group.add_argument(flag(field.name), default=argparse.SUPPRESS, **words)
+
+
+def group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The parser's group of flags with this title, which is made if there is none."""
+    found = [group for group in parser._action_groups if group.title == title]
+    return found[0] if found else parser.add_argument_group(title)
 
 
 def from_flags(options: type[Options], args: argparse.Namespace) -> Options:
-    """The dataclass, from what argparse read; flags that were not given keep their defaults."""
+    """The dataclass, from what argparse has read. A field whose flag was not given keeps its default."""
     names = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     return options(**{name: value for name, value in vars(args).items() if name in names})
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import re
 import shlex
 from fractions import Fraction
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import EngineOptions, OptionError, SamplingParams
-from runtime.shell.arguments import add_flags, flag, from_flags
+from runtime.shell.arguments import GROUPS, add_flags, flag, from_flags
 
 
 def test_defaults() -> None:
@@ -200,7 +201,17 @@ def test_no_flags_give_the_defaults(options: type) -> None:
     assert parse(options, []) == options()
 
 
-def test_each_field_is_a_flag() -> None:
+def test_each_field_is_a_flag_under_a_title_for_people() -> None:
+    names = [name for names in GROUPS.values() for name in names]
+    fields = [*dataclasses.fields(EngineOptions), *dataclasses.fields(SamplingParams)]
+    assert sorted(names) == sorted(field.name for field in fields)
+    parser = argparse.ArgumentParser()
+    add_flags(parser, SamplingParams, EngineOptions)
+    shown = re.findall(r"^(\S.*):$", parser.format_help(), re.MULTILINE)
+    assert [title for title in shown if title != "options"] == list(GROUPS)
+
+
+def test_each_field_can_be_given_as_a_flag() -> None:
     assert parse(
         EngineOptions, shlex.split("--device cuda:1 --dtype float16 --vram 90% --ram 20GiB --context 512")
     ) == EngineOptions(device="cuda:1", dtype="float16", vram="90%", ram="20GiB", context=512)

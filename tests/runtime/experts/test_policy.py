@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import OptionError
-from runtime.experts.policy import LFU, LRU, POLICIES, Policy, Random, Static, make_policy
+from runtime import Engine, EngineOptions, OptionError, SamplingParams
+from runtime.experts.policy import LFU, LRU, POLICIES, Policy, PolicyMaker, Random, Static, make_policy
+from tools.trace.read import read_trace
 
 ACCESSES = st.lists(st.integers(0, 7), min_size=1, max_size=60)
 HALF_LIFE = 8
@@ -101,3 +103,27 @@ def test_an_expert_whose_copy_failed_can_come_again(name: str, accesses: list[in
 def test_an_unknown_policy_is_refused_with_what_there_is() -> None:
     with pytest.raises(OptionError, match="policy is 'mru', and must be one of lru, lfu, random, static"):
         make_policy("mru", seed=0, layer=0)
+
+
+def test_a_policy_of_ones_own(load: Callable[..., Engine], tmp_path: Path) -> None:
+    """An engine makes one for each layer, asks it for victims, and calls it by its name in traces."""
+    made = []
+
+    class Mine(LRU):
+        def __init__(self, seed: int, layer: int) -> None:
+            super().__init__()
+            made.append((seed, layer))
+
+    def misses(policy: str | PolicyMaker) -> int:
+        engine = load(slots=3, lookahead=0, policy=policy)
+        with engine.recording(tmp_path / "trace.jsonl"):
+            for _ in engine.generate("def alpha_", SamplingParams(max_new_tokens=20, temperature=0)):
+                pass
+        return engine.stats().misses
+
+    assert misses(Mine) == misses("lru") != misses("static")
+    assert made == [(0, 0), (0, 1)]
+    misses(Mine)
+    assert read_trace(tmp_path / "trace.jsonl").header.policy == "Mine"
+    with pytest.raises(OptionError, match=r"policy is 3, and must be one of lru, lfu, random, static"):
+        EngineOptions(policy=3)  # type: ignore[arg-type]
