@@ -15,14 +15,14 @@ from model.rope import Rope
 
 
 class Attention(nn.Module):
-    """Attention over a cache that belongs to the caller; without one, over the tokens at hand.
+    """Attention over the caller's keys and values, or without them over the given tokens alone.
 
-    The query, key and value projections are one matrix, rows in that order: one product instead of three, and
-    one rotation for queries and keys together.
+    The query, key and value projections are one matrix, with rows in that order. So one product replaces
+    three, and one rotation serves queries and keys.
     """
 
     def __init__(self, config: ModelConfig, linear: Callable[[int, int], nn.Module]) -> None:
-        """`linear(inputs, outputs)` makes a projection."""
+        """`linear(inputs, outputs)` makes each of the two projections."""
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         qkv = (config.heads + 2 * config.kv_heads) * config.head_dim
@@ -44,18 +44,18 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, H * self.head_dim))
 
     def step(self, x: Tensor, rope: Rope, kv: LayerKV, position: Tensor) -> Tensor:  # [1, D] -> [1, D]
-        """The same for one token in a step on a GPU. `position` [1] int64 is where the token goes in `kv`."""
+        """The same for one token in a step on a GPU. position [1] int64 is the token's place in `kv`."""
         qkv = self.qkv_proj(x)  # [1, (H + 2 G) K]
         q = kernels.rotate_and_append(qkv, rope.cos, rope.sin, kv.k, kv.v, position)  # [H, K]
         return self.o_proj(kernels.attend(q, kv.k, kv.v, position))
 
 
 def marked(v: Tensor, qk: Tensor) -> Tensor:  # [B, G, T, K], [B, H + G, T, K] -> [B, G, T, K]
-    """The values as they are, or NaN, all of them, if any query or key is not finite.
+    """The values unchanged, or all NaN if any query or key is not finite.
 
-    Attention alone can hide a number that is not finite: a CPU's kernel gives zeros where no score is finite,
-    and a key that overflowed can look like one that no token may see. A value of NaN shows in every token
-    that sees it, whatever its score is, and through the cache in every later one.
+    Attention alone can hide a number that is not finite. A CPU's kernel gives zeros where no score is finite,
+    and a key that overflowed can look like one that is masked. A value of NaN reaches every token that sees
+    it, at any score, and through the KV cache every later token.
     """
     return torch.addcmul(v, *qk.detach().aminmax(), value=0)
 
@@ -63,12 +63,12 @@ def marked(v: Tensor, qk: Tensor) -> Tensor:  # [B, G, T, K], [B, H + G, T, K] -
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Causal attention of the last T of S tokens: q [B, H, T, K], k and v [B, G, S, K] -> [B, H, T, K].
 
-    `mask` [T, S], true where a token may look, is needed only on a CPU, and only when 1 < T < S: a single
-    token sees everything, and T = S is the plain triangle.
+    `mask` [T, S] is true where a token may look. Only a CPU needs it, and only if 1 < T < S, because a single
+    token sees everything and T = S is the plain triangle.
     """
     B, H, T, K = q.shape
     G, S = k.shape[1:3]
-    if T == 1:  # the H/G queries of a group are rows against the same keys: nothing is repeated
+    if T == 1:  # the H/G queries of a group become rows against the same keys, so no keys are repeated
         q = q.reshape(B, G, H // G, K)
     if takes_flash(q, k, v):
         out = attend_by_flash(q, k, v, causal=T > 1)
@@ -77,37 +77,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     elif q.is_cuda:
         out = attend_by_scores(q, k, v)
     else:
-        assert mask is not None or S == T, "is_causal would line the triangle up with the first keys"
+        assert mask is not None or S == T, "is_causal would align the triangle with the first keys"
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.reshape(B, H, T, K)
 
 
 def takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether flash attention takes these as they are, on the GPU that they are on."""
+    """Whether the tensors are on a GPU whose flash attention takes them."""
     if not q.is_cuda or q.shape[-1] % 8:
         return False
-    with torch.cuda.device_of(q):  # PyTorch asks the current device
+    with torch.cuda.device_of(q):  # PyTorch looks at the current device
         return can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, q.shape[1] != k.shape[1]))
 
 
 def attend_by_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:  # [B, H, T, K]
-    """Flash attention by its own operator, whatever T is.
+    """Flash attention by its own operator, for any T.
 
-    `F.scaled_dot_product_attention` prefers cuDNN from compute capability 9.0 on, which makes a plan for each
-    shape in each thread and keeps it: one for every length of a prompt. Nor does it ever ask flash attention
-    to line its triangle up with the last keys, as the operator does. `torch.nn.attention.bias` makes this
-    very call, but imports some 900 modules and allocates [2, T, S] numbers.
+    `F.scaled_dot_product_attention` will not do. From compute capability 9.0 on it prefers cuDNN, which makes
+    and keeps a plan for every length of a prompt in every thread. And it never has flash attention align the
+    triangle with the last keys, as the operator does. `torch.nn.attention.bias` makes the same call, but
+    imports some 900 modules and allocates [2, T, S] numbers.
     """
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[0]
 
 
-ROWS = 64  # tokens whose scores `attend_by_scores` writes out at a time
+ROWS = 64  # tokens whose scores `attend_by_scores` holds at a time
 
 
 def attend_by_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, T, K]
-    """Causal attention on a GPU without flash attention, in float32.
+    """Causal attention in float32 on a GPU without flash attention, a few tokens at a time.
 
-    PyTorch's own way would write out all scores [H, T, S], three times, and keys and values for H heads.
+    PyTorch's own way would hold all scores [H, T, S] three times, and repeat keys and values for H heads.
     """
     T, S = q.shape[2], k.shape[2]
     k, v, out = k.float(), v.float(), torch.empty_like(q)
@@ -119,7 +119,7 @@ def attend_by_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, T, K]
 
 
 def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, T, K] float32
-    """The same for a few tokens, all scores in memory; k and v are float32."""
+    """The same for a few tokens, with all scores in memory. k and v are float32."""
     B, H, T, K = q.shape
     G, S = k.shape[1:3]
     rows = (q.float() * K**-0.5).reshape(B, G, -1, K)  # [B, G, H/G T, K]
@@ -130,34 +130,34 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, T, K] f
 
 
 class Attending(Enum):
-    """How attention of a prompt is computed, which decides what memory it takes."""
+    """How attention of a prompt is computed, which decides how much memory it takes."""
 
-    MASK = "on a CPU: a mask [T, S] for a later chunk"
+    MASK = "on a CPU: a mask [T, S] for each chunk but the first"
     FLASH = "on a GPU with flash attention: neither a mask nor scores"
     SCORES = "on another GPU: scores of a few tokens"
 
     @staticmethod
     def of(config: ModelConfig, dtype: torch.dtype, capability: tuple[int, int] | None) -> "Attending":
-        """The way on a GPU of this compute capability; None is a CPU."""
+        """The way of a GPU of this compute capability, or with None of a CPU."""
         if capability is None:
             return Attending.MASK
         fits = config.head_dim % 8 == 0 and config.head_dim <= 256
         return Attending.FLASH if fits and dtype.itemsize == 2 and capability >= (8, 0) else Attending.SCORES
 
     def bytes(self, config: ModelConfig, dtype: torch.dtype, T: int, S: int) -> int:
-        """What attention of the last T of S tokens takes, beside queries, keys, values and its result."""
+        """The bytes that attention of the last T of S tokens takes, beside q, k, v and its result."""
         H, G, K = config.heads, config.kv_heads, config.head_dim
         if self is Attending.MASK:
             return T * S * (1 + dtype.itemsize)  # as bool, and as the kernel's dtype
         if self is Attending.FLASH:
             return 0
-        row = H * (2 * S + 2 * K) * 4 + 2 * S  # scores, weights, queries, sums; and a mask as it is made
+        row = H * (2 * S + 2 * K) * 4 + 2 * S  # scores, weights, queries, sums, and a mask while it is made
         wide = 0 if dtype == torch.float32 else 2 * G * S * K * 4  # keys and values
         return wide + min(T, ROWS) * row
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor | None:
-    """Which of S tokens each of the last T may look at: [T, S] bool, or None where `attend` needs none.
+    """Which of S tokens each of the last T may look at: [T, S] bool, or None if `attend` needs no mask.
 
     >>> causal_mask(2, 4, torch.device("cpu")).int().tolist()
     [[1, 1, 1, 0], [1, 1, 1, 1]]

@@ -1,4 +1,4 @@
-"""The architecture's numbers, read from a checkpoint's own files and from nowhere else."""
+"""The architecture's numbers. They are read from a checkpoint's own files and from nowhere else."""
 
 import json
 import warnings
@@ -10,7 +10,7 @@ from typing import Any
 from model.errors import ModelError, quoted
 
 MAX_CONFIG_BYTES = 1 << 20
-MOST = {  # far above any Mixtral: no claim of a file makes anything else long, or large
+MOST = {  # far above any Mixtral, so that no number in a file makes the program slow or large
     "vocab": 1 << 24,
     "hidden": 1 << 20,
     "layers": 1 << 12,
@@ -22,16 +22,17 @@ MOST = {  # far above any Mixtral: no claim of a file makes anything else long, 
     "context": 1 << 24,
 }
 MAX_ENDS = 64  # end-of-sequence ids
-FLOAT32 = (2.0**-126, 2.0**127)  # the network computes with these numbers in float32
-NATIVE = "mixtral-runtime"  # the quant_method of our own checkpoints: see `model.checkpoint.native`
+FLOAT32 = (2.0**-126, 2.0**127)  # bounds of fractions, because the network computes with them in float32
+NATIVE = "mixtral-runtime"  # the quant_method of this project's checkpoints: see `model.checkpoint.native`
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Mixtral's shape (arXiv 2401.04088, table 1). The letters are the legend of `model.mixtral`.
+    """A Mixtral's shape (arXiv 2401.04088, table 1), with the letters of `model.mixtral`.
 
-    `context` is the longest sequence the model was made for, in tokens. There is no sliding window: Mixtral
-    attends over all of it, whatever an older file may say.
+    `context` is the longest sequence that the model was trained for, in tokens. Mixtral attends to all of it.
+    Older files name a sliding window, which Mixtral does not have. Raises `ModelError` if a number is out of
+    range.
     """
 
     vocab: int  # V
@@ -73,9 +74,9 @@ class ModelConfig:
 
     @staticmethod
     def read(folder: Path) -> "ModelConfig":
-        """The configuration in `folder`: HF's `config.json`, or else Mistral's `params.json`.
+        """The configuration in `folder`, from HF's `config.json` or else Mistral's `params.json`.
 
-        Raises `ModelError` if there is neither, or one that is not valid JSON or not a Mixtral's.
+        Raises `ModelError` if both are missing, or if the file is not valid JSON or not a Mixtral's.
         """
         if (folder / "config.json").is_file():
             config = read_json(folder / "config.json")
@@ -89,7 +90,10 @@ class ModelConfig:
 
 
 def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-    """From the contents of `config.json` and, for the end-of-sequence ids, `generation_config.json`.
+    """A configuration from the contents of `config.json`.
+
+    End-of-sequence ids come from `generation`, too, the contents of `generation_config.json`, because either
+    file may name one that the other lacks.
 
     >>> from_hf({"model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32,
     ...          "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
@@ -115,6 +119,7 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
         )
     heads, hidden = get.int("num_attention_heads"), get.int("hidden_size")
     vocab = get.int("vocab_size")
+    ends = eos_ids({"eos_token_id": 2} | dict(config), vocab) + eos_ids(generation or {}, vocab)
     return ModelConfig(
         vocab=vocab,
         hidden=hidden,
@@ -129,18 +134,14 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
         rope_theta=hf_rope_theta(config),
         norm_eps=get.float("rms_norm_eps", 1e-5),
         bos_id=get.int("bos_token_id", 1),
-        eos_ids=tuple(
-            dict.fromkeys(
-                [*eos_ids({"eos_token_id": 2} | dict(config), vocab), *eos_ids(generation or {}, vocab)]
-            )
-        ),  # either file may name an end that the other lacks
+        eos_ids=tuple(dict.fromkeys(ends)),
     )
 
 
 def check_quantization(config: Mapping[str, Any]) -> None:
-    """Raises `ModelError` where `config.json` says that another program quantized the weights."""
+    """Raise `ModelError` if `config.json` says that another program quantized the weights."""
     method = section(config, "quantization_config").get("quant_method", "another program")
-    if config.get("quantization"):  # MLX writes its sizes there
+    if config.get("quantization"):  # MLX's name for its settings
         method = "mlx"
     elif not config.get("quantization_config") or method == NATIVE:
         return
@@ -151,7 +152,7 @@ def check_quantization(config: Mapping[str, Any]) -> None:
 
 
 def from_mistral(params: Mapping[str, Any]) -> ModelConfig:
-    """From the contents of Mistral's `params.json`."""
+    """A configuration from the contents of Mistral's `params.json`."""
     get = Fields("params.json", params)
     moe = params.get("moe")
     if not isinstance(moe, Mapping):
@@ -173,7 +174,7 @@ def from_mistral(params: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
-    """The contents of a `config.json` that `from_hf`, and Transformers, read back as `config`."""
+    """The contents of a `config.json` that `from_hf` and Transformers read back as `config`."""
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -199,7 +200,7 @@ def to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
 
 
 def hf_rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base, from either spelling: `rope_theta`, or `rope_parameters` in newer files."""
+    """The rotary base, from `rope_theta` or from `rope_parameters` in newer files."""
     nested = section(config, "rope_parameters")
     scaling = nested | section(config, "rope_scaling")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -209,9 +210,9 @@ def hf_rope_theta(config: Mapping[str, Any]) -> float:
 
 
 def eos_ids(config: Mapping[str, Any], vocab: int) -> tuple[int, ...]:
-    """End-of-sequence ids: a number, a list of numbers, or none at all.
+    """The end-of-sequence ids in a file, which has a number, a list of numbers or none.
 
-    Ids outside the vocabulary are left out, with a warning: the model cannot write them.
+    The model cannot write ids outside its vocabulary. They are left out with a warning.
     """
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -232,7 +233,7 @@ def eos_ids(config: Mapping[str, Any], vocab: int) -> tuple[int, ...]:
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An object inside the configuration; empty if it is absent or null."""
+    """An object inside the configuration, empty if it is absent or null."""
     value = config.get(name) or {}
     if not isinstance(value, Mapping):
         raise ModelError(f"config.json: {name} is {quoted(value)}, and must be an object")
@@ -240,7 +241,7 @@ def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 class Fields:
-    """Typed access to one JSON object, so that a wrong or missing field is named."""
+    """Typed access to one JSON object. Errors name the wrong or missing field."""
 
     def __init__(self, source: str, values: Mapping[str, Any]) -> None:
         self.source = source
@@ -267,7 +268,7 @@ class Fields:
 
 
 def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes. Raises `ModelError` naming the file."""
+    """A JSON object from a file of up to `limit` bytes. Raises `ModelError` if the file has none."""
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
@@ -275,7 +276,7 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
         value = json.loads(data.decode("utf-8")) if len(data) <= limit else None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, endless numbers; brackets too deep
+    except (ValueError, RecursionError) as error:  # UTF-8, JSON, a number too long, too many brackets
         raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
     if len(data) > limit:
         raise ModelError(f"{path}: {size} bytes, too large for a configuration file")

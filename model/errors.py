@@ -1,17 +1,16 @@
-"""What can be wrong with a model's files: one exception, whose message names the thing, the number and the
-remedy."""
+"""What can be wrong with a model's files. The message names the thing, the number and the remedy."""
 
 import reprlib
 
 
 class ModelError(ValueError):
-    """A configuration or checkpoint that cannot be used as it is; the message is one line, fit for a user."""
+    """A configuration or checkpoint cannot be used. The message is one line for users."""
 
 
 def quoted(value: object, limit: int = 80) -> str:
-    """A value from a file or a caller, as a message may show it: its repr, in at most `limit` characters.
+    """The repr of a value from a file or a caller, cut to `limit` characters, for a message.
 
-    Control characters come out escaped, so a message stays one line and a terminal is not told anything.
+    Control characters are escaped, so the message stays on one line and cannot control a terminal.
 
     >>> print(quoted("two\\nlines"), quoted("\\x1b[2J" + "y" * 10**6, limit=24))
     'two\\nlines' '\\x1b[2Jyy...yyyyyyyyyy'

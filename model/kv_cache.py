@@ -1,4 +1,4 @@
-"""The keys and values of the tokens seen so far: allocated once, owned by the caller, cut back at will."""
+"""The keys and values of the tokens so far. The caller owns them and may cut them back."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ from model.config import ModelConfig
 
 
 class LayerKV:
-    """One layer's keys and values, [B, G, C, K] each for a context of C tokens."""
+    """One layer's keys and values, [B, G, C, K] each, with room for C tokens."""
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k = k
         self.v = v
 
     def append(self, k: Tensor, v: Tensor, past: int) -> tuple[Tensor, Tensor]:  # [B, G, T, K] each
-        """Store T tokens behind the first `past`; return views of them all, [B, G, past + T, K] each."""
+        """Store T tokens after the first `past`; return views of all, [B, G, past + T, K] each."""
         end = past + k.shape[2]
         self.k[:, :, past:end] = k
         self.v[:, :, past:end] = v
@@ -25,19 +25,19 @@ class LayerKV:
 
 @dataclass(eq=False)
 class KVCache:
-    """All layers' caches; the `length` of what they hold moves once per forward, behind the last layer."""
+    """All layers' keys and values."""
 
     layers: list[LayerKV]
     batch: int
-    capacity: int
-    length: int = 0
+    capacity: int  # tokens
+    length: int = 0  # tokens stored; a forward moves it after its last layer
 
     @staticmethod
     def allocate(
         config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> "KVCache":
-        """One tensor for all layers: an allocator that rounds up does so once. A cache made in inference mode
-        can be used outside of it."""
+        """An empty KV cache in one tensor, because a GPU's allocator rounds every tensor up. One that is made
+        in inference mode can be used outside of it."""
         shape = (config.layers, 2, batch, config.kv_heads, capacity, config.head_dim)
         with torch.inference_mode(False):
             memory = torch.zeros(shape, dtype=dtype, device=device)
@@ -45,11 +45,11 @@ class KVCache:
 
     @staticmethod
     def bytes(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:
-        """What `allocate` takes of the device's memory."""
+        """The bytes that `allocate` takes on the device."""
         return 2 * config.layers * batch * config.kv_heads * capacity * config.head_dim * dtype.itemsize
 
     def truncate(self, length: int) -> None:
-        """Forget every token from position `length` on.
+        """Forget every token from position `length` on. Raises `ValueError` if there are fewer.
 
         >>> kv = KVCache([], batch=1, capacity=8, length=5)
         >>> kv.truncate(3); kv.length

@@ -11,7 +11,7 @@ from model.rows import in_pieces
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:  # [..., inputs], [outputs, inputs] -> [..., outputs]
     """`x @ weight.T`."""
-    if x.numel() == x.shape[-1] or x.dtype == torch.float32:  # the shortest way for one row
+    if x.numel() == x.shape[-1] or x.dtype == torch.float32:  # a short cut for decoding
         return F.linear(x, weight)
     return in_pieces(partial(F.linear, weight=weight), x)
 
@@ -19,8 +19,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:  # [..., inputs], [outputs, inp
 class Linear(nn.Module):
     """`x @ weight.T`, without bias.
 
-    The weight [outputs, inputs] is left as memory happens to be: drawing random numbers for 47 billion
-    parameters that a checkpoint overwrites would take longer than reading it.
+    The weight [outputs, inputs] is uninitialised, because drawing 47 billion random numbers would take longer
+    than reading the checkpoint that overwrites them.
     """
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -32,10 +32,10 @@ class Linear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """The same product from a bfloat16 weight in oneDNN's own order, on a CPU: the same bits, sooner.
+    """The same product, bit for bit, on a CPU from a bfloat16 weight that is stored in oneDNN's order.
 
-    A row-major weight is brought into that order anew for every product. With one row of x that takes as long
-    as the product: 32000 x 4096 took 20 ms, and from packed weights 12 (two cores).
+    oneDNN reorders a row-major weight for every product. With one row of x that takes nearly as long as the
+    product itself. A weight of 32000 x 4096 took 20 ms, and 12 ms when packed (two cores).
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -50,14 +50,14 @@ class PackedLinear(nn.Module):
 
 
 def pack(module: nn.Module) -> nn.Module:
-    """`module`, or where it is a `Linear` that this processor has use for packing, one that is packed."""
+    """A packed copy of `module` if it is a `Linear` that this processor can use so, else `module` itself."""
     if isinstance(module, Linear) and packs(module.weight):
         return PackedLinear(module.weight.detach())
     return module
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether this build of PyTorch can pack this weight, and its processor multiplies bfloat16.
+    """Whether this build of PyTorch can pack the weight and the processor multiplies bfloat16.
 
     >>> packs(torch.zeros(2, 2))
     False

@@ -8,14 +8,18 @@ Letters used for shapes, here and everywhere:
 
 Words, each with one meaning:
 
-    kv        the keys and values of a text; `KVCache` holds all layers', `LayerKV` one layer's
-    cache     experts: the device's slots and what fills them (`runtime.experts`)
-    forward   a pass of tokens through all layers
-    step      the forward of one decoded token on a GPU (`Mixtral.step`)
-    slot      one expert's place on the device; `slots` is a count
-    blob      an expert as one run of bytes
-    choose    what a router does, and nothing else
-    ..._bytes a quantity of bytes
+    kv             keys and values of a text: a `KVCache` has all layers', a `LayerKV` one layer's
+    cache          experts: the device's slots and what fills them (`runtime.experts`)
+    forward        a pass of one or more tokens through all layers
+    step           the forward of one decoded token (`Mixtral.step`)
+    choose         what a router does, and nothing else does
+    slot           one expert's place on the device; `slots` is a count of them
+    blob           one expert as a run of bytes
+    pool, arena    all slots' blobs on the device; every expert's blob in host memory
+    demand, guess  the copy of an expert that is needed, or that will probably be
+    resident       with all experts on the device; otherwise they are offloaded
+    spec           a weight format, such as 4 or 3g128 (`QuantSpec`)
+    ..._bytes      a quantity in bytes
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +40,7 @@ from model.router import Choice, seen_from
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467): in float32, rounded to x's dtype, then scaled."""
+    """Root-mean-square norm (arXiv 1910.07467), taken in float32, rounded to x's dtype, then scaled."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -50,12 +54,12 @@ class RMSNorm(nn.Module):
         return (wide * inverse).to(x.dtype) * self.weight
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [1, D] each
-        """In a step on a GPU: the residual stream x with y added to it, and the norm of that."""
+        """In a step on a GPU: x + y, which is the new residual stream, and the norm of that."""
         return kernels.add_and_norm(x, y, self.weight, self.eps)
 
 
 class Block(nn.Module):
-    """One layer: attention, then experts, each on a normed copy that is added back."""
+    """One layer: attention, then experts. Each reads a normed copy of x and is added to x."""
 
     def __init__(
         self,
@@ -81,12 +85,11 @@ class Block(nn.Module):
 class Mixtral(nn.Module):
     """Token ids to logits.
 
-    Parameters are named as in HF checkpoints, less the leading `model.`, and with two fusions: q, k, v are
-    rows of `qkv_proj`; w1, w3 are rows of `w13`. `model.checkpoint.pieces` holds the table.
+    Parameters have their names of HF checkpoints without the leading `model.`, with two fusions: `qkv_proj`
+    has the rows of q, k and v, and `w13` those of w1 and w3. `model.checkpoint.pieces` holds the table.
 
-    `experts(layer)` provides a layer's experts, and `linear(inputs, outputs)` makes attention's projections;
-    by default all of these are parameters of this module. Weights are left as memory happens to be: whoever
-    makes a model fills it.
+    `experts(layer)` provides a layer's experts, and `linear(inputs, outputs)` makes attention's projections.
+    By default they are parameters of this module. Weights are uninitialised. The caller fills them.
     """
 
     def __init__(
@@ -111,10 +114,14 @@ class Mixtral(nn.Module):
         self.lm_head: nn.Module = Linear(config.hidden, config.vocab, dtype, device)  # packed, perhaps
         self.rope = Rope.table(config.context, config.head_dim, config.rope_theta, dtype, device)
 
-    def forward(self, ids: Tensor, kv: KVCache | None = None, last: bool = False) -> Tensor:
-        """Logits [B, T, V] for ids [B, T]; only the last token's, [B, 1, V], with `last`.
+    @property
+    def blocks(self) -> list[Block]:
+        return [cast(Block, module) for module in self.layers]
 
-        With `kv` the ids follow the tokens that it holds, and are added to it. Without it they are the whole
+    def forward(self, ids: Tensor, kv: KVCache | None = None, last: bool = False) -> Tensor:
+        """Logits [B, T, V] for ids [B, T], or with `last` only the last token's, [B, 1, V].
+
+        With `kv`, the ids follow the tokens that it holds and are added to it. Without it, they are the whole
         text. Raises `ValueError` if they do not fit.
         """
         B, T = ids.shape
@@ -130,20 +137,19 @@ class Mixtral(nn.Module):
         return self.lm_head(self.norm(x))
 
     def step(self, token: Tensor, position: Tensor, kv: KVCache) -> Iterator[Choice | Tensor]:
-        """What `forward` computes for one id, on a GPU: L choices, one after each router, then logits [1, V].
+        """What `forward` computes for one id, on a GPU. Yields L choices, one a layer, then logits [1, V].
 
-        token and position [1] int64 are on the model's device: the id, and how many tokens `kv` holds. Its
-        `length` is neither read nor moved.
+        token and position, [1] int64 each on the model's device, are the id and the number of tokens that
+        `kv` holds. The caller moves `kv.length`. After each choice, the caller can bring the chosen experts
+        to the device before it asks for the next part.
 
-        There are two of these because a step is captured as CUDA graphs, which replay launches without
-        Python. So no line depends on the position or on the choice, nothing waits for the device, and what
-        `forward` does in ten small calls is one launch. The caller may stop at each choice, and bring its
-        experts to the device before it asks for the next part.
+        This is a second way because a step is captured as CUDA graphs, which replay launches without Python.
+        So no line here depends on the position or on a choice, nothing waits for the device, and one launch
+        does the work of some ten small calls in `forward`.
         """
         x = self.embed_tokens(token)  # [1, D]
         y = torch.zeros_like(x)  # what the last sublayer adds to the residual stream
-        for layer, module in enumerate(self.layers):
-            block = cast(Block, module)
+        for layer, block in enumerate(self.blocks):
             x, h = block.input_layernorm.step(x, y)
             y = block.self_attn.step(h, self.rope, kv.layers[layer], position)
             x, h = block.post_attention_layernorm.step(x, y)
@@ -153,7 +159,7 @@ class Mixtral(nn.Module):
         yield self.lm_head(self.norm.step(x, y)[1])
 
     def room(self, B: int, T: int, kv: KVCache | None) -> tuple[int, int]:
-        """How many tokens come before T new ones, and with them. Raises `ValueError` if they do not fit."""
+        """The number of tokens without and with T new ones. Raises `ValueError` if they do not fit."""
         if kv is not None and kv.batch != B:
             raise ValueError(f"a batch of {B} for a KV cache of {kv.batch}")
         past, limit = 0, self.config.context
@@ -165,9 +171,9 @@ class Mixtral(nn.Module):
 
     @torch.no_grad()
     def look_ahead(self, distance: int) -> None:
-        """Have every router rank the experts of the next `distance` layers with its own choice. Call it after
-        the weights are there."""
-        blocks = [cast(Block, module) for module in self.layers]
+        """Have every router rank the experts of the next `distance` layers, too. Call it after the weights
+        are loaded."""
+        blocks = self.blocks
         for layer, block in enumerate(blocks):
             mine = block.post_attention_layernorm.weight.detach()
             block.block_sparse_moe.gate.look_ahead(
@@ -178,6 +184,6 @@ class Mixtral(nn.Module):
             )
 
     def prepare_step(self) -> None:
-        """Get routers ready for `step`. Call it after `look_ahead`."""
-        for module in self.layers:
-            cast(Block, module).block_sparse_moe.gate.prepare_step()
+        """Prepare routers for `step`. Call it after the weights are loaded."""
+        for block in self.blocks:
+            block.block_sparse_moe.gate.prepare_step()

@@ -1,8 +1,8 @@
 """Sparse mixture of experts: the router chooses A of E experts for each token, and their outputs are summed.
 
-The experts are behind the protocol `Experts`. Here they are `ResidentExperts`, whose weights are ordinary
-parameters. A provider that keeps only some experts on the device follows the same contract, adds up by the
-same `Contributions`, and so gives the same bits.
+A layer asks its experts through the protocol `Experts`. `ResidentExperts` have ordinary parameters. An expert
+cache, which keeps only some experts on the device, obeys the same protocol. Both sum with the same
+`Contributions`, so they give the same bits.
 """
 
 from collections import deque
@@ -21,19 +21,19 @@ Product = Callable[[Tensor], Tensor]  # x [N, inputs] -> [N, outputs]
 
 
 class Experts(Protocol):
-    """One layer's experts, applied to tokens that the router has already assigned."""
+    """One layer's experts."""
 
     def __call__(self, x: Tensor, choice: Choice) -> Tensor:
-        """The sum of the chosen experts' outputs, weighted.
+        """The weighted sum of the chosen experts' outputs.
 
-        x [N, D] is in the model's dtype, and so is the result [N, D]. A token's contributions are added in
-        ascending order of expert, so the result does not depend on which expert's weights arrived first.
+        x and the result are [N, D] in the model's dtype. A token's contributions are added in ascending order
+        of expert, so the result does not depend on which expert's weights arrived first.
         """
         ...
 
 
 class StepExperts(Experts, Protocol):
-    """Experts that `Mixtral.step` can use, on a GPU."""
+    """Experts that `Mixtral.step` can use on a GPU."""
 
     def step(self, x: Tensor, choice: Choice) -> Tensor:
         """The same for one token, x [1, D] -> [1, D], without waiting for the device."""
@@ -41,13 +41,13 @@ class StepExperts(Experts, Protocol):
 
 
 def gated(x: Tensor, w13: Product) -> Tensor:  # [N, D] -> [N, F]
-    """An expert's inner values, `silu(w1 x) * w3 x` (arXiv 2002.05202), with w1 above w3 in one matrix."""
+    """An expert's inner values, `silu(w1 x) * w3 x` (arXiv 2002.05202). `w13` multiplies by w1 above w3."""
     gate, up = w13(x).chunk(2, dim=-1)  # [N, F] each
     return F.silu(gate) * up
 
 
 class Expert(nn.Module):
-    """One expert, its weights parameters: SwiGLU, `w2(silu(w1 x) * w3 x)`."""
+    """One expert with parameters: SwiGLU, `w2(silu(w1 x) * w3 x)`."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class ResidentExperts(nn.Module):
 
 
 def mix(experts: Sequence[Product], x: Tensor, choice: Choice) -> Tensor:  # [N, D] -> [N, D]
-    """What `Experts` promises, where all experts of a layer are on the device."""
+    """What `Experts` promises, with all experts of the layer on the device."""
     sums: Contributions
     if x.shape[0] == 1:
         ids = choice.ids.tolist()[0]
@@ -87,15 +87,18 @@ def mix(experts: Sequence[Product], x: Tensor, choice: Choice) -> Tensor:  # [N,
 
 
 class Contributions(Protocol):
-    """What a layer's experts add to its output. Experts may be computed in any order: their contributions
-    are added in ascending order of expert, so every order gives the same bits."""
+    """What a layer's experts add to its output.
+
+    The caller computes experts in any order. Their contributions are added in ascending order of expert, so
+    every order gives the same bits.
+    """
 
     def inputs(self, expert: int) -> Tensor:  # [n, D]
         """The rows of x that chose the expert."""
         ...
 
     def add(self, expert: int, y: Tensor) -> None:  # [n, D]
-        """Take what the expert makes of its inputs."""
+        """Take the expert's outputs for its inputs."""
         ...
 
     def total(self) -> Tensor:  # [N, D]
@@ -104,10 +107,10 @@ class Contributions(Protocol):
 
 
 class OneToken:
-    """The contributions to one token. Nothing is gathered or scattered: decoding spends its time here."""
+    """Contributions to one token. It gathers and scatters nothing, because decoding spends its time here."""
 
     def __init__(self, x: Tensor, choice: Choice, ids: list[int]) -> None:
-        """x [1, D]; `ids` are the choice's ids on the host."""
+        """x is [1, D]. `ids` are the ids of the choice, on the host."""
         self.x, self.ids = x, ids
         self.weights = choice.weights.to(x.dtype).unbind(1)  # A of [1]
         self.parts: dict[int, Tensor] = {}
@@ -124,7 +127,7 @@ class OneToken:
 
 
 class ManyTokens:
-    """The contributions to several tokens. What comes in ascending order is added at once, the rest is held.
+    """Contributions to several tokens. Each is held until all of lower experts have been added.
 
     >>> x, ids = torch.ones(2, 4), torch.tensor([[3, 1], [1, 0]])
     >>> sums = ManyTokens(x, Choice(ids, torch.tensor([[0.75, 0.25], [0.5, 0.5]])), counts=[1, 2, 0, 1])
@@ -135,10 +138,10 @@ class ManyTokens:
     """
 
     def __init__(self, x: Tensor, choice: Choice, counts: Sequence[int]) -> None:
-        """x [N, D]; `counts` says how many tokens chose each of the layer's experts."""
+        """x is [N, D]. `counts` [E] has the number of tokens that chose each expert."""
         self.x, self.weights = x, choice.weights.to(x.dtype)
         self.groups = {e: (rows, column) for e, rows, column in by_expert(choice.ids, counts)}
-        self.missing = deque(self.groups)  # experts whose contribution is not in `out`, ascending
+        self.pending = deque(self.groups)  # ascending: experts whose contributions are not in `out` yet
         self.held: dict[int, Tensor] = {}
         self.out = torch.zeros_like(x)
 
@@ -148,20 +151,21 @@ class ManyTokens:
     def add(self, expert: int, y: Tensor) -> None:
         rows, column = self.groups[expert]
         self.held[expert] = y * self.weights[rows, column, None]
-        while self.missing and self.missing[0] in self.held:
-            e = self.missing.popleft()
+        while self.pending and self.pending[0] in self.held:
+            e = self.pending.popleft()
             self.out.index_add_(0, self.groups[e][0], self.held.pop(e))
 
     def total(self) -> Tensor:
-        assert not self.missing, self.missing
+        assert not self.pending, self.pending
         return self.out
 
 
 def by_expert(ids: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:  # ids [N, A]
-    """For each expert that a token chose, in ascending order: (expert, rows [n], column [n]).
+    """For each chosen expert, in ascending order: (expert, rows [n], column [n]).
 
-    `rows` are the tokens that chose it, ascending, and `column` says as which of their A choices. `counts`
-    says how many tokens chose each expert. The host knows it, so nothing here waits for the device.
+    `rows` are the tokens that chose the expert, ascending. `column` says which of a token's A choices it is.
+    `counts` [E] has the number of tokens that chose each expert. It is on the host, so that nothing here
+    waits for the device.
 
     >>> ids = torch.tensor([[2, 0], [2, 1]])  # token 0 chose experts 2 and 0, token 1 chose 2 and 1
     >>> groups = by_expert(ids, counts=[1, 1, 2, 0])
@@ -177,7 +181,7 @@ def by_expert(ids: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor,
 
 
 class SparseMoE(nn.Module):
-    """A router, and the experts that it chooses from."""
+    """A router and the experts that it chooses from."""
 
     def __init__(self, config: ModelConfig, experts: Experts, device: torch.device) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Names and shapes of the network's parameters, in the order that checkpoints are written in.
+"""Names and shapes of the network's parameters, in the order of written checkpoints.
 
-A name with an `{n}` in it stands for one parameter of each layer, with an `{e}` for one of each expert.
+A name with `{n}` stands for a parameter of each layer, and one with `{e}` for a parameter of each expert.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from model.config import ModelConfig
 
 
 def parameter_rows(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """For each parameter, the rows of the tensors fused in it, and one row's shape: (D,), or () in a norm."""
+    """For each parameter, the row counts of the tensors fused in it, and the shape of a row, () in a norm."""
     V, D, F, E, K = config.vocab, config.hidden, config.ffn, config.experts, config.head_dim
     H, G = config.heads, config.kv_heads
     return {
@@ -27,7 +27,7 @@ def parameter_rows(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tupl
 
 
 def copies(template: str, config: ModelConfig) -> int:
-    """For how many names this one stands.
+    """The number of names that this one stands for.
 
     >>> tiny = ModelConfig(vocab=9, hidden=4, layers=5, heads=2, kv_heads=1, head_dim=2, ffn=3, experts=2,
     ...                    experts_per_token=1, context=8, rope_theta=1e4, norm_eps=1e-5)
@@ -38,7 +38,7 @@ def copies(template: str, config: ModelConfig) -> int:
 
 
 def instances(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
-    """Every parameter as (template, layer, expert): a layer's parameters together, and in it an expert's."""
+    """Every parameter as (template, layer, expert), grouped by layer and within a layer by expert."""
     templates = list(parameter_rows(config))
     yield from ((t, 0, 0) for t in templates if "{n}" not in t)
     for n in range(config.layers):

@@ -5,18 +5,18 @@ from torch import Tensor
 
 
 class Rope:
-    """Rotations by position, for every position a model can have; a forward takes the slice it needs.
+    """A table of rotations by position. A forward takes the slice of the positions that it computes.
 
     Dimension i of a head turns together with dimension i + K/2, by `position * theta^(-2i/K)`:
 
         out[i]       = x[i]       * cos - x[i + K/2] * sin
         out[i + K/2] = x[i + K/2] * cos + x[i]       * sin
 
-    Rolling a head by K/2 pairs each dimension with its partner, and the minus is kept in the table, so a
+    Rolling a head by K/2 brings each dimension's partner to its place, and the table holds the minus. So a
     rotation is `x * cos + roll(x) * sin`.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:  # [T, K] each, sin negated in its first half
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:  # [T, K] each, the first half of sin negated
         self.cos = cos
         self.sin = sin
 
@@ -24,15 +24,15 @@ class Rope:
     def table(
         positions: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
     ) -> "Rope":
-        """Angles are taken in float32, then rounded to `dtype` once."""
+        """The table for positions 0 to `positions` - 1. Computed in float32, then rounded to `dtype` once."""
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim  # [K/2]
-        frequencies = 1.0 / theta**exponents  # [K/2]; theta**-exponents rounds otherwise than in training
+        frequencies = 1.0 / theta**exponents  # [K/2]; theta**-exponents would round differently
         angles = torch.outer(torch.arange(positions, device=device).float(), frequencies)  # [T, K/2]
         cos, sin = angles.cos(), angles.sin()
         return Rope(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
 
     def at(self, start: int, stop: int) -> "Rope":
-        """The rotations of positions start..stop-1."""
+        """The rotations of positions `start` to `stop` - 1."""
         return Rope(self.cos[start:stop], self.sin[start:stop])
 
     def __call__(self, x: Tensor) -> Tensor:  # [B, H, T, K] -> the same

@@ -1,9 +1,10 @@
-"""The router of a layer: which experts each token goes to, and which ones later layers will probably want.
+"""The router of a layer: which experts each token goes to, and which ones later layers will probably choose.
 
-**Lookahead** (arXiv 2312.17238, section 3.2). Layers change the residual stream a little at a time. So a
-later layer's norm and gate, applied to this layer's residual stream, often choose what the later layer will.
-This layer's router sees x = h * v, where h is the normed stream and v the norm's weight. The later router
-would see about h * v'. So the prediction is one product with `gate' * (v' / v)`, which `seen_from` prepares.
+**Lookahead** (arXiv 2312.17238, section 3.2). Each layer changes the residual stream only a little. So a
+later layer's norm and gate, applied to this layer's residual stream, often choose the experts that the later
+layer will choose. This layer's router sees x = h * v, where h is the normed stream and v the norm's weight.
+The later router will see about h * v'. So the prediction is one product of x with `gate' * (v' / v)`, which
+`seen_from` prepares.
 """
 
 from collections.abc import Sequence
@@ -21,17 +22,17 @@ from model.kernels import step as kernels
 class Choice:
     """What a layer's router says of N tokens.
 
-    In a step on a GPU, all of it lies in `packed`, so that the host can read it in one transfer.
+    In a step on a GPU, `packed` holds all of it, so the host can read it in one transfer.
     """
 
-    ids: Tensor  # [N, A] int64, a token's largest weight first; int32 in a step on a GPU
+    ids: Tensor  # [N, A] int64, in the order of weights, largest first; int32 in a step on a GPU
     weights: Tensor  # [N, A] float32, each row adding up to 1
     ranking: Tensor | None = None  # [d, E]: the experts of each of the next d layers, likeliest first
     packed: Tensor | None = None  # [2 A + d E] int32
 
     @staticmethod
     def unpack(packed: Tensor, chosen: int, experts: int) -> "Choice":
-        """The choice of one token from the int32 numbers that the `route` kernel writes.
+        """One token's choice, from the int32 numbers that the `route` kernel writes.
 
         >>> choice = Choice.unpack(torch.tensor([0, 0, 3, 1, 2, 0, 1, 3], dtype=torch.int32), 2, experts=4)
         >>> choice.ids.tolist(), choice.weights.tolist(), choice.ranking.tolist()
@@ -43,10 +44,11 @@ class Choice:
 
 
 class Router(nn.Module):
-    """Chooses experts: the A largest of E gate logits, and the softmax over those, in float32.
+    """Chooses the experts with the A largest of E gate logits. The weights are the softmax over those, in
+    float32.
 
-    The softmax over the chosen logits equals the softmax over all E, cut to the chosen and renormalized to 1:
-    renormalizing divides out a factor that all have in common (arXiv 2401.04088, section 2.1).
+    That equals the softmax over all E logits, cut to the chosen and renormalized to 1, because renormalizing
+    divides out a factor that all have in common (arXiv 2401.04088, section 2.1).
 
     >>> _ = torch.manual_seed(0); logits = torch.randn(1, 8)
     >>> over_all = logits.softmax(-1).topk(2).values
@@ -60,18 +62,16 @@ class Router(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(config.experts, config.hidden, dtype=torch.float32, device=device)
         )
-        self.ahead: Tensor | None = (
-            None  # [d E, D] float32: the gates of the next d layers, as seen from here
-        )
-        self.gates: Tensor | None = None  # [(1 + d) E, D] float32: `weight` and `ahead`, for `step`
+        self.ahead: Tensor | None = None  # [d E, D] float32: gates of the next d layers, as seen from here
+        self.gates: Tensor | None = None  # [(1 + d) E, D] float32: `weight` above `ahead`, for `step`
 
     @property
     def distance(self) -> int:
-        """How many later layers this router ranks the experts of."""
+        """The number of later layers whose experts this router ranks."""
         return 0 if self.ahead is None else len(self.ahead) // self.experts
 
     def look_ahead(self, later: Sequence[Tensor]) -> None:
-        """Rank the experts of later layers too, by their gates [E, D], as `seen_from` prepares them."""
+        """Rank the experts of later layers, too, by their gates [E, D] from `seen_from`."""
         self.ahead = torch.cat(list(later)) if later else None
         if self.gates is not None:
             self.prepare_step()
@@ -85,15 +85,14 @@ class Router(nn.Module):
         return Choice(ids, logits.softmax(-1), self.rank(wide))
 
     def rank(self, x: Tensor) -> Tensor | None:  # [N, D] -> [d, E]
-        """The experts of the next layers. The probabilities of several tokens are added."""
+        """A ranking of each later layer's experts. It adds up the probabilities of several tokens."""
         if self.ahead is None:
             return None
         logits = F.linear(x, self.ahead).view(x.shape[0], -1, self.experts)  # [N, d, E]
         return logits.softmax(-1).sum(0).argsort(dim=-1, descending=True)
 
     def prepare_step(self) -> None:
-        """Put the gates one below the other, as `step` reads them. A gate gives the same bits whatever is
-        below it."""
+        """Stack the gates for `step`. A gate's bits do not depend on the gates below it."""
         weight = self.weight.detach()
         self.gates = weight if self.ahead is None else torch.cat([weight, self.ahead])
 
@@ -105,10 +104,10 @@ class Router(nn.Module):
 
 
 def seen_from(mine: Tensor, theirs: Tensor, gate: Tensor) -> Tensor:  # [D], [D], [E, D] -> [E, D] float32
-    """A later layer's gate, changed so that it takes what this layer's router sees.
+    """A later layer's gate, rescaled for the input of this layer's router.
 
-    `mine` and `theirs` are the weights of this layer's and the later layer's norm. Where a weight of this
-    layer's norm is 0, x does not tell the stream: the prediction does without that number.
+    `mine` and `theirs` are the weights of this layer's norm and the later layer's. Where this layer's norm
+    has a weight of 0, x says nothing about the stream, so the prediction leaves that number out.
     """
     ratio = torch.where(mine.float().abs() > 1e-6, theirs.float() / mine.float(), 0)
     return gate * ratio

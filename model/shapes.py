@@ -1,4 +1,4 @@
-"""Shapes of known models, for planning and measuring without a checkpoint."""
+"""Shapes of known models, to plan and measure without a checkpoint."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ SHAPES = {
     "mixtral-8x22b": replace(
         MIXTRAL_8X7B, vocab=32768, hidden=6144, layers=56, heads=48, ffn=16384, context=65536
     ),
-    "quarter": replace(  # a quarter of Mixtral-8x7B's width: a sixteenth of its weights
+    "quarter": replace(  # a quarter of Mixtral-8x7B's width and half of its layers
         MIXTRAL_8X7B, hidden=1024, layers=16, heads=8, kv_heads=2, ffn=3584, context=4096
     ),
 }

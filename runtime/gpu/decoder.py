@@ -21,7 +21,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.kernels import step as kernels
 from model.kv_cache import KVCache
-from model.mixtral import Block, Mixtral
+from model.mixtral import Mixtral
 from model.quant.backends import fused
 from model.quant.spec import ROWS
 from runtime.gpu.graphs import CudaGraphs, Graphs, Work
@@ -80,7 +80,7 @@ class Decoder:
         config, device = model.config, model.embed_tokens.weight.device
         self.model, self.cache, self.graphs, self.capturing = model, cache, graphs, capture
         model.prepare_step()
-        self.routers = [cast(Block, block).block_sparse_moe.gate for block in model.layers]
+        self.routers = [block.block_sparse_moe.gate for block in model.blocks]
         self.inputs = graphs.shared(2, dtype=torch.int64)  # the token's id and position
         self.inputs_there = torch.zeros(2, dtype=torch.int64, device=device)
         most = 2 * config.experts_per_token + MAX_LOOKAHEAD * config.experts

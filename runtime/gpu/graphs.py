@@ -1,4 +1,4 @@
-"""Work that is put on the device again and again, as a CUDA graph: one call instead of hundreds."""
+"""CUDA graphs: the launches of some work, captured once and replayed by one call instead of hundreds."""
 
 import contextlib
 from collections.abc import Callable
@@ -14,33 +14,36 @@ Work = Callable[[], Any]
 
 
 class Graphs(Protocol):
-    """How a device repeats work, and shares memory with the host meanwhile."""
+    """How a device repeats work."""
 
     def shared(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Host memory that captured work may copy from and to."""
+        """Host memory, all 0, that captured work may read and write."""
         ...
 
     def capture(self, work: Work) -> Work:
-        """What does the same to the same memory as `work` does now, whatever `work` would do by then. Whether
-        capturing does it once as well is up to the device. Raises where it cannot be captured."""
+        """Call `work` and return a call that repeats on the same memory what it launched.
+
+        The launches themselves may or may not take place during the capture. Raises if `work` cannot be
+        captured.
+        """
         ...
 
     def wait(self) -> None:
-        """Return when all that was put on the device is done."""
+        """Wait until the device has done all launched work."""
         ...
 
 
 class CudaGraphs:
-    """One pool of memory serves all graphs: they run one after the other, in the order of capture."""
+    """One pool of memory serves all graphs, because they run one after the other, in the order of capture."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.streams = streams(device)
         self.stream = self.streams.capturing
-        # A pool ends with its last graph, and cannot be used again: so one graph stays.
+        # A pool ends with its last graph and cannot be used again, so one graph stays.
         self.anchor: torch.cuda.CUDAGraph | None = None
-        self.broken: list[torch.cuda.CUDAGraph] = []  # PyTorch may go on referring to them
+        self.broken: list[torch.cuda.CUDAGraph] = []  # kept, because PyTorch may still refer to them
 
     def shared(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device="cpu", pin_memory=True)
@@ -56,7 +59,7 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with self.stream:
-            # Other threads go on copying experts meanwhile, which is none of this graph's business.
+            # thread_local, because other threads go on copying experts during the capture.
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 work()
@@ -67,11 +70,11 @@ class CudaGraphs:
         return graph
 
     def give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that went wrong. Of what that raises nothing is as telling as what went wrong."""
+        """End a capture that failed. Errors here are dropped, since the first one says more."""
         self.broken.append(graph)
         with contextlib.suppress(Exception):
             graph.capture_end()
-        with contextlib.suppress(Exception):  # where the former did not come to it: or allocating stays as is
+        with contextlib.suppress(Exception):  # `capture_end` may fail before it ends allocating to the pool
             torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
 
     def wait(self) -> None:

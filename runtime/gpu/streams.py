@@ -1,8 +1,8 @@
 """The streams that this process has on each device, beside the one that computes.
 
-A stream is a resource of the device, as its memory is: PyTorch hands out 32 of them in turn and never takes
-one back, and keeps a workspace for cuBLAS, up to 32 MiB, for each that ever multiplied. So all engines on a
-device share these two. Copies of several engines then come one after the other, as they do on the link.
+Streams are scarce. PyTorch hands out 32 of them in turn, never takes one back, and keeps a cuBLAS workspace
+of up to 32 MiB for each that has multiplied. So all engines on a device share these two. Copies of several
+engines then run one after the other, as they would on the link.
 """
 
 import threading
@@ -14,11 +14,11 @@ import torch
 
 @dataclass(frozen=True)
 class Streams:
-    """Those of one device."""
+    """The streams of one device."""
 
-    copies: torch.cuda.Stream  # of experts
-    capturing: torch.cuda.Stream  # of steps, as graphs: the default stream cannot be captured
-    # Engines in several threads capture one after the other. No finaliser and no handler captures.
+    copies: torch.cuda.Stream  # for experts
+    capturing: torch.cuda.Stream  # for graphs, because the default stream cannot be captured
+    # Engines in several threads capture one after the other. No finalizer or signal handler captures.
     turn: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -28,8 +28,8 @@ def streams(device: torch.device) -> Streams:
 
 
 def same(stream: torch.cuda.Stream) -> torch.cuda.Stream:
-    """The same stream as an object of one's own: such an object remembers, from `with` to its end, which
-    stream was the current one, so two threads must not share it."""
+    """Another object for the same stream. In a `with` statement, such an object remembers the previous
+    stream, so each thread needs its own."""
     return torch.cuda.Stream(
         stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
     )

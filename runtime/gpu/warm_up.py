@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from model.kv_cache import KVCache
-from model.mixtral import Block
 from model.moe import Product
 from model.quant.backends.fused import FEW
 from model.quant.expert import BlobExperts
@@ -21,7 +20,7 @@ from runtime.gpu.graphs import Work
 from runtime.planning.memory import release, reserve
 from runtime.runner import ModelRunner
 
-ROWS = (1, 2, FEW + 1)  # each of these is computed another way
+ROWS = (1, 2, FEW + 1)  # each has a kernel of its own
 
 Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
@@ -65,11 +64,11 @@ def warm_ups(runner: ModelRunner, kv: KVCache) -> list[Work]:
     """Calls after which nothing is left to compile. They add to `kv`.
 
     The router decides how many rows an expert gets, so one expert is computed by itself. So are attention's
-    projections. All layers are alike, and so are all experts. Then a prompt and a token are computed, after
-    which the decoder makes its graphs.
+    projections. One layer and one expert stand for all, which are alike. Then a prompt and a token are
+    computed, after which the decoder makes its graphs.
     """
     model, config = runner.model, runner.config
-    block = cast(Block, model.layers[0])
+    block = model.blocks[0]
     resident = block.block_sparse_moe.experts
     experts = runner.cache.computed if runner.cache else cast(BlobExperts, resident).experts
     products: list[tuple[Product, int]] = [
