@@ -1,18 +1,21 @@
-"""Runs of `tools.quantize` on the subject, and what they must leave."""
+"""Runs of `tools.quantize` on the subject, and what they have to leave."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dev.harness.command import INTERRUPTED, Ended, run_main
+from dev.harness.command import DONE, INTERRUPTED, Ended, run_main
 from dev.harness.outcome import Wrong
 from dev.harness.subject import FORMATS, Subject
+from model.checkpoint import open_checkpoint
 from model.checkpoint.writer import Writer
+from model.errors import ModelError
 from tools.quantize import command
 from tools.quantize.journal import NAME as JOURNAL
+from tools.quantize.lock import NAME as LOCK
 
-LOCK = "quantize.lock"
-__all__ = ["JOURNAL", "check_left", "contents", "interrupt", "quantize"]
+__all__ = ["JOURNAL", "check_left", "contents", "finish", "interrupt", "quantize"]
 
 
 def quantize(source: Path, out: Path, *flags: str) -> Ended:
@@ -43,11 +46,25 @@ def interrupt(subject: Subject, out: Path, write: int) -> None:
 
 
 def check_left(out: Path, expected: dict[str, bytes]) -> None:
-    """A folder with a config.json in it is a whole checkpoint, or the run is not finished and says so."""
+    """Raises `Wrong` for a folder that opens as a checkpoint and is not a whole one."""
     if not (out / "config.json").is_file():
+        with contextlib.suppress(ModelError):
+            open_checkpoint(out)
+            raise Wrong("there is no config.json, and the folder opens as a checkpoint")
         return
     found = contents(out)
     found.pop(JOURNAL, None)
     different = [name for name in expected if found.get(name) != expected[name]]
     if different:
         raise Wrong(f"there is a config.json, and {different[0]} is not as it has to be")
+
+
+def finish(subject: Subject, out: Path, expected: dict[str, bytes]) -> None:
+    """Take up a run that was broken off, unless it was done. Raises `Wrong` if that does not end in what is
+    expected."""
+    if out.is_dir() and contents(out) == expected:
+        return
+    if (again := quantize(subject.hf, out)).status != DONE:
+        raise Wrong(f"the same command again ends with {again.status}: {again.said}")
+    if contents(out) != expected:
+        raise Wrong("broken off and resumed, the result is another")

@@ -9,7 +9,7 @@ from dev.harness.answers import PROMPTS, answer, answers
 from dev.harness.command import DONE, run_main
 from dev.harness.faults import Fault
 from dev.harness.outcome import Verdict, Wrong
-from dev.harness.quantizing import check_left, contents, quantize
+from dev.harness.quantizing import check_left, contents, finish, quantize
 from dev.harness.subject import OFFLOADED, RESIDENT, Subject
 from runtime import Engine, EngineOptions, RequestError, generate
 
@@ -92,11 +92,7 @@ def quantizer(subject: Subject, work: Path) -> Scenario:
         if out.is_dir():
             check_left(out, expected)
         verdict = ended.judged()
-        finished = out.is_dir() and contents(out) == expected  # only what came afterwards failed
-        if not finished and (again := quantize(subject.hf, out)).status != DONE:
-            raise Wrong(f"after {fault.fired} failed, the same command ends with: {again.said}")
-        if contents(out) != expected:
-            raise Wrong(f"{fault.fired} failed, and the result is another")
+        finish(subject, out, expected)
         return verdict
 
     return Scenario("quantize", run)

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Of each part about as many cases as two seconds have room for. Fewer are tried where the machine is slow.
 CASES = {
     "headers": 60, "index": 30, "configs": 30, "tokenizer": 40, "template": 40, "trace": 40, "journal": 8,
-    "options": 60, "io": 12, "allocation": 12, "threads": 20, "signals": 5, "interrupts": 30, "soak": 4,
+    "kills": 6, "options": 60, "io": 12, "allocation": 12, "threads": 20, "signals": 5, "interrupts": 30,
+    "soak": 4,
 }  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, obje
     file = tmp_path_factory.mktemp("harness") / "report.json"
     counts = ",".join(f"{part}={count}" for part, count in CASES.items())
     done = subprocess.run(
-        [sys.executable, "-m", "dev.harness", "--seed", "5", "--seconds", "70", "--only", ",".join(CASES),
+        [sys.executable, "-m", "dev.harness", "--seed", "5", "--seconds", "75", "--only", ",".join(CASES),
          "--cases", counts, "--json", str(file), "--quiet"],
         cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -8,6 +8,7 @@ from dev.harness.parts.index import open_index
 from dev.harness.parts.interrupts import open_interrupts
 from dev.harness.parts.io import open_io
 from dev.harness.parts.journal import open_journal
+from dev.harness.parts.kills import open_kills
 from dev.harness.parts.options import open_options
 from dev.harness.parts.signals import open_signals
 from dev.harness.parts.soak import open_soak
@@ -26,6 +27,7 @@ PARTS = {
         Part("template", open_template),
         Part("trace", open_trace),
         Part("journal", open_journal),
+        Part("kills", open_kills),
         Part("options", open_options),
         Part("io", open_io),
         Part("allocation", open_allocation),

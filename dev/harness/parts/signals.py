@@ -15,7 +15,7 @@ from dev.harness.command import DONE
 from dev.harness.outcome import Verdict, Wrong
 from dev.harness.part import Case
 from dev.harness.processes import Running, forked, judged, run_and_exit, started
-from dev.harness.quantizing import check_left, contents
+from dev.harness.quantizing import check_left, contents, finish
 from dev.harness.subject import FORMATS, Subject
 from runtime import generate
 from tools.quantize import command as quantize
@@ -94,10 +94,7 @@ class Processes:
                 check_left(self.out, self.expected)
             if verdict is Verdict.ACCEPTED or (self.out.is_dir() and contents(self.out) == self.expected):
                 break
-        if not self.out.is_dir() or contents(self.out) != self.expected:  # else it is done
-            self.seconds(forked(quantize.main, self.job, self.log))
-        if contents(self.out) != self.expected:
-            raise Wrong("interrupted and resumed, the result is another")
+        finish(self.subject, self.out, self.expected)
         return verdict
 
     def chatting(self, chance: Random) -> Verdict:

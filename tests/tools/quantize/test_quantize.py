@@ -5,8 +5,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dev import solver as benchmark
 from model.checkpoint import open_checkpoint, save_hf
 from model.checkpoint.safetensors import read_header
 from model.checkpoint.writer import Writer
@@ -512,19 +509,3 @@ def test_a_lock_file_that_cannot_be_removed_locks_nothing(
         patch.setattr(Path, "unlink", refuse)
     with locked(tmp_path):
         pass
-
-
-def test_killed_runs_go_on() -> None:
-    """Four SIGKILL-like ends of real processes; `--random 20` of the same script takes longer."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dev.kill_quantize", "--writes", "4"],
-        cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("the same in every byte") == 4
-
-
-def test_the_benchmark_compares_with_hqq() -> None:
-    result: dict[str, Any] = benchmark.compare(torch.randn(64, 512) * 0.02, QuantSpec(4), 1)
-    assert result["error"] == pytest.approx(result["hqq_error"], rel=0.02)
-    assert result["speedup"] == result["hqq_seconds"] / result["seconds"]
