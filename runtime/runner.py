@@ -22,9 +22,9 @@ from runtime.gpu.decoder import make_decoder
 from runtime.options import EngineOptions
 from runtime.planning.memory import release
 from runtime.planning.plan import Plan
-from runtime.process.ambient import unaffected
+from runtime.process.ambient import default_settings
 from runtime.process.shortage import shortage_as
-from runtime.process.threads import computing, usable_processors
+from runtime.process.threads import usable_processors, using_threads
 from runtime.process.turns import Nested, Turns
 from runtime.stats import Stats
 
@@ -103,8 +103,8 @@ class ModelRunner:
         """
         with (
             shortage_as(RequestError),
-            computing(self.options.threads, self.processors),
-            unaffected(self.device),
+            using_threads(self.options.threads, self.processors),
+            default_settings(self.device),
         ):
             yield
 

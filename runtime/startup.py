@@ -24,10 +24,10 @@ from runtime.loader import load_model, load_resident
 from runtime.options import EngineOptions
 from runtime.planning.plan import Plan
 from runtime.planning.planner import plan_checkpoint
-from runtime.process.ambient import unaffected
-from runtime.process.interrupts import interrupts_told
+from runtime.process.ambient import default_settings
+from runtime.process.interrupts import restore_interrupts
 from runtime.process.shortage import shortage_as
-from runtime.process.threads import computing, start_threads
+from runtime.process.threads import start_threads, using_threads
 from runtime.runner import ModelRunner
 from tokenizer import Tokenizer, TokenizerError
 
@@ -50,7 +50,7 @@ def start(
     folder: Path, options: EngineOptions, progress: Bar | None, compiling: Bar | None, judge: Judge | None
 ) -> tuple[ModelRunner, Tokenizer]:
     """Load the checkpoint in `folder`. The arguments and errors are those of `Engine.load`."""
-    with interrupts_told(), shortage_as(DeviceError, REMEDY), computing(options.threads):
+    with restore_interrupts(), shortage_as(DeviceError, REMEDY), using_threads(options.threads):
         start_threads()
         try:
             checkpoint = open_checkpoint(folder)
@@ -96,7 +96,7 @@ def make_runner(
     config, device = checkpoint.config, plan.device
     bar = progress(checkpoint.bytes) if progress else nullcontext(None)
     # The caller may be in inference mode, and no other thread could fill the tensors made there.
-    with unaffected(device), torch.inference_mode(False):
+    with default_settings(device), torch.inference_mode(False):
         with bar as advance:
             model, cache = load_weights(checkpoint, plan, options, advance)
         runner = None

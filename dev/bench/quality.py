@@ -23,7 +23,7 @@ from model.quant.spec import QuantSpec
 from runtime.engine import DEMO, Engine
 from runtime.errors import MixtralError, OptionError
 from runtime.options import EngineOptions
-from runtime.process.threads import choose_threads
+from runtime.process.threads import pick_threads
 from runtime.shell.arguments import at_least_one
 from tools.perplexity import Score, score
 from tools.quantize import command as quantize
@@ -314,7 +314,7 @@ def write(source: Path, out: Path, formats: Formats) -> None:
 
 def judge(folder: Path, formats: Formats, texts: Iterable[str]) -> Result:
     """How well the checkpoint predicts texts, each behind a begin id, half a context or more in view."""
-    with Engine.load(folder, EngineOptions(dtype="float32", threads=choose_threads())) as engine:
+    with Engine.load(folder, EngineOptions(dtype="float32", threads=pick_threads())) as engine:
         window = engine.plan.context
         scores = [score(engine, text, window, window // 2) for text in texts]
     return Result(formats, open_checkpoint(folder).bytes, sum(scores, Score()))

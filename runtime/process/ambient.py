@@ -1,9 +1,9 @@
-"""What an embedding program has set for PyTorch, kept away from what an engine computes.
+"""Keep an engine's results independent of what the embedding program has set for PyTorch.
 
-A program may have switched on autocast, float32 products of less precision, or another kernel of attention.
-For its engine that would mean other numbers, and then other texts. So an engine computes as PyTorch does
-when nothing is set, and afterwards everything is as the program has it. Gradients and devices need nothing
-here: forwards run in inference mode, and every tensor is made on a device that is named.
+A program may have switched on autocast, float32 products of lower precision, or another attention kernel. Its
+engine would then compute other numbers, and generate other texts. So an engine computes with PyTorch's own
+settings, and restores the program's afterwards. Gradients and default devices need nothing here, since
+forwards run in inference mode and every tensor is made on a named device.
 """
 
 import threading
@@ -23,7 +23,7 @@ class Setting:
 
     read: Callable[[], Any]
     write: Callable[[Any], None]
-    plain: tuple[Any, ...]  # values that need no change; the first is what computing is done with
+    plain: tuple[Any, ...]  # values that need no change; any other is replaced by the first
 
 
 def attribute(owner: Any, name: str, *plain: Any) -> Setting:
@@ -41,7 +41,7 @@ def set_determinism(value: tuple[bool, bool]) -> None:
 
 backends = torch.backends
 SETTINGS = (
-    # "none" is what PyTorch begins with: it means "ieee", unless one of the two above it says otherwise
+    # PyTorch begins with "none", which means "ieee" unless one of the two settings above says otherwise.
     attribute(backends.mkldnn.matmul, "fp32_precision", "ieee", "none"),  # type: ignore[attr-defined]
     attribute(backends.mkldnn, "fp32_precision", "none", "ieee"),
     attribute(backends.cuda.matmul, "fp32_precision", "ieee", "none"),
@@ -51,17 +51,17 @@ SETTINGS = (
     Setting(backends.cuda.flash_sdp_enabled, backends.cuda.enable_flash_sdp, (True,)),
     Setting(backends.cuda.math_sdp_enabled, backends.cuda.enable_math_sdp, (True,)),
     Setting(backends.cuda.mem_efficient_sdp_enabled, backends.cuda.enable_mem_efficient_sdp, (True,)),
-    # refuses operations, and computes others in another order
+    # Determinism refuses some operations, and computes others in another order.
     Setting(determinism, set_determinism, ((False, False),)),
 )
 
 
 class Use:
-    """A forward under way. An interrupt may keep its end from being told; then it is gone with its frame."""
+    """A running forward. It disappears with its frame if an interrupt keeps `Plain.end` from running."""
 
 
 class Plain:
-    """Knows the forwards under way in the process, and undoes their changes after the last."""
+    """Knows the running forwards of the process, and undoes all changes after the last one."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -80,28 +80,29 @@ class Plain:
             self.restore()
 
     def change(self) -> None:
-        """Bring all settings to PyTorch's own."""
+        """Give all settings PyTorch's own values."""
         for setting in SETTINGS:
             if (found := setting.read()) not in setting.plain:
                 self.undo.append(partial(setting.write, found))
                 setting.write(setting.plain[0])
 
     def restore(self) -> None:
-        """Undo all changes, if nothing is under way."""
+        """Undo all changes unless a forward is running."""
         while self.undo and not self.uses:
             self.undo.pop()()
 
 
-# PyTorch has these settings once for the process, so there is one list of what relies on them.
+# PyTorch has these settings once per process, so there is one object that tracks their users.
 plain = Plain()
 
 
 @contextmanager
-def unaffected(device: torch.device) -> Iterator[None]:
-    """While inside, computing on `device` is as with PyTorch's own settings. Afterwards all are as before.
+def default_settings(device: torch.device) -> Iterator[None]:
+    """Inside, the calling thread computes on `device` with PyTorch's own settings. Afterwards the program's
+    are back.
 
-    Autocast is this thread's own. The others are the process's: while they differ from PyTorch's own, other
-    threads compute with PyTorch's own as well for as long as a forward takes.
+    Autocast belongs to the thread, the other settings to the process. So the program's other threads compute
+    with PyTorch's own settings, too, for as long as a forward runs.
     """
     autocast = torch.is_autocast_enabled(device.type)
     use = Use()

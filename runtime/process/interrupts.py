@@ -1,15 +1,16 @@
-"""Ctrl-C that comes out as another error."""
+"""Ctrl-C that surfaces as another error."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def interrupts_told() -> Iterator[None]:
-    """Raise an interrupt as what it was.
+def restore_interrupts() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` where Python's threading module has replaced it.
 
-    Threads are started and waited for by Python code (`threading.Condition`). An interrupt in the midst of
-    that leaves it with a lock that it no longer holds, and `RuntimeError` is raised in the interrupt's place.
+    Threads are started and awaited by Python code (`threading.Condition`). An interrupt inside that code can
+    come between releasing a lock and taking it again. The code then releases a lock that it does not hold,
+    which raises `RuntimeError` in place of the interrupt.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""Memory that runs short, on the host or on a device: how to tell it from other errors, and what to say.
+"""Recognize that memory ran short, on the host or on a device, and report it in one line.
 
-It shows in many ways: Python's `MemoryError`; PyTorch's error for GPUs, and a plain `RuntimeError` of its
-allocator for CPUs; the driver's own refusals, such as of a kernel that is loaded when it is first used; the
-system's refusal of a mapping, or of a thread, whose stack is memory.
+It surfaces as Python's `MemoryError`, as PyTorch's error for GPUs, as a plain `RuntimeError` of its CPU
+allocator, as the driver's refusal to load a kernel, and as the system's refusal of a mapping or of a thread,
+whose stack is memory.
 """
 
 import errno
@@ -12,14 +12,14 @@ from contextlib import contextmanager
 
 from runtime.errors import MixtralError
 
-SIGNS = (  # in the texts of `RuntimeError`
+SIGNS = (  # in the text of a `RuntimeError`
     "out of memory",  # PyTorch's for GPUs, CUDA's runtime and driver, Triton's
     "can't allocate memory",  # PyTorch's allocator for CPUs
-    "not enough memory",  # the same on other systems than Linux
+    "not enough memory",  # the same on systems other than Linux
     "Cannot allocate memory",  # the C library's ENOMEM
     "bad_alloc",  # C++
     "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
-    "could not create a primitive",  # oneDNN, which does not say why: the product was possible before
+    "could not create a primitive",  # oneDNN gives no reason, but the same product worked before
     "could not execute a primitive",
     "can't start new thread",
 )
@@ -28,19 +28,19 @@ LONGEST = 200  # characters of a reason
 
 
 def ran_short(error: BaseException) -> bool:
-    """Whether the error says that there was too little memory."""
+    """Whether the error reports too little memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    if isinstance(error, RuntimeError):  # PyTorch's own errors are such
+    if isinstance(error, RuntimeError):  # the base of PyTorch's own errors
         return any(sign in str(error) for sign in SIGNS)
     return isinstance(error, MemoryError)
 
 
 @contextmanager
 def shortage_as(kind: type[MixtralError], remedy: str = REMEDY) -> Iterator[None]:
-    """Raise memory running short inside as an error of this family, in one line that ends with `remedy`.
+    """Inside, an error that reports too little memory becomes a `kind`, in one line that ends with `remedy`.
 
-    What the calls that failed hold is let go at once, so that the next attempt has it.
+    The frames of the failed calls are cleared, so that the next attempt can have the memory they held.
     """
     try:
         yield
@@ -52,7 +52,8 @@ def shortage_as(kind: type[MixtralError], remedy: str = REMEDY) -> Iterator[None
 
 
 def reason(error: BaseException) -> str:
-    """
+    """The first line of an error's text, or its type if it has none.
+
     >>> reason(RuntimeError("[enforce fail at a.cpp:1]  no memory\\nmore")), reason(MemoryError())
     ('[enforce fail at a.cpp:1] no memory', 'MemoryError')
     """

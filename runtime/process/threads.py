@@ -1,9 +1,9 @@
-"""How many threads compute, for as long as an engine does and no longer.
+"""How many threads compute during an engine's calls.
 
-PyTorch keeps the number for each thread of a program, and one more for threads that have not computed yet;
-`torch.set_num_threads` sets the caller's and that one, in 0.1 microseconds. So a program's threads have their
-own number again after each call of an engine. Only a thread whose very first computation falls into such a
-call begins with the engine's number.
+PyTorch keeps this number for each thread of the program, and one more for threads that have not computed yet.
+`torch.set_num_threads` sets the caller's number and that one, in 0.1 microseconds. So each call of an engine
+sets its own number and then restores the caller's. Other threads keep theirs, except one whose very first
+computation falls into such a call: it starts with the engine's number.
 """
 
 import math
@@ -17,11 +17,13 @@ import torch
 
 from runtime.planning.cgroups import ROOT, processors
 
+STACK = 9 << 20  # bytes of a thread's stack, as most systems set it, with what belongs to it
+
 
 def usable_processors(root: Path = ROOT) -> int:
-    """The processors that this process may use, by its affinity and its control groups' quotas.
+    """The number of processors that affinity and control group quotas allow this process, at least 1.
 
-    A part of one is none: a thread more than there is time for delays all others, which wait for it.
+    Part of a processor counts as none. One thread too many would delay all others, since they wait for it.
     """
     try:
         count = len(os.sched_getaffinity(0))
@@ -31,19 +33,19 @@ def usable_processors(root: Path = ROOT) -> int:
     return count if quota is None else max(min(count, math.floor(quota)), 1)
 
 
-def choose_threads(wanted: int | None = None, usable: int | None = None) -> int:
-    """`wanted`, or if None the calling thread's own number, which the program has set or PyTorch chose, but
-    no more than the `usable` processors (None: those of `usable_processors`)."""
+def pick_threads(wanted: int | None = None, usable: int | None = None) -> int:
+    """`wanted` if given. Otherwise the calling thread's number, which the program set or PyTorch picked, but
+    no more than `usable` processors (None: those of `usable_processors`)."""
     if wanted is not None:
         return wanted
     return min(torch.get_num_threads(), usable_processors() if usable is None else usable)
 
 
 @contextmanager
-def computing(wanted: int | None = None, usable: int | None = None) -> Iterator[None]:
-    """While inside, the calling thread computes with as many threads as `choose_threads` says."""
+def using_threads(wanted: int | None = None, usable: int | None = None) -> Iterator[None]:
+    """Inside, the calling thread computes with `pick_threads(wanted, usable)` threads."""
     own = torch.get_num_threads()
-    if (count := choose_threads(wanted, usable)) == own:
+    if (count := pick_threads(wanted, usable)) == own:
         yield
         return
     try:
@@ -53,16 +55,11 @@ def computing(wanted: int | None = None, usable: int | None = None) -> Iterator[
         torch.set_num_threads(own)
 
 
-STACK = 9 << 20  # bytes of a thread's stack, as systems commonly have it, and what belongs to it
-
-
 def start_threads() -> None:
-    """Start the threads that will compute for the calling thread.
+    """Start the threads that will compute for the calling thread. Raises `OSError` if memory is too short.
 
-    OpenMP starts them when there is first something to do for them, and where memory is too short for their
-    stacks then, its library ends the process. So this asks for as much memory first.
-
-    Raises `OSError` if it is not there.
+    OpenMP would start them with the first work for them. If memory were too short for their stacks then, its
+    library would end the process. So this function asks for that much memory first.
     """
     mmap.mmap(-1, torch.get_num_threads() * STACK).close()
-    torch.ones(torch.get_num_threads() << 15, device="cpu").add_(1)  # 2^15 numbers are worth a thread
+    torch.ones(torch.get_num_threads() << 15, device="cpu").add_(1)  # PyTorch uses a thread per 2^15 numbers

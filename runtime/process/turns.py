@@ -1,9 +1,8 @@
-"""Who computes with an engine: one thread at a time, in the process that loaded it.
+"""One thread at a time computes with an engine, and only in the process that loaded it.
 
-Python may run other code in the midst of a step, in the very thread that computes: a finaliser that the
-garbage collector calls, or a signal's handler. If that code waited for its turn, it would wait for itself.
-So the lock is one that the thread which holds it can take again, and what finds its own thread computing is
-refused at once.
+Python may run other code in the thread that computes: a finalizer that the garbage collector calls, or a
+signal handler. If that code waited for a turn, it would wait for its own thread, forever. So the lock is
+reentrant, and a thread that asks for a second turn is refused at once.
 """
 
 import os
@@ -17,28 +16,28 @@ Result = TypeVar("Result")
 
 
 class Nested(RequestError):
-    """A request that begins in the midst of another of the same thread."""
+    """A request that begins while the same thread serves another."""
 
 
 class Turns:
-    """Threads take turns; each is alone while it has one."""
+    """Lets one thread compute while the others wait."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.lock = threading.RLock()  # C code throughout: no interrupt leaves it locked
+        self.lock = threading.RLock()  # C code throughout, so no interrupt leaves it locked
         self.taken = False  # by the thread that holds the lock
 
     def take(self, work: Callable[[], Result]) -> Result:
-        """What `work` gives. Waits while another thread has its turn.
+        """Wait for a turn, do `work` and return its result.
 
-        Raises `Nested` if this thread has it already, and `RequestError` as `check_process` does.
+        Raises `Nested` if this thread has a turn already, and `RequestError` in a fork.
         """
-        self.check_process()  # before anything else: in a fork, the lock's holder may not exist
+        self.check_process()  # first of all, because in a fork the lock's holder may not exist
         with self.lock:
             if self.taken:
                 raise Nested(
-                    "this thread is in the midst of another request to the engine, and a signal handler or "
-                    "finaliser began this one; begin it when that request has ended"
+                    "this thread is still serving another request of the engine, which a signal handler or "
+                    "finalizer interrupted to begin this one; begin it when that request has ended"
                 )
             try:
                 self.taken = True
@@ -52,7 +51,7 @@ class Turns:
         return os.getpid() != self.process
 
     def check_process(self) -> None:
-        """Raises `RequestError` in a fork: threads do not survive it, be they ours or PyTorch's."""
+        """Raises `RequestError` in a fork, because neither our threads nor PyTorch's exist there."""
         if self.forked:
             raise RequestError(
                 f"the engine was loaded by process {self.process} and does not work in its fork "

@@ -26,7 +26,7 @@ from types import FrameType
 from model.errors import ModelError
 from runtime.errors import MixtralError, OptionError
 from runtime.process import shortage
-from runtime.process.interrupts import interrupts_told
+from runtime.process.interrupts import restore_interrupts
 
 TYPE_CHECKING = False  # all that `typing` is needed for, and it takes milliseconds to import
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run(work: Callable[[], int | None], interrupted: str = "interrupted") -> int
     """
     with standard_streams():
         try:
-            with one_line_warnings(), interrupts_told():
+            with one_line_warnings(), restore_interrupts():
                 status = work()
             return DONE if status is None else status
         except SystemExit:  # argparse has said all

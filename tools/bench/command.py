@@ -17,7 +17,7 @@ from typing import Any
 from runtime.errors import DeviceError, MixtralError
 from runtime.options import EngineOptions
 from runtime.process.shortage import shortage_as
-from runtime.process.threads import computing
+from runtime.process.threads import using_threads
 from runtime.shell.arguments import help_by_put, new_parser
 from runtime.shell.command import put, run
 from tools.bench import decode, gpu, link, offload, prefill
@@ -42,7 +42,7 @@ def measure(args: argparse.Namespace) -> None:
     benchmark = args.benchmark
     try:
         threads = EngineOptions(threads=getattr(args, "threads", None)).threads  # which checks it
-        with shortage_as(DeviceError, "take a smaller model, or free some"), computing(threads):
+        with shortage_as(DeviceError, "take a smaller model, or free some"), using_threads(threads):
             measured = benchmark.run(args)
         # After it: asking a GPU its name takes of its memory, which processes that `gpu` starts would see.
         report = {"benchmark": args.subcommand, "machine": machine()} | measured

@@ -19,7 +19,7 @@ from typing import Any
 
 from runtime.errors import OptionError
 from runtime.experts.copying import HostLink
-from runtime.process.threads import choose_threads, computing
+from runtime.process.threads import pick_threads, using_threads
 from runtime.shell.arguments import at_least_one
 from runtime.stats import Stats
 from tools.bench.figures import bound, device_memory, traffic
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     defaults: dict[str, Any] = {"offload": "always"}
     if getattr(args, "vram", None) is None:
         defaults["slots"] = SLOTS
-    with computing(getattr(args, "threads", None) or max(choose_threads() - 1, 1)):  # one copies
+    with using_threads(getattr(args, "threads", None) or max(pick_threads() - 1, 1)):  # one copies
         subject = make_subject(args, args.tokens + WARM_UP, **defaults)
         try:
             if subject.store is None:

@@ -34,7 +34,7 @@ from model.quant.spec import QuantSpec
 from runtime.errors import DeviceError, MixtralError
 from runtime.planning.device import pick_device
 from runtime.process.shortage import shortage_as
-from runtime.process.threads import choose_threads, computing
+from runtime.process.threads import pick_threads, using_threads
 from runtime.shell.arguments import new_parser
 from runtime.shell.command import put, run, say
 from runtime.shell.progress import progress
@@ -93,9 +93,9 @@ def main(argv: list[str] | None = None) -> int:
 def convert(argv: list[str] | None) -> None:
     """Do what the command line asks. Everything that can go wrong is raised."""
     args = make_parser().parse_args(argv)
-    threads = choose_threads(args.threads)
+    threads = pick_threads(args.threads)
     try:
-        with shortage_as(DeviceError, REMEDY), computing(1):  # the pool's workers are the threads
+        with shortage_as(DeviceError, REMEDY), using_threads(1):  # the pool's workers are the threads
             job = make_job(
                 args.source,
                 args.out,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runtime import Engine, EngineOptions, SamplingParams
-from runtime.process.ambient import SETTINGS, Use, unaffected
+from runtime.process.ambient import SETTINGS, Use, default_settings
 from runtime.process.ambient import plain as process
 
 TEXT = "def add(a, b):"
@@ -86,7 +86,7 @@ def test_results_are_the_same(name: str, plain: tuple[EngineOptions, Answer]) ->
 def test_two_forwards_at_once_leave_what_they_found() -> None:
     """The one that ends last undoes, also what the other changed."""
     device = torch.device("cpu")
-    first, second = unaffected(device), unaffected(device)
+    first, second = default_settings(device), default_settings(device)
     with HOSTILE["precision"]():
         first.__enter__()
         second.__enter__()
@@ -102,6 +102,6 @@ def test_a_forward_whose_end_was_never_told_holds_nothing() -> None:
     with HOSTILE["precision"]():
         process.begin(Use())
         assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
-        with unaffected(torch.device("cpu")):
+        with default_settings(torch.device("cpu")):
             assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime.process.interrupts import interrupts_told
+from runtime.process.interrupts import restore_interrupts
 from runtime.shell.command import INTERRUPTED, run
 
 
@@ -37,5 +37,5 @@ def test_a_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), interrupts_told():
+    with pytest.raises(RuntimeError, match="shapes"), restore_interrupts():
         raise RuntimeError("shapes")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runtime import Engine, EngineOptions, OptionError, SamplingParams
-from runtime.process.threads import choose_threads, computing, usable_processors
+from runtime.process.threads import pick_threads, usable_processors, using_threads
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +44,9 @@ def test_a_part_of_a_processor_is_none(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_choice() -> None:
     torch.set_num_threads(2)
-    assert choose_threads(None, usable=1) == 1
-    assert choose_threads(None, usable=8) == 2  # the program's own number is not raised
-    assert choose_threads(5, usable=1) == 5  # what is asked for counts
+    assert pick_threads(None, usable=1) == 1
+    assert pick_threads(None, usable=8) == 2  # the program's own number is not raised
+    assert pick_threads(5, usable=1) == 5  # what is asked for counts
 
 
 def test_a_request_computes_with_the_number_and_the_program_keeps_its_own() -> None:
@@ -63,7 +63,7 @@ def test_a_request_computes_with_the_number_and_the_program_keeps_its_own() -> N
 
 def test_an_error_puts_the_number_back() -> None:
     torch.set_num_threads(2)
-    with pytest.raises(ValueError, match="within"), computing(1):
+    with pytest.raises(ValueError, match="within"), using_threads(1):
         assert torch.get_num_threads() == 1
         raise ValueError("within")
     assert torch.get_num_threads() == 2

@@ -1,4 +1,4 @@
-"""Finalisers, signal handlers and forks in the midst of a request: nothing hangs, and no token is wrong."""
+"""Finalizers, signal handlers and forks in the middle of a request: nothing hangs, and no token is wrong."""
 
 import ast
 import contextlib
@@ -59,7 +59,7 @@ def ids(engine: Engine, params: SamplingParams = PARAMS) -> list[int]:
 
 @contextlib.contextmanager
 def in_a_step(engine: Engine, act: Callable[[], object], after: int = 2) -> Iterator[None]:
-    """While inside, `act` is called once in the midst of a step, by the thread that computes."""
+    """While inside, `act` is called once in the middle of a step, by the thread that computes."""
     norm, left = engine.model.norm.forward, [after]
 
     def forward(*args: Any) -> Any:
@@ -76,7 +76,7 @@ def in_a_step(engine: Engine, act: Callable[[], object], after: int = 2) -> Iter
         del model.norm.forward
 
 
-def test_a_half_taken_generator_is_collected_in_the_midst_of_a_step(engine: Engine) -> None:
+def test_a_half_taken_generator_is_collected_in_the_middle_of_a_step(engine: Engine) -> None:
     expected = ids(engine)
 
     def abandon() -> None:
@@ -109,7 +109,7 @@ def test_generators_in_cycles_and_no_care_taken(engine: Engine) -> None:
         assert ids(engine) == expected
 
 
-def test_what_a_handler_may_ask_for_in_the_midst_of_a_step(engine: Engine) -> None:
+def test_what_a_handler_may_ask_for_in_the_middle_of_a_step(engine: Engine) -> None:
     expected, seen = ids(engine), list[Any]()
 
     def handler(number: int, frame: Any) -> None:
@@ -117,7 +117,7 @@ def test_what_a_handler_may_ask_for_in_the_midst_of_a_step(engine: Engine) -> No
         session = engine.session()
         session.close()
         for ask in (lambda: ids(engine), lambda: engine.logits(PROMPT)):
-            with pytest.raises(RequestError, match="in the midst of another request") as caught:
+            with pytest.raises(RequestError, match="still serving another request") as caught:
                 ask()
             assert "\n" not in str(caught.value)
 
@@ -128,10 +128,10 @@ def test_what_a_handler_may_ask_for_in_the_midst_of_a_step(engine: Engine) -> No
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert len(seen) == 1 and ids(engine) == expected
-    assert len(engine.logits(PROMPT)) == len(PROMPT)  # with what was made in the midst of that step
+    assert len(engine.logits(PROMPT)) == len(PROMPT)  # with what was made in the middle of that step
 
 
-def test_a_session_closed_in_the_midst_of_its_step_keeps_its_cache(engine: Engine) -> None:
+def test_a_session_closed_in_the_middle_of_its_step_keeps_its_cache(engine: Engine) -> None:
     """Another session may begin at once, and must not be given what the step still writes to."""
     expected, others = ids(engine), list[Any]()
     session = engine.session()
@@ -149,7 +149,7 @@ def test_a_session_closed_in_the_midst_of_its_step_keeps_its_cache(engine: Engin
     assert [token.id for token in others[0].complete(PROMPT, PARAMS)] == expected
 
 
-def test_closed_in_the_midst_of_a_step(engine: Engine) -> None:
+def test_closed_in_the_middle_of_a_step(engine: Engine) -> None:
     got = []
     with in_a_step(engine, engine.close), pytest.raises(RequestError, match="the engine is closed; load"):
         for token in engine.generate(PROMPT, PARAMS):
@@ -162,7 +162,7 @@ def test_closed_in_the_midst_of_a_step(engine: Engine) -> None:
     assert engine.stats().new_tokens == 1
 
 
-def test_closed_by_another_thread_in_the_midst_of_a_step(engine: Engine) -> None:
+def test_closed_by_another_thread_in_the_middle_of_a_step(engine: Engine) -> None:
     closing = threading.Thread(target=engine.close)
 
     def act() -> None:
@@ -177,18 +177,18 @@ def test_closed_by_another_thread_in_the_midst_of_a_step(engine: Engine) -> None
     assert not closing.is_alive() and not hasattr(engine, "model")
 
 
-def test_closed_by_a_finaliser_in_the_copy_thread(checkpoint: Path) -> None:
+def test_closed_by_a_finalizer_in_the_copy_thread(checkpoint: Path) -> None:
     options = EngineOptions(device="cpu", dtype="float32", **KINDS["offloaded"])
     engine = Engine.load(checkpoint, options)
     assert engine.runner.cache is not None
-    engine.runner.cache.copies.finished = lambda ticket: engine.close()  # a finaliser may come anywhere there
+    engine.runner.cache.copies.finished = lambda ticket: engine.close()  # a finalizer may come anywhere there
     with pytest.raises(RequestError, match="the engine is closed; load"):
         ids(engine)
     engine.runner.cache.copies.thread.join(30)
     assert engine.runner.cache.copies.ended and not hasattr(engine, "model")
 
 
-def test_a_recording_left_by_a_finaliser_in_the_midst_of_a_step(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_recording_left_by_a_finalizer_in_the_middle_of_a_step(checkpoint: Path, tmp_path: Path) -> None:
     options = EngineOptions(device="cpu", dtype="float32", **KINDS["offloaded"])
     with Engine.load(checkpoint, options) as engine:
         expected = ids(engine)
@@ -199,7 +199,7 @@ def test_a_recording_left_by_a_finaliser_in_the_midst_of_a_step(checkpoint: Path
         assert engine.runner.cache is not None and engine.runner.cache.ledger.recorder is None
 
 
-def test_a_trace_closed_in_the_midst_of_an_event(tmp_path: Path) -> None:
+def test_a_trace_closed_in_the_middle_of_an_event(tmp_path: Path) -> None:
     header = Header(layers=1, experts=1, experts_per_token=1, slots=(1,), spares=0, policy="lru", seed=0,
                     expert_bytes=1)  # fmt: skip
     writer = TraceWriter.open(tmp_path / "trace", header)
@@ -222,7 +222,7 @@ def test_turns_are_given_back_whatever_happens() -> None:
     with pytest.raises(KeyboardInterrupt):
         turns.take(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert turns.take(lambda: 1) == 1 and not turns.taken
-    with pytest.raises(RequestError, match="in the midst"):
+    with pytest.raises(RequestError, match="still serving"):
         turns.take(lambda: turns.take(lambda: 1))
     other = threading.Thread(target=turns.take, args=(lambda: 1,))
     other.start()
