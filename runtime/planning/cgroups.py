@@ -1,11 +1,11 @@
-"""What this process's control groups allow: memory, and time of processors.
+"""How much memory and processor time this process's control groups allow.
 
-A process is in one group of each hierarchy, and every group from there up to the root may set a limit: the
-smallest counts. Version 2 is one hierarchy for everything; version 1 has one for each controller, and a
-machine may have both. `/proc/self/cgroup` names the process's groups, and `/proc/self/mountinfo` says where
-their hierarchies are mounted, and from which group down: a container often sees only a part.
+A process is in one group of each hierarchy. Every group from there up to the root may set a limit, and the
+smallest limit counts. Version 2 has one hierarchy for everything, version 1 has one for each controller, and
+a machine may have both. `/proc/self/cgroup` names the process's groups. `/proc/self/mountinfo` says where the
+hierarchies are mounted, and from which group down, because a container often sees only a part.
 
-Functions take the root of the file system, so that tests can give them another machine's.
+Functions take the root of the file system, so that a test can pass another machine's.
 """
 
 import re
@@ -16,10 +16,10 @@ ROOT = Path("/")
 
 
 def memory_left(root: Path = ROOT) -> int | None:
-    """Bytes of memory that every control group still allows; None where none sets a limit.
+    """Bytes of memory that every control group still allows; None if no group sets a limit.
 
-    A group counts files in the page cache as used, and gives up those that are not in use when memory is
-    asked for: a checkpoint that has just been read must not seem to fill the machine.
+    A group counts the page cache as used, but the kernel reclaims its inactive files when a process needs
+    memory. So those count as free: a checkpoint that was just read must not seem to fill the machine.
     """
     names = ("memory.max", "memory.current", "inactive_file")
     left = [bytes_left(folder, *names) for folder in groups(root, None)]
@@ -36,7 +36,7 @@ def bytes_left(folder: Path, limit_name: str, used_name: str, cached_name: str) 
 
 
 def processors(root: Path = ROOT) -> float | None:
-    """How many processors' time every control group allows, such as 1.5; None where none sets a limit."""
+    """Processors whose time every control group allows, such as 1.5; None if no group sets a limit."""
     shares = [share(read_numbers(folder / "cpu.max")) for folder in groups(root, None)]
     for folder in groups(root, "cpu"):
         names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
@@ -45,7 +45,8 @@ def processors(root: Path = ROOT) -> float | None:
 
 
 def share(numbers: list[int]) -> float | None:
-    """Of a quota and the period that it is for, in microseconds. A quota of -1 is none.
+    """Processors that a quota of time allows, from the quota and its period in microseconds; None without a
+    quota, which is written as -1.
 
     >>> share([150000, 100000]), share([-1, 100000]), share([100000])
     (1.5, None, None)
@@ -56,15 +57,15 @@ def share(numbers: list[int]) -> float | None:
 
 
 def groups(root: Path, controller: str | None) -> Iterator[Path]:
-    """The folders of the process's own group in the hierarchy of a version 1 `controller`, or in that of
-    version 2 (None), and of all groups above it that can be seen."""
+    """The folders of the process's group and of all visible groups above it, in the hierarchy of a version 1
+    `controller` or, for None, of version 2."""
     own, mounts = own_group(root, controller), list(mounted(root, controller))
     if own is None:
         return
     for top, mount in mounts:
         inside = PurePosixPath(own)
         inside = inside.relative_to(top) if inside.is_relative_to(top) else PurePosixPath()
-        if ".." in inside.parts:  # of a group outside of what this process may see
+        if ".." in inside.parts:  # the group is outside of what this process may see
             inside = PurePosixPath()
         for part in (inside, *inside.parents) if inside.parts else (inside,):
             yield mount / part
@@ -81,10 +82,10 @@ def own_group(root: Path, controller: str | None) -> str | None:
 
 
 def mounted(root: Path, controller: str | None) -> Iterator[tuple[str, Path]]:
-    """Where a hierarchy is mounted: the group that is the top of what is seen, and its folder.
+    """The mounts of a hierarchy: the topmost visible group, and its folder.
 
-    A line is `34 31 0:31 /top /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory`, where any number
-    of words may stand before the dash.
+    A line is `34 31 0:31 /top /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory`, with any number
+    of words before the dash.
     """
     for line in read_lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
@@ -96,7 +97,7 @@ def mounted(root: Path, controller: str | None) -> Iterator[tuple[str, Path]]:
 
 
 def unescaped(path: str) -> str:
-    r"""A path as mountinfo writes it, with spaces and the like in octal.
+    r"""Decode a path from mountinfo, where spaces and the like are in octal.
 
     >>> unescaped(r"/a\040b")
     '/a b'
@@ -105,7 +106,7 @@ def unescaped(path: str) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """No lines where there is no such file: not Linux, or a controller that is not there."""
+    """The lines of a file; none if it does not exist, as on other systems than Linux."""
     try:
         return path.read_text(errors="replace").splitlines()
     except OSError:
@@ -113,7 +114,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_numbers(path: Path) -> list[int]:
-    """The whole numbers in a file; none where it says that there is no limit."""
+    """The whole numbers in a file; none if it says that there is no limit."""
     try:
         return [int(word) for line in read_lines(path) for word in line.split()]
     except ValueError:  # max
@@ -121,6 +122,6 @@ def read_numbers(path: Path) -> list[int]:
 
 
 def read_counters(path: Path) -> dict[str, int]:
-    """Of lines with a name and a number each."""
+    """The numbers in a file of lines with a name and a number each, by name."""
     pairs = [line.split() for line in read_lines(path)]
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}

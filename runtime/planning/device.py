@@ -1,4 +1,4 @@
-"""Which device to compute on, and in which dtype."""
+"""Picks the device to compute on, and the dtype."""
 
 import re
 import warnings
@@ -14,11 +14,11 @@ from runtime.errors import DeviceError, OptionError
 
 
 def pick_device(name: str | None) -> torch.device:
-    """`name` as a device of this machine; None is the first GPU that this build of torch can use, else the
-    CPU. Warns if there are GPUs, and none of them can be used.
+    """The device called `name`. None picks the first GPU that this build of torch has kernels for. If there
+    is none it picks the CPU, with a warning if there are other GPUs.
 
-    Raises `OptionError` if that is no device's name, `DeviceError` if this machine does not have it, or if
-    this build has no kernels for it.
+    Raises `OptionError` if no device has such a name, and `DeviceError` if this machine does not have the
+    device, or if this build has no kernels for it.
     """
     if name is None:
         return first_gpu() or torch.device("cpu")
@@ -29,8 +29,8 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The same without asking the GPU what it is, which might take some of its memory: None is the first GPU
-    if there is one."""
+    """The same as `pick_device` without asking the GPU for its capability, which might take some of its
+    memory. None picks the first GPU if there is one."""
     if name is None:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
@@ -50,7 +50,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 def first_gpu() -> torch.device | None:
-    """The first GPU that this build of torch has kernels for. Warns if there are GPUs, but no such."""
+    """The first GPU that this build of torch has kernels for. Warns if there are only other GPUs."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     reasons = {torch.device("cuda", n): without_kernels(torch.device("cuda", n)) for n in range(count)}
     usable = [device for device, reason in reasons.items() if reason is None]
@@ -64,8 +64,10 @@ def first_gpu() -> torch.device | None:
 
 
 def without_kernels(device: torch.device) -> str | None:
-    """Why this build of torch cannot compute anything on a GPU; None if it can. CUDA would say so after
-    everything has been loaded, with "no kernel image"."""
+    """The reason why this build of torch cannot compute on a GPU; None if it can.
+
+    CUDA itself would report it only after everything is loaded, as "no kernel image".
+    """
     capability = torch.cuda.get_device_capability(device)
     built = torch.cuda.get_arch_list()
     if has_kernels(capability, built):
@@ -77,9 +79,11 @@ def without_kernels(device: torch.device) -> str | None:
 
 
 def has_kernels(capability: tuple[int, int], built: Sequence[str]) -> bool:
-    """Whether a build for these architectures runs on a GPU. Compiled code (`sm_86`) runs from its own
-    capability on, within the same major number; intermediate code (`compute_90`) from its own on. What ends
-    in a letter runs on that very one. True where nothing is known.
+    """Whether a build for these architectures runs on a GPU of this compute capability.
+
+    Compiled code (`sm_86`) runs on its own capability and later ones of the same major number. Intermediate
+    code (`compute_90`) runs on its own capability and all later ones. Code for an architecture that ends in a
+    letter runs on that architecture only. If no name can be read, the answer is True.
 
     >>> built = ["sm_75", "sm_80", "sm_90a", "sm_120", "compute_120"]
     >>> [has_kernels(found, built) for found in ((7, 0), (7, 5), (8, 9), (9, 0), (10, 0), (12, 1), (13, 0))]

@@ -1,4 +1,4 @@
-"""How much memory this machine can still give."""
+"""How much memory this machine has left, and what PyTorch and the driver take of a GPU beside tensors."""
 
 import contextlib
 import functools
@@ -11,25 +11,26 @@ import torch
 from runtime.planning.cgroups import ROOT, memory_left, read_lines
 
 HOST_MARGIN = 512 << 20  # left to the rest of the machine
-# Of a GPU: what the CUDA context takes, which is there as soon as the device is asked for its free memory, if
-# that cannot be measured; and the most that counts as measured: more, and others have memory of it, too.
+# What the CUDA context takes of a GPU where that cannot be measured, and the most that counts as measured. If
+# more is taken, other processes use the GPU too.
 CONTEXT_BYTES = 448 << 20
 MOST_CONTEXT = 1 << 30
-# After that, and not measured: kernels as they are first used, graphs, and cuBLAS's and cuDNN's own.
+# What comes after the context: kernels as they are first used, graphs, and what cuBLAS and cuDNN hold.
 LATER_BYTES = 256 << 20
-# PyTorch's allocator takes small tensors 2 MiB at a time, larger ones 20, and apart for graphs and the rest.
+# PyTorch's allocator takes 2 MiB at a time for small tensors, 20 MiB for larger ones, and does so again for
+# graphs.
 ROUNDING_BYTES = 32 << 20
-# PyTorch keeps a workspace of cuBLAS for each thread and stream that multiplied: the thread that loads and
-# warms up, and one that serves, each on the stream that computes and on the one that captures. The stream of
-# copies multiplies nothing. Each further thread that serves takes two more, which are not planned.
+# PyTorch keeps a cuBLAS workspace for each thread and stream that multiplied. One thread loads and warms up,
+# another one serves, and each uses the stream that computes and the one that captures. The stream of copies
+# multiplies nothing. Each further thread that serves takes two more workspaces, which are not planned.
 CUBLAS_WORKSPACES = 2 * 2
 
 
 def free_host_bytes(root: Path = ROOT) -> int | None:
-    """Bytes of host memory that can be taken without swapping, or None where the system does not tell.
+    """Bytes of host memory that can be taken without swapping; None if the system does not tell.
 
-    The smaller of what the kernel calls available and what this process's control groups still allow (a
-    container's limit is not in the former).
+    This is the smaller of what the kernel calls available and what this process's control groups still allow,
+    because the kernel's number leaves out a container's limit.
     """
     limits = [available_bytes(root), memory_left(root)]
     known = [limit for limit in limits if limit is not None]
@@ -47,9 +48,11 @@ def available_bytes(root: Path = ROOT) -> int | None:
 
 
 def free_device_bytes(device: torch.device) -> int | None:
-    """Bytes of `device`'s memory that this process can take; None if that cannot be told. On a CPU less a
-    margin. On a GPU with what PyTorch keeps of blocks that nobody uses any more, and with the context, which
-    this call makes if it is not there: `driver_bytes` are to come out of it."""
+    """Bytes of `device`'s memory that a plan may use; None if the system does not tell.
+
+    A CPU keeps a margin. A GPU's number includes unused blocks that PyTorch's allocator holds, and the CUDA
+    context, which a plan counts among `driver_bytes`. This call creates the context if there is none yet.
+    """
     if device.type == "cuda":
         context = context_bytes(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -60,26 +63,33 @@ def free_device_bytes(device: torch.device) -> int | None:
 
 @functools.cache
 def context_bytes(device: torch.device) -> int:
-    """What the CUDA context takes of a GPU, measured when first asked for: all that is taken then, and not by
-    PyTorch's allocator. That is the context alone where this process is alone on the GPU. What little others
-    have counts with it, which is safe; where they have much, it is `CONTEXT_BYTES`. Nothing on a CPU."""
+    """What the CUDA context takes of a GPU; 0 for a CPU.
+
+    The first call for a device measures everything that is taken outside of PyTorch's allocator, which is the
+    context alone if no other process uses the GPU. A little of other processes' memory counts with it, which
+    is safe. If they hold much, the result is `CONTEXT_BYTES`.
+    """
     if device.type != "cuda":
         return 0
-    free, total = torch.cuda.mem_get_info(device)  # which makes the context
+    free, total = torch.cuda.mem_get_info(device)  # creates the context
     taken = total - free - torch.cuda.memory_reserved(device)
     return taken if 0 < taken <= MOST_CONTEXT else CONTEXT_BYTES
 
 
 def driver_bytes(device: torch.device, context: int = CONTEXT_BYTES) -> int:
-    """What a process takes of a device's memory outside of PyTorch's allocator, beginning with its context. A
-    GPU need not be there."""
+    """What a process takes of a GPU outside of PyTorch's allocator, its context included; 0 for a CPU.
+
+    The GPU need not be there.
+    """
     return context + LATER_BYTES if device.type == "cuda" else 0
 
 
 def overhead_bytes(device: torch.device, capability: tuple[int, int] | None = None) -> int:
-    """What PyTorch's allocator takes of a GPU beside the tensors that a plan counts: cuBLAS's workspaces, by
-    compute capability, and what it loses to rounding. None is a capability that is not known, which counts as
-    the one that takes most."""
+    """What PyTorch's allocator takes of a GPU beside the tensors that a plan counts; 0 for a CPU.
+
+    That is cuBLAS's workspaces, whose size depends on the compute capability, and what rounding loses. An
+    unknown capability (None) counts as the one that takes most.
+    """
     if device.type != "cuda":
         return 0
     workspace = 32 << 20 if capability is None or capability >= (9, 0) else (8 << 20) + (128 << 10)
@@ -87,22 +97,26 @@ def overhead_bytes(device: torch.device, capability: tuple[int, int] | None = No
 
 
 def reserve(device: torch.device, size: int) -> None:
-    """Have PyTorch's allocator take so many bytes of a GPU in one piece, and cut from that what is asked for
-    from now on. Piece by piece it would take as much for every size there is: experts' rows are as many as
-    routing has it, and differ from call to call. Nothing on a CPU.
+    """Have PyTorch's allocator take `size` bytes of a GPU in one piece, and serve later tensors from it. Does
+    nothing for a CPU.
 
-    Raises `torch.OutOfMemoryError` if they are not there.
+    Otherwise the allocator would take memory for each size separately, and the sizes of an expert's
+    activations differ from call to call with its number of rows.
+
+    Raises `torch.OutOfMemoryError` if the GPU has less.
     """
     if device.type == "cuda":
         some = torch.ones(16, 16, device=device)
-        some @ some  # before, and from elsewhere, cuBLAS takes its workspace
+        some @ some  # cuBLAS takes its workspace now, and not out of that piece
         torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def release(device: torch.device) -> None:
-    """Give back what PyTorch's allocator keeps of a GPU though nobody uses it. Not to be called with a lock
-    held that forgotten objects may want."""
+    """Give back the unused memory that PyTorch's allocator holds of a GPU.
+
+    This collects garbage, so the caller must hold no lock that a finaliser may take.
+    """
     if device.type == "cuda":
         gc.collect()
-        with contextlib.suppress(RuntimeError):  # in the midst of another engine's capture
+        with contextlib.suppress(RuntimeError):  # while another engine captures
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Choosing device and dtype, and telling free memory, on machines this one is not."""
+"""Picking device and dtype, and measuring free memory, on machines that this one is not."""
 
 import warnings
 from collections.abc import Iterator
