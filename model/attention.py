@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.kernels import step as kernels
 from model.kv_cache import LayerKV
 from model.rope import Rope
+from model.target import AMPERE, Target
 
 
 class Attention(nn.Module):
@@ -137,12 +138,12 @@ class Attending(Enum):
     SCORES = "on another GPU: scores of a few tokens"
 
     @staticmethod
-    def of(config: ModelConfig, dtype: torch.dtype, capability: tuple[int, int] | None) -> "Attending":
-        """The way of a GPU of this compute capability, or with None of a CPU."""
-        if capability is None:
+    def of(config: ModelConfig, dtype: torch.dtype, target: Target) -> "Attending":
+        """The way on this device."""
+        if target.capability is None:  # a CPU
             return Attending.MASK
-        fits = config.head_dim % 8 == 0 and config.head_dim <= 256
-        return Attending.FLASH if fits and dtype.itemsize == 2 and capability >= (8, 0) else Attending.SCORES
+        fits = config.head_dim % 8 == 0 and config.head_dim <= 256 and dtype.itemsize == 2
+        return Attending.FLASH if fits and target.capability >= AMPERE else Attending.SCORES
 
     def bytes(self, config: ModelConfig, dtype: torch.dtype, T: int, S: int) -> int:
         """The bytes that attention of the last T of S tokens takes, beside q, k, v and its result."""

@@ -4,20 +4,35 @@ from dataclasses import dataclass
 
 import torch
 
+AMPERE = (8, 0)  # the first compute capability with bfloat16, flash attention and our kernels
+
 
 @dataclass(frozen=True)
 class Target:
-    """A CPU, a GPU of this machine, or a GPU that is not here.
+    """A CPU, a GPU of this machine, or a hypothetical GPU.
 
     What depends on the device takes a target, so that it can be worked out for a card that one might buy.
     """
 
     device: torch.device
-    capability: tuple[int, int] | None = None  # compute capability of a GPU; None for a CPU
+    capability: tuple[int, int] | None = None  # compute capability; None on a CPU, or if there is no such GPU
     present: bool = True
 
     @staticmethod
     def of(device: torch.device) -> "Target":
         """A device of this machine."""
-        on_gpu = device.type == "cuda"
+        on_gpu = device.type == "cuda" and torch.cuda.is_available()
         return Target(device, torch.cuda.get_device_capability(device) if on_gpu else None)
+
+    @staticmethod
+    def hypothetical(capability: tuple[int, int] = AMPERE) -> "Target":
+        """A GPU that need not be in this machine.
+
+        >>> Target.hypothetical()
+        Target(device=device(type='cuda'), capability=(8, 0), present=False)
+        """
+        return Target(torch.device("cuda"), capability, present=False)
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"

@@ -20,6 +20,7 @@ from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
 from model.quant.streams import EXPERT, matrix_fields
 from model.quant.tensor import QuantizedTensor
+from model.target import Target
 from runtime.planning.costs import attention_bytes, matrix_bytes
 
 WORKERS = 2  # one reads while the other brings what it has read into the form that is kept
@@ -106,12 +107,13 @@ def quantized_linear(
     """
     if not spec.quantized:
         return None
-    size = attention_bytes(config, spec, dtype, device)
+    target = Target.of(device)
+    size = attention_bytes(config, spec, dtype, target)
     free = torch.empty(config.layers * size, dtype=torch.uint8, device=device)
 
     def make(inputs: int, outputs: int) -> QuantizedLinear:
         nonlocal free
-        taken = matrix_bytes(spec, (outputs, inputs), dtype, device)
+        taken = matrix_bytes(spec, (outputs, inputs), dtype, target)
         memory, free = free[:taken], free[taken:]
         return QuantizedLinear(inputs, outputs, spec, dtype, device, memory)
 

@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from model.mixtral import Mixtral
 from model.quant.expert import ExpertFormat
+from model.target import Target
 from runtime.errors import DeviceError, LoadError
 from runtime.experts.cache import ExpertCache
 from runtime.gpu.warm_up import Bar, prepare
@@ -120,7 +121,7 @@ def load_weights(
 ) -> tuple[Mixtral, ExpertCache | None]:
     """The model, and the cache of its experts unless all of them are resident."""
     dtype, device = plan.dtype, plan.device
-    form = ExpertFormat.choose(checkpoint.config, checkpoint.experts, dtype, device)
+    form = ExpertFormat.of(checkpoint.config, checkpoint.experts, dtype, Target.of(device))
     if plan.resident:
         return load_resident(checkpoint, form, dtype, device, progress), None
     cache = ExpertCache.make(

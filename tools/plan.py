@@ -30,7 +30,6 @@ import torch
 from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.quant.backends.fused import CAPABILITY
 from model.quant.spec import QuantSpec
 from model.shapes import SHAPES
 from model.target import Target
@@ -105,7 +104,7 @@ def make_sheet(args: argparse.Namespace) -> Sheet:
     if not on_cpu and args.ram and "," in args.ram:
         raise OptionError(f"ram is {args.ram}; one size goes with all of --vram")
     model = describe_model(args)
-    target = Target(torch.device(args.device), None if on_cpu else CAPABILITY, present=on_cpu)
+    target = Target.of(torch.device("cpu")) if on_cpu else Target.hypothetical()
     text = getattr(args, sized)
     sizes: list[str | None] = text.split(",") if text else [None]
     options = [from_flags(EngineOptions, argparse.Namespace(**vars(args) | {sized: size})) for size in sizes]

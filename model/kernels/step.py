@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.quant.backends.fused import launch, power_of_two
+from model.kernels.launching import launch, power_of_two
 
 SPLITS = 32  # of the positions, for each kv head: 256 programs where there are 8, two to a multiprocessor
 MAX_HEAD_DIM = 256

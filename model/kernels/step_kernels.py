@@ -10,7 +10,7 @@ gate, does not concern do not exist or end at once.
 import triton
 import triton.language as tl
 
-from model.kernels.matrix_kernels import rounded
+from model.kernels.shared_kernels import rounded
 
 
 @triton.jit

@@ -13,28 +13,28 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.kernels import experts as kernels
+from model.kernels import launching
 from model.linear import linear
 from model.moe import Product, gated, mix
-from model.quant.backends import Backend, fused
-from model.quant.backends.fused import ExpertForm
-from model.quant.product import choose_backend
+from model.quant.backends import Backend, pick_backend
 from model.quant.spec import QuantSpec
 from model.quant.streams import Field, expert_fields
 from model.quant.tensor import QuantizedTensor
 from model.router import Choice
+from model.target import Target
 
 # Bytes. No library tells addresses apart beyond this (cuBLAS's choice of a kernel may depend on it up to
 # here), so an expert is computed alike in every slot.
-ALIGNMENT = 256
+BLOB_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
 class ExpertFormat:
     """One expert in files (`stored`) and in memory (`kept`): the tensors of two runs of bytes.
 
-    `stored` has the names that follow `layers.{n}.block_sparse_moe.experts.{e}.` in a checkpoint; `kept` is
-    what the fastest way to compute on the device wants, which may be the same. `remark` is as
-    `choose_backend` gives it.
+    In a checkpoint the names of `stored` follow `layers.{n}.block_sparse_moe.experts.{e}.`. `kept` is what
+    the device's fastest backend wants, which may be the same.
     """
 
     spec: QuantSpec
@@ -42,28 +42,26 @@ class ExpertFormat:
     stored: tuple[Field, ...]
     kept: tuple[Field, ...]
     backends: dict[str, type[Backend]]  # by matrix; empty at 16 bits
-    remark: str | None
-    pair: ExpertForm | None  # for one token, all of whose experts are computed in two launches, by slot
+    remark: str | None  # why the device's fast way cannot compute a matrix, as `Backend.unsupported` says it
+    layout: kernels.BlobLayout | None  # for `step`; None where the device has no kernels for it
 
     @staticmethod
-    def choose(
-        config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device
-    ) -> "ExpertFormat":
-        """For a model that computes in `dtype`. Raises `ModelError` for dimensions that the spec does not
-        divide."""
+    def of(config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, target: Target) -> "ExpertFormat":
+        """The format for a model that computes in `dtype`. Raises `ModelError` if the spec does not divide
+        its dimensions."""
         shapes = {"w13": (2 * config.ffn, config.hidden), "w2": (config.hidden, config.ffn)}
         stored = tuple(expert_fields(config, spec, dtype=dtype))
-        pair = None if fused.unsupported(device) else ExpertForm(spec, config.hidden, config.ffn)
+        slow = launching.unsupported(target)
+        layout = None if slow else kernels.BlobLayout(spec, config.hidden, config.ffn)
         if not spec.quantized:
-            return ExpertFormat(spec, shapes, stored, stored, {}, None, pair)
-        chosen = {name: choose_backend(spec, shape, dtype, device) for name, shape in shapes.items()}
+            return ExpertFormat(spec, shapes, stored, stored, {}, None, layout)
+        picked = {name: pick_backend(spec, shape, dtype, target) for name, shape in shapes.items()}
         kept: list[Field] = []
-        for name, (backend, _) in chosen.items():
+        for name, (backend, _) in picked.items():
             kept += backend.fields(name, shapes[name], spec, kept[-1].end if kept else 0)
-        remarks = [remark for _, remark in chosen.values() if remark]
-        backends = {name: backend for name, (backend, _) in chosen.items()}
-        remark = remarks[0] if remarks else None
-        return ExpertFormat(spec, shapes, stored, tuple(kept), backends, remark, pair)
+        backends = {name: backend for name, (backend, _) in picked.items()}
+        remark = next((remark for _, remark in picked.values() if remark), None)
+        return ExpertFormat(spec, shapes, stored, tuple(kept), backends, remark, layout)
 
     @property
     def blob_bytes(self) -> int:
@@ -95,17 +93,17 @@ class ExpertFormat:
                 products.append(partial(linear, weight=memory["weight"]))
         return BoundExpert(*products)
 
-
-def blob_bytes(config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> int:
-    """Of an expert in memory, as `ExpertFormat` has it. A GPU need not be there: whatever computes on one
-    keeps what files have."""
-    if device.type == "cuda":
-        return aligned(expert_fields(config, spec, dtype=dtype)[-1].end)
-    return ExpertFormat.choose(config, spec, dtype, device).blob_bytes
+    def step(
+        self, x: Tensor, pool: Tensor, slots: Tensor, weights: Tensor, ids: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum of one token's experts, which are in some slots of a GPU's pool of blobs: x [1, D]
+        -> [1, D]. See `model.kernels.experts`."""
+        assert self.layout is not None, self
+        return kernels.experts_by_slot(x, pool, slots, weights, self.layout, ids)
 
 
 def aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-size // BLOB_ALIGNMENT) * BLOB_ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -137,5 +135,4 @@ class BlobExperts:
         return mix(self.experts, x, choice)
 
     def step(self, x: Tensor, choice: Choice) -> Tensor:  # [1, D] -> [1, D]
-        assert self.form.pair is not None, self.form
-        return fused.expert_pair(x, self.blobs, choice.ids[0], choice.weights[0], self.form.pair)
+        return self.form.step(x, self.blobs, choice.ids[0], choice.weights[0])

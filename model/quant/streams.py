@@ -30,7 +30,7 @@ from model.parameters import instances, parameter_rows
 from model.quant.packing import PLANES
 from model.quant.spec import QuantSpec
 
-ALIGNMENT = 16  # bytes
+STREAM_ALIGNMENT = 16  # bytes
 STEPS = 4  # float32 numbers in that many bytes
 CODES = ("codes", "codes_high")  # the streams of the planes, the low one first
 
@@ -88,7 +88,7 @@ def matrix_fields(
     fields = []
     for stream, kind, size in [*streams, ("steps", torch.float32, (-(-steps // STEPS) * STEPS,))]:
         field = Field(f"{name}.{stream}", kind, size, offset)
-        assert field.bytes % ALIGNMENT == 0, field
+        assert field.bytes % STREAM_ALIGNMENT == 0, field
         fields.append(field)
         offset = field.end
     return fields

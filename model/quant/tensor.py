@@ -58,6 +58,11 @@ class QuantizedTensor:
             "codes": self.codes, **high, "scales": self.scales, "zeros": self.zeros, "steps": self.steps,
         }  # fmt: skip
 
+    def copy_to(self, memory: Mapping[str, Tensor]) -> None:
+        """Copy the streams to tensors of the same names."""
+        for name, stream in self.streams().items():
+            memory[name].copy_(stream)
+
     def planes(self) -> list[Tensor]:
         """The streams of codes, the low plane first."""
         return [self.codes] if self.codes_high is None else [self.codes, self.codes_high]

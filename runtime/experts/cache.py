@@ -35,7 +35,6 @@ from torch import Tensor
 
 from model.kernels import step
 from model.moe import Contributions, ManyTokens, OneToken, gated
-from model.quant.backends import fused
 from model.quant.expert import ExpertFormat
 from model.router import Choice
 from runtime.experts import trace
@@ -249,8 +248,7 @@ class ExpertCache:
         ids, weights = choice.ids[0], choice.weights[0]
         slots = self.slots[layer, : len(ids)]
         step.fetch(self.host_slots[layer, : len(ids)], slots)
-        assert self.form.pair is not None, self.form
-        return fused.expert_pair(x, self.pool, slots, weights, self.form.pair, ids)
+        return self.form.step(x, self.pool, slots, weights, ids)
 
     def computed_one(self, layer: int, accesses: Iterable[Access]) -> None:
         """What `one` computes has been put on the device."""

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.kernels import launching
 from model.kernels import step as kernels
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
-from model.quant.backends import fused
 from model.quant.spec import ROWS
+from model.target import Target
 from runtime.gpu.graphs import CudaGraphs, Graphs, Work
 
 MAX_LOOKAHEAD = 2  # layers
@@ -66,7 +67,7 @@ def unfit(config: ModelConfig, device: torch.device) -> str | None:
     if c.hidden % ROWS or c.ffn % ROWS:
         return f"hidden {c.hidden} and ffn {c.ffn} are not multiples of {ROWS}"
     shape = kernels.unfit(c.heads, c.kv_heads, c.head_dim, c.hidden, c.experts, c.experts_per_token)
-    return fused.unsupported(device) or shape
+    return launching.unsupported(Target.of(device)) or shape
 
 
 class Decoder:

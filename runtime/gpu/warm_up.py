@@ -11,9 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from model.kernels.matrices import FEW
 from model.kv_cache import KVCache
 from model.moe import Product
-from model.quant.backends.fused import FEW
 from model.quant.expert import BlobExperts
 from runtime.errors import DeviceError, RequestError
 from runtime.gpu.graphs import Work

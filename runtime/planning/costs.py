@@ -1,20 +1,14 @@
-"""What a model's parts take on a device, in given formats and a given dtype.
+"""What a model's parts take on a device, in given formats and a given dtype."""
 
-A GPU need not be there: on one, quantized weights take in memory what they take in files.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from model.attention import Attending
 from model.config import ModelConfig
-from model.quant.backends import fused
-from model.quant.expert import aligned, blob_bytes
-from model.quant.product import choose_backend, scratch_bytes
+from model.quant.backends import pick_backend, scratch_bytes
+from model.quant.expert import ExpertFormat, aligned
 from model.quant.spec import QuantSpec
-from model.quant.streams import Field, matrix_fields
 from model.rows import kernel_bytes
 from model.target import Target
 from runtime.planning.memory import CONTEXT_BYTES, context_bytes, driver_bytes, overhead_bytes
@@ -40,16 +34,15 @@ class Costs:
         """Raises `ModelError` if a format's groups do not divide the model's matrices."""
         device, scratch = target.device, 0
         if attention.quantized or experts.quantized:
-            fast = not target.present or fused.unsupported(device) is None
-            scratch = scratch_bytes(device, max(config.hidden, config.ffn), dtype, fast)
+            scratch = scratch_bytes(max(config.hidden, config.ffn), dtype, target)
         kernels = kernel_bytes(MATRIX_SHAPES, dtype, device)
         return Costs(
-            attention_bytes=attention_bytes(config, attention, dtype, device),
-            blob_bytes=blob_bytes(config, experts, dtype, device),
+            attention_bytes=attention_bytes(config, attention, dtype, target),
+            blob_bytes=ExpertFormat.of(config, experts, dtype, target).blob_bytes,
             scratch_bytes=scratch,
             overhead_bytes=kernels + overhead_bytes(device, target.capability if target.present else None),
             driver_bytes=driver_bytes(device, context_bytes(device) if target.present else CONTEXT_BYTES),
-            attending=Attending.of(config, dtype, target.capability),
+            attending=Attending.of(config, dtype, target),
         )
 
 
@@ -65,18 +58,16 @@ def projections(config: ModelConfig) -> int:
     return 2 * (config.heads + config.kv_heads) * config.head_dim * config.hidden
 
 
-def attention_bytes(config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> int:
+def attention_bytes(config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, target: Target) -> int:
     """What a layer's attention takes in memory in this format."""
     if not spec.quantized:
         return projections(config) * dtype.itemsize
     qkv, out = (config.heads + 2 * config.kv_heads) * config.head_dim, config.heads * config.head_dim
     shapes = (qkv, config.hidden), (config.hidden, out)
-    return sum(matrix_bytes(spec, shape, dtype, device) for shape in shapes)
+    return sum(matrix_bytes(spec, shape, dtype, target) for shape in shapes)
 
 
-def matrix_bytes(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> int:
+def matrix_bytes(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, target: Target) -> int:
     """What a quantized matrix takes in memory, rounded up so that another one can follow it."""
-    fields: Callable[..., list[Field]] = matrix_fields
-    if device.type == "cpu":
-        fields = choose_backend(spec, shape, dtype, device)[0].fields
-    return aligned(fields("", shape, spec)[-1].end)
+    backend, _ = pick_backend(spec, shape, dtype, target)
+    return aligned(backend.fields("", shape, spec)[-1].end)

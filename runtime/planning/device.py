@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from model.errors import quoted
-from model.quant.backends.int4pack import kernel_block
-from model.target import Target
+from model.quant.backends import has_fast_product
+from model.target import AMPERE, Target
 from runtime.errors import DeviceError, OptionError
 
 
@@ -113,8 +113,8 @@ def pick_dtype(name: str | None, target: Target, weights: int, quantized: bool =
     if name is not None:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if target.capability is not None:
-        return torch.bfloat16 if target.capability >= (8, 0) else torch.float16
-    if quantized and kernel_block():
+        return torch.bfloat16 if target.capability >= AMPERE else torch.float16
+    if quantized and has_fast_product(torch.bfloat16, target):
         return torch.bfloat16
     return torch.bfloat16 if weights > SMALL_MODEL and cpu_multiplies_bfloat16() else torch.float32
 

@@ -38,8 +38,7 @@ def make_plan(request: Request) -> Plan:
 
     >>> from model.shapes import MIXTRAL_8X7B
     >>> from runtime.planning.request import Budgets
-    >>> import torch
-    >>> card = Target(torch.device("cuda"), (8, 0), present=False)
+    >>> card = Target.hypothetical()
     >>> def plan_for(vram: str | None) -> Plan:
     ...     options = EngineOptions(vram=vram)
     ...     budgets = Budgets.given(options, card.device)

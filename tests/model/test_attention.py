@@ -17,6 +17,7 @@ from model import attention
 from model.attention import Attending, Attention, attend, causal_mask, marked
 from model.linear import Linear
 from model.rope import Rope
+from model.target import Target
 from tests.model.reference import CPU, GEOMETRIES, TINY, random_ids, random_model
 
 HEADS = [(4, 4), (8, 2), (6, 1), (12, 2)]
@@ -182,15 +183,15 @@ def test_on_a_gpu_it_is_right_and_takes_no_more_memory_than_planned(
     T: int, S: int, dtype: torch.dtype
 ) -> None:
     gpu = torch.device("cuda", 0)
-    capability = torch.cuda.get_device_capability(gpu)
-    if dtype == torch.bfloat16 and capability < (8, 0):
+    target = Target.of(gpu)
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability(gpu) < (8, 0):
         pytest.skip("it computes no bfloat16")
     q = like_the_model(1, 8, T, 128, dtype=dtype).to(gpu)
     k, v = (like_the_model(1, 2, S, 128, room=9, dtype=dtype).to(gpu) for _ in range(2))
     attend(q, k, v, causal_mask(T, S, gpu))
     torch.cuda.reset_peak_memory_stats(gpu)
     before = torch.cuda.memory_allocated(gpu)
-    way = Attending.of(SHAPE, dtype, capability)
+    way = Attending.of(SHAPE, dtype, target)
     with torch.inference_mode(), Operators() as called:
         out = attend(q, k, v, causal_mask(T, S, gpu))
     assert (FLASH in called.names) == (way is Attending.FLASH) and CUDNN not in called.names
@@ -202,12 +203,13 @@ def test_on_a_gpu_it_is_right_and_takes_no_more_memory_than_planned(
 
 
 def test_which_way_a_device_takes() -> None:
-    ways = {found: Attending.of(SHAPE, torch.float16, found) for found in (None, (7, 5), (8, 0), (12, 0))}
-    assert list(ways.values()) == [Attending.MASK, Attending.SCORES, Attending.FLASH, Attending.FLASH]
-    assert Attending.of(SHAPE, torch.float32, (9, 0)) is Attending.SCORES
+    gpus = [Target.hypothetical(capability) for capability in ((7, 5), (8, 0), (12, 0))]
+    ways = [Attending.of(SHAPE, torch.float16, target) for target in (Target.of(CPU), *gpus)]
+    assert ways == [Attending.MASK, Attending.SCORES, Attending.FLASH, Attending.FLASH]
+    assert Attending.of(SHAPE, torch.float32, gpus[-1]) is Attending.SCORES
     for head_dim in (12, 264):
         odd = replace(SHAPE, head_dim=head_dim)
-        assert Attending.of(odd, torch.bfloat16, (9, 0)) is Attending.SCORES
+        assert Attending.of(odd, torch.bfloat16, gpus[-1]) is Attending.SCORES
 
 
 # --- numbers that are not finite

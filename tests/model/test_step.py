@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.quant.backends import fused
+from model.kernels import launching
 from runtime.gpu.decoder import unfit
 from tests.model.kernels.test_fused import run_cases, triton
 from tests.model.whole_step_cases import CONFIG
@@ -32,7 +32,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
 def test_what_cannot_be_computed_step_by_step_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert unfit(CONFIG, cpu) == "needs a CUDA device, not cpu"
-    monkeypatch.setattr(fused, "unsupported", lambda device: None)
+    monkeypatch.setattr(launching, "unsupported", lambda target: None)
     assert unfit(CONFIG, cpu) is None
     assert unfit(replace(CONFIG, ffn=40), cpu) == "hidden 64 and ffn 40 are not multiples of 16"
     assert str(unfit(replace(CONFIG, head_dim=8), cpu)).startswith("head_dim 8 is not a power of two")

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from model.config import ModelConfig
+from model.kernels import launching
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.moe import SparseMoE
-from model.quant.backends import fused
 from model.quant.expert import BlobExperts, ExpertFormat
 from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
 from model.router import Choice
+from model.target import Target
 from tests.model.kernels import interpreted
 from tests.model.quant.matrices import make_matrix
 
@@ -26,7 +27,7 @@ CONFIG = ModelConfig(
 
 
 def random_network(spec: QuantSpec) -> Mixtral:
-    form = ExpertFormat.choose(CONFIG, spec, torch.float32, DEVICE)
+    form = ExpertFormat.of(CONFIG, spec, torch.float32, Target.of(DEVICE))
     linear = partial(QuantizedLinear, spec=QuantSpec(4), dtype=torch.float32, device=DEVICE)
     experts = lambda layer: BlobExperts(form, CONFIG.experts, DEVICE)  # noqa: E731
     model = Mixtral(CONFIG, torch.float32, DEVICE, experts, linear).requires_grad_(False)
@@ -50,7 +51,7 @@ def random_network(spec: QuantSpec) -> Mixtral:
 
 def test_tokens_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     if interpreted.INTERPRETED:
-        monkeypatch.setattr(fused, "unsupported", lambda device: None)
+        monkeypatch.setattr(launching, "unsupported", lambda target: None)
     torch.manual_seed(0)
     model, ids = random_network(QuantSpec(4, 16)), [3, 40, 7]
     expected = model(torch.tensor([ids], device=DEVICE))[0]

@@ -159,10 +159,10 @@ def test_progress_adds_up_to_the_bytes_of_the_files(
 
 def test_the_dtype_of_quantized_weights_is_the_fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = Target(torch.device("cpu"))
-    monkeypatch.setattr("runtime.planning.device.kernel_block", lambda: 32)
+    monkeypatch.setattr(int4pack, "kernel_block", lambda: 32)
     assert pick_dtype(None, cpu, 1000, quantized=True) == torch.bfloat16
     assert pick_dtype(None, cpu, 1000) == torch.float32
-    monkeypatch.setattr("runtime.planning.device.kernel_block", lambda: 0)
+    monkeypatch.setattr(int4pack, "kernel_block", lambda: 0)
     assert pick_dtype(None, cpu, 1000, quantized=True) == torch.float32
 
 

@@ -28,7 +28,7 @@ def folder(variant: Callable[..., Path]) -> Path:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "step":
         use_plain_kernels(monkeypatch)
-        monkeypatch.setattr("model.quant.product.Int4Pack", Blocks)
+        monkeypatch.setattr("model.quant.backends.BACKENDS", (Blocks,))
         monkeypatch.setattr("runtime.gpu.decoder.CudaGraphs", lambda device: Recorded())
     monkeypatch.setattr("model.linear.packs", lambda weight: False)  # weights that can be spoilt
     return request.param

@@ -20,6 +20,7 @@ from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
 from model.quant.streams import matrix_fields
 from model.quant.tensor import QuantizedTensor
+from model.target import Target
 from runtime.loader import pack_trunk, quantized_linear, slow_products
 
 POOL = 1 << 20  # random numbers that rows are cut from
@@ -49,7 +50,7 @@ def random_model(
     configuration.
     """
     generator = torch.Generator().manual_seed(seed)
-    form = ExpertFormat.choose(config, experts, dtype, device)
+    form = ExpertFormat.of(config, experts, dtype, Target.of(device))
     linear = quantized_linear(config, attention, dtype, device)
     resident: list[BlobExperts] = []
 

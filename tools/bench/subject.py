@@ -24,6 +24,7 @@ from model.moe import Experts
 from model.quant.expert import ExpertFormat
 from model.quant.spec import QuantSpec
 from model.shapes import SHAPES
+from model.target import Target
 from runtime.errors import OptionError
 from runtime.experts.arena import Arena
 from runtime.experts.cache import ExpertCache
@@ -159,7 +160,7 @@ def make_subject(args: argparse.Namespace, tokens: int, **defaults: Any) -> Subj
     if (options.context or 0) < tokens:
         raise OptionError(f"{tokens} tokens do not fit --context {options.context}")
     plan = plan_model(config, *formats, options)
-    setup = Setup(plan, ExpertFormat.choose(config, formats[1], plan.dtype, plan.device))
+    setup = Setup(plan, ExpertFormat.of(config, formats[1], plan.dtype, Target.of(plan.device)))
     link, memory = measure_rates(setup.device, options)
     if args.enforce:
         enforce(setup, options)

@@ -14,7 +14,6 @@ from typing import cast
 from torch import Tensor
 
 from model.moe import Experts, mix
-from model.quant.backends import fused
 from model.quant.expert import BoundExpert, ExpertFormat
 from model.router import Choice
 from runtime.experts.cache import ExpertCache, LayerExperts
@@ -58,8 +57,7 @@ class InPlace:
         return mix(self.bound, x, choice)
 
     def step(self, x: Tensor, choice: Choice) -> Tensor:
-        assert self.form.pair is not None, self.form
-        return fused.expert_pair(x, self.blobs, choice.ids[0], choice.weights[0], self.form.pair)
+        return self.form.step(x, self.blobs, choice.ids[0], choice.weights[0])
 
 
 def in_slots(cache: ExpertCache) -> Callable[[int], InPlace]:

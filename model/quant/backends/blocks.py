@@ -1,11 +1,11 @@
 """Any device, any dtype, any format: a few rows at a time become ordinary numbers, then an ordinary product.
 
-A block of rows is small enough to stay in a CPU's cache from being made to being used, so the expanded
-weights never travel to memory and back; on a GPU blocks are large, to keep it busy. Every weight is computed
-in float32 and rounded once, so it is the number that `QuantizedTensor.dequantize` gives.
+A block of rows stays in a CPU's cache from being expanded to being multiplied, so the numbers never travel to
+memory and back. On a GPU blocks are large, to keep it busy.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,13 +16,17 @@ from model.quant.spec import QuantSpec
 from model.quant.streams import Field, matrix_fields
 from model.quant.tensor import QuantizedTensor
 from model.rows import filled_up
+from model.target import Target
 
 CPU_BLOCK = 1 << 19  # weights: 2 MiB of float32
 GPU_BLOCK = 1 << 24
 
 
 class Blocks:
-    """A matrix kept as files have it."""
+    """A matrix kept as files have it. Every weight is computed in float32 and rounded once, so it equals what
+    `QuantizedTensor.dequantize` gives."""
+
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         self.matrix = QuantizedTensor.of(spec, shape, memory)
@@ -31,12 +35,12 @@ class Blocks:
         (N, K), M = self.matrix.shape, x.shape[0]
         x = filled_up(x)
         spec, scales, zeros = self.matrix.spec, self.matrix.group_scales(), self.matrix.group_zeros()
-        step = min(max((CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK) // K, 1), N)
-        wide = x.new_empty(step, K, dtype=torch.float32)
+        block = min(max(block_weights(x.device) // K, 1), N)  # rows
+        wide = x.new_empty(block, K, dtype=torch.float32)
         rounded = wide if x.dtype == torch.float32 else torch.empty_like(wide, dtype=x.dtype)
         out = x.new_empty(x.shape[0], N)
-        for start in range(0, N, step):
-            rows = slice(start, min(start + step, N))
+        for start in range(0, N, block):
+            rows = slice(start, min(start + block, N))
             n = rows.stop - start
             codes = unpack([plane[rows] for plane in self.matrix.planes()], spec.bits, spec.group_size)
             groups = wide[:n].view(n, -1, spec.group_size)  # [n, J, group_size]
@@ -47,10 +51,22 @@ class Blocks:
         return out[:M]
 
     @staticmethod
+    def unsupported(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, target: Target) -> None:
+        return None
+
+    @staticmethod
+    def scratch_bytes(inputs: int, dtype: torch.dtype, target: Target) -> int:
+        return max(block_weights(target.device), inputs) * (4 + 2 + 2)  # in float32, in x's dtype, as codes
+
+    @staticmethod
     def fields(name: str, shape: Sequence[int], spec: QuantSpec, offset: int = 0) -> list[Field]:
         return matrix_fields(name, shape, spec, offset)
 
     @staticmethod
     def store(matrix: QuantizedTensor, memory: Mapping[str, Tensor]) -> None:
-        for name, stream in matrix.streams().items():
-            memory[name].copy_(stream)
+        matrix.copy_to(memory)
+
+
+def block_weights(device: torch.device) -> int:
+    """How many weights are expanded at a time."""
+    return CPU_BLOCK if device.type == "cpu" else GPU_BLOCK

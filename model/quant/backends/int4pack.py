@@ -19,6 +19,7 @@ The kernel takes longer the more rows x has; from `FEW` rows on it pays to expan
 import functools
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from model.quant.spec import QuantSpec
 from model.quant.streams import Field
 from model.quant.tensor import QuantizedTensor
 from model.rows import filled_up, in_pieces
+from model.target import Target
 
 KERNEL_GROUPS = (32, 64, 128, 256)
 FEW = 48  # rows of x, measured at 14336 x 4096
@@ -36,8 +38,10 @@ SIXTEEN = "where memory allows, leave them at 16 bits"
 
 
 class Int4Pack:
-    """A matrix as one or two sets of codes and (scale, zero) pairs, each a product of its own; y is their
-    sum."""
+    """A matrix as one or two sets of codes and (scale, zero) pairs. Each is a product of its own, and y is
+    their sum."""
+
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         self.spec, self.shape = spec, shape
@@ -102,6 +106,27 @@ class Int4Pack:
         torch.addcmul(zeros.contiguous()[:, None], values, scales.contiguous()[:, None], out=values)
 
     @staticmethod
+    def unsupported(
+        spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, target: Target
+    ) -> str | None:
+        (N, K), inputs = shape, kernel_group(spec)
+        if kernel_block() == 0:
+            capability = torch.backends.cpu.get_cpu_capability()
+            return f"needs a CPU with AVX2 or AVX-512, and PyTorch found {capability}; {SIXTEEN}"
+        if dtype != torch.bfloat16:
+            name = str(dtype).removeprefix("torch.")
+            return f"computes in bfloat16, not {name}; choose the dtype bfloat16"
+        if N % ROWS or K % inputs:
+            return f"takes rows in multiples of {ROWS} and inputs of {inputs}, not {N} x {K}; {SIXTEEN}"
+        if spec.bits == 8 and spec.group_size < KERNEL_GROUPS[0]:
+            return f"takes 8 bits in groups of 32 or more, not {spec.group_size}; quantize them to 8g32"
+        return None
+
+    @staticmethod
+    def scratch_bytes(inputs: int, dtype: torch.dtype, target: Target) -> int:
+        return EXPANDED * inputs * (4 + 2 + 2)  # two planes in bfloat16, and their codes
+
+    @staticmethod
     def fields(name: str, shape: Sequence[int], spec: QuantSpec, offset: int = 0) -> list[Field]:
         N, K = shape
         planes = 2 if spec.bits == 8 else 1
@@ -129,23 +154,6 @@ class Int4Pack:
             products = [(scales[:, i::halves], shifted[:, i::halves]) for i in range(halves)]
         for pairs, values in zip(memory["pairs"], products, strict=True):
             pairs.copy_(torch.stack(values, dim=-1).repeat_interleave(repeats, dim=1).transpose(0, 1))
-
-
-def unsupported(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Why this backend cannot serve a matrix on this CPU, and what to do about it; None if it can."""
-    N, K = shape
-    if kernel_block() == 0:
-        capability = torch.backends.cpu.get_cpu_capability()
-        return f"needs a CPU with AVX2 or AVX-512, and PyTorch found {capability}; {SIXTEEN}"
-    if dtype != torch.bfloat16:
-        name = str(dtype).removeprefix("torch.")
-        return f"computes in bfloat16, not {name}; choose the dtype bfloat16"
-    if N % ROWS or K % kernel_group(spec):
-        inputs = kernel_group(spec)
-        return f"takes rows in multiples of {ROWS} and inputs of {inputs}, not {N} x {K}; {SIXTEEN}"
-    if spec.bits == 8 and spec.group_size < KERNEL_GROUPS[0]:
-        return f"takes 8 bits in groups of 32 or more, not {spec.group_size}; quantize them to 8g32"
-    return None
 
 
 def kernel_group(spec: QuantSpec) -> int:

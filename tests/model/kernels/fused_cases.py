@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.kernels.experts import BlobLayout, down, experts_by_slot, gate_up
+from model.kernels.launching import uncompiled
+from model.kernels.matrices import FewRows, expand
 from model.moe import mix
-from model.quant.backends.fused import ExpertForm, FewRows, Fused, down, expert_pair, gate_up, uncompiled
+from model.quant.backends.fused import Fused
 from model.quant.spec import QuantSpec
 from model.quant.streams import matrix_fields
 from model.quant.tensor import QuantizedTensor
@@ -62,7 +65,7 @@ def test_expanding(spec: QuantSpec) -> None:
     for dtype in DTYPES:
         for start, rows in ((0, 32), (16, 16)):
             out = torch.empty(rows, matrix.shape[1], dtype=dtype, device=DEVICE)
-            product.expand(start, out)
+            expand(product.matrix, start, out)
             assert torch.equal(out.cpu(), matrix.dequantize(dtype)[start : start + rows])
 
 
@@ -101,7 +104,7 @@ def test_a_split_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = make_matrix(QuantSpec(4), 32, 4096 + 64)
     x = torch.randn(6, matrix.shape[1]).bfloat16()
     product = bind(matrix)
-    assert FewRows.choose(32, matrix.shape[1], 4, 64).splits > 1
+    assert FewRows.pick(32, matrix.shape[1], 4, 64).splits > 1
     y = product(x.to(DEVICE))
     check(y.cpu(), x, matrix, TOLERANCE[x.dtype])
     assert torch.equal(product(x.to(DEVICE)), y) and torch.equal(product(x[2:5].to(DEVICE)), y[2:5])
@@ -157,7 +160,7 @@ class Layer:
     def __init__(
         self, spec: QuantSpec, D: int, ffn: int, slots: list[int], dtype: torch.dtype, gap: int = 48
     ) -> None:
-        self.form, self.slots = ExpertForm(spec, D, ffn), slots
+        self.layout, self.slots = BlobLayout(spec, D, ffn), slots
         make = make_matrix if spec.quantized else partial(make_plain, dtype)
         self.w13 = [make(spec, 2 * ffn, D, seed=2 * e) for e in range(len(slots))]
         self.w2 = [make(spec, D, ffn, seed=2 * e + 1) for e in range(len(slots))]
@@ -171,7 +174,7 @@ class Layer:
 
     def __call__(self, x: Tensor, ids: list[int], weights: Tensor) -> Tensor:
         chosen = torch.tensor(ids, device=DEVICE)
-        return expert_pair(x, self.pool, self.at(ids), weights, self.form, chosen)
+        return experts_by_slot(x, self.pool, self.at(ids), weights, self.layout, chosen)
 
 
 CASES = [
@@ -186,7 +189,7 @@ def test_a_pair_of_experts(text: str, D: int, ffn: int, dtype: torch.dtype) -> N
     layer = Layer(QuantSpec.parse(text), D, ffn, [3, 0, 4], dtype)
     x, ids = (torch.randn(1, D) / D**0.5).to(dtype), [2, 0]
     weights = torch.tensor([0.7, 0.3])
-    h = gate_up(x.to(DEVICE), layer.pool, layer.at(ids), layer.form).cpu()
+    h = gate_up(x.to(DEVICE), layer.pool, layer.at(ids), layer.layout).cpu()
     y = layer(x.to(DEVICE), ids, weights.to(DEVICE)).cpu()
     expected, size = torch.zeros(1, D).double(), torch.zeros(1, D).double()
     tolerance = TOLERANCE[dtype]
@@ -219,17 +222,16 @@ def test_bits_depend_on_the_experts_alone(text: str, dtype: torch.dtype) -> None
     assert torch.equal(Layer(spec, 16, 16, [5, 4, 0, 2], dtype, gap=112)(x, ids, weights), y)
     ascending = sorted(range(3), key=lambda i: ids[i])
     slots = layer.at([ids[i] for i in ascending])  # here slots lie in the order of ids
-    assert torch.equal(expert_pair(x, layer.pool, slots, weights[ascending], layer.form), y)
+    assert torch.equal(experts_by_slot(x, layer.pool, slots, weights[ascending], layer.layout), y)
 
+    pool, layout = layer.pool, layer.layout
     one = torch.ones(1, device=DEVICE)
-    experts = [lambda x, e=e: expert_pair(x, layer.pool, layer.at([e]), one, layer.form) for e in range(4)]
+    experts = [lambda x, e=e: experts_by_slot(x, pool, layer.at([e]), one, layout) for e in range(4)]
     mixed = mix(experts, x, Choice(torch.tensor([ids]), weights[None].to(dtype)))
     assert torch.equal(mixed, y)  # each alone, weighted and added by model.moe
 
-    h = torch.cat([gate_up(x, layer.pool, layer.at([e]), layer.form) for e in ids])
-    parts = [
-        down(h[i : i + 1], layer.pool, layer.at([ids[i]]), weights[i : i + 1], layer.form) for i in ascending
-    ]
+    h = torch.cat([gate_up(x, pool, layer.at([e]), layout) for e in ids])
+    parts = [down(h[i : i + 1], pool, layer.at([ids[i]]), weights[i : i + 1], layout) for i in ascending]
     assert torch.equal(sum(parts[1:], parts[0]), y)  # weighted in the kernel
 
 
@@ -239,5 +241,5 @@ def test_an_expert_beyond_two_gigabytes() -> None:
     pool = torch.empty(5, 1 << 29, dtype=torch.uint8, device=DEVICE)
     pool[4, : layer.pool.shape[1]] = layer.pool[0]
     x, one = torch.randn(1, 16, device=DEVICE), torch.ones(1, device=DEVICE)
-    y = expert_pair(x, pool, torch.tensor([4], device=DEVICE), one, layer.form)
+    y = experts_by_slot(x, pool, torch.tensor([4], device=DEVICE), one, layer.layout)
     assert torch.equal(y, layer(x, [0], one))

@@ -15,9 +15,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from model.kernels import step
-from model.quant.backends import fused
-from model.quant.backends.fused import ExpertForm, Fused, expert_pair
+from model.kernels import experts, matrices, step
+from model.kernels.experts import BlobLayout, experts_by_slot
+from model.quant.backends.fused import Fused
 from model.quant.spec import QuantSpec
 from model.quant.streams import matrix_fields
 
@@ -52,7 +52,7 @@ def key_of(kernel: Any, tensors: Sequence[Tensor | int], values: dict[str, float
 
 
 class Noting:
-    """In place of `fused.launch`: what would have to be compiled."""
+    """In place of `launch`: what would have to be compiled."""
 
     def __init__(self) -> None:
         self.keys: set[Key] = set()
@@ -62,7 +62,7 @@ class Noting:
 
 
 class Compiler:
-    """In place of `fused.launch`."""
+    """In place of `launch`."""
 
     def __init__(self, folder: Path, capability: int) -> None:
         self.folder, self.capability = folder, capability
@@ -105,16 +105,16 @@ class Compiler:
 @pytest.fixture(params=CAPABILITIES)
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> Compiler:
     compiler = Compiler(tmp_path, request.param)
-    monkeypatch.setattr(fused, "launch", compiler)
-    monkeypatch.setattr(step, "launch", compiler)
+    for module in (experts, matrices, step):
+        monkeypatch.setattr(module, "launch", compiler)
     return compiler
 
 
 @pytest.fixture
 def noting(monkeypatch: pytest.MonkeyPatch) -> Noting:
     noting = Noting()
-    monkeypatch.setattr(fused, "launch", noting)
-    monkeypatch.setattr(step, "launch", noting)
+    for module in (experts, matrices, step):
+        monkeypatch.setattr(module, "launch", noting)
     return noting
 
 
@@ -131,18 +131,18 @@ def test_a_matrix(compiler: Compiler) -> None:
         product = make_product(text)
         for M in (1, 4):
             product(torch.empty(M, 4096, dtype=dtype))
-        product.expand(0, torch.empty(4096, 4096, dtype=dtype))
+        matrices.expand(product.matrix, 0, torch.empty(4096, 4096, dtype=dtype))
     compiler.check("multiply_one", "multiply_few", "expand")
 
 
 def test_experts(compiler: Compiler) -> None:
     formats = ("16", "4", "3g128", "2") if compiler.capability in BROADLY else ("16", "3g128")
     for text in formats:
-        form, dtype = ExpertForm(QuantSpec.parse(text), 4096, 14336), compiler.dtypes[0]
-        end = matrix_fields("w2", (4096, 14336), form.spec, form.w2_offset(dtype), dtype)[-1].end
+        layout, dtype = BlobLayout(QuantSpec.parse(text), 4096, 14336), compiler.dtypes[0]
+        end = matrix_fields("w2", (4096, 14336), layout.spec, layout.w2_offset(dtype), dtype)[-1].end
         pool = torch.empty(1, end, dtype=torch.uint8)
         slots, weights = torch.zeros(2, dtype=torch.int32), torch.ones(2)
-        expert_pair(torch.empty(1, 4096, dtype=dtype), pool, slots, weights, form)
+        experts_by_slot(torch.empty(1, 4096, dtype=dtype), pool, slots, weights, layout)
     compiler.check("gate_up", "down")
 
 
@@ -178,5 +178,5 @@ def test_what_is_compiled_once_serves_every_context_and_number_of_rows(noting: N
     for M in (2, 3, 15, 16):
         product(torch.empty(M, 4096, dtype=torch.bfloat16))
     for start in (0, 16, 48):
-        product.expand(start, torch.empty(4096 - start, 4096, dtype=torch.bfloat16))
+        matrices.expand(product.matrix, start, torch.empty(4096 - start, 4096, dtype=torch.bfloat16))
     assert sorted(key[0] for key in noting.keys) == ["expand", "multiply_few"]

@@ -11,12 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.kernels import step
-from model.quant.backends import fused
-from model.quant.backends.fused import ExpertForm, Fused, unsupported
+from model.kernels import launching, matrices
+from model.kernels.experts import BlobLayout
+from model.kernels.launching import unsupported
+from model.kernels.matrices import PackedMatrix
+from model.quant.backends.fused import Fused
 from model.quant.spec import QuantSpec
 from model.quant.streams import expert_fields, matrix_fields
 from model.quant.tensor import QuantizedTensor
+from model.target import Target
 from tests.model.reference import TINY
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,7 +53,7 @@ def test_compiled_without_a_gpu(tmp_path: Path) -> None:
 @triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_a_gpu(tmp_path: Path) -> None:
-    if reason := unsupported(torch.device("cuda")):
+    if reason := unsupported(Target.of(torch.device("cuda"))):
         pytest.skip(f"Triton's kernels: {reason}")
     run_cases(CASES, tmp_path)
 
@@ -70,18 +73,18 @@ def test_more_rows_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[int | slice] = []
     W = QuantizedTensor.of(spec, shape, memory).dequantize()
 
-    def expand(self: Fused, start: int, out: torch.Tensor) -> None:
+    def expand(matrix: PackedMatrix, start: int, out: torch.Tensor) -> None:
         launched.append(slice(start, start + len(out)))
         out.copy_(W[launched[-1]])
 
-    monkeypatch.setattr(Fused, "one", lambda self, x: launched.append(1))
-    monkeypatch.setattr(Fused, "few", lambda self, x: launched.append(len(x)))
-    monkeypatch.setattr(Fused, "expand", expand)
+    monkeypatch.setattr(matrices, "multiply_one", lambda x, matrix: launched.append(1))
+    monkeypatch.setattr(matrices, "multiply_few", lambda x, matrix: launched.append(len(x)))
+    monkeypatch.setattr(matrices, "expand", expand)
     for M in (1, 2, 16):
         product(x[:M])
     assert launched == [1, 2, 16]
     for block, rows in ((1 << 20, [48]), (33 * 32, [32, 16]), (1, [16, 16, 16])):  # by 16 rows
-        monkeypatch.setattr(fused, "BLOCK", block)
+        monkeypatch.setattr(matrices, "BLOCK", block)
         launched.clear()
         torch.testing.assert_close(product(x), F.linear(x, W))
         assert [len(W[part]) for part in launched] == rows and launched[0].start == 0
@@ -93,45 +96,44 @@ def test_more_rows_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_place_of_w2_is_the_layouts(text: str, dtype: torch.dtype) -> None:
     spec = QuantSpec.parse(text)
     w2 = next(field for field in expert_fields(TINY, spec, dtype=dtype) if field.name.startswith("w2."))
-    assert ExpertForm(spec, TINY.hidden, TINY.ffn).w2_offset(dtype) == w2.offset
+    assert BlobLayout(spec, TINY.hidden, TINY.ffn).w2_offset(dtype) == w2.offset
 
 
 def test_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert unsupported(torch.device("cpu")) == "needs a CUDA device, not cpu"
+    assert unsupported(Target.of(torch.device("cpu"))) == "needs a CUDA device, not cpu"
     cuda = torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert unsupported(cuda) == "needs a CUDA device, and there is none here"
+    assert unsupported(Target.of(cuda)) == "needs a CUDA device, and there is none here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8.0, and this one has 7.5" in str(unsupported(cuda))
+    assert "8.0, and this one has 7.5" in str(unsupported(Target.of(cuda)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(fused, "find_spec", lambda name: None)
-    assert "pip install triton" in str(unsupported(cuda))
-    monkeypatch.setattr(fused, "find_spec", lambda name: name)
-    monkeypatch.setattr(fused, "untried", lambda device: f"tried {device}")
-    assert unsupported(cuda) == "tried cuda:1"
+    monkeypatch.setattr(launching, "find_spec", lambda name: None)
+    assert "pip install triton" in str(unsupported(Target.of(cuda)))
+    monkeypatch.setattr(launching, "find_spec", lambda name: name)
+    monkeypatch.setattr(launching, "untried", lambda device: f"tried {device}")
+    assert unsupported(Target.of(cuda)) == "tried cuda:1"
 
 
 @pytest.mark.parametrize("text", ["Failed to find C compiler.\nSet CC", ""])
 def test_where_kernels_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    tried: list[tuple[int, ...]] = []
+    tried: list[torch.device] = []
 
-    def add_and_norm(x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
-        tried.append(tuple(size for tensor in (x, *more) for size in tensor.shape))
+    def compile_one(device: torch.device) -> None:
+        tried.append(device)
         if len(tried) == 1:
             raise RuntimeError(text)
-        return x
 
-    monkeypatch.setattr(step, "add_and_norm", add_and_norm)
-    fused.uncompiled.cache_clear()
+    monkeypatch.setattr(launching, "compile_one", compile_one)
+    launching.uncompiled.cache_clear()
     try:
         for _ in range(3):
-            said = fused.uncompiled(torch.device("cpu"))  # stands for a GPU
+            said = launching.uncompiled(torch.device("cpu"))  # stands for a GPU
             assert said and f"({text.partition(chr(10))[0] or 'RuntimeError'}); install a C compiler" in said
-        assert tried == [(1, 16, 1, 16, 16, 1)], "once for a device"
-        assert fused.uncompiled(torch.device("cpu", 0)) is None
+        assert tried == [torch.device("cpu")], "once for a device"
+        assert launching.uncompiled(torch.device("cpu", 0)) is None
     finally:
-        fused.uncompiled.cache_clear()
+        launching.uncompiled.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -147,25 +149,24 @@ def test_where_kernels_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch, text:
 def test_short_memory_is_not_kept_for_a_compiler_that_is_missing(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def add_and_norm(x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+    def compile_one(device: torch.device) -> None:
         if left.pop(0):
             raise error
-        return x
 
     left = [True, False]
-    monkeypatch.setattr(step, "add_and_norm", add_and_norm)
-    fused.uncompiled.cache_clear()
+    monkeypatch.setattr(launching, "compile_one", compile_one)
+    launching.uncompiled.cache_clear()
     try:
-        said = str(fused.untried(torch.device("cpu")))  # stands for a GPU
+        said = str(launching.untried(torch.device("cpu")))  # stands for a GPU
         assert "no memory for that" in said and "compiler" not in said and "\n" not in said
-        assert fused.untried(torch.device("cpu")) is None and not left
-        assert fused.untried(torch.device("cpu")) is None  # that is kept
+        assert launching.untried(torch.device("cpu")) is None and not left
+        assert launching.untried(torch.device("cpu")) is None  # that is kept
     finally:
-        fused.uncompiled.cache_clear()
+        launching.uncompiled.cache_clear()
 
 
 def test_triton_is_not_imported_before_it_is_needed() -> None:
-    program = "import sys, model.quant.backends.fused; print('triton' in sys.modules)"
+    program = "import sys, model.quant.backends, model.quant.expert; print('triton' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
     )

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from model.kernels import step
-from model.quant.backends.fused import unsupported
+from model.kernels.launching import unsupported
+from model.target import Target
 from tests.model.kernels.test_fused import ROOT, run_cases, triton
 
 CASES = "tests/model/kernels/step_cases.py"
@@ -24,7 +25,7 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
 @triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_a_gpu(tmp_path: Path) -> None:
-    if reason := unsupported(torch.device("cuda")):
+    if reason := unsupported(Target.of(torch.device("cuda"))):
         pytest.skip(f"Triton's kernels: {reason}")
     run_cases(CASES, tmp_path)
 

@@ -16,8 +16,10 @@ from model.quant.expert import BlobExperts, ExpertFormat, views
 from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
 from model.router import Choice
+from model.target import Target
 
 CPU = torch.device("cpu")
+HERE = Target.of(CPU)
 CONFIG = ModelConfig(
     vocab=64, hidden=128, layers=1, heads=4, kv_heads=2, head_dim=32, ffn=192, experts=4, experts_per_token=2,
     context=64, rope_theta=1e4, norm_eps=1e-5)  # fmt: skip
@@ -51,7 +53,7 @@ def reference(x: Tensor, matrices: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_every_width_against_dequantized_weights(spec: QuantSpec, dtype: torch.dtype) -> None:
-    form = ExpertFormat.choose(CONFIG, spec, dtype, CPU)
+    form = ExpertFormat.of(CONFIG, spec, dtype, HERE)
     blob = torch.full((form.blob_bytes,), 0x5A, dtype=torch.uint8)
     expert = form.bind(blob)
     for seed in (1, 2):  # what is bound computes whatever is there at the time
@@ -68,7 +70,7 @@ def test_every_width_against_dequantized_weights(spec: QuantSpec, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_at_16_bits_it_is_the_module_bit_for_bit(dtype: torch.dtype) -> None:
-    form = ExpertFormat.choose(CONFIG, QuantSpec(16), dtype, CPU)
+    form = ExpertFormat.of(CONFIG, QuantSpec(16), dtype, HERE)
     assert form.stored == form.kept and form.remark is None
     stored, _ = make_stored(form, 0)
     blob = torch.empty(form.blob_bytes, dtype=torch.uint8)
@@ -85,7 +87,7 @@ def test_at_16_bits_it_is_the_module_bit_for_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_copy_of_a_blob_computes_the_same_bits(spec: QuantSpec, dtype: torch.dtype) -> None:
     """What offloading relies on: the slot that an expert is in changes nothing."""
-    form = ExpertFormat.choose(CONFIG, spec, dtype, CPU)
+    form = ExpertFormat.of(CONFIG, spec, dtype, HERE)
     arena = torch.zeros(2, form.blob_bytes, dtype=torch.uint8)
     slots = torch.full((3, form.blob_bytes), 0xFF, dtype=torch.uint8)
     bound = [form.bind(slot) for slot in slots]
@@ -102,7 +104,7 @@ def test_a_copy_of_a_blob_computes_the_same_bits(spec: QuantSpec, dtype: torch.d
 @pytest.mark.parametrize("ffn", [192, 208])
 @pytest.mark.parametrize("spec", [QuantSpec(16), QuantSpec(2), QuantSpec(3, 16)], ids=str)
 def test_blobs_are_aligned_and_hold_all(spec: QuantSpec, ffn: int, dtype: torch.dtype) -> None:
-    form = ExpertFormat.choose(replace(CONFIG, ffn=ffn), spec, dtype, CPU)
+    form = ExpertFormat.of(replace(CONFIG, ffn=ffn), spec, dtype, HERE)
     assert form.blob_bytes % 256 == 0 and 0 <= form.blob_bytes - form.kept[-1].end < 256
     for fields in (form.stored, form.kept):
         assert fields[0].offset == 0 and all(a.end == b.offset for a, b in itertools.pairwise(fields))
@@ -111,18 +113,18 @@ def test_blobs_are_aligned_and_hold_all(spec: QuantSpec, ffn: int, dtype: torch.
 
 def test_each_matrix_has_the_backend_that_suits_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4pack, "kernel_block", lambda: 64)
-    form = ExpertFormat.choose(CONFIG, QuantSpec(4), torch.bfloat16, CPU)
+    form = ExpertFormat.of(CONFIG, QuantSpec(4), torch.bfloat16, HERE)
     assert form.backends == {"w13": Int4Pack, "w2": Int4Pack} and form.remark is None
     mixed = replace(CONFIG, ffn=208)  # w13 has 416 rows
-    form = ExpertFormat.choose(mixed, QuantSpec(4, 16), torch.bfloat16, CPU)
+    form = ExpertFormat.of(mixed, QuantSpec(4, 16), torch.bfloat16, HERE)
     assert form.backends["w13"] is Blocks and form.remark is not None and "416 x 128" in form.remark
-    assert ExpertFormat.choose(mixed, QuantSpec(4, 16), torch.float32, CPU).remark is None
+    assert ExpertFormat.of(mixed, QuantSpec(4, 16), torch.float32, HERE).remark is None
 
 
 def test_where_one_matrix_takes_the_slow_way_both_are_right() -> None:
     config = replace(CONFIG, ffn=224)  # w13 has 448 rows, which is 7 * 64; w2 has groups of 16 in pairs
     for spec in (QuantSpec(4, 32), QuantSpec(2)):
-        form = ExpertFormat.choose(replace(config, hidden=96), spec, torch.bfloat16, CPU)  # w2: 96 rows
+        form = ExpertFormat.of(replace(config, hidden=96), spec, torch.bfloat16, HERE)  # w2: 96 rows
         if kernel_block():
             assert form.backends == {"w13": Int4Pack, "w2": Blocks}
         stored, matrices = make_stored(form, 3)
@@ -136,7 +138,7 @@ def test_where_one_matrix_takes_the_slow_way_both_are_right() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N", [1, 2, 9])
 def test_a_layer_of_blobs_mixes_as_one_of_parameters(N: int, dtype: torch.dtype) -> None:
-    form = ExpertFormat.choose(CONFIG, QuantSpec(16), dtype, CPU)
+    form = ExpertFormat.of(CONFIG, QuantSpec(16), dtype, HERE)
     layer = BlobExperts(form, CONFIG.experts, CPU)
     resident = ResidentExperts(CONFIG, dtype, CPU).requires_grad_(False)
     for e, (blob, expert) in enumerate(zip(layer.blobs, resident.experts, strict=True)):

@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from model.quant.backends import blocks, fused, int4pack
+from model.kernels import launching
+from model.quant.backends import blocks, has_fast_product, int4pack, pick_backend, scratch_bytes
 from model.quant.backends.blocks import Blocks
 from model.quant.backends.fused import Fused
 from model.quant.backends.int4pack import Int4Pack, kernel_block
-from model.quant.product import QuantizedLinear, choose_backend, scratch_bytes
+from model.quant.product import QuantizedLinear
 from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
+from model.target import Target
 
 CPU = torch.device("cpu")
+HERE = Target.of(CPU)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -33,7 +36,7 @@ def test_on_a_cpu_the_kernel_is_chosen_where_it_can_be(
     spec: str, shape: tuple[int, int], dtype: torch.dtype, remark: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int4pack, "kernel_block", lambda: 64)
-    backend, said = choose_backend(QuantSpec.parse(spec), shape, dtype, CPU)
+    backend, said = pick_backend(QuantSpec.parse(spec), shape, dtype, HERE)
     assert backend is (Blocks if remark else Int4Pack)
     assert said is None if remark is None else said is not None and said.startswith(remark)
 
@@ -41,14 +44,14 @@ def test_on_a_cpu_the_kernel_is_chosen_where_it_can_be(
 def test_a_cpu_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4pack, "kernel_block", lambda: 0)
     for dtype in (BF16, F16):  # another dtype would not help
-        backend, remark = choose_backend(QuantSpec(4), (64, 64), dtype, CPU)
+        backend, remark = pick_backend(QuantSpec(4), (64, 64), dtype, HERE)
         assert backend is Blocks and remark is not None and "AVX2" in remark and "16 bits" in remark
     layer = QuantizedLinear(64, 64, QuantSpec(4), BF16, CPU)
     assert layer.remark == remark and isinstance(layer.product, Blocks)
 
 
 def test_float32_on_a_cpu_is_nothing_to_remark_on() -> None:
-    assert choose_backend(QuantSpec(2), (48, 80), F32, CPU) == (Blocks, None)
+    assert pick_backend(QuantSpec(2), (48, 80), F32, HERE) == (Blocks, None)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
@@ -58,11 +61,11 @@ def test_a_gpu_multiplies_from_packed_bytes_where_it_can(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, backend, remark in (((8, 0), Fused, None), ((7, 5), Blocks, "capability 8.0, and this")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        monkeypatch.setattr(fused, "uncompiled", lambda device: None)
-        chosen, said = choose_backend(QuantSpec(2), (48, 80), dtype, torch.device("cuda"))
+        monkeypatch.setattr(launching, "uncompiled", lambda device: None)
+        chosen, said = pick_backend(QuantSpec(2), (48, 80), dtype, Target.of(torch.device("cuda")))
         assert chosen is backend and (said is None if remark is None else said and remark in said)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    chosen, said = choose_backend(QuantSpec(2), (48, 80), dtype, torch.device("cuda"))
+    chosen, said = pick_backend(QuantSpec(2), (48, 80), dtype, Target.of(torch.device("cuda")))
     assert chosen is Blocks and said == "needs a CUDA device, and there is none here"
 
 
@@ -94,11 +97,20 @@ def test_its_weights_are_not_parameters_and_are_as_small_as_the_format() -> None
 
 
 def test_scratch_is_what_a_product_expands() -> None:
-    assert scratch_bytes(CPU, 14336, BF16) >= int4pack.EXPANDED * 14336 * 2
-    gpu = torch.device("cuda")  # which need not be there
-    assert [scratch_bytes(gpu, 14336, dtype) for dtype in (BF16, F32)] == [64 << 20, 128 << 20]
-    assert scratch_bytes(gpu, 1 << 22, F16) == 16 * 2 << 22, "a matrix is expanded by 16 rows at least"
-    assert scratch_bytes(gpu, 14336, F16, fast=False) == 8 * blocks.GPU_BLOCK
+    assert scratch_bytes(14336, BF16, HERE) == scratch_bytes(14336, F32, HERE) == 8 * 512 * 14336
+    assert scratch_bytes(64, BF16, HERE) == 8 * blocks.CPU_BLOCK, "some of a model's matrices may take it"
+    gpu, old = Target.hypothetical(), Target.hypothetical((7, 5))
+    assert [scratch_bytes(14336, dtype, gpu) for dtype in (BF16, F32)] == [64 << 20, 128 << 20]
+    assert scratch_bytes(1 << 22, F16, gpu) == 16 * 2 << 22, "a matrix is expanded by 16 rows at least"
+    assert scratch_bytes(14336, F16, old) == 8 * blocks.GPU_BLOCK
+
+
+def test_a_hypothetical_gpu_is_judged_by_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "untried", lambda device: pytest.fail("it is not there"))
+    assert pick_backend(QuantSpec(2), (48, 80), BF16, Target.hypothetical((9, 0))) == (Fused, None)
+    backend, said = pick_backend(QuantSpec(2), (48, 80), F16, Target.hypothetical((7, 5)))
+    assert backend is Blocks and said is not None and "8.0, and this one has 7.5" in said
+    assert has_fast_product(F16, Target.hypothetical())
 
 
 def test_a_place_to_be_kept_in() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.mixtral import Block
 from model.quant.expert import ExpertFormat
+from model.target import Target
 from runtime import Engine, EngineOptions, SamplingParams
 from runtime.experts.arena import Arena
 from runtime.experts.cache import ExpertCache
@@ -94,7 +95,7 @@ class Rig:
         from model.checkpoint import open_checkpoint
 
         spec = open_checkpoint(folder).experts
-        return ExpertFormat.choose(self.engine.config, spec, getattr(torch, dtype), CPU)
+        return ExpertFormat.of(self.engine.config, spec, getattr(torch, dtype), Target.of(CPU))
 
     @contextmanager
     def cached(

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model.kernels import experts, launching
 from model.kernels import step as kernels
+from model.kernels.experts import BlobLayout
 from model.moe import gated
-from model.quant.backends import fused
 from model.quant.backends.blocks import Blocks
-from model.quant.backends.fused import ExpertForm
 from model.quant.streams import matrix_fields
 from model.rope import Rope
 from runtime.gpu.graphs import Work
@@ -63,14 +63,14 @@ def route(x: Tensor, gates: Tensor, experts: int, chosen: int) -> Tensor:
     return torch.cat([weights.view(torch.int32), order[0, :chosen], order[1:].flatten()])
 
 
-def expert_pair(
-    x: Tensor, pool: Tensor, slots: Tensor, weights: Tensor, form: ExpertForm, ids: Tensor | None = None
+def experts_by_slot(
+    x: Tensor, pool: Tensor, slots: Tensor, weights: Tensor, layout: BlobLayout, ids: Tensor | None = None
 ) -> Tensor:
-    spec, D, ffn = form.spec, form.hidden, form.ffn
+    spec, D, ffn = layout.spec, layout.hidden, layout.ffn
     parts = []
     for blob, weight in zip(pool.index_select(0, slots), weights.to(x.dtype), strict=True):
         products: list[Callable[[Tensor], Tensor]] = []
-        for shape, start in (((2 * ffn, D), 0), ((D, ffn), form.w2_offset(x.dtype))):
+        for shape, start in (((2 * ffn, D), 0), ((D, ffn), layout.w2_offset(x.dtype))):
             if spec.quantized:
                 fields = matrix_fields("", shape, spec, start)
                 products.append(Blocks(spec, shape, {field.name[1:]: field.view(blob) for field in fields}))
@@ -85,8 +85,8 @@ def expert_pair(
 
 def use_plain_kernels(patch: pytest.MonkeyPatch) -> None:
     """Let every device have a decoder, made of the above."""
-    patch.setattr(fused, "unsupported", lambda device: None)
-    patch.setattr(fused, "expert_pair", expert_pair)
+    patch.setattr(launching, "unsupported", lambda target: None)
+    patch.setattr(experts, "experts_by_slot", experts_by_slot)
     for function in (fetch, add_and_norm, rotate_and_append, attend, route):
         patch.setattr(kernels, function.__name__, function)
 

@@ -60,7 +60,7 @@ def graphs(device: str, monkeypatch: pytest.MonkeyPatch) -> list[Counted]:
 
     if device == "cpu":
         use_plain_kernels(monkeypatch)
-        monkeypatch.setattr("model.quant.product.Int4Pack", Blocks)  # blobs as files have them
+        monkeypatch.setattr("model.quant.backends.BACKENDS", (Blocks,))  # blobs as files have them
         monkeypatch.setattr("model.linear.packs", lambda weight: False)  # what it makes cannot be recorded
     monkeypatch.setattr("runtime.gpu.decoder.CudaGraphs", make)
     return made

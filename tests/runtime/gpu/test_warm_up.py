@@ -63,7 +63,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
         return capture(self, work)
 
     use_plain_kernels(monkeypatch)
-    monkeypatch.setattr("model.quant.product.Int4Pack", Blocks)
+    monkeypatch.setattr("model.quant.backends.BACKENDS", (Blocks,))
     monkeypatch.setattr("runtime.gpu.decoder.CudaGraphs", lambda device: Recorded())
     monkeypatch.setattr(Recorded, "capture", noting)
     return captured

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import step
-from model.quant.backends import fused
+from model.kernels import experts, launching, matrices, step
+from model.quant import backends
 from model.quant.backends.blocks import Blocks
 from model.quant.backends.fused import Fused
 from model.quant.spec import QuantSpec
@@ -25,6 +25,8 @@ PARAMS = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
 
 class Both(Fused):
     """Launches as `Fused` does, and computes as `Blocks`."""
+
+    devices = ("cpu",)
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         super().__init__(spec, shape, memory)
@@ -54,12 +56,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
         kinds = [(t.dtype, t.data_ptr() % 16 == 0) for t in tensors if isinstance(t, Tensor)]
         keys.add((kernel.fn.__name__, tuple(kinds), tuple(sorted(values.items()))))
 
-    for module in (fused, step):
+    for module in (experts, matrices, step):
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(fused, "unsupported", lambda device: None)
-    for name in ("product", "expert"):
-        monkeypatch.setattr(f"model.quant.{name}.choose_backend", lambda *args: (Both, None))
-    monkeypatch.setattr(fused, "expert_pair", both(fused.expert_pair, plain_step.expert_pair))
+    monkeypatch.setattr(launching, "unsupported", lambda target: None)
+    monkeypatch.setattr(backends, "BACKENDS", (Both,))
+    monkeypatch.setattr(experts, "experts_by_slot", both(experts.experts_by_slot, plain_step.experts_by_slot))
     for name in ("fetch", "add_and_norm", "rotate_and_append", "attend", "route"):
         monkeypatch.setattr(step, name, both(getattr(step, name), getattr(plain_step, name)))
     monkeypatch.setattr("runtime.gpu.decoder.CudaGraphs", lambda device: Recorded())

@@ -15,7 +15,7 @@ from runtime.planning.planner import make_plan
 from runtime.planning.request import Budget, Budgets, Request
 
 CPU = torch.device("cpu")
-CARD = Target(torch.device("cuda"), (8, 0), present=False)
+CARD = Target.hypothetical()
 SMALL = ModelConfig(
     vocab=320, hidden=96, layers=3, heads=6, kv_heads=2, head_dim=32, ffn=80, experts=5,
     experts_per_token=2, context=4096, rope_theta=1e6, norm_eps=1e-5)  # fmt: skip

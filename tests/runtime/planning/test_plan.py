@@ -17,6 +17,7 @@ from model.kv_cache import KVCache
 from model.mixtral import Block, Mixtral
 from model.moe import Experts, ManyTokens, ResidentExperts
 from model.router import Choice
+from model.target import Target
 from runtime.planning.plan import MAX_CHUNK, PREFILL_CHUNK, lay_out
 from tests.runtime.planning.asked import CPU, SMALL, asked, plan
 
@@ -128,7 +129,7 @@ def test_scores_of_a_gpu_without_flash_attention_are_counted(T: int, S: int, dty
 
 def test_a_plan_has_them_and_cuts_prompts_as_ever() -> None:
     for dtype, capability in ((torch.float16, (7, 5)), (torch.float32, (9, 0))):
-        way = Attending.of(SMALL, dtype, capability)
+        way = Attending.of(SMALL, dtype, Target.hypothetical(capability))
         plans = [plan(SMALL, dtype, 4096, attending=each) for each in (way, Attending.FLASH)]
         more = way.bytes(SMALL, dtype, plans[0].chunk, 4096)
         assert (

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from model.attention import Attending
 from model.config import ModelConfig
-from model.quant.product import scratch_bytes
+from model.quant.backends import scratch_bytes
 from model.quant.spec import QuantSpec
 from model.quant.streams import expert_fields
+from model.target import Target
 from runtime import DeviceError, Engine, OptionError
 from runtime.planning.plan import Plan
 from runtime.units import parse_bytes
@@ -167,7 +168,7 @@ def test_a_refusal_is_one_line_and_its_remedies_work(
             tried.append(try_plan(**(request | change(*words.groups()))))
     if words := re.search(r"quantize with --experts (\S+)", text):
         blob = expert_fields(config, QuantSpec.parse(words[1]))[-1].end + 63 & ~63
-        expanded = scratch_bytes(torch.device("cuda"), max(config.hidden, config.ffn), request["dtype"])
+        expanded = scratch_bytes(max(config.hidden, config.ffn), request["dtype"], Target.hypothetical())
         scratch = max(request["scratch"], expanded)
         tried.append(try_plan(**(request | {"expert": blob, "scratch": scratch})))
     assert tried and all(tried), text

@@ -38,7 +38,7 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         use_plain_kernels(monkeypatch)
         monkeypatch.setattr("gc.collect", lambda: 0)  # before each capture, and slow
         monkeypatch.setattr("runtime.gpu.decoder.CudaGraphs", lambda device: Recorded())
-        monkeypatch.setattr("model.quant.product.Int4Pack", Blocks)
+        monkeypatch.setattr("model.quant.backends.BACKENDS", (Blocks,))
     yield captured
 
 
