@@ -1,6 +1,6 @@
-"""What an option may be: each check returns the value in one plain type, or refuses it by name.
+"""Checks of option values. Each returns the value as a plain Python object, or raises `OptionError`.
 
-Numbers may come as Python's, numpy's or a tensor's of one element; a bool is no number.
+A number may be Python's, numpy's or a tensor of one element. A bool is no number.
 """
 
 import math
@@ -12,11 +12,12 @@ from typing import Any
 from model.errors import quoted
 from runtime.errors import OptionError
 
-MOST = (1 << 63) - 1  # what a tensor of integers holds
+MOST = (1 << 63) - 1  # the largest int64
 
 
 def whole(name: str, value: object, least: int, most: int = MOST, expected: str = "") -> int:
-    """
+    """An integer from `least` to `most`.
+
     >>> whole("slots", 3, least=1)
     3
     >>> whole("slots", True, least=1, most=8)
@@ -31,7 +32,7 @@ def whole(name: str, value: object, least: int, most: int = MOST, expected: str 
 
 
 def number(name: str, value: object, holds: Callable[[float], bool], expected: str) -> float:
-    """A number for which `holds` is true; nothing is true of NaN.
+    """A number for which `holds` is true. NaN never passes.
 
     >>> number("top_p", 1, lambda p: 0 < p <= 1, "above 0 and at most 1")
     1.0
@@ -39,7 +40,7 @@ def number(name: str, value: object, holds: Callable[[float], bool], expected: s
     found = plain(value)
     result = math.nan
     if isinstance(found, numbers.Real) and not isinstance(found, bool):
-        with suppress(OverflowError):  # an integer beyond all floats
+        with suppress(OverflowError):  # an integer larger than any float
             result = float(found)
     require(not math.isnan(result) and holds(result), name, value, expected)
     return result
@@ -51,13 +52,13 @@ def truth(name: str, value: object) -> bool:
     return bool(found)
 
 
-def choice(name: str, value: object, choices: Collection[str]) -> str:
-    require(isinstance(value, str) and value in choices, name, value, f"one of {', '.join(choices)}")
+def one_of(name: str, value: object, words: Collection[str]) -> str:
+    require(isinstance(value, str) and value in words, name, value, f"one of {', '.join(words)}")
     return str(value)
 
 
 def plain(value: Any) -> Any:
-    """A scalar of numpy, or a tensor of no dimensions, as the Python object that it holds."""
+    """The Python object in a numpy scalar or a tensor of no dimensions; any other value unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 

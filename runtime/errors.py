@@ -1,24 +1,24 @@
-"""Everything that the runtime raises on purpose. A message is one line: the thing, the number, the remedy."""
+"""The runtime's errors. A message is one line with the thing, the number and the remedy."""
 
 
 class MixtralError(Exception):
-    """Base of the family: `except MixtralError` catches what a user can do something about."""
+    """The base of all of them. A user can do something about each."""
 
 
 class OptionError(MixtralError, ValueError):
-    """An option whose value makes no sense anywhere."""
+    """An option has a value that makes no sense on any machine, or for this model."""
 
 
 class DeviceError(MixtralError):
-    """An option that this machine cannot honour: no such device, or too little memory."""
+    """This machine cannot do what the options ask for: it lacks the device, or the memory."""
 
 
 class LoadError(MixtralError):
-    """A checkpoint or tokenizer that cannot be used."""
+    """A checkpoint or tokenizer cannot be used."""
 
 
 class RequestError(MixtralError):
-    """A request that cannot be served. The engine is as it was, and the next request works."""
+    """A request cannot be served. The engine is unchanged, and the next request works."""
 
 
 class PromptTooLong(RequestError):

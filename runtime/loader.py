@@ -1,4 +1,4 @@
-"""From a checkpoint to a model in memory, in the form that the device computes with fastest."""
+"""Read a checkpoint into a model, in the form that the device computes with fastest."""
 
 import queue
 import warnings
@@ -23,7 +23,7 @@ from model.quant.tensor import QuantizedTensor
 from model.target import Target
 from runtime.planning.costs import attention_bytes, matrix_bytes
 
-WORKERS = 2  # one reads while the other brings what it has read into the form that is kept
+WORKERS = 2  # one reads while the other converts
 
 
 def load_model(
@@ -35,13 +35,13 @@ def load_model(
     blob: Callable[[int, int], Tensor],
     progress: Callable[[int], None] | None = None,
 ) -> Mixtral:
-    """The checkpoint's model, its trunk on `device`.
+    """The checkpoint's model, with its trunk on `device`.
 
-    `experts(layer)` are whoever computes a layer's experts, and `blob(layer, expert)` is the memory [uint8]
-    to read an expert into, wherever that is. `progress` is called with each number of bytes read.
+    `experts(layer)` computes a layer's experts. `blob(layer, expert)` is the memory [uint8], on any device,
+    that an expert is read into. `progress` is called with each number of bytes read.
 
-    Warns, once for each reason, where quantized weights cannot be multiplied in the device's fast way.
-    Raises `ModelError` if a file cannot be read or is no longer what its header said.
+    Warns, once for each reason, if quantized weights cannot be multiplied by the device's fast kernels.
+    Raises `ModelError` if a file cannot be read, or no longer matches its header.
     """
     linear = quantized_linear(checkpoint.config, checkpoint.attention, dtype, device)
     model = Mixtral(checkpoint.config, dtype, device, experts, linear).requires_grad_(False)
@@ -53,7 +53,7 @@ def load_model(
         for size in pool.map(lambda read: read(), other_parts(checkpoint, model, form, blob)):
             if progress:
                 progress(size)
-    finally:  # an error, or Ctrl-C: what has not begun is dropped
+    finally:  # after an error or Ctrl-C, reads that have not begun are dropped
         pool.shutdown(cancel_futures=True)
     pack_trunk(model)
     return model
@@ -66,7 +66,7 @@ def load_resident(
     device: torch.device,
     progress: Callable[[int], None] | None = None,
 ) -> Mixtral:
-    """The same with all experts on the device."""
+    """Like `load_model`, with all experts on the device."""
     config = checkpoint.config
     layers = [BlobExperts(form, config.experts, device) for _ in range(config.layers)]
 
@@ -77,8 +77,8 @@ def load_resident(
 
 
 def slow_products(model: Mixtral, form: ExpertFormat) -> list[str]:
-    """For each reason not to compute the fast way, one line with the weights that it keeps from it."""
-    users: dict[str, dict[str, None]] = {}  # by reason, in order and each once
+    """One line for each reason that keeps weights from the fast kernels, with the names of these weights."""
+    users: dict[str, dict[str, None]] = {}  # names by reason, each once and in order
     for module in model.modules():
         if isinstance(module, QuantizedLinear) and module.remark:
             users.setdefault(module.remark, {})[f"attention in format {module.spec}"] = None
@@ -91,7 +91,7 @@ def slow_products(model: Mixtral, form: ExpertFormat) -> list[str]:
 
 
 def pack_trunk(model: Mixtral) -> None:
-    """The head and attention, where they are 16-bit, in the order that a CPU multiplies fastest from."""
+    """Reorder the 16-bit matrices of head and attention as a CPU multiplies them fastest."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.qkv_proj, module.o_proj = pack(module.qkv_proj), pack(module.o_proj)
@@ -101,9 +101,9 @@ def pack_trunk(model: Mixtral) -> None:
 def quantized_linear(
     config: ModelConfig, spec: QuantSpec, dtype: torch.dtype, device: torch.device
 ) -> Callable[[int, int], QuantizedLinear] | None:
-    """What makes attention's projections (inputs, outputs) of a whole model; None where they are plain.
+    """A factory of attention's projections from their numbers of inputs and outputs; None if not quantized.
 
-    All of them in one tensor: a GPU's allocator would round each up, by a tenth of it.
+    All projections of a model share one tensor, because a GPU's allocator would round each up by a tenth.
     """
     if not spec.quantized:
         return None
@@ -123,8 +123,8 @@ def quantized_linear(
 def other_parts(
     checkpoint: Checkpoint, model: Mixtral, form: ExpertFormat, blob: Callable[[int, int], Tensor]
 ) -> Iterator[Callable[[], int]]:
-    """What is left to read once the parameters are there: each call reads one quantized matrix or one expert,
-    and says how many bytes of files that was."""
+    """What remains to be read after the parameters. Each call reads one quantized matrix or one expert, and
+    returns how many bytes of files that were."""
     direct = form.stored == form.kept
     stagings: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
     for _ in range(0 if direct else WORKERS):
@@ -161,5 +161,5 @@ def other_parts(
 
 
 def bytes_in_files(checkpoint: Checkpoint, names: Iterable[str]) -> int:
-    """What there is to read for these, in whatever dtype the files have them."""
+    """How many bytes the files hold for these tensors."""
     return sum(piece.bytes for piece in checkpoint.layout.filling(names))

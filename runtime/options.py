@@ -1,4 +1,4 @@
-"""What can be asked of an engine and of a request. Every field is also a flag of the command line."""
+"""Options of an engine and of a request. Every field is also a flag of the command line."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from model.errors import quoted
-from runtime.checks import choice, number, plain, require, truth, whole
+from runtime.checks import number, one_of, plain, require, truth, whole
 from runtime.errors import OptionError
 from runtime.experts.policy import POLICIES, PolicyMaker
 from runtime.units import parse_bytes
@@ -18,12 +18,12 @@ OFFLOAD = ("auto", "never", "always")
 
 
 def option(default: Any, help: str, parse: Callable[[str], Any] = str, **argparse_words: Any) -> Any:
-    """A dataclass field that knows how to be a command-line flag."""
+    """A dataclass field with what its command-line flag needs."""
     return dataclasses.field(default=default, metadata={"help": help, "type": parse} | argparse_words)
 
 
 def parse_bias(text: str) -> tuple[int, float]:
-    """A token id and what to add to its logit, as the command line writes them.
+    """A token id and the number to add to its logit, as the command line writes them.
 
     >>> parse_bias("13=-inf")
     (13, -inf)
@@ -34,10 +34,10 @@ def parse_bias(text: str) -> tuple[int, float]:
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How a model is held in memory and computed. `None` leaves the choice to the machine.
+    """How a model is held in memory and computed. None is a default that depends on machine and model.
 
-    Raises `OptionError` when a value makes no sense; whether this machine can honour it shows at
-    `Engine.load`.
+    Raises `OptionError` if a value makes no sense. `Engine.load` raises if this machine or the model cannot
+    do what a value asks for.
     """
 
     device: str | None = option(None, "cpu, cuda or cuda:N (default: cuda if there is one)", metavar="NAME")
@@ -88,22 +88,22 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         if self.device is not None:
-            settle(self, "device", str(self.device))  # a torch.device will do
+            settle(self, "device", str(self.device))  # it may be a torch.device
         if self.chat_template is not None:
             file = isinstance(self.chat_template, (str, os.PathLike))
             require(file, "chat_template", self.chat_template, "the path of a file")
             settle(self, "chat_template", os.fsdecode(self.chat_template))
         if self.dtype is not None:
-            choice("dtype", self.dtype, DTYPES)
+            one_of("dtype", self.dtype, DTYPES)
         for name in ("vram", "ram"):
             if getattr(self, name) is not None:
                 settle(self, name, check_size(name, getattr(self, name)))
         if self.context is not None:
             expected = "a whole number of tokens, at least 2"
             settle(self, "context", whole("context", self.context, 2, expected=expected))
-        choice("offload", self.offload, OFFLOAD)
+        one_of("offload", self.offload, OFFLOAD)
         if not callable(self.policy):
-            choice("policy", self.policy, POLICIES)
+            one_of("policy", self.policy, POLICIES)
         numbers = {"slots": (1, 1 << 20), "threads": (1, 1 << 12), "lookahead": (0, 2), "prefetch": (0, 64)}
         for name, (least, most) in numbers.items():
             if name not in ("slots", "threads") or getattr(self, name) is not None:
@@ -116,10 +116,10 @@ class EngineOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen from the logits, and when to stop.
+    """How the next token is sampled from the logits, and when the text ends.
 
-    The filters apply in this order: repetition penalty, logit bias, temperature, top-k, top-p, min-p.
-    Raises `OptionError` when a value makes no sense.
+    Options apply in this order: repetition penalty, logit bias, temperature, top-k, top-p, min-p. Raises
+    `OptionError` if a value makes no sense.
     """
 
     max_new_tokens: int = option(256, "stop after this many tokens", int, metavar="N")
@@ -168,12 +168,12 @@ NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 
 
 def settle(options: object, name: str, value: object) -> None:
-    """Give a frozen dataclass's field its checked value."""
+    """Set a field of a frozen dataclass to its checked value."""
     object.__setattr__(options, name, value)
 
 
 def check_size(name: str, size: object) -> str:
-    """A size as users write it; a plain number is bytes."""
+    """A size as users write it. A plain number is bytes."""
     expected = "at least 1 byte; leave it out to use what is free"
     size = plain(size)
     text = str(whole(name, size, 1, expected=expected)) if isinstance(size, int) else str(size)
@@ -186,17 +186,17 @@ def check_size(name: str, size: object) -> str:
 
 
 def check_stop(stop: object) -> tuple[str, ...]:
-    """One text or several, as a tuple."""
+    """One text or several as a tuple."""
     try:
         texts: tuple[str, ...] = (stop,) if isinstance(stop, str) else tuple(stop)  # type: ignore[arg-type]
-    except TypeError:  # a number, or a tensor without dimensions
+    except TypeError:  # a number, or a tensor of no dimensions
         raise OptionError(f"stop is {quoted(stop)}, and must be a text or several") from None
     require(all(isinstance(text, str) and text for text in texts), "stop", texts, "texts that are not empty")
     return texts
 
 
 def check_bias(bias: Any) -> dict[int, float]:
-    """Token ids and what to add to their logits, from a mapping or from pairs."""
+    """Numbers to add to logits, by token id, from a mapping or from pairs."""
     try:
         pairs = dict(bias).items()
     except (TypeError, ValueError):

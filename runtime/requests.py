@@ -1,4 +1,4 @@
-"""What can be said of a request by arithmetic: before it is served, and also before any weight is read."""
+"""Checks of a request that need no model, so a command can make them before it reads any weight."""
 
 import operator
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from runtime.errors import PromptTooLong, RequestError
 
 
 def check_room(tokens: int, context: int, most: int) -> int:
-    """How many tokens can follow a prompt of so many in a `context`, of `most` that the model was made for.
+    """How many new tokens fit a `context` after a prompt of `tokens`. Raises `PromptTooLong` if none does.
 
-    Raises `PromptTooLong` if none can.
+    `most` is the largest context that the model was made for.
 
     >>> check_room(10, context=16, most=16)
     6
@@ -25,12 +25,12 @@ def check_room(tokens: int, context: int, most: int) -> int:
 
 
 def more_context(before: str, context: int, most: int) -> str:
-    """The remedy for a full context, after `before`; nothing if the model was made for no more."""
+    """The remedy for a full context, after `before`; empty if the model was made for no more."""
     return f"{before}raise --context" if context < most else ""
 
 
 def check_bias(ids: Iterable[int], vocab: int) -> None:
-    """Raises `RequestError` if the model does not have one of the ids."""
+    """Raises `RequestError` if one of the ids is not in the vocabulary."""
     for i in ids:
         if i >= vocab:
             raise RequestError(f"logit_bias names token {i}, and ids end at {vocab - 1}")
@@ -40,7 +40,7 @@ def check_ids(ids: Any, vocab: int) -> list[int]:
     """A prompt's ids as plain integers. Raises `RequestError` unless they are one or more of the model's."""
     try:
         items = None if isinstance(ids, bytes) else iter(ids)
-    except TypeError:  # a number, or a tensor without dimensions
+    except TypeError:  # a number, or a tensor of no dimensions
         items = None
     if items is None:
         raise RequestError(f"the prompt is of type {type(ids).__name__}; give a str or token ids")

@@ -1,8 +1,8 @@
 """From logits to a token: pure functions of one row of logits, [V] float32 throughout.
 
-Filters set to -inf what must not be chosen. Their definitions are those of the field (top-p: arXiv
-1904.09751, min-p: arXiv 2407.01082, repetition penalty: arXiv 1909.05858), so that settings carry over from
-other runtimes.
+Filters set the logits of excluded tokens to -inf. They are defined as in the literature (top-p: arXiv
+1904.09751, min-p: arXiv 2407.01082, repetition penalty: arXiv 1909.05858), so settings carry over from other
+runtimes.
 """
 
 import math
@@ -64,13 +64,16 @@ def keep(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """An index, drawn with these probabilities. What `torch.multinomial` draws, which asks the device several
-    times whether it may: the first of so many exponential clocks to ring."""
+    """Draw an index with these probabilities.
+
+    Of exponential clocks with these rates, each is the first to ring with its probability.
+    `torch.multinomial` draws the same way, but waits for the device several times to check its arguments.
+    """
     return (probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator)).argmax()
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide the positive logits of tokens already seen by `penalty`, multiply the negative ones.
+    """Divide positive logits of tokens already seen by `penalty`, and multiply negative ones by it.
 
     >>> penalize_repetition(torch.tensor([2.0, -2.0, 2.0]), torch.tensor([True, True, False]), 2.0).tolist()
     [1.0, -4.0, 2.0]
@@ -87,19 +90,19 @@ def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k largest, and what equals the smallest of them."""
+    """Keep the k largest logits, and those equal to the smallest of them."""
     return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest of the likeliest tokens whose probabilities add up to p or more.
+    """Keep the fewest likeliest tokens whose probabilities add up to p or more.
 
     >>> probabilities = torch.tensor([0.5, 0.1, 0.4])
     >>> keep_top_p(probabilities.log(), 0.6).isfinite().tolist()
     [True, False, True]
     """
     ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
-    reached = ordered.cumsum(-1) - ordered >= p  # those before it already add up to p
+    reached = ordered.cumsum(-1) - ordered >= p  # the likelier ones already add up to p
     return logits.masked_fill(torch.empty_like(reached).scatter_(0, order, reached), -torch.inf)
 
 

@@ -26,10 +26,10 @@ DEFAULT_PARAMS = SamplingParams()
 class Token:
     """One generated token.
 
-    `text` is what can be shown now: the tokens' texts joined are the whole answer, though one of them may be
-    empty (half a character, perhaps the start of a stop string). `logprob` is the token's log-probability
-    before any sampling option. The last token says why it is the last: the model ended the text, a stop
-    string was found, `max_new_tokens` were made, or the context is full.
+    The tokens' texts, joined, are the answer. A single text can be empty, because half a character or the
+    possible start of a stop string is held back. `logprob` is the token's log-probability before any sampling
+    option. The last token's `finish` tells why the text ends: the model ended it, it reached a stop string or
+    `max_new_tokens`, or the context is full.
     """
 
     id: int
@@ -39,13 +39,13 @@ class Token:
 
 
 class Session:
-    """A conversation with one engine. It keeps its KV cache between turns and computes only what is new.
+    """A conversation. It keeps its KV cache between turns and computes only the new tokens.
 
         session = engine.session(system="Be brief.")
         session.send("What is 6 times 7?")
         answer = "".join(token.text for token in session.generate())
 
-    A session is for one thread at a time; different sessions of an engine may be used from different threads.
+    Use a session from one thread at a time. Several sessions may be used from several threads at once.
     """
 
     def __init__(self, runner: ModelRunner, tokenizer: Tokenizer, system: str | None = None) -> None:
@@ -57,7 +57,7 @@ class Session:
         self.closed = self.computing = False
 
     def send(self, content: str) -> None:
-        """Add the user's next message. Raises `RequestError` if the one before has not been answered."""
+        """Add the user's next message. Raises `RequestError` if the last one has not been answered."""
         if self.messages and self.messages[-1]["role"] == "user":
             raise RequestError("the last message has not been answered; call generate before sending another")
         self.messages.append({"role": "user", "content": content})
@@ -65,8 +65,9 @@ class Session:
     def generate(self, params: SamplingParams = DEFAULT_PARAMS) -> Iterator[Token]:
         """Answer the message that was sent.
 
-        However far the iterator is taken, what it gave becomes the assistant's message. If the request cannot
-        be served (`RequestError`, here or before the first token), the user's message is taken back.
+        The tokens that the caller takes become the assistant's message, even if the caller stops early.
+        Raises `RequestError`, at once or when the first token is taken, if the request cannot be served. The
+        session then forgets the user's message.
         """
         if not self.messages or self.messages[-1]["role"] != "user":
             raise RequestError("there is no message to answer; call send first")
@@ -84,10 +85,10 @@ class Session:
     def complete(
         self, prompt: str | Sequence[int], params: SamplingParams = DEFAULT_PARAMS
     ) -> Iterator[Token]:
-        """Continue a text or token ids as they stand, apart from any conversation.
+        """Continue a text, or token ids, outside of the conversation.
 
-        What the prompt shares with the text before it, from the beginning on, is not computed again.
-        Raises `RequestError` if the prompt is empty, too long, or holds ids that the model does not have.
+        The beginning that the prompt shares with the session's last text is not computed again. Raises
+        `RequestError` if the prompt is empty, is too long, or holds ids that the model does not have.
         """
         if isinstance(prompt, str):
             self.warn_of_control(prompt)
@@ -100,7 +101,7 @@ class Session:
             raise RequestError(str(error)) from error
 
     def warn_of_control(self, prompt: str) -> None:
-        """Warn where a text spells control tokens: to the model, they are letters."""
+        """Warn if a text spells control tokens, since the model will read them as letters."""
         if found := self.tokenizer.control_in(prompt):
             names = ", ".join(map(quoted, found[:4])) + (", ..." if len(found) > 4 else "")
             warnings.warn(
@@ -111,7 +112,7 @@ class Session:
             )
 
     def run(self, ids: list[int], params: SamplingParams, decoder: StreamDecoder) -> Iterator[Token]:
-        """Check a request at once; serve it as the iterator that comes back is taken."""
+        """Check a request, and return the iterator that serves it."""
         self.runner.check_open()
         self.check_open()
         check_bias(params.logit_bias, self.runner.config.vocab)
@@ -165,13 +166,13 @@ class Session:
             raise RequestError("the session is closed; open another")
 
     def check_current(self, request: int) -> None:
-        """Raises `RequestError` if the cache is no longer that of `request`."""
+        """Raises `RequestError` if another request has begun, and `kv` holds its text."""
         self.check_open()
         if request != self.requests:
             raise RequestError("the session has begun another request since; take one at a time")
 
     def prefill(self, ids: list[int]) -> Tensor:  # -> [V] float32
-        """Bring the cache to hold exactly `ids`, computing what it does not hold yet, and always the last."""
+        """Make `kv` hold exactly `ids`, and compute those that it lacks, at least the last."""
         reused = min(common_prefix(self.ids, ids), len(ids) - 1)
         self.kv.truncate(reused)
         del self.ids[reused:]
@@ -193,10 +194,12 @@ class Session:
             self.computing = False
 
     def close(self) -> None:
-        """Give the KV cache back to the engine, for the next session. The session ends with it."""
+        """End the session, and give its KV cache back to the engine for the next one."""
         if not self.closed:
             self.closed = True
-            if not self.computing:  # else a signal's handler called this, and the step still writes to it
+            if (
+                not self.computing
+            ):  # otherwise a signal handler called this, and the step still writes to `kv`
                 self.runner.give_kv(self.kv)
 
     def __enter__(self) -> "Session":
@@ -209,8 +212,8 @@ class Session:
 def record(
     tokens: Iterator[Token], answer: dict[str, str], messages: list[dict[str, str]]
 ) -> Iterator[Token]:
-    """Pass tokens on, and keep the answer up with what was taken of them. If the first cannot be had, take
-    answer and question back from the end of `messages`."""
+    """Pass tokens on, and add their texts to `answer`. If the first token fails, remove question and answer
+    from the end of `messages`."""
     begun = False
     try:
         for token in tokens:
@@ -224,7 +227,8 @@ def record(
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """
+    """The number of ids that `a` and `b` begin with alike.
+
     >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
     2
     """
@@ -238,7 +242,7 @@ def mark_seen(ids: list[int], logits: Tensor) -> Tensor:  # -> [V] bool
 
 
 def new_generator(params: SamplingParams, device: torch.device) -> torch.Generator | None:
-    """The request's own source of chance: nothing else in the process draws from it, or moves it."""
+    """The request's own random generator, from which nothing else draws; None if nothing is random."""
     if params.temperature == 0:
         return None
     generator = torch.Generator(device)

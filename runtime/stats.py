@@ -1,4 +1,4 @@
-"""What an engine has done so far."""
+"""Counters of an engine."""
 
 from dataclasses import astuple, dataclass
 
@@ -10,12 +10,12 @@ class Stats:
     """Counters since the engine was loaded. Times are wall-clock seconds spent inside the engine."""
 
     requests: int = 0
-    prompt_tokens: int = 0  # computed, that is less those re-used
-    reused_tokens: int = 0  # found in a session's KV cache
+    prompt_tokens: int = 0  # computed ones, without those reused
+    reused_tokens: int = 0  # prompt tokens found in a session's KV cache
     prompt_seconds: float = 0.0
-    first_token_seconds: float = 0.0  # of the latest request, from its start to its first token
+    first_token_seconds: float = 0.0  # of the last request, from its start to its first token
     new_tokens: int = 0
-    decoded_tokens: int = 0  # new tokens less each request's first, which the prompt pays for
+    decoded_tokens: int = 0  # new tokens without each request's first, which its prompt pays for
     decode_seconds: float = 0.0
     # Counted by an expert cache, and 0 where all experts are resident.
     hits: int = 0
@@ -46,12 +46,12 @@ class Stats:
 
     @property
     def hit_ratio(self) -> float:
-        """Of the experts that layers needed, those that were in a slot."""
+        """The share of needed experts that were in a slot."""
         return self.hits / (self.hits + self.misses) if self.misses else 1.0
 
     @property
     def recall(self) -> float:
-        """Of the experts that decoded tokens chose, those that the layer before ranked that high."""
+        """The share of `recallable` experts that were `recalled`."""
         return self.recalled / self.recallable if self.recallable else 0.0
 
     def __str__(self) -> str:
@@ -59,10 +59,10 @@ class Stats:
         if self.hits or self.misses:
             cached = (
                 f"\nexperts: hit ratio {self.hit_ratio:.2f}, lookahead recall {self.recall:.2f}; "
-                f"{format_bytes(self.copied_bytes)} copied, {format_bytes(self.wasted_bytes)} in vain; "
+                f"{format_bytes(self.copied_bytes)} copied, {format_bytes(self.wasted_bytes)} wasted; "
                 f"waited {self.stall_seconds:.2f} s for copies"
             )
-        reused = f" and {self.reused_tokens} re-used" if self.reused_tokens else ""
+        reused = f" and {self.reused_tokens} reused" if self.reused_tokens else ""
         return (
             f"first token {self.first_token_seconds:.2f} s; "
             f"prompt {self.prompt_tokens} tokens{reused}, {self.prompt_rate:.1f} tokens/s; "

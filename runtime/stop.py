@@ -1,13 +1,13 @@
-"""Stop strings in streamed text: nothing of one is ever shown, wherever token borders fall."""
+"""Stop strings in streamed text. No part of one is ever shown, wherever tokens begin and end."""
 
 from collections.abc import Sequence
 
 
 class StopScanner:
-    """Holds text back for as long as it may be the beginning of a stop string.
+    """Holds text back while it may be the beginning of a stop string.
 
-    The text ends before the stop string that is whole first, reading character by character; before the
-    longest, if several end at that character. So the result does not depend on how the text is cut up.
+    The text ends before the stop string whose last character comes first, and before the longest of them if
+    several end there. So the result does not depend on how the text is cut into pieces.
 
     >>> scanner = StopScanner(["END"])
     >>> scanner.push("the E"), scanner.push("N"), scanner.push("T, the EN"), scanner.push("D of it")
@@ -22,7 +22,7 @@ class StopScanner:
         self.found = False
 
     def push(self, text: str) -> str:
-        """Take more text; return what can be shown. Once a stop string is found, nothing more ever is."""
+        """Take more text; return what can be shown. After a stop string, that is nothing."""
         if self.found or not self.stops:
             return "" if self.found else text
         text = self.held + text
@@ -35,13 +35,13 @@ class StopScanner:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """The text has ended: what was held back is no stop string after all."""
+        """Return the text held back. Call it at the end, when no stop string can be completed any more."""
         held, self.held = self.held, ""
         return held
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, and that is not all of `stop`.
+    """The length of the longest end of `text` that is a beginning of `stop`, but not all of it.
 
     >>> overlap("xaba", "abac"), overlap("xyz", "abac")
     (3, 0)

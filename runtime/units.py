@@ -14,9 +14,9 @@ UNITS = {"": 1, "B": 1} | {
 
 
 def parse_bytes(text: str, whole: int | None = None) -> int:
-    """A size in bytes, from `11GiB` (1024s, as is plain `11G`), `11GB` (1000s), or `90%` of `whole`.
+    """Bytes of a size like `11GiB` or `11G` (powers of 1024), `11GB` (powers of 1000), or `90%` of `whole`.
 
-    Raises `OptionError` for anything else, and for a percentage where there is no whole to take it of.
+    Raises `OptionError` if `text` is no size, or a percentage above 100 or of an unknown whole.
 
     >>> parse_bytes("1.5GiB"), parse_bytes("2KB"), parse_bytes("90%", whole=1000), parse_bytes("4096")
     (1610612736, 2000, 900, 4096)
@@ -36,7 +36,8 @@ def parse_bytes(text: str, whole: int | None = None) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """
+    """A size with one decimal, in the largest unit that fits.
+
     >>> format_bytes(25_100_000_000), format_bytes(1536), format_bytes(12)
     ('23.4 GiB', '1.5 KiB', '12 B')
     """
