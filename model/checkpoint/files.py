@@ -1,25 +1,24 @@
-"""Which files of a folder are the checkpoint's weights. What is in them is not judged here."""
+"""Finds the files of a folder that are the checkpoint's weights, without reading them."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint.foreign import GGUF, START_OVER
+from model.checkpoint.foreign import GGUF, START_OVER, STEMS
 from model.config import read_json
 from model.errors import ModelError, quoted
 
-STEMS = ("model", "consolidated")  # HF's, Mistral's. A folder with both holds the same weights twice
 SHARD = re.compile(r"(?P<stem>[a-z]+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
-MAX_INDEX_BYTES = 16 << 20  # a line for each tensor, of which others' quantized models have thousands
+MAX_INDEX_BYTES = 16 << 20  # a line a tensor; other programs' quantized models have thousands
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint in `folder`, in the order of their names.
+    """The safetensors files of the checkpoint in `folder`, in the order of their names.
 
-    For each stem, in order: one whole file, the shards that an index lists, or numbered shards without an
-    index. Raises `ModelError` if a shard is missing, or there are no weights that can be read.
+    For each stem this looks for one whole file, then for the shards that an index lists, then for numbered
+    shards without an index. Raises `ModelError` if a shard is missing, or if there are no readable weights.
     """
     check_folder(folder)
     for stem in STEMS:
@@ -41,7 +40,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises `ModelError` unless `folder` is a folder, with something in it."""
+    """Raises `ModelError` unless `folder` is a folder that is not empty."""
     if not folder.exists():
         raise ModelError(f"{folder}: no such folder")
     if not folder.is_dir() and folder.suffix.lower() == GGUF:
@@ -53,7 +52,10 @@ def check_folder(folder: Path) -> None:
 
 
 def indexed_shards(index: Path) -> list[Path]:
-    """Every shard that an index's `weight_map` {tensor: file} lists; all must be there, beside the index."""
+    """The shards that an index's `weight_map` {tensor: file} lists.
+
+    Raises `ModelError` unless all of them are beside the index.
+    """
     weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: no weight_map of tensors to files")
@@ -72,7 +74,7 @@ def indexed_shards(index: Path) -> list[Path]:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether this names a safetensors file in the same folder, and nothing elsewhere.
+    """Whether `name` is the name of a safetensors file, without a path.
 
     >>> is_plain_name("model-00001-of-00002.safetensors")
     True
@@ -83,7 +85,8 @@ def is_plain_name(name: Any) -> bool:
 
 
 def numbered_shards(folder: Path, stem: str) -> list[Path]:
-    """`stem-00001-of-00003.safetensors` and its sisters: all of them, or none if there are none at all."""
+    """All shards like `stem-00001-of-00003.safetensors`, if there are any. Raises `ModelError` if some are
+    missing."""
     found = {path: match for path in folder.iterdir() if (match := SHARD.fullmatch(path.name))}
     found = {path: match for path, match in found.items() if match["stem"] == stem}
     counts = {int(match["count"]) for match in found.values()}
@@ -100,7 +103,7 @@ def numbered_shards(folder: Path, stem: str) -> list[Path]:
 
 
 def some(names: Sequence[object], limit: int = 3) -> str:
-    """The first few of many names, for a message.
+    """List the first few of many names, for a message.
 
     >>> print(some(["a", "b", "c", "d\\n", "e"]))
     'a', 'b', 'c' and 2 more

@@ -1,5 +1,7 @@
-"""Checkpoints that other programs quantized or packed, told by their files and tensors, so that a refusal can
-name what they are and what to do instead."""
+"""Recognizes checkpoints that other programs quantized or packed, by their files and tensors.
+
+A refusal can then say what the checkpoint is, and what to do instead.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,9 +10,9 @@ from model.errors import ModelError, quoted
 
 START_OVER = "start from the 16-bit checkpoint, and quantize it with tools.quantize"
 GGUF = ".gguf"
-OWN_WEIGHTS = ("model", "consolidated")  # how the names of files begin that are read here
+STEMS = ("model", "consolidated")  # of files that are read here: HF's and Mistral's, the same weights twice
 
-ENDINGS = {  # of tensors' names, in the order in which they are looked for
+ENDINGS = {  # of tensors' names, and what such tensors mean; the first one that occurs counts
     ".codes": "were quantized by tools.quantize, and config.json does not say so",
     ".W_q": "were quantized by HQQ",
     ".qweight": "were quantized by GPTQ or AWQ",
@@ -28,9 +30,9 @@ ENDINGS = {  # of tensors' names, in the order in which they are looked for
 
 
 def check_files(folder: Path) -> None:
-    """Raises `ModelError` for a folder without weights that are read here, but with another program's."""
+    """Raises `ModelError` if the folder has another program's weights, and none that are read here."""
     names = sorted(path.name for path in folder.iterdir())
-    if any(name.startswith(OWN_WEIGHTS) and ".safetensors" in name for name in names):
+    if any(name.startswith(STEMS) and ".safetensors" in name for name in names):
         return
     if "adapter_config.json" in names:
         raise ModelError(
@@ -51,7 +53,7 @@ def check_files(folder: Path) -> None:
 
 
 def check_tensors(folder: Path, names: Iterable[str]) -> None:
-    """Raises `ModelError` where tensors have names that another program gives to what it quantized."""
+    """Raises `ModelError` if a name is one that another program gives to quantized tensors."""
     found: dict[str, str] = {}
     for name in names:
         for ending in ENDINGS:

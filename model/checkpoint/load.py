@@ -1,9 +1,9 @@
-"""From files into a model: one pass over the bytes, each read once, to where it stays.
+"""Reads the weights of a checkpoint into a model: one pass over the files, which reads each byte once.
 
-Weights that are on the CPU in the dtype of the file are read into their own memory. All others go through a
-few buffers of `CHUNK_BYTES`, and are converted from there. Plain reads, no memory maps: what the process is
-charged for is the model and these buffers. Two readers take turns, so that one converts, or takes page
-faults, while the other reads.
+A weight that is on the CPU in the dtype of the file is read into its own memory. Other weights go through two
+buffers of `CHUNK_BYTES`, and are converted from there. Plain reads, rather than memory maps, mean that the
+process is charged for the model and these buffers alone. There are two readers, so that one can read while
+the other converts or takes page faults.
 """
 
 import queue
@@ -33,7 +33,7 @@ UNQUANTIZED = QuantSpec(16)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose headers have been read and checked, and whose weights have not been touched yet.
+    """A checkpoint whose headers have been read and checked, and whose weights have not been read.
 
     `attention` and `experts` are the formats that these matrices are stored in.
     """
@@ -47,17 +47,17 @@ class Checkpoint:
 
     @property
     def native(self) -> bool:
-        """Whether what it fills are streams of `model.quant.streams`, and not parameters of `Mixtral`."""
+        """Whether it holds streams of `model.quant.streams` rather than parameters of `Mixtral`."""
         return self.layout.spelling == "native"
 
     @property
     def bytes(self) -> int:
-        """What there is to read: the sum of what `progress` will be told."""
+        """Bytes to read: the sum of what `progress` will be called with."""
         return sum(piece.bytes for piece in self.layout.pieces)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most bytes are stored in, of those that are not quantized."""
+        """The dtype of most bytes that are not quantized."""
         sizes: Counter[torch.dtype] = Counter()
         for piece in self.layout.pieces:
             if not piece.exact:
@@ -66,7 +66,7 @@ class Checkpoint:
 
     @property
     def description(self) -> str:
-        """For people: `HF, 19 files, bfloat16, 93 GB`, `native, 9 files, attention 4, experts 3, 5 MB`."""
+        """Like `HF, 19 files, bfloat16, 93 GB` or `native, 9 files, attention 4, experts 3, 5 MB`."""
         files = f"{self.files} file{'s' * (self.files > 1)}"
         dtype = str(self.dtype).removeprefix("torch.")
         if self.native:
@@ -77,7 +77,8 @@ class Checkpoint:
         """Fill every parameter of `model`, which has this configuration, in its own dtype and on its device.
 
         `progress` is called from this thread with the bytes read since the last call. Raises `ModelError` if
-        a file cannot be read or is no longer what its header said; the model's weights are then undefined.
+        a file cannot be read, or if it has changed since its header was read. The model's weights are then
+        undefined.
         """
         parameters = dict(model.named_parameters())
         for name in self.layout.shapes.keys() - parameters.keys():
@@ -90,19 +91,19 @@ class Checkpoint:
         progress: Callable[[int], None] | None = None,
         pool: Executor | None = None,
     ) -> None:
-        """Read into some tensors, or all, wherever they are kept: by the names and shapes of Mixtral's
-        parameters, or in a native checkpoint of the streams in `model.quant.streams`.
+        """Read into `tensors`, on any device, by the names and shapes of Mixtral's parameters or, in a native
+        checkpoint, of the streams in `model.quant.streams`.
 
-        Parameters are converted to the dtype of their tensor. Streams are not, and must have their own.
-        `progress` is as for `load`. What is more than one piece of `CHUNK_BYTES` is read by the threads of
-        `pool`, which this must not be called from, or where there is none by two that are started for it.
+        Parameters are converted to the dtype of their tensor. Streams are not, so a tensor must have a
+        stream's dtype. `progress` is as for `load`. The threads of `pool` read more than `CHUNK_BYTES`, or
+        without a pool two threads that this starts. Do not call this from a thread of `pool`.
 
-        An expert into its blob, for any checkpoint, with `name` like `layers.0.block_sparse_moe.experts.3.`:
+        To read an expert into its blob, with `name` like `layers.0.block_sparse_moe.experts.3.`:
 
             checkpoint.fill({field.name: field.view(blob) for field in expert_fields(config, spec, name)})
 
-        Raises `ModelError` for a name, shape or dtype that the checkpoint does not have, before anything is
-        read; and as `load`.
+        Raises `ModelError`, before anything is read, if the checkpoint does not have a name, its shape or its
+        dtype. Also raises as `load` does.
         """
         check_tensors(self.folder, tensors, self.layout)
         pieces = self.layout.filling(tensors)
@@ -115,14 +116,12 @@ class Checkpoint:
 
         def read(chunk: Piece) -> int:
             tensor = tensors[chunk.rows.parameter]
-            if reads_in_place(chunk, tensor):
-                read_piece(chunk, tensor, None)
-                return chunk.bytes
-            buffer = buffers.get()
+            buffer = None if reads_in_place(chunk, tensor) else buffers.get()
             try:
                 read_piece(chunk, tensor, buffer)
             finally:
-                buffers.put(buffer)
+                if buffer is not None:
+                    buffers.put(buffer)
             return chunk.bytes
 
         if sum(chunk.bytes for chunk in chunks) <= CHUNK_BYTES:
@@ -140,11 +139,11 @@ def read_in(
     chunks: Iterable[Piece],
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Read chunks in the threads of a pool. When this returns or raises, none of them is still at it."""
+    """Read chunks in the threads of a pool. When this returns or raises, no thread is still reading."""
     futures = [pool.submit(read, chunk) for chunk in chunks]
     try:
         report((future.result() for future in futures), progress)
-    finally:  # an error, or Ctrl-C: what has not begun is dropped
+    finally:  # after an error or Ctrl-C, drop the chunks whose reading has not begun
         for future in futures:
             future.cancel()
         wait(futures)
@@ -157,9 +156,9 @@ def report(sizes: Iterable[int], progress: Callable[[int], None] | None) -> None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Find and check a checkpoint: configuration, files, headers, names, shapes and dtypes. No weights yet.
+    """Find a checkpoint, and check its configuration, files, headers, names, shapes and dtypes.
 
-    Raises `ModelError`, one line that names what is wrong.
+    Reads no weights. Raises `ModelError` if the checkpoint cannot be used.
     """
     try:
         check_folder(folder)
@@ -177,7 +176,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def check_tensors(folder: Path, tensors: Mapping[str, Tensor], layout: Layout) -> None:
-    """Raises `ModelError` unless the checkpoint has all of these, in these shapes; streams in their dtype."""
+    """Raises `ModelError` unless the checkpoint has all of `tensors` in these shapes, and streams in these
+    dtypes."""
     for name, tensor in tensors.items():
         shape = layout.shapes.get(name)
         if shape is None:
@@ -192,14 +192,14 @@ def check_tensors(folder: Path, tensors: Mapping[str, Tensor], layout: Layout) -
 
 
 def reads_in_place(piece: Piece, tensor: Tensor) -> bool:
-    """Whether the file's bytes are the tensor's."""
+    """Whether the piece can be read right into the tensor's memory."""
     as_stored = tensor.device.type == "cpu" and tensor.dtype == piece.dtype and tensor.is_contiguous()
     return as_stored and not piece.rows.head_dim
 
 
 @torch.inference_mode()
 def read_piece(piece: Piece, parameter: Tensor, buffer: Tensor | None) -> None:
-    """Read one piece into its rows of the parameter, by way of `buffer` (bytes) if there is one."""
+    """Read one piece into its rows of the parameter, through `buffer` [uint8] if there is one."""
     rows = parameter[piece.rows.start : piece.rows.start + piece.rows.shape[0]]
     if buffer is None:
         read_bytes(piece, rows)
@@ -213,7 +213,7 @@ def read_piece(piece: Piece, parameter: Tensor, buffer: Tensor | None) -> None:
 
 
 def read_bytes(piece: Piece, tensor: Tensor) -> None:
-    """Read a piece's bytes into the memory of a contiguous tensor of that size, on the CPU."""
+    """Read a piece's bytes into the memory of a contiguous CPU tensor of that size."""
     memory = byte_view(tensor)
     try:
         with piece.path.open("rb", buffering=0) as file:
@@ -231,13 +231,13 @@ def read_bytes(piece: Piece, tensor: Tensor) -> None:
 
 
 def rotate_half_order(rows: Tensor, head_dim: int) -> Tensor:  # [heads * K, D] -> the same
-    """Rows of q or k, from Mistral's interleaved order to the rotate-half order that `model.rope` wants.
+    """Bring rows of q or k from Mistral's interleaved order to the rotate-half order that `model.rope` wants.
 
-    Rotary embedding turns dimensions of a head in pairs. Mistral's files keep partners side by side, 2i and
-    2i + 1; in the other order they are half a head apart, i and i + K/2. Pair i is the same pair, turned by
-    the same angle.
+    Rotary embedding turns the dimensions of a head in pairs. Mistral's files keep the two of a pair side by
+    side, at 2i and 2i + 1. In rotate-half order they are half a head apart, at i and i + K/2. Pair i turns by
+    the same angle in both.
 
-    Two heads of four dimensions; a letter is a pair, its case the partner:
+    For two heads of four dimensions, with a letter for each pair:
 
     >>> interleaved = "a A b B  c C d D".split()
     >>> order = rotate_half_order(torch.arange(8)[:, None], head_dim=4).flatten()

@@ -1,8 +1,8 @@
-"""What exporters call Mixtral's tensors: tables, and the function that spells them out for a configuration.
+"""Tables of what each exporter calls Mixtral's tensors, and their names and shapes for a configuration.
 
-A table's left side is a parameter of `model.mixtral.Mixtral`, `{n}` its layer and `{e}` its expert. On the
-right are the tensors that hold it, one below the other. Where the left side has an `{e}` and the right has
-none, one tensor holds all experts, stacked: [E, rows, columns].
+A table's left side is a parameter of `model.mixtral.Mixtral`, with `{n}` for its layer and `{e}` for its
+expert. The right side lists the tensors whose rows make it up, in order. If the left side has an `{e}` and
+the right side has none, one tensor [E, rows, columns] holds all experts.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ HF: Table = {  # Transformers' files since 2023
         "model.layers.{n}.block_sparse_moe.experts.{e}.w2.weight",
     ),
 }
-HF_STACKED: Table = {  # Transformers 5, saved in its own in-memory form
+HF_STACKED: Table = {  # Transformers 5, saved as it has them in memory
     **HF_TRUNK,
     "layers.{n}.block_sparse_moe.gate.weight": ("model.layers.{n}.mlp.gate.weight",),
     "layers.{n}.block_sparse_moe.experts.{e}.w13.weight": ("model.layers.{n}.mlp.experts.gate_up_proj",),
@@ -64,17 +64,17 @@ MISTRAL: Table = {  # consolidated.safetensors, as mistral-inference reads it
 }
 SPELLINGS: Mapping[str, Table] = {"HF": HF, "HF, experts stacked": HF_STACKED, "Mistral": MISTRAL}
 
-# Tensors whose rows are in another order than ours: see `load.rotate_half_order`.
+# Tensors whose rows are in another order than ours; see `load.rotate_half_order`.
 INTERLEAVED = {"layers.{n}.attention.wq.weight", "layers.{n}.attention.wk.weight"}
-# Endings of tensors that old exports carry and that follow from the configuration.
+# Endings of tensors that old exports have, and that follow from the configuration.
 IGNORED = (".rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `start` to `start + shape[0]` of a parameter; `shape` is theirs alone. A norm's rows are elements.
+    """Rows `start` to `start + shape[0]` of a parameter. A norm has a row for each element.
 
-    Where `head_dim` is not 0, the file has the rows of each head, that many, in interleaved order.
+    If `head_dim` is not 0, a head has that many rows, and the file has them in interleaved order.
     """
 
     parameter: str
@@ -85,14 +85,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a file should hold it, and the rows that its bytes fill, one after the other."""
+    """A tensor that a file should hold, and the rows that its bytes fill, in the order of the bytes."""
 
     shape: tuple[int, ...]
     fills: tuple[Rows, ...]
 
 
 def stored_tensors(table: Table, config: ModelConfig) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint in this spelling, an expert's next to each other.
+    """Every tensor of a checkpoint in this spelling, by name. Those of an expert follow each other.
 
     >>> tiny = ModelConfig(vocab=9, hidden=4, layers=1, heads=2, kv_heads=1, head_dim=2, ffn=3, experts=2,
     ...                    experts_per_token=1, context=8, rope_theta=1e4, norm_eps=1e-5)

@@ -1,9 +1,8 @@
-"""Our own checkpoints of quantized weights: which file holds which streams, and how they say what they are.
+"""Our own checkpoints of quantized weights: which file holds which streams, and where their formats stand.
 
-One file for the trunk's tensors that belong to no layer, then one for each layer. In a layer's file every
-expert's tensors are one directly after the other, in the order of `model.quant.streams.expert_fields`: an
-expert is one byte range. Formats are in `config.json` and again in every file's metadata, and are believed
-only where these agree.
+The first file has the tensors that belong to no layer, and each layer has a file. An expert is one byte range
+of its layer's file, with its tensors in the order of `model.quant.streams.expert_fields`. Formats stand in
+`config.json` and in every file's metadata, and the two have to agree.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,14 +29,14 @@ SIXTEEN = ("BF16", "F16")
 
 @dataclass(frozen=True)
 class NativeFormat:
-    """What a native checkpoint says about itself; `source` is the name of the folder it was made from."""
+    """What a native checkpoint says about itself. `source` is the name of the folder it was made from."""
 
     attention: QuantSpec
     experts: QuantSpec
     source: str
 
     def section(self) -> dict[str, Any]:
-        """As `config.json` has it, under `quantization_config`."""
+        """The contents of `quantization_config` in `config.json`."""
         return {
             "quant_method": NATIVE,
             "version": VERSION,
@@ -47,7 +46,7 @@ class NativeFormat:
         }
 
     def metadata(self) -> dict[str, str]:
-        """As every file's header has it, where values are strings.
+        """The metadata of every file, whose values are strings.
 
         >>> NativeFormat(QuantSpec(16), QuantSpec(2, 64), "Mixtral-8x7B").metadata()["experts"]
         '2g64m128'
@@ -63,7 +62,8 @@ class NativeFormat:
 
 
 def spec_fields(spec: QuantSpec) -> dict[str, int]:
-    """
+    """A format's numbers, by name.
+
     >>> spec_fields(QuantSpec(4))
     {'bits': 4, 'group_size': 64, 'meta_group_size': 256}
     """
@@ -71,14 +71,14 @@ def spec_fields(spec: QuantSpec) -> dict[str, int]:
 
 
 def in_full(spec: QuantSpec) -> str:
-    """A format with nothing left to defaults."""
+    """A format as text, with nothing left to defaults."""
     return f"{spec.bits}g{spec.group_size}m{spec.meta_group_size}" if spec.quantized else f"{spec.bits}"
 
 
 def read_format(folder: Path) -> NativeFormat | None:
-    """What `config.json` says of a native checkpoint; None where it, or its absence, speaks of another.
+    """What `config.json` says about a native checkpoint; None if this is another checkpoint.
 
-    Raises `ModelError` for a version that is not ours, or formats that make no sense.
+    Raises `ModelError` if this program does not read the version, or if the formats make no sense.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -88,7 +88,7 @@ def read_format(folder: Path) -> NativeFormat | None:
 
 
 def parse_format(found: Mapping[str, Any]) -> NativeFormat:
-    """From the contents of `quantization_config`."""
+    """Check the contents of `quantization_config`."""
     where = "config.json quantization_config"
     version = Fields(where, found).int("version")
     if version != VERSION:
@@ -103,7 +103,7 @@ def parse_format(found: Mapping[str, Any]) -> NativeFormat:
 
 
 def parse_spec(where: str, found: Mapping[str, Any], name: str) -> QuantSpec:
-    """One format, all three numbers of it written out."""
+    """Check one format, whose three numbers have to be written out."""
     fields = Fields(f"{where} {name}", section(found, name))
     numbers = [fields.int(key) for key in ("bits", "group_size", "meta_group_size")]
     if not all(0 <= number <= MAX_GROUP for number in numbers):
@@ -127,13 +127,13 @@ class StoredParameter:
 
     @property
     def matrix(self) -> str:
-        """The part of the name that its tensors share."""
+        """The part of the name that all its tensors share."""
         return self.name.removesuffix(".weight")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file, and what goes into it, in order."""
+    """One file, and its parameters in order."""
 
     name: str
     parameters: tuple[StoredParameter, ...]
@@ -146,9 +146,9 @@ class Shard:
 def native_shards(
     config: ModelConfig, attention: QuantSpec, experts: QuantSpec, dtype: torch.dtype
 ) -> list[Shard]:
-    """Every file of a native checkpoint, the trunk's first. What is not quantized is stored in `dtype`.
+    """Every file of a native checkpoint, in order. Parameters that are not quantized are stored in `dtype`.
 
-    Raises `ModelError`, naming the tensor, where a format does not fit.
+    Raises `ModelError`, which names the tensor, if a format does not fit it.
     """
     by_file: list[list[StoredParameter]] = [[] for _ in range(config.layers + 1)]
     for layer, parameter in stored_parameters(config, attention, experts, dtype):
@@ -163,7 +163,7 @@ def native_shards(
 def stored_parameters(
     config: ModelConfig, attention: QuantSpec, experts: QuantSpec, dtype: torch.dtype
 ) -> Iterator[tuple[int, StoredParameter]]:
-    """Every parameter with its layer, -1 for those of none."""
+    """Every parameter with its layer, which is -1 for those that belong to none."""
     shapes = parameter_rows(config)
     for template, n, e in instances(config):
         spec = spec_of(template, attention, experts)
@@ -175,14 +175,14 @@ def stored_parameters(
 
 
 def spec_of(template: str, attention: QuantSpec, experts: QuantSpec) -> QuantSpec:
-    """The format of the parameters of this name; what belongs to neither is not quantized."""
+    """The format of a parameter, which is 16 bits unless it belongs to attention or to an expert."""
     if template.startswith(EXPERT):
         return experts
     return attention if template in ATTENTION else QuantSpec(16)
 
 
 def stream_count(config: ModelConfig, attention: QuantSpec, experts: QuantSpec) -> int:
-    """How many tensors `stored_parameters` come to, without going through them."""
+    """Count the tensors of `stored_parameters` without going through them."""
     return sum(
         copies(template, config)
         * len(matrix_fields("", (sum(rows), *row), spec_of(template, attention, experts)))
@@ -193,10 +193,9 @@ def stream_count(config: ModelConfig, attention: QuantSpec, experts: QuantSpec) 
 def native_layout(
     folder: Path, headers: Mapping[Path, Header], config: ModelConfig, native: NativeFormat
 ) -> Layout:
-    """As `layout.match`: every tensor stands for itself, and quantized ones have one possible dtype.
+    """The layout of a native checkpoint, in which every tensor is a parameter or stream of the same name.
 
-    Raises `ModelError` naming what is missing, unexpected, of the wrong shape or dtype, or in a file of
-    another checkpoint.
+    Raises `ModelError` as `pieces.match` does, and if a file belongs to another checkpoint.
     """
     for path, header in headers.items():
         for key, value in native.metadata().items():

@@ -1,7 +1,6 @@
-"""Headers against tables: every tensor of the files is accounted for, or the checkpoint is refused.
+"""Compares headers with tables. A checkpoint is refused unless every tensor of its files is accounted for.
 
-What comes out is a list of byte ranges, each with the parameter rows that it fills: all that loading needs to
-know.
+The result is a list of byte ranges, each with the rows of a parameter that it fills. Loading needs no more.
 """
 
 import dataclasses
@@ -20,14 +19,14 @@ from model.errors import ModelError, quoted
 from model.parameters import copies
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
-MANY = 1000  # tensors more than files have, and as many again: a configuration of another model
+MANY = 1000  # tensors; more than twice the files' tensors and these means another model's configuration
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of a file, from `offset`, that fill `rows`. They belong to `tensor`, which messages name.
+    """Bytes of a file, from `offset` on, that fill `rows`. They belong to `tensor`, which messages name.
 
-    Where they are `exact` they mean something in their own dtype only, and are never converted.
+    Bytes that are `exact` have a meaning in their own dtype only, and are never converted.
     """
 
     path: Path
@@ -42,7 +41,8 @@ class Piece:
         return math.prod(self.rows.shape) * self.dtype.itemsize
 
     def split(self, limit: int) -> list["Piece"]:
-        """The same in pieces of whole rows (interleaved: whole heads), of up to `limit` bytes if possible.
+        """Cut the piece into smaller ones of up to `limit` bytes, or of one row if that is larger. A head
+        whose rows are interleaved stays whole.
 
         >>> whole = Piece(Path("f"), "t", 100, torch.float32, Rows("p", 8, (5, 4)))
         >>> [(piece.offset, piece.rows.start, piece.rows.shape) for piece in whole.split(2 * 16)]
@@ -51,31 +51,31 @@ class Piece:
         total, *row = self.rows.shape
         row_bytes = math.prod(row) * self.dtype.itemsize
         unit = self.rows.head_dim or 1
-        step = max(limit // (row_bytes * unit), 1) * unit
+        stride = max(limit // (row_bytes * unit), 1) * unit
         return [
             dataclasses.replace(
                 self,
                 offset=self.offset + first * row_bytes,
                 rows=dataclasses.replace(
-                    self.rows, start=self.rows.start + first, shape=(min(step, total - first), *row)
+                    self.rows, start=self.rows.start + first, shape=(min(stride, total - first), *row)
                 ),
             )
-            for first in range(0, total, step)
+            for first in range(0, total, stride)
         ]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A whole checkpoint: its spelling's name, its pieces in the order of the files and of their bytes."""
+    """A whole checkpoint: its spelling's name, and its pieces in the order of the files and their bytes."""
 
     spelling: str
     pieces: tuple[Piece, ...]
-    shapes: Mapping[str, tuple[int, ...]]  # of all parameters, each filled exactly once
-    places: Mapping[str, tuple[int, ...]]  # in `pieces`, of those that fill a parameter
+    shapes: Mapping[str, tuple[int, ...]]  # of all parameters, each of which is filled exactly once
+    places: Mapping[str, tuple[int, ...]]  # indices into `pieces` of those that fill a parameter
 
     @staticmethod
     def of(spelling: str, pieces: Iterable[Piece], files: Iterable[Path]) -> "Layout":
-        """From pieces in any order, and all files in theirs."""
+        """Sort pieces that come in any order. `files` are all files, in order."""
         order = {path: place for place, path in enumerate(files)}
         ordered = tuple(sorted(pieces, key=lambda piece: (order[piece.path], piece.offset)))
         places: dict[str, list[int]] = {}
@@ -85,18 +85,18 @@ class Layout:
         return Layout(spelling, ordered, shapes, {name: tuple(of) for name, of in places.items()})
 
     def filling(self, parameters: Iterable[str]) -> list[Piece]:
-        """The pieces that fill these parameters, in the order of the files and of their bytes."""
+        """The pieces that fill these parameters, in the order of the files and their bytes."""
         return [self.pieces[place] for place in sorted(i for name in parameters for i in self.places[name])]
 
 
 def match(folder: Path, headers: Mapping[Path, Header], config: ModelConfig) -> Layout:
     """The layout of the checkpoint in `folder`, whose files have these headers.
 
-    Raises `ModelError` naming the tensors that are missing, unexpected, in two files, or of the wrong shape
-    or dtype.
+    Raises `ModelError`, which names the tensors, if some are missing, unexpected, in two files, or of the
+    wrong shape or dtype.
     """
     found = collect(folder, headers)
-    spelling = recognise(found)
+    spelling = recognize(found)
     table = SPELLINGS[spelling]
     count = sum(copies(source, config) for sources in table.values() for source in sources)
     check_count(folder, config, count, len(found))
@@ -118,9 +118,9 @@ def match(folder: Path, headers: Mapping[Path, Header], config: ModelConfig) -> 
 
 
 def check_count(folder: Path, config: ModelConfig, expected: int, found: int) -> None:
-    """Raises `ModelError` where a configuration claims far more tensors than there are.
+    """Raises `ModelError` if a configuration claims far more tensors than there are.
 
-    Comparing names takes time and memory for each name, and a file of 500 bytes can claim millions.
+    Comparing names takes time and memory for each, and a configuration of 500 bytes can claim millions.
     """
     if expected > 2 * found + MANY:
         raise ModelError(
@@ -131,7 +131,7 @@ def check_count(folder: Path, config: ModelConfig, expected: int, found: int) ->
 
 
 def collect(folder: Path, headers: Mapping[Path, Header]) -> dict[str, tuple[Path, TensorEntry]]:
-    """All tensors of all files, by name. Raises `ModelError` for one that is in two."""
+    """All tensors of all files, by name. Raises `ModelError` if a tensor is in two files."""
     found: dict[str, tuple[Path, TensorEntry]] = {}
     for path, header in headers.items():
         for name, entry in header.tensors.items():
@@ -144,8 +144,8 @@ def collect(folder: Path, headers: Mapping[Path, Header]) -> dict[str, tuple[Pat
     return found
 
 
-def recognise(names: Iterable[str]) -> str:
-    """The spelling that shares most names with these, judged by the first layer and expert of each."""
+def recognize(names: Iterable[str]) -> str:
+    """The spelling that has most of these names, judged by the first layer and its first expert."""
     present = set(names)
 
     def shared(table: Table) -> int:
@@ -155,7 +155,7 @@ def recognise(names: Iterable[str]) -> str:
 
 
 def check_names(folder: Path, expected: Iterable[str], found: Iterable[str]) -> None:
-    """Raises `ModelError` listing what is missing and what does not belong."""
+    """Raises `ModelError`, which lists the names, if some are missing or do not belong."""
     present, wanted = set(found), set(expected)
     missing = [name for name in expected if name not in present]
     unexpected = [name for name in found if name not in wanted]
@@ -173,7 +173,7 @@ def check_names(folder: Path, expected: Iterable[str], found: Iterable[str]) -> 
 def check_tensor(
     path: Path, name: str, entry: TensorEntry, shape: tuple[int, ...], dtypes: tuple[str, ...], remedy: str
 ) -> None:
-    """Raises `ModelError` for a wrong shape, or a dtype that is none of `dtypes`."""
+    """Raises `ModelError` if the tensor has another shape, or a dtype that is not in `dtypes`."""
     if entry.shape != shape:
         raise ModelError(
             f"{path}: tensor {quoted(name)} has shape {quoted(list(entry.shape))}, where {list(shape)} was "
@@ -188,7 +188,7 @@ def check_tensor(
 
 
 def coverage(fills: Iterable[Rows]) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter that these rows make up, each exactly once: anything else is our mistake.
+    """The shapes of the parameters that these rows make up. Every row has to occur exactly once.
 
     >>> coverage([Rows("p", 3, (2, 4)), Rows("p", 0, (3, 4))])
     {'p': (5, 4)}

@@ -1,13 +1,13 @@
-"""The safetensors format, read with suspicion.
+"""Reads the header of a safetensors file, and trusts nothing in it.
 
-A file is 8 bytes, an unsigned little-endian integer N; N bytes of JSON, the header; and the tensors' bytes:
+A file is 8 bytes with an unsigned little-endian integer N, N bytes of JSON, and the tensors' bytes:
 
     {"__metadata__": {"format": "pt"},
      "norm.weight": {"dtype": "BF16", "shape": [4096], "data_offsets": [0, 8192]}, ...}
 
 Offsets count from the end of the header. The format (huggingface.co/docs/safetensors) demands that tensors
-neither overlap nor leave holes, and `read_header` that they end exactly where the file does. So in a header
-that passes, every size and place is true of the file, and can be used without further checks.
+neither overlap nor leave holes. `read_header` also demands that the last one ends where the file does. So
+every size and place in a `Header` is true of the file, and needs no further checks.
 """
 
 import json
@@ -40,7 +40,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-OTHER_DTYPE_BITS = {  # known to the format; nothing here computes with them
+OTHER_DTYPE_BITS = {  # known to the format, but not used here
     "C64": 64, "U64": 64, "U32": 32, "U16": 16,
     "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
@@ -60,16 +60,16 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file holds. `tensors` are in the order of their bytes."""
+    """What a file holds. `tensors` are in the order of their places in the file."""
 
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, every claim in it checked against the file's size.
+    """Read the header of a safetensors file, and check it against the file's size.
 
-    Raises `ModelError` naming the file, and the tensor if it is one tensor's fault.
+    Raises `ModelError`, which names the file and the tensor, if anything in the header is wrong.
     """
     try:
         if not path.is_file():
@@ -84,7 +84,7 @@ def read_header(path: Path) -> Header:
                 )
             if length > MAX_HEADER_BYTES:
                 raise ModelError(
-                    f"{path}: not a safetensors file (its first 8 bytes promise {length} of header)"
+                    f"{path}: not a safetensors file (its first 8 bytes promise a header of {length} bytes)"
                 )
             text = file.read(length)
     except OSError as error:
@@ -105,7 +105,7 @@ def read_header(path: Path) -> Header:
 
 
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    """The header's JSON object; a name that occurs twice makes it ambiguous, and is refused."""
+    """Parse the header's JSON object. Raises `ModelError` if a name occurs twice, which is ambiguous."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -114,7 +114,7 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
             raise ModelError(f"{path}: the header names {quoted(twice)} twice")
         return values
 
-    def whole(digits: str) -> int | float:  # the package that this is measured by takes -0 for a fraction
+    def whole(digits: str) -> int | float:  # the reference implementation takes -0 for a fraction
         return -0.0 if digits == "-0" else int(digits)
 
     try:
@@ -133,7 +133,7 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorEntry:
-    """One tensor's entry, its size checked against its shape. The file's tensors begin at byte `start`."""
+    """Check one tensor's entry, and its size against its shape. Offsets count from byte `start`."""
     where = f"{path}: tensor {quoted(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ModelError(f"{where} is not described by dtype, shape and data_offsets")
@@ -152,7 +152,7 @@ def parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorEntry:
 
 
 def is_sizes(values: Any) -> bool:
-    """Whether this is a list of sizes: integers from 0 to 2^60.
+    """Whether `values` is a list of integers from 0 to 2^60.
 
     >>> is_sizes([2, 0]), is_sizes([-1]), is_sizes([True]), is_sizes("ab"), is_sizes([1 << 61])
     (True, False, False, False, False)
@@ -163,7 +163,7 @@ def is_sizes(values: Any) -> bool:
 
 
 def check_extent(path: Path, tensors: list[tuple[str, TensorEntry]], start: int, file_bytes: int) -> None:
-    """Tensors, sorted by place, must lie end to end from `start` to the end of the file."""
+    """Raises `ModelError` unless `tensors`, sorted by place, fill the file from byte `start` to its end."""
     end = start
     for name, entry in tensors:
         if entry.offset < end:
@@ -185,7 +185,8 @@ def check_extent(path: Path, tensors: list[tuple[str, TensorEntry]], start: int,
 
 
 def readable(size: int) -> str:
-    """
+    """A number of bytes, in units of 1000s.
+
     >>> readable(512), readable(999_999), readable(4_900_000_000)
     ('512 bytes', '1.0 MB', '4.9 GB')
     """
@@ -198,5 +199,5 @@ def readable(size: int) -> str:
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU: its own memory, to read into or write from."""
+    """The memory of a contiguous tensor on the CPU, as bytes to read into or write from."""
     return tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""A model as a plain HF checkpoint: `config.json` and `model.safetensors`, or shards and their index."""
+"""Writes a model as an HF checkpoint: `config.json` and `model.safetensors`, or shards and their index."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 def save_hf(
     model: Mixtral, folder: Path, dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write `model` to `folder`, in `dtype` throughout, with one tensor per expert and projection."""
+    """Write `model` to `folder` in `dtype`, with a tensor for each projection of each expert."""
     parameters = dict(model.named_parameters())
 
     def gather(name: str, stored: StoredTensor) -> Tensor:
@@ -35,9 +35,9 @@ def write_hf(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write an HF checkpoint whose tensors come from `values(name, stored)`, asked for one at a time.
+    """Write an HF checkpoint whose tensors are `values(name, stored)`, called for one at a time.
 
-    A checkpoint that was in `folder` is replaced: file by file if it has as many shards, so do not read it
+    This replaces a checkpoint in `folder`, file by file if it has the same number of shards. Do not read it
     meanwhile.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def write_hf(
 
 
 def split_shards(specs: list[TensorSpec], limit: int) -> list[list[TensorSpec]]:
-    """Consecutive tensors together, up to `limit` bytes; a larger one alone.
+    """Divide tensors, in order, among shards of up to `limit` bytes. A larger tensor has a shard of its own.
 
     >>> specs = [TensorSpec(name, torch.float32, (size,)) for name, size in zip("abcd", (2, 1, 9, 1))]
     >>> [[spec.name for spec in shard] for shard in split_shards(specs, 12)]

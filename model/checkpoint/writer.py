@@ -1,7 +1,7 @@
-"""Writing a safetensors file as a stream: what it will hold is declared first, then tensors come one by one.
+"""Writes a safetensors file as a stream: the caller declares all tensors first, and then gives one at a time.
 
-Memory is that of one tensor. The file has another name until it is complete and on the disk, so whatever
-happens before then leaves nothing that could be taken for it.
+This takes the memory of one tensor. The file has another name until it is complete and on the disk, so a
+failure before then leaves nothing that could be mistaken for it.
 """
 
 import json
@@ -24,7 +24,7 @@ DATA_ALIGNMENT = 4096  # bytes: the first tensor starts on a page
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to come."""
+    """A tensor that will be written."""
 
     name: str
     dtype: torch.dtype
@@ -36,15 +36,15 @@ class TensorSpec:
 
 
 class Writer:
-    """A file being written; a context manager.
+    """A file that is being written, as a context manager.
 
         with Writer(path, [TensorSpec("a", torch.float32, (2, 3)), ...]) as writer:
             writer.write("a", a)  # in the order of the specs
             ...
 
-    Leaving the block puts the file in place, replacing one that is there. Leaving it by an exception removes
-    what was written, and so does leaving it early: a missing tensor raises `ValueError`. A killed process
-    leaves `path.part`.
+    Leaving the block puts the file in place, and replaces a file of that name. An exception in the block
+    removes what was written. So does a missing tensor, which raises `ValueError`. A killed process leaves
+    `path.part`.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class Writer:
     ) -> None:
         header = encode_header(specs, metadata or {})
         self.path = path
-        self.part = part_of(path)
         self.remaining = list(reversed(specs))
-        self.file = create(self.part)
+        self.place = replacing(path)
+        self.file = self.place.__enter__()
         self.file.write(header)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor. Raises `ValueError` if another was to come, or another dtype or shape."""
+        """Append the next tensor. Raises `ValueError` if it is not the one that the specs have next."""
         if not self.remaining:
             raise ValueError(f"{name!r} comes after the last tensor of {self.path}")
         given, spec = TensorSpec(name, tensor.dtype, tuple(tensor.shape)), self.remaining[-1]
@@ -74,23 +74,16 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                if self.remaining:
-                    raise ValueError(f"{self.path}: {len(self.remaining)} tensors have not been written")
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.file.close()
-                put_in_place(self.part, self.path)
-        finally:
-            try:
-                self.file.close()  # may have to write, and fail
-            finally:
-                self.part.unlink(missing_ok=True)
+        if kind is not None or not self.remaining:
+            self.place.__exit__(kind, error, trace)
+            return
+        missing = ValueError(f"{self.path}: {len(self.remaining)} tensors have not been written")
+        self.place.__exit__(ValueError, missing, None)
+        raise missing
 
 
 def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON of the header, spaces up to the alignment. Raises `ValueError` for a name used twice.
+    """The header's length and JSON, padded with spaces. Raises `ValueError` if a name occurs twice.
 
     >>> len(encode_header([TensorSpec("a", torch.float32, (2, 3))], {}))
     4096
@@ -113,16 +106,16 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> b
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file so that it is there completely or not at all."""
+    """Write a small text file, completely or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name once it is complete and on the disk, replacing one that is there.
+    """Give a file to write, which takes the name `path` once it is complete and on the disk.
 
-    Leaving the block by an exception removes what was written.
+    It replaces a file of that name. An exception in the block removes what was written.
     """
     part = part_of(path)
     try:
@@ -136,20 +129,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def part_of(path: Path) -> Path:
-    """What a file is called until it is complete."""
+    """The name of a file until it is complete."""
     return path.with_name(path.name + ".part")
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file, open for writing. One of this name that is there is removed first, and where it was a link,
-    what that leads to stays as it is."""
+    """Open a new file for writing. This removes a file of that name, or a link but not what it leads to."""
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)  # O_EXCL follows no links
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 def put_in_place(part: Path, path: Path) -> None:
-    """Rename, and make sure that the rename survives a power cut, where one can ask for that."""
+    """Rename a file, and make the rename survive a power cut if the system can."""
     os.replace(part, path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)

@@ -66,7 +66,7 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
     [
         (b"", "0 bytes, too short"),
         (b"1234567", "7 bytes, too short"),
-        (struct.pack("<Q", 1 << 40) + b"{}", f"promise {1 << 40} of header"),
+        (struct.pack("<Q", 1 << 40) + b"{}", f"promise a header of {1 << 40} bytes"),
         (struct.pack("<Q", 1000) + b"{}", "10 bytes, its header alone 1000"),
         (b"<!DOCTYPE html><html>", "not a safetensors file"),
         (encode(b"{]"), "not valid JSON"),
