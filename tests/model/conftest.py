@@ -1,4 +1,4 @@
-"""A seed for every test, one thread for models too small for more, and the figures against Transformers."""
+"""A seed for every test, one thread for tiny models, and a summary of comparisons with Transformers."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ def seed() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Adds up what tests recorded as `logit_difference` and `ids_equal`, whichever file they are in."""
+    """Print a summary of what all tests recorded as `logit_difference` and `ids_equal`."""
     reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
     recorded = [entry for report in reports if report.when == "call" for entry in report.user_properties]
     differences = [value for name, value in recorded if name == "logit_difference"]

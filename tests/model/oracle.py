@@ -1,4 +1,5 @@
-"""Transformers' Mixtral holding the same weights as ours, by a mapping of its own."""
+"""Transformers' Mixtral with the same weights as ours. The mapping of names is independent of the code under
+test."""
 
 from collections.abc import Mapping
 
@@ -12,7 +13,7 @@ from model.mixtral import Mixtral
 
 
 def random_oracle(config: ModelConfig, seed: int) -> MixtralForCausalLM:
-    """Transformers' model as Transformers initialises it, but with norms that are not all ones."""
+    """Transformers' model, initialized by Transformers, but with norms that are not all ones."""
     torch.manual_seed(seed)
     oracle = MixtralForCausalLM(their_config(config)).eval()
     with torch.no_grad():
@@ -20,7 +21,7 @@ def random_oracle(config: ModelConfig, seed: int) -> MixtralForCausalLM:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) / 4)
             else:
-                parameter.mul_(5)  # their 0.02 leaves the logits of a tiny model all but equal
+                parameter.mul_(5)  # with their 0.02, the logits of a tiny model are almost equal
     return oracle
 
 

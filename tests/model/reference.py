@@ -44,9 +44,9 @@ GEOMETRIES: dict[str, ModelConfig] = {
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Mixtral:
-    """A float32 Mixtral whose activations stay near 1 and whose routers and heads have opinions.
+    """A float32 Mixtral whose activations stay near 1 and whose routers and heads have clear preferences.
 
-    No two tensors are alike and no norm is all ones, so that swapping any two of them shows.
+    No two tensors are alike and no norm is all ones, so swapping any two of them changes the logits.
     """
     generator = torch.Generator().manual_seed(seed)
     model = Mixtral(config)
@@ -65,7 +65,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> Mixtral:
 
 
 def cast(model: Mixtral, dtype: torch.dtype) -> Mixtral:
-    """The same weights rounded to `dtype`, in a model made for it."""
+    """A model in `dtype` with the same weights, rounded."""
     other = Mixtral(model.config, dtype)
     other.load_state_dict(model.state_dict())
     return other
@@ -76,7 +76,7 @@ def random_ids(config: ModelConfig, B: int, T: int, seed: int = 0) -> Tensor:  #
 
 
 def new_kv(model: Mixtral, B: int, capacity: int | None = None) -> KVCache:
-    """An empty KV cache whose memory holds NaN, so that a read of a place never written shows."""
+    """An empty KV cache whose memory holds NaN, so that reading an unwritten place changes the logits."""
     kv = KVCache.allocate(model.config, B, capacity or model.config.context, model.lm_head.weight.dtype, CPU)
     for layer in kv.layers:
         layer.k.fill_(torch.nan)

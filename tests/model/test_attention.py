@@ -1,4 +1,4 @@
-"""Attention against a softmax in float64 that names every pair of tokens."""
+"""Attention against a loop over all pairs of tokens in float64."""
 
 import math
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ LENGTHS = [(1, 1), (1, 9), (2, 2), (17, 17), (2, 9), (8, 9), (5, 70)]  # (T, S)
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The last T of S tokens, each over itself and those before it; query head h reads kv head h G / H."""
+    """The last T of S tokens each see themselves and those before. Query head h reads kv head h G / H."""
     _, H, T, K = q.shape
     G, S = k.shape[1:3]
     out = torch.empty(q.shape, dtype=torch.float64)
@@ -105,8 +105,8 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """For tensors that only seem to be on a GPU: flash attention takes all that are asked about inside of a
-    guard for their device. Lists the queries of these guards."""
+    """For fake tensors on a GPU: flash attention takes all that are asked about inside a device guard. Lists
+    the queries of these guards."""
     entered: list[Tensor] = []
     inside: list[bool] = []
 
@@ -123,10 +123,8 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("T", "S"), LENGTHS)
-def test_a_gpus_flash_attention_is_asked_itself_whatever_the_lengths(
-    T: int, S: int, guarded: list[Tensor]
-) -> None:
-    """PyTorch's choice among kernels would be cuDNN, which plans anew for every length."""
+def test_a_gpu_calls_flash_attention_itself_at_all_lengths(T: int, S: int, guarded: list[Tensor]) -> None:
+    """PyTorch would pick cuDNN, which makes a plan for every length."""
     with FakeTensorMode(), Operators() as called:
         make = partial(torch.empty, dtype=torch.bfloat16, device="cuda")
         q = make(3, T, 11, 16).transpose(1, 2).narrow(1, 0, 8)
@@ -137,7 +135,7 @@ def test_a_gpus_flash_attention_is_asked_itself_whatever_the_lengths(
 
 
 @pytest.mark.parametrize(("flash", "K"), [(False, 16), (True, 12)])
-def test_a_gpu_without_flash_attention_for_it_goes_by_scores(
+def test_a_gpu_without_flash_attention_computes_scores(
     flash: bool, K: int, guarded: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "can_use_flash_attention", lambda params: flash)
@@ -156,7 +154,7 @@ def test_a_gpu_without_flash_attention_for_it_goes_by_scores(
 def test_attend_by_scores(
     dtype: torch.dtype, T: int, S: int, H: int, G: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three tokens at a time, so the last ones are fewer."""
+    """Three tokens at a time, so that the last group is smaller."""
     monkeypatch.setattr(attention, "ROWS", 3)
     q = like_the_model(2, H, T, 10, dtype=dtype) * 2
     k, v = (like_the_model(2, G, S, 10, room=4, dtype=dtype) for _ in range(2))
@@ -185,7 +183,7 @@ def test_on_a_gpu_it_is_right_and_takes_no_more_memory_than_planned(
     gpu = torch.device("cuda", 0)
     target = Target.of(gpu)
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability(gpu) < (8, 0):
-        pytest.skip("it computes no bfloat16")
+        pytest.skip("this GPU has no bfloat16")
     q = like_the_model(1, 8, T, 128, dtype=dtype).to(gpu)
     k, v = (like_the_model(1, 2, S, 128, room=9, dtype=dtype).to(gpu) for _ in range(2))
     attend(q, k, v, causal_mask(T, S, gpu))
@@ -196,8 +194,8 @@ def test_on_a_gpu_it_is_right_and_takes_no_more_memory_than_planned(
         out = attend(q, k, v, causal_mask(T, S, gpu))
     assert (FLASH in called.names) == (way is Attending.FLASH) and CUDNN not in called.names
     taken = torch.cuda.max_memory_allocated(gpu) - before
-    parted = 17 << 20  # where rows are few, flash attention parts keys among multiprocessors
-    assert taken <= 2 * out.nbytes + way.bytes(SHAPE, dtype, T, S) + parted or T == 1
+    split = 17 << 20  # with few rows, flash attention splits the keys among multiprocessors
+    assert taken <= 2 * out.nbytes + way.bytes(SHAPE, dtype, T, S) + split or T == 1
     close = 1e-3 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(out.double().cpu(), naive(q.cpu(), k.cpu(), v.cpu()), rtol=close, atol=close)
 
@@ -216,24 +214,22 @@ def test_which_way_a_device_takes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_are_as_they_were_unless_a_query_or_key_is_not_finite(dtype: torch.dtype) -> None:
+def test_values_are_unchanged_unless_a_query_or_key_is_not_finite(dtype: torch.dtype) -> None:
     qk, v = (like_the_model(1, heads, 5, 16) for heads in (6, 2))
     qk, v = (qk * 3e4).clamp(-6e4, 6e4).to(dtype), v.to(dtype)
     assert torch.equal(marked(v, qk), v)
     for odd in (torch.nan, torch.inf, -torch.inf):
         for place in ((0, 0, 0, 0), (0, 5, 4, 15)):
-            spoilt = qk.clone()
-            spoilt[place] = odd
-            assert marked(v, spoilt).isnan().all()
+            bad = qk.clone()
+            bad[place] = odd
+            assert marked(v, bad).isnan().all()
 
 
 @pytest.mark.parametrize("by_scores", [False, True])
 @pytest.mark.parametrize(("T", "S"), LENGTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_whoever_sees_a_value_that_is_no_number_is_none(
-    dtype: torch.dtype, T: int, S: int, by_scores: bool
-) -> None:
-    """Whatever its score is: no number, or so low that the token is as good as not seen."""
+def test_every_token_that_sees_nan_becomes_nan(dtype: torch.dtype, T: int, S: int, by_scores: bool) -> None:
+    """At any score, even one so low that the token's weight rounds to 0."""
     for place in {0, S - T}:
         for score in (torch.nan, -torch.inf, -1e4, 0.0):
             q = torch.ones(1, 4, T, 16, dtype=dtype)
@@ -246,7 +242,7 @@ def test_whoever_sees_a_value_that_is_no_number_is_none(
 
 
 def test_module_without_kv() -> None:
-    """Projections, rotation and heads put together, against separate q, k, v."""
+    """Projections, rotation and heads together, against separate q, k and v."""
     config = replace(TINY, heads=6, kv_heads=2, head_dim=10)
     B, T, H, G, K = 2, 7, 6, 2, 10
     module = Attention(config, partial(Linear, dtype=torch.float32, device=CPU))
@@ -275,4 +271,4 @@ def test_no_token_sees_the_future(name: str, place: int) -> None:
     with torch.inference_mode():
         change = (model(ids) - model(other)).abs().amax(-1)  # [B, T]
     assert (change[:, :place] < 1e-5).all()
-    assert (change[:, place:] > 1e-3).all(), "the past is seen by all that follow"
+    assert (change[:, place:] > 1e-3).all(), "every later token sees the change"

@@ -1,4 +1,4 @@
-"""Configurations: what is read from which spelling, and what is refused, by name."""
+"""Configurations: which spellings are read, and which fields are refused by name."""
 
 import json
 from dataclasses import replace
@@ -110,7 +110,7 @@ def test_rope_spellings(change: dict[str, Any], theta: float) -> None:
     assert from_hf(without(MIXTRAL_8X7B, "rope_theta") | change).rope_theta == theta
 
 
-def test_sliding_window_is_ignored_and_that_is_said(recwarn: pytest.WarningsRecorder) -> None:
+def test_a_sliding_window_is_ignored_with_a_warning(recwarn: pytest.WarningsRecorder) -> None:
     assert from_hf(MIXTRAL_8X7B | {"sliding_window": None}) == EXPECTED_8X7B
     assert not recwarn.list
     assert from_hf(MIXTRAL_8X7B | {"sliding_window": 4096}) == EXPECTED_8X7B
@@ -151,7 +151,7 @@ def test_end_of_sequence(
 
 
 @pytest.mark.parametrize("value", [32002, -1, 10**30])
-def test_ends_outside_the_vocabulary_are_left_out_and_that_is_said(value: int) -> None:
+def test_ends_outside_the_vocabulary_are_left_out_with_a_warning(value: int) -> None:
     config = MIXTRAL_8X7B | {"vocab_size": 32002, "eos_token_id": [value, 7, 7]}
     with pytest.warns(RuntimeWarning, match=rf"eos_token_id \[{value}\] is outside the vocabulary of 32002"):
         assert from_hf(config).eos_ids == (7,)
@@ -177,7 +177,7 @@ INTEGERS = [
 
 @pytest.mark.parametrize("name", [*INTEGERS, "bos_token_id"])
 @pytest.mark.parametrize("value", ["32", 32.0, True, [32], {}])
-def test_what_is_no_integer_is_refused(name: str, value: Any) -> None:
+def test_a_field_that_is_no_integer_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ModelError, match=rf"config\.json: {name} is .*integer"):
         from_hf(MIXTRAL_8X7B | {name: value})
 
@@ -186,7 +186,7 @@ def test_what_is_no_integer_is_refused(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     "value", ["1e6", True, 0, -1.0, 1e-39, 4e38, float("nan"), float("inf"), 10**400, [1.0]]
 )
-def test_what_is_no_positive_number_is_refused(name: str, value: Any) -> None:
+def test_a_field_that_is_no_positive_number_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ModelError, match=rf"config\.json: {name} is .*positive number"):
         from_hf(MIXTRAL_8X7B | {name: value})
 
@@ -194,7 +194,7 @@ def test_what_is_no_positive_number_is_refused(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     "name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
 )
-def test_what_is_missing_is_named(name: str) -> None:
+def test_a_missing_field_is_named(name: str) -> None:
     with pytest.raises(ModelError, match=rf"config\.json: {name} is None"):
         from_hf(without(MIXTRAL_8X7B, name))
 
@@ -226,7 +226,7 @@ def test_what_is_missing_is_named(name: str) -> None:
         ({"bos_token_id": -1}, r"id -1 is outside the vocabulary of 32000"),
     ],
 )
-def test_what_is_not_mixtral_is_refused(change: dict[str, Any], message: str) -> None:
+def test_other_architectures_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         from_hf(MIXTRAL_8X7B | change)
 
@@ -284,7 +284,7 @@ def test_params_json_refusals(name: str) -> None:
         {"eos_token_id": ["\x1b[2J\n" + "x" * 10**6] * 10**4},
     ],
 )
-def test_what_a_file_says_is_shown_escaped_and_cut(change: dict[str, Any]) -> None:
+def test_values_from_files_are_shown_escaped_and_cut(change: dict[str, Any]) -> None:
     with pytest.raises(ModelError) as error:
         from_hf(MIXTRAL_8X7B | change)
     said = str(error.value)
@@ -470,7 +470,7 @@ json_values = st.recursive(
     json_values,
 )
 def test_any_value_is_read_or_refused(name: str, value: Any) -> None:
-    """Nothing but `ModelError` comes out, whatever is in a field."""
+    """Any value of a field is read or raises `ModelError`."""
     try:
         config = from_hf(MIXTRAL_8X7B | {name: value})
     except ModelError as error:

@@ -1,4 +1,4 @@
-"""Sums that do not depend on the order of computing, against the resident sum and plain arithmetic."""
+"""Sums that do not depend on the order of computing, against `mix` and plain arithmetic."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_any_order_gives_the_bits_of_mix(tokens: int, A: int, seed: int, dtype: 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 def test_the_order_of_adding_is_fixed(order: tuple[int, ...]) -> None:
-    """1e8 + 1 - 1e8 is 0 in float32, and 1e8 - 1e8 + 1 is 1: the order shows."""
+    """In float32, 1e8 + 1 - 1e8 is 0 and 1e8 - 1e8 + 1 is 1, so the order shows."""
     values = {0: 1e8, 1: 1.0, 2: -1e8}
     for tokens in (1, 3):
         x, weights = torch.ones(tokens, 2), torch.ones(tokens, 3)

@@ -1,4 +1,4 @@
-"""However a text is cut into forwards, the logits are those of one pass over it."""
+"""A text that is cut into several forwards has the logits of one pass over it."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -28,7 +28,7 @@ def close(logits: Tensor, expected: Tensor) -> None:
 
 
 def feed(model: Mixtral, ids: Tensor, kv: KVCache, borders: list[int]) -> Tensor:
-    """Logits of ids[:, borders[0]:borders[-1]], one forward from each border to the next."""
+    """Logits of ids[:, borders[0]:borders[-1]], with one forward from each border to the next."""
     with torch.inference_mode():
         pieces = [model(ids[:, a:b], kv) for a, b in pairwise(borders)]
     return torch.cat(pieces, 1)
@@ -63,7 +63,7 @@ def test_last_gives_the_last_logits() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, T), st.data())
 def test_truncate_then_go_on_is_as_if_fresh(length: int, data: st.DataObject) -> None:
-    """Tokens forgotten leave nothing behind, whether one follows or many."""
+    """Forgotten tokens leave no trace, whether one token follows or many."""
     keep = data.draw(st.integers(0, length))
     kv = new_kv(MODEL, B, capacity=T)
     with torch.inference_mode():
@@ -73,8 +73,8 @@ def test_truncate_then_go_on_is_as_if_fresh(length: int, data: st.DataObject) ->
     kv.truncate(keep)
     assert kv.length == keep
     if keep < T:
-        step = data.draw(st.integers(1, T - keep))
-        close(feed(MODEL, IDS, kv, [*range(keep, T, step), T]), LOGITS[:, keep:])
+        stride = data.draw(st.integers(1, T - keep))
+        close(feed(MODEL, IDS, kv, [*range(keep, T, stride), T]), LOGITS[:, keep:])
 
 
 def test_rows_of_a_batch_do_not_mix() -> None:
@@ -89,7 +89,7 @@ def test_rows_of_a_batch_do_not_mix() -> None:
 
 
 def test_two_kv_caches_do_not_mix() -> None:
-    """Two conversations on one model, token by token in turn."""
+    """Two conversations on one model take turns, token by token."""
     ours, theirs = new_kv(MODEL, 1), new_kv(MODEL, 1)
     with torch.inference_mode():
         pairs = [(MODEL(IDS[:1, t : t + 1], ours), MODEL(IDS[1:2, t : t + 1], theirs)) for t in range(T)]
@@ -107,7 +107,7 @@ def test_overflow_is_refused_and_changes_nothing(capacity: int, limit: int) -> N
         with pytest.raises(ValueError, match=rf"{limit - 2} tokens and 3 more .* {limit}"):
             MODEL(ids[:, limit - 2 :], kv)
         assert kv.length == limit - 2 and torch.equal(kv.layers[-1].k[:, :, : limit - 2], before)
-        out = MODEL(ids[:, limit - 2 : limit], kv)  # what fits still does
+        out = MODEL(ids[:, limit - 2 : limit], kv)  # tokens that fit still pass
         close(out, MODEL(ids[:, :limit])[:, -2:])
         with pytest.raises(ValueError, match=rf"{limit} tokens and 1 more .* {limit}"):
             MODEL(ids[:, limit:], kv)

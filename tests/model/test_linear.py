@@ -1,4 +1,4 @@
-"""Weights in the order that a CPU multiplies fastest from give the bits of those in the ordinary order."""
+"""Weights that are packed for a CPU give the bits of row-major weights."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_packed_is_the_same_product_bit_for_bit(inputs: int, outputs: int) -> No
     assert torch.equal(packed(wide), F.linear(wide, linear.weight))
 
 
-def test_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_modules_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     others: list[nn.Module] = [make_linear(64, 64, dtype) for dtype in (torch.float32, torch.float16)]
     for module in [*others, nn.Identity(), nn.Linear(8, 8, dtype=torch.bfloat16)]:
         assert pack(module) is module

@@ -1,4 +1,4 @@
-"""Routing and experts, against a naive loop in float64 that gives every token to every expert."""
+"""Routing and experts, against a loop in float64 that gives every token to every expert."""
 
 import itertools
 from dataclasses import replace
@@ -66,7 +66,7 @@ def test_experts_against_dense(E: int, A: int, N: int) -> None:
 
 @pytest.mark.parametrize(("E", "A"), [(4, 1), (4, 2), (8, 3), (4, 4)])
 def test_layer_against_dense(E: int, A: int) -> None:
-    """Softmax over all, the A largest, renormalised to 1: spelt out on x of several sequences."""
+    """Against the definition, for several sequences: softmax over all, the A largest, renormalized to 1."""
     config = replace(TINY, experts=E, experts_per_token=A)
     layer, experts = make_layer(config)
     x = torch.randn(3, 5, config.hidden)
@@ -91,7 +91,7 @@ def test_router_works_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         weights.double(), expected / expected.sum(-1, keepdim=True), rtol=1e-5, atol=1e-6
     )
-    assert (expected.sum(-1) < 0.9).any(), "renormalising would change nothing here"
+    assert (expected.sum(-1) < 0.9).any(), "renormalizing would change nothing here"
 
 
 def test_one_expert_per_token_has_all_the_weight() -> None:
@@ -108,7 +108,7 @@ def test_one_expert_per_token_has_all_the_weight() -> None:
 
 @pytest.mark.parametrize("size", [0.0, 1e4])
 def test_router_in_extremes(size: float) -> None:
-    """All logits equal: some A different experts, equal weights. Logits of thousands: nothing overflows."""
+    """Equal logits give A different experts equal weights, and logits of thousands do not overflow."""
     config = replace(TINY, experts=8, experts_per_token=2)
     router = make_layer(config)[0].gate
     choice = router(torch.randn(50, config.hidden) * size)
@@ -121,7 +121,7 @@ def test_router_in_extremes(size: float) -> None:
 
 
 def test_ties_in_one_layer() -> None:
-    """Two experts with one and the same gate row: whichever is taken, the sum is that of the one taken."""
+    """Two experts have the same gate row. The sum has the output of the one that is chosen."""
     config = replace(TINY, experts=4, experts_per_token=2)
     layer, experts = make_layer(config)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_ties_in_one_layer() -> None:
 
 @pytest.mark.parametrize("N", [1, 9])
 def test_only_chosen_experts_run(N: int) -> None:
-    """Each chosen expert runs once, on its own tokens alone; what the others hold is never touched."""
+    """Each chosen expert runs once, on its own tokens only. The weights of the others are never read."""
     config = replace(TINY, experts=8, experts_per_token=2)
     experts = make_experts(config)
     x, _, weights = make_choices(config, N)
@@ -163,7 +163,7 @@ def test_only_chosen_experts_run(N: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_token_and_many_give_the_same_bits(dtype: torch.dtype) -> None:
-    """With one token to each expert both paths do the same products, so nothing but the sums could differ."""
+    """With one token for each expert, both paths compute the same products, so only the sums could differ."""
     config = replace(TINY, experts=12, experts_per_token=3)
     experts = make_experts(config).to(dtype)
     x, _, weights = make_choices(config, 4)
@@ -179,7 +179,7 @@ def test_one_token_and_many_give_the_same_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("N", [1, 2])
 def test_contributions_are_added_in_ascending_order_of_expert(N: int) -> None:
-    """Experts 0, 1, 2 add s, -s and 1, s being 2**30: (s - s) + 1 is 1, but 0 if 1 comes sooner."""
+    """Experts 0, 1, 2 add s, -s and 1 with s = 2**30. (s - s) + 1 is 1, but it is 0 if 1 is added sooner."""
     config = replace(TINY, hidden=1, ffn=1, experts=3, experts_per_token=3)
     experts = make_experts(config)
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_contributions_are_added_in_ascending_order_of_expert(N: int) -> None:
 
 @pytest.mark.parametrize("N", [1, 33])
 def test_order_of_choices_does_not_matter(N: int) -> None:
-    """Every bit is the same whichever of a token's experts is named first."""
+    """The order in which a token's experts are listed changes no bit."""
     config = replace(TINY, experts=8, experts_per_token=4)
     experts = make_experts(config)
     x, ids, weights = make_choices(config, N)
@@ -205,7 +205,7 @@ def test_order_of_choices_does_not_matter(N: int) -> None:
 
 def test_by_expert_visits_every_choice_once() -> None:
     _, ids, _ = make_choices(replace(TINY, experts=8, experts_per_token=3), 50)
-    ids[ids == 5] = 4  # nobody chooses 5, and some choose 4 twice
+    ids[ids == 5] = 4  # no token chooses 5, and some choose 4 twice
     visits = list(by_expert(ids, ids.flatten().bincount(minlength=8).tolist()))
     experts = [e for e, _, _ in visits]
     assert experts == sorted(set(experts)) and 5 not in experts
@@ -217,7 +217,7 @@ def test_by_expert_visits_every_choice_once() -> None:
 
 
 class Watcher:
-    """A provider of experts that is no module: keeps what it is given, and answers x."""
+    """Experts that are no module. They keep their arguments and return x."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -257,7 +257,7 @@ def test_gradcheck() -> None:
 
 
 def test_router_gradient() -> None:
-    """Only the chosen logits move the weights: their softmax's Jacobian, spelt out."""
+    """Only the chosen logits move the weights, by the Jacobian of their softmax."""
     config = replace(TINY, experts=6, experts_per_token=3)
     router = Router(config, CPU)
     torch.nn.init.normal_(router.weight)

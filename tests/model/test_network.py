@@ -1,4 +1,4 @@
-"""The network as a whole: gradients everywhere, half precisions near float32, names and shapes."""
+"""The network as a whole: gradients, half precision, names and shapes of parameters."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from tests.model.reference import CPU, GEOMETRIES, TINY, cast, greedy, new_kv, r
 
 @pytest.mark.parametrize("name", [name for name in GEOMETRIES if name != "1 of 4 experts"])
 def test_every_parameter_learns(name: str) -> None:
-    """With tokens enough for every expert to be chosen, every parameter has a finite gradient, not zero."""
+    """With enough tokens for every expert to be chosen, every gradient is finite and not zero."""
     config = GEOMETRIES[name]
     model, ids = random_model(config), random_ids(config, 4, 60)
     F.cross_entropy(model(ids).flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
@@ -23,7 +23,7 @@ def test_every_parameter_learns(name: str) -> None:
 
 
 def test_only_used_parameters_learn() -> None:
-    """From one token, A experts a layer have a gradient, and the embedding's is in that token's row."""
+    """After one token, A experts of each layer have a gradient, and the embedding has one in its row."""
     config = replace(TINY, experts=8)
     model = random_model(config)
     model(torch.tensor([[5]])).square().sum().backward()
@@ -35,7 +35,7 @@ def test_only_used_parameters_learn() -> None:
 
 
 def test_one_expert_per_token_teaches_the_gate_nothing() -> None:
-    """Renormalised, a single weight is 1 whatever the logits: only a router loss can move such a gate."""
+    """A single weight is renormalized to 1 for any logits, so only a router loss could move the gate."""
     config = GEOMETRIES["1 of 4 experts"]
     model, ids = random_model(config), random_ids(config, 2, 30)
     model(ids).square().mean().backward()
@@ -57,7 +57,7 @@ def test_training_reduces_the_loss() -> None:
     assert losses[-1] < losses[0] / 2
 
 
-# Rounding moves a few tokens across a routing border, and those then differ altogether: hence the median.
+# A median, because rounding moves a few tokens to other experts, and their logits then differ a lot.
 @pytest.mark.parametrize(
     ("dtype", "typical", "agreeing"), [(torch.bfloat16, 0.06, 0.8), (torch.float16, 0.008, 0.97)]
 )
@@ -65,7 +65,7 @@ def test_training_reduces_the_loss() -> None:
 def test_half_precision(name: str, dtype: torch.dtype, typical: float, agreeing: float) -> None:
     config = GEOMETRIES[name]
     narrow = cast(random_model(config), dtype)
-    wide = cast(narrow, torch.float32)  # the very same weights
+    wide = cast(narrow, torch.float32)  # exactly the same weights
     ids = random_ids(config, 4, 40)
     with torch.inference_mode():
         expected, whole = wide(ids), narrow(ids)
@@ -93,7 +93,7 @@ def test_gates_stay_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_norm(dtype: torch.dtype) -> None:
-    """Squares are taken in float32: 300 squared is beyond float16."""
+    """300 squared does not fit float16, so squares are taken in float32."""
     norm = RMSNorm(replace(TINY, norm_eps=1e-2), dtype, CPU)
     torch.nn.init.uniform_(norm.weight, 0.5, 2)
     for scale in (1e-2, 1, 300):
@@ -105,7 +105,7 @@ def test_norm(dtype: torch.dtype) -> None:
 
 
 def test_parameters_are_those_of_the_paper() -> None:
-    """Names, shapes and number, summed as the architecture says."""
+    """Their number, names and shapes are those of the architecture."""
     c = GEOMETRIES["8x22B's ratios"]
     state = Mixtral(c).state_dict()
     attention = c.hidden * c.head_dim * (2 * c.heads + 2 * c.kv_heads)

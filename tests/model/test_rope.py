@@ -35,7 +35,7 @@ def test_against_complex_numbers(K: int, theta: float) -> None:
 
 
 def test_far_out() -> None:
-    """Angles of 32 thousand have steps of 0.004 in float32: half of one is lost, and frequencies add some."""
+    """In float32, angles near 32 thousand are 0.004 apart. Half of that is lost, and frequencies add some."""
     x = torch.randn(1, 2, 64, 128)
     out = Rope.table(FAR, 128, 1e6, torch.float32, CPU).at(FAR - 64, FAR)(x)
     error = as_complex(out) - turned(x, torch.arange(FAR - 64, FAR), 1e6)
@@ -44,7 +44,7 @@ def test_far_out() -> None:
 
 @pytest.mark.parametrize("start", [0, 1000, FAR - 100])
 def test_scores_depend_on_distance_alone(start: int) -> None:
-    """q at m against k at n is the same product for every m and n that are as far apart."""
+    """The product of q at m and k at n is the same for all m and n at the same distance."""
     rope = Rope.table(FAR, 64, 1e6, torch.float32, CPU)
     q, k = torch.randn(64), torch.randn(64)
     scores = [
@@ -65,7 +65,7 @@ def test_position_zero_turns_nothing() -> None:
 
 
 def test_table_is_transformers_to_the_bit_far_out() -> None:
-    """The network learnt the roundings too: a frequency that is off in its last bit is 0.002 off by here."""
+    """The network was trained with these roundings. A frequency off by one bit is off by 0.002 here."""
     config = replace(GEOMETRIES["8x7B's ratios"], head_dim=128, context=FAR)
     cos, _ = MixtralRotaryEmbedding(their_config(config))(torch.empty(1), torch.arange(FAR)[None])
     assert torch.equal(Rope.table(FAR, 128, 1e6, torch.float32, CPU).cos, cos[0])
@@ -85,7 +85,7 @@ def test_table_is_transformers(name: str) -> None:
 
 
 def test_half_precision_rounds_once() -> None:
-    """Angles in bfloat16 would be whole numbers past 256; only their cosines are rounded."""
+    """In bfloat16, angles above 256 would be whole numbers. Only their cosines and sines are rounded."""
     wide = Rope.table(5000, 32, 1e6, torch.float32, CPU)
     table = Rope.table(5000, 32, 1e6, torch.bfloat16, CPU)
     assert torch.equal(table.cos, wide.cos.bfloat16()) and torch.equal(table.sin, wide.sin.bfloat16())

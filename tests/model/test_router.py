@@ -1,4 +1,4 @@
-"""What routers rank for later layers, against those layers' own norm and gate."""
+"""Routers' rankings for later layers, against those layers' own norms and gates."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def model_with_different_norms() -> Mixtral:
 
 @pytest.mark.parametrize("distance", [1, 2])
 @pytest.mark.parametrize("N", [1, 6])
-def test_it_is_the_later_layers_norm_and_gate_on_this_layers_stream(distance: int, N: int) -> None:
+def test_a_ranking_is_the_later_layers_norm_and_gate_on_this_layers_stream(distance: int, N: int) -> None:
     model = model_with_different_norms()
     model.look_ahead(distance)
     stream = torch.randn(N, CONFIG.hidden)
@@ -57,8 +57,8 @@ def test_a_norm_weight_of_zero_is_no_infinity() -> None:
     assert torch.equal(seen[:, :3], gate[:, :3])
 
 
-def test_of_several_tokens_probabilities_count() -> None:
-    """Not logits: one token that is very sure does not outvote all others."""
+def test_a_ranking_of_several_tokens_adds_probabilities() -> None:
+    """Logits would let one token that is very sure outvote all others."""
     router = Router(CONFIG, torch.device("cpu")).requires_grad_(False)
     router.look_ahead([torch.eye(CONFIG.experts, CONFIG.hidden)])
     x = torch.zeros(3, CONFIG.hidden)
@@ -67,7 +67,7 @@ def test_of_several_tokens_probabilities_count() -> None:
     assert ranking is not None and ranking[0, :2].tolist() == [2, 3]
 
 
-def test_gates_for_a_step_follow_what_is_looked_ahead() -> None:
+def test_looking_ahead_updates_the_gates_of_a_step() -> None:
     model = model_with_different_norms()
     router = model.layers[1].block_sparse_moe.gate
     model.prepare_step()

@@ -1,4 +1,4 @@
-"""Few row counts: every row is computed once, as by itself, and memory does not grow with lengths."""
+"""Products with few row counts: each row is computed once, and memory does not grow with lengths."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def test_linear(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = torch.randn(48, 64, generator=generator).to(dtype)
     y = linear(x, weight)
     assert y.shape == (*shape, 48) and y.dtype == dtype
-    # each element is rounded once from a sum in float32, whatever the order of that
+    # each element is rounded once from a sum in float32, taken in any order
     torch.testing.assert_close(y.double(), x.double() @ weight.double().T, rtol=2**-7, atol=2e-5 + 2**-6)
     if dtype == torch.float32:
         assert torch.equal(y, F.linear(x, weight))
@@ -67,6 +67,6 @@ print((resident() - before) >> 20)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_lengths() -> None:
-    """Without pieces, 150 MiB here."""
+    """Without pieces, it would grow by 150 MiB here."""
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 8

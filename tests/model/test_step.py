@@ -1,5 +1,7 @@
-"""A whole step by Triton's kernels: in its interpreter, and where there is a GPU, there. With plain PyTorch
-in their place, `tests/runtime/gpu/test_decode.py` has more."""
+"""A whole step by Triton's kernels, in its interpreter and on a GPU if there is one.
+
+`tests/runtime/gpu/test_decode.py` has more, with plain PyTorch in place of the kernels.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     run_cases(CASES, tmp_path)
 
 
-def test_what_cannot_be_computed_step_by_step_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfit_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert unfit(CONFIG, cpu) == "needs a CUDA device, not cpu"
     monkeypatch.setattr(launching, "unsupported", lambda target: None)

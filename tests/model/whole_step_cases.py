@@ -1,4 +1,4 @@
-"""What `test_step.py` runs in a process of its own: a whole step by Triton's kernels, against the network."""
+"""A whole step by Triton's kernels, against `Mixtral.forward`. `test_step.py` runs it in its own process."""
 
 from functools import partial
 from typing import cast

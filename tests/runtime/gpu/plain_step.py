@@ -1,7 +1,7 @@
-"""What the kernels of a decode step compute, in plain PyTorch, on any device; and a stand-in for CUDA graphs.
+"""A step's kernels in plain PyTorch, on any device, and a stand-in for CUDA graphs.
 
-Like the kernels, nothing here asks the device for a number. So a step that is made of these can be captured,
-by `Recorded` or by CUDA.
+Like the kernels, nothing here reads a number from the device. So both `Recorded` and CUDA can capture a step
+of these functions.
 """
 
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def experts_by_slot(
 
 
 def use_plain_kernels(patch: pytest.MonkeyPatch) -> None:
-    """Let every device have a decoder, made of the above."""
+    """Let every device have a decoder that calls the functions above."""
     patch.setattr(launching, "unsupported", lambda target: None)
     patch.setattr(experts, "experts_by_slot", experts_by_slot)
     for function in (fetch, add_and_norm, rotate_and_append, attend, route):
@@ -92,7 +92,7 @@ def use_plain_kernels(patch: pytest.MonkeyPatch) -> None:
 
 
 class Recording(TorchDispatchMode):
-    """Keeps the operations that PyTorch dispatches, with the very tensors that they take and give."""
+    """Keeps the operations that PyTorch dispatches, with the tensors that they take and return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        assert "local_scalar" not in str(func), "the host asks the device for a number"
+        assert "local_scalar" not in str(func), "the host reads a number from the device"
         out = func(*args, **kwargs)
         given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
         made = [t for t in tensors(out) if t.untyped_storage().data_ptr() not in given]
@@ -121,8 +121,8 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 class Recorded:
-    """Stands in for CUDA graphs: a replay repeats operations on tensors. Whatever the host would do otherwise
-    by then, it does not notice; so work that depends on anything but memory does the wrong thing."""
+    """Stands in for CUDA graphs. A replay repeats operations on the same tensors and runs no other Python, so
+    work that depends on anything but memory computes the wrong thing."""
 
     def shared(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(*shape, dtype=dtype)

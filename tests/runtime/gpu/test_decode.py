@@ -1,6 +1,6 @@
-"""Decoding step by step: the same bits wherever experts are and however a step is put on the device.
+"""Decoding by steps gives the same bits with experts resident or offloaded, captured or not.
 
-On a CPU with stand-ins for kernels and graphs; the same tests with the real ones where there is a GPU.
+The tests run on a CPU with stand-ins for kernels and graphs, and with the real ones on a GPU if there is one.
 """
 
 import json
@@ -51,7 +51,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def graphs(device: str, monkeypatch: pytest.MonkeyPatch) -> list[Counted]:
-    """Of every engine that is loaded, its graphs."""
+    """The graphs of each loaded engine."""
     made: list[Counted] = []
 
     def make(where: torch.device) -> Counted:
@@ -60,15 +60,15 @@ def graphs(device: str, monkeypatch: pytest.MonkeyPatch) -> list[Counted]:
 
     if device == "cpu":
         use_plain_kernels(monkeypatch)
-        monkeypatch.setattr("model.quant.backends.BACKENDS", (Blocks,))  # blobs as files have them
-        monkeypatch.setattr("model.linear.packs", lambda weight: False)  # what it makes cannot be recorded
+        monkeypatch.setattr("model.quant.backends.BACKENDS", (Blocks,))  # blobs stay as they are in files
+        monkeypatch.setattr("model.linear.packs", lambda weight: False)  # not recordable
     monkeypatch.setattr("runtime.gpu.decoder.CudaGraphs", make)
     return made
 
 
 @pytest.fixture(scope="session")
 def folders(variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The checkpoint with experts of a format, made once."""
+    """Gives a checkpoint with experts in a format, which is made once."""
     plain = variant(hidden=64, ffn=64, layers=LAYERS, experts=5, experts_per_token=CHOSEN, context=96)
     known = {"16": plain}
 
@@ -93,7 +93,7 @@ def load(folders: Callable[[str], Path], device: str) -> Callable[..., Engine]:
 
 
 def decoded(engine: Engine, prompt: list[int] = PROMPT, ids: list[int] = IDS) -> Tensor:
-    """Logits behind a prompt and behind each of ids, one by one: [1 + T, V]."""
+    """Logits [1 + T, V] after a prompt and after each of T ids, which are decoded one by one."""
     with engine.session() as session:
         return torch.stack([session.prefill(prompt)] + [session.step(i) for i in ids]).cpu()
 
@@ -131,16 +131,16 @@ def test_offloaded_and_captured_or_not_the_bits_are_the_same(
             assert torch.equal(decoded(engine), resident), options
             assert torch.equal(decoded(engine, [1, 2], IDS[:3]), other), options
             assert torch.equal(engine.logits(LONG), long), options
-            assert torch.equal(decoded(engine), resident), options  # again: what was captured serves
+            assert torch.equal(decoded(engine), resident), options  # again, with the captured graphs
 
 
-def test_the_host_has_one_word_in_each_layer_where_experts_can_miss(
+def test_the_host_waits_once_a_layer_if_experts_can_miss(
     load: Callable[..., Engine], graphs: list[Counted]
 ) -> None:
     for options, parts in (({"offload": "never"}, 1), ({"offload": "always", "slots": 3}, LAYERS + 1)):
         engine = load(**options)
         decoded(engine)
-        assert graphs[-1].captures == parts  # behind the first step, and never again
+        assert graphs[-1].captures == parts  # after the first step
         before = graphs[-1].waits
         decoded(engine)
         assert graphs[-1].captures == parts
@@ -160,7 +160,7 @@ def test_every_kv_cache_has_graphs_of_its_own(load: Callable[..., Engine], graph
 
 
 def test_a_conversation_that_is_cut_back(load: Callable[..., Engine]) -> None:
-    """Positions go back, and what the cache holds beyond them counts for nothing."""
+    """Positions go back, and what `kv` holds beyond them has no effect."""
     engine = load(offload="always", slots=3)
     with engine.session() as session:
         first = [session.prefill(PROMPT)] + [session.step(i) for i in IDS]
@@ -171,7 +171,7 @@ def test_a_conversation_that_is_cut_back(load: Callable[..., Engine]) -> None:
         torch.testing.assert_close(now, before, rtol=1e-3, atol=1e-3)
 
 
-def test_what_is_kept_is_used_and_an_independent_simulation_agrees(
+def test_slots_are_reused_and_an_independent_replay_agrees(
     load: Callable[..., Engine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = load(offload="always", slots=4, lookahead=2, prefetch=2)
@@ -187,7 +187,7 @@ def test_what_is_kept_is_used_and_an_independent_simulation_agrees(
     assert json.loads(capsys.readouterr().out)["replay_agrees"] is True
 
 
-def test_no_room_is_an_error_and_the_last_token_fits(load: Callable[..., Engine]) -> None:
+def test_the_last_token_fits_and_one_more_is_an_error(load: Callable[..., Engine]) -> None:
     engine = load("16", context=8)
     with engine.session() as session:
         session.prefill(PROMPT)
@@ -198,7 +198,7 @@ def test_no_room_is_an_error_and_the_last_token_fits(load: Callable[..., Engine]
             session.step(1)
 
 
-def test_where_nothing_can_be_captured_steps_are_launched_one_by_one(
+def test_steps_that_cannot_be_captured_are_launched_one_by_one(
     load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = decoded(load("16"))
@@ -208,7 +208,7 @@ def test_where_nothing_can_be_captured_steps_are_launched_one_by_one(
 
     monkeypatch.setattr(Counted, "capture", capture)
     with pytest.warns(RuntimeWarning, match=r"graphs cannot be made \(operation not .* capturing\).*slower"):
-        engine = load("16", offload="always", slots=3)  # on a GPU it shows here
+        engine = load("16", offload="always", slots=3)  # on a GPU the warning comes here
         assert torch.equal(decoded(engine), expected)
     warnings.simplefilter("error")
     assert torch.equal(decoded(engine), expected)
@@ -243,7 +243,7 @@ def test_a_copy_that_fails_fails_its_request_alone(
 
 
 class Cuda:
-    """Notes what becomes of a capture, in order."""
+    """Stands in for CUDA and logs the calls of a capture."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         log = self.log = []  # type: ignore[var-annotated]
@@ -267,7 +267,7 @@ class Cuda:
                 log.append(f"off {self.name}")
 
         class Graph:
-            """Its pool is there as long as any graph that uses it, and no longer."""
+            """Its pool ends with the last graph that uses it."""
 
             pool: str | None = None
 
@@ -314,12 +314,12 @@ def test_capturing_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     graphs.wait()
     assert cuda.take() == ["replay", "host waits for compute"]
     del replay
-    graphs.capture(lambda: None)  # whatever has become of earlier graphs
+    graphs.capture(lambda: None)  # even though the earlier graph is gone
     assert cuda.take() == [*AROUND, "end", "off capturing"]
 
 
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
-def test_a_capture_that_fails_says_what_went_wrong_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_raises_its_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, ended = Cuda(monkeypatch), []
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *args: ended.append(args), raising=False)
     graphs = CudaGraphs(torch.device("cpu"))
@@ -333,13 +333,13 @@ def test_a_capture_that_fails_says_what_went_wrong_first(monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="what went wrong"):
         graphs.capture(failing)
     assert cuda.take() == [*AROUND, "end", "off capturing"] and ended == [(0, "the pool")]
-    with pytest.raises(RuntimeError, match="due to a previous error"):  # nothing says more
+    with pytest.raises(RuntimeError, match="due to a previous error"):  # the only error
         graphs.capture(lambda: None)
-    assert len(graphs.broken) == 2  # PyTorch may go on referring to them
+    assert len(graphs.broken) == 2  # kept, because PyTorch may still refer to them
 
 
 def test_sessions_come_and_go(load: Callable[..., Engine]) -> None:
-    """One that was opened and never stepped leaves its cache to the next, when all graphs are gone."""
+    """A session that never decoded leaves its KV cache to the next, after all graphs are gone."""
     warnings.simplefilter("error")
     engine = load("16", offload="always", slots=3)
     expected = decoded(engine)
@@ -357,8 +357,8 @@ def test_sessions_come_and_go(load: Callable[..., Engine]) -> None:
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
-def test_at_a_size_where_libraries_have_a_choice(variant: Callable[..., Path], device: str) -> None:
-    """A prompt's products are the libraries', and wide enough here for them to choose among kernels."""
+def test_at_a_size_where_libraries_pick_among_kernels(variant: Callable[..., Path], device: str) -> None:
+    """Libraries compute a prompt's products, which are wide enough here for several kernels."""
     folder = variant(
         hidden=1024, ffn=1536, layers=3, experts=8, heads=8, kv_heads=2, head_dim=128, context=1024
     )

@@ -1,4 +1,4 @@
-"""Warming up: what a GPU does once, so that no request waits for it, and nothing that can be seen later."""
+"""Warming up compiles everything, so that no request waits for it, and changes nothing else."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +54,7 @@ def bar(total: int) -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
-    """With stand-ins for a GPU's kernels and graphs: the work that is captured."""
+    """The captured work, with stand-ins for a GPU's kernels and graphs."""
     captured: list[Work] = []
     capture = Recorded.capture
 
@@ -70,9 +70,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
 
 
 @pytest.mark.parametrize("offload", ["never", "always"])
-def test_afterwards_all_is_as_it_was_but_that_graphs_are_there(
-    offload: str, load: Load, captured: list[Work]
-) -> None:
+def test_it_changes_nothing_but_makes_graphs(offload: str, load: Load, captured: list[Work]) -> None:
     cold = load(offload=offload)
     expected = [(token.id, token.logprob) for token in cold.generate([5, 6, 7], GREEDY)]
     parts = len(captured)
@@ -94,17 +92,17 @@ def test_afterwards_all_is_as_it_was_but_that_graphs_are_there(
 
 
 @pytest.mark.parametrize("context", [2, 3])
-def test_with_hardly_any_context(context: int, load: Load, captured: list[Work]) -> None:
+def test_with_a_tiny_context(context: int, load: Load, captured: list[Work]) -> None:
     engine = load(context=context)
     warm_up.warm_up(engine.runner)
     with engine.session() as session:
         assert len(session.prefill([5])) == engine.config.vocab
 
 
-def test_what_goes_wrong_is_the_devices_error(
+def test_a_failure_is_a_device_error(
     load: Load, captured: list[Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forward(ids: list[int], cache: object) -> None:
+    def forward(ids: list[int], kv: object) -> None:
         raise RequestError("an expert could not be copied")
 
     engine = load()

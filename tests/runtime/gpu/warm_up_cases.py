@@ -1,5 +1,7 @@
-"""What `test_warm_up.py` runs in a process of its own, which imports Triton: after warming up, no request
-launches anything that would have to be compiled."""
+"""After warming up, no request launches anything that Triton would still have to compile.
+
+`test_warm_up.py` runs this in another process, because it imports Triton.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +26,7 @@ PARAMS = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
 
 
 class Both(Fused):
-    """Launches as `Fused` does, and computes as `Blocks`."""
+    """Launches like `Fused` and computes like `Blocks`."""
 
     devices = ("cpu",)
 
@@ -47,9 +49,11 @@ def both(launching: Callable[..., Any], computing: Callable[..., Any]) -> Callab
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
-    """What Triton would compile anew for: kernels by kinds and alignment of tensors, and constants. Numbers
-    that are no constants are left out: `fused_compiled.py` has these. Nothing is launched; what kernels
-    would compute is computed plainly."""
+    """The launches, by all that Triton compiles anew for: kernel, dtype and alignment of tensors, constants.
+
+    Other numbers are left out, since `fused_compiled.py` has them. Nothing is really launched. Plain PyTorch
+    computes what the kernels would.
+    """
     keys: set[Any] = set()
 
     def launch(kernel: Any, grid: tuple[int, ...], *tensors: Tensor | int, **values: float) -> None:
