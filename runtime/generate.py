@@ -103,7 +103,8 @@ def say_plan(model: Path | None, options: EngineOptions) -> None:
     except ModelError as error:
         raise LoadError(str(error)) from error
     plan = plan_checkpoint(checkpoint, options)
-    say(f"{checkpoint.description}, in {plan.where}: {plan}")
+    for line in f"{checkpoint.description}, in {plan.where}: {plan}".splitlines():
+        say(line)
 
 
 def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingParams) -> None:
@@ -120,7 +121,8 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
         Engine.load(args.model, options, loading, compiling, partial(judge, args, params, prompt)) as engine,
     ):
         if not args.quiet:
-            say(f"{engine.plan.where}: {engine.plan}")
+            for line in f"{engine.plan.where}: {engine.plan}".splitlines():
+                say(line)
         with engine.recording(args.trace) if args.trace else nullcontext():
             if prompt is None:
                 converse(engine, engine.session(args.system), params)

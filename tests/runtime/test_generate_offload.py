@@ -42,7 +42,7 @@ def test_the_text_is_the_same(run: Callable[..., Outcome]) -> None:
 
 def test_plan_and_statistics(run: Callable[..., Outcome], tmp_path: Path) -> None:
     status, _, err = run("--slots", 2, "--stats-file", tmp_path / "stats.json")
-    assert status == 0 and "slots: 2 in each of 2 layers; 1 spare" in err and "hit ratio 0." in err
+    assert status == 0 and "\nslots: 2 in each of 2 layers; 1 spare" in err and "hit ratio 0." in err
     stats = json.loads((tmp_path / "stats.json").read_text())
     assert stats["hits"] > 0 and stats["misses"] > 0 and 0 < stats["hit_ratio"] < 1
     assert stats["hit_ratio"] == stats["hits"] / (stats["hits"] + stats["misses"])
@@ -51,7 +51,7 @@ def test_plan_and_statistics(run: Callable[..., Outcome], tmp_path: Path) -> Non
     _, _, err = run("--slots", 2, "--stats", "json", "--quiet")
     assert json.loads(err.splitlines()[-1])["misses"] == stats["misses"]  # whatever copies did
     status, _, err = run("--slots", 2, "--dry-run")
-    assert status == 0 and "slots: 2 in each of 2 layers" in err
+    assert status == 0 and "\nslots: 2 in each of 2 layers" in err
 
 
 def test_a_trace_is_one_line_of_json_per_event(run: Callable[..., Outcome], tmp_path: Path) -> None:
