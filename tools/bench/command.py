@@ -22,7 +22,7 @@ from runtime.shell.arguments import help_by_put, new_parser
 from runtime.shell.command import put, run
 from tools.bench import decode, gpu, link, offload, prefill
 from tools.bench.machine import machine
-from tools.bench.text import as_text
+from tools.text import as_text
 
 SUBCOMMANDS: dict[str, Any] = {
     "decode": decode,

@@ -26,7 +26,7 @@ from model.shapes import SHAPES
 from runtime.errors import DeviceError
 from runtime.planning.device import find_device
 from runtime.shell.arguments import at_least_one
-from tools.bench.text import as_text
+from tools.text import as_text
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # where `python -m dev...` finds its module
 PEER = "dev.peers.accelerate"

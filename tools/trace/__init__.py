@@ -1,1 +1,1 @@
-"""What `tools.trace` is made of: one concept per file."""
+"""`python -m tools.trace`: what a trace of the expert cache says."""

@@ -1,4 +1,4 @@
-"""What a trace of the expert cache tells (python -m runtime.generate --trace FILE records one):
+"""What a trace of the expert cache says. `python -m runtime.generate --trace FILE` records one.
 
 python -m tools.trace summary TRACE [--json]    hit ratios, recorded and replayed; recall; bytes; waits
 python -m tools.trace plot TRACE --out DIR      experts.png, hit_ratio.png, recall.png
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def study(argv: list[str] | None) -> None:
-    """Do what the command line asks. Everything that can go wrong is raised."""
+    """Do what the command line asks. Every failure is raised."""
     args = make_parser().parse_args(argv)
     trace = load(args.trace)
     if args.command == "plot":

@@ -1,4 +1,4 @@
-"""Figures from a trace: the source paper's Figures 1 and 2 (arXiv 2312.17238), from one's own run."""
+"""Figures from a trace, like Figures 1 and 2 of arXiv 2312.17238 but of the user's own run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from tools.trace.read import Trace
 from tools.trace.statistics import accesses_by_layer, recall, replayed_ratios, routing_by_layer
 
 DPI = 150
-MAX_SIDE, MAX_PIXELS = 1 << 16, 1 << 26  # what can be drawn, and what fits any memory
+MAX_SIDE, MAX_PIXELS = 1 << 16, 1 << 26  # the longest side that can be drawn; what fits any memory
 CACHED, MISSED = "0.87", "tab:red"
 LINES = {
     "belady": {"color": "black", "linestyle": "--", "label": "Belady's optimum"},
@@ -22,7 +22,8 @@ LINES = {
 
 
 def plot(trace: Trace, out: Path, layers: Sequence[int] | None = None, tokens: int = 100) -> list[Path]:
-    """Writes the figures that the trace has data for to folder `out`, which is made if need be.
+    """Write the figures that the trace has data for to folder `out`, which is made if it is missing. Returns
+    their paths.
 
     Raises `TraceError` if matplotlib is missing, the trace has no such layers, or a figure is too large.
     """
@@ -52,7 +53,8 @@ def plot(trace: Trace, out: Path, layers: Sequence[int] | None = None, tokens: i
 
 
 def draw_experts(figure: Any, trace: Trace, layers: Sequence[int], tokens: int) -> bool:
-    """Experts over decoded tokens: what the gate chose and how much it weighs, and what was cached."""
+    """Draw experts over decoded tokens: which ones the gate chose and their weights, and which were cached.
+    Returns False if no token was decoded."""
     from matplotlib import colormaps
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -97,7 +99,7 @@ def draw_experts(figure: Any, trace: Trace, layers: Sequence[int], tokens: int) 
 
 
 def check_pixels(width: float, height: float, what: str) -> None:
-    """Raises `TraceError` for a figure, in inches, that is more than can be drawn."""
+    """Raises `TraceError` for a figure that is too large to draw. Width and height are in inches."""
     if max(width, height) * DPI >= MAX_SIDE or width * height * DPI**2 > MAX_PIXELS:
         raise TraceError(
             f"{what} make a figure of {width * DPI:.0f} x {height * DPI:.0f} pixels, too large to draw; show "
@@ -106,7 +108,8 @@ def check_pixels(width: float, height: float, what: str) -> None:
 
 
 def decoded(trace: Trace, layer: int, tokens: int) -> list[tuple[dict[int, float], set[int]]]:
-    """For each decoded token: the chosen experts' weights (1 if not recorded), and what was cached before."""
+    """For each decoded token, the weights of its experts (1 if not recorded), and the experts that were cached
+    before it."""
     accesses = accesses_by_layer(trace)[layer]
     resident: set[int] = set()
     grid: list[tuple[dict[int, float], set[int]]] = []

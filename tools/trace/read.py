@@ -1,4 +1,4 @@
-"""Reads a trace, trusting nothing in it: a file may be cut off, edited, or something else altogether."""
+"""Reads a trace and trusts nothing in it: the file may be cut off, edited, or no trace at all."""
 
 import dataclasses
 import json
@@ -13,8 +13,8 @@ from model.config import MOST
 from model.errors import quoted
 from runtime.experts.trace import FORMAT, NAMES, VERSION, Event, Header, TraceError
 
-MAX_LINE = 1 << 20  # bytes; a trace's are of a few hundred
-MAX_NUMBER = 1 << 53  # up to here floats and JSON are exact, and no sum of such numbers overflows
+MAX_LINE = 1 << 20  # bytes; lines of a trace have a few hundred
+MAX_NUMBER = 1 << 53  # up to here floats are exact, and no sum of such numbers overflows
 POLICY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 EVENTS: dict[str, Callable[..., Event]] = {name: kind for kind, name in NAMES.items()}
 FIELDS = {name: [f.name for f in dataclasses.fields(kind)] for kind, name in NAMES.items()}
@@ -22,15 +22,15 @@ FIELDS = {name: [f.name for f in dataclasses.fields(kind)] for kind, name in NAM
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace that was read."""
+    """The contents of a trace file."""
 
     header: Header
     events: list[Event]
-    truncated: bool  # the last line was incomplete, and is left out: the writer was interrupted
+    truncated: bool  # the writer was interrupted: the last line was incomplete, and is left out
 
 
 def read_trace(path: str | PathLike[str]) -> Trace:
-    """Raises `TraceError` for what cannot be read, or is no valid trace: `FILE:LINE: what is wrong`."""
+    """Read a trace. Raises `TraceError` for a file that cannot be read or is not valid: `FILE:LINE: reason`."""
     header: Header | None = None
     events: list[Event] = []
     number = 0
@@ -57,13 +57,13 @@ def read_trace(path: str | PathLike[str]) -> Trace:
 
 
 def lines(file: BinaryIO) -> Iterator[bytes]:
-    """The file's lines, of which one that is too long comes in part."""
+    """The file's lines. One that is too long comes in parts."""
     while line := file.readline(MAX_LINE + 1):
         yield line
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """Raises `ValueError`, as all of these do."""
+    """The object on a line. Raises `ValueError` with the reason if there is none, as all parsers here do."""
     if len(line) > MAX_LINE:
         raise ValueError(f"a line of more than {MAX_LINE} bytes; not a trace")
 
@@ -79,7 +79,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("not JSON that a trace would have: nested too deep") from None
     except ValueError as error:
-        if "digits" in str(error):  # Python's limit, whose remedy is none here
+        if "digits" in str(error):  # Python's limit, whose advice does not help here
             raise ValueError("not JSON that a trace would have: a number too long") from None
         raise
     if not isinstance(content, dict):
@@ -144,7 +144,7 @@ def parse_event(content: dict[str, Any], header: Header) -> Event:
 
 
 def parse_field(name: str, value: Any, header: Header) -> Any:
-    """The value as an event has it. Raises `ValueError` with what it must be."""
+    """The value as an event's field. Raises `ValueError` with what it has to be."""
     E = header.experts
     if name in ("layer", "expert", "evicted"):
         most = (header.layers if name == "layer" else E) - 1
@@ -185,7 +185,7 @@ def require(holds: bool, name: str, content: dict[str, Any], expected: str) -> N
 
 
 def whole(value: object) -> bool:
-    """Whether this is a whole number that a float can have exactly."""
+    """Whether this is a whole number that a float can represent exactly."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 

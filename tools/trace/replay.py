@@ -1,11 +1,11 @@
-"""What a cache would have done: the experts that a trace says were needed, under any policy and slot count.
+"""What a cache would have done with the experts that a trace needed, under any policy and number of slots.
 
-This is a simulation of its own, sharing nothing with `runtime.experts`, whose accounts it checks: with the
-recorded policy and slots it must give the recorded hits, misses and victims, one by one.
+This simulation shares nothing with `runtime.experts`, so that it can check its accounts: with the recorded
+policy and slots it has to give the recorded hits, misses and victims, one by one.
 
-The rules of a step (one layer in one forward): the needed experts that are resident are hits, and accessed
-first; the others are misses. An expert that was accessed in this step is not evicted in it, unless there is
-no other: then the one that was accessed first goes.
+A layer's accesses in one forward follow these rules. Needed experts that are in slots are hits, and are
+accessed first. The others are misses. An expert that was accessed in this forward is not evicted in it unless
+there is no other; then the one that was accessed first leaves.
 """
 
 import math
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 POLICIES = ("lru", "lfu", "random", "static")
-HALF_LIFE = 32  # accesses, of LFU's counts
+HALF_LIFE = 32  # accesses after which LFU halves its counts
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Access:
 def replay(
     needs: Iterable[Sequence[int]], slots: int, policy: str, seed: int = 0, layer: int = 0
 ) -> list[list[Access]]:
-    """The accesses of each step, from the experts that each step needs.
+    """The accesses of each forward to one layer, from the experts that each forward needs.
 
     >>> for accesses in replay([(0, 1), (1, 2), (0, 2)], slots=2, policy="lru"):
     ...     print(*accesses, sep="; ")
@@ -40,7 +40,7 @@ def replay(
     2 hits; 0 misses, 1 goes
     """
     resident: list[int] = []  # oldest arrival first
-    recency: list[int] = []  # all that were ever used, least recent first
+    recency: list[int] = []  # all experts ever used, least recent first
     counts: dict[int, float] = {}
     accesses = 0
     generator = random.Random(f"{seed} {layer}")
@@ -87,16 +87,18 @@ def replay(
 
 
 def optimum(needs: Sequence[Sequence[int]], slots: int) -> list[int]:
-    """How many hits each step has if those experts are kept whose next use is nearest (Belady, 1966): over
-    all steps, no policy can have more.
+    """The hits of each forward if the experts stay whose next use is nearest (Belady, 1966). No policy has more
+    over all forwards.
 
-    Where a step needs more experts than there are slots, any of the resident and the needed may remain, as
-    if each miss passed through a slot of its own. That gives the bound away a little, but never breaks it.
+    Where a forward needs more experts than there are slots, any of the resident and the needed experts may
+    stay, as if each miss passed through a slot of its own. That makes the bound a little looser.
 
     >>> optimum([(0, 1), (1, 2), (0, 2)], slots=2), optimum([(0,), (1,), (0,), (2,), (0,)], slots=2)
     ([0, 1, 1], [0, 0, 1, 0, 1])
     """
-    following: list[dict[int, int]] = [{}]  # behind each step, the next that needs an expert; last step first
+    following: list[dict[int, int]] = [
+        {}
+    ]  # after each forward, the next that needs an expert; last forward first
     for i in range(len(needs) - 1, 0, -1):
         following.append(following[-1] | dict.fromkeys(needs[i], i))
     resident: set[int] = set()

@@ -1,7 +1,8 @@
-"""What a trace says: hit ratios as recorded and as they would have been, recall of guesses, bytes and waits.
+"""The statistics of a trace: hit ratios as recorded and as other policies would have had, recall of guesses,
+bytes and waits.
 
-Every step is followed, for each leaves the cache as the next finds it. Ratios are of decode steps (those of
-one token) unless there are none: a chunk of a prompt mostly needs all experts, whatever is cached.
+Every step of the trace is replayed, because each leaves the cache as the next one finds it. Ratios are of
+decode steps (those of one token) unless there are none: a chunk of a prompt needs most experts anyway.
 """
 
 from collections import defaultdict
@@ -23,11 +24,11 @@ from runtime.experts.trace import (
 from tools.trace.read import Trace
 from tools.trace.replay import POLICIES, Access, optimum, replay
 
-REPLAYS = 32  # numbers of slots; each takes time with the square of the experts that a step needs
+REPLAYS = 32  # numbers of slots at most; the time of each grows with the square of a step's experts
 
 
 def summarize(trace: Trace) -> dict[str, Any]:
-    """All statistics, as JSON has them. Ratios are null where there is nothing to take them of."""
+    """All statistics, as JSON has them. A ratio of nothing is null."""
     header, events = trace.header, trace.events
     layers = routing_by_layer(trace)
     seen = {routing.step: routing.tokens for routings in layers for routing in routings}
@@ -65,7 +66,7 @@ def ratio(part: int, whole: int) -> float | None:
 
 
 def routing_by_layer(trace: Trace) -> list[list[Routing]]:
-    """Each layer's routing, step by step."""
+    """The routing of each layer, step by step."""
     layers: list[list[Routing]] = [[] for _ in range(trace.header.layers)]
     for event in trace.events:
         if isinstance(event, Routing):
@@ -74,7 +75,7 @@ def routing_by_layer(trace: Trace) -> list[list[Routing]]:
 
 
 def accesses_by_layer(trace: Trace) -> list[dict[int, list[Access]]]:
-    """Each layer's recorded accesses in their order, by step."""
+    """The recorded accesses of each layer by step, in their order."""
     layers: list[dict[int, list[Access]]] = [defaultdict(list) for _ in range(trace.header.layers)]
     for event in trace.events:
         if isinstance(event, Hit):
@@ -85,7 +86,7 @@ def accesses_by_layer(trace: Trace) -> list[dict[int, list[Access]]]:
 
 
 def counted(layers: list[list[Routing]]) -> set[int]:
-    """The steps that ratios are of: those of one token, or all if there are none."""
+    """The steps that ratios count: those of one token, or all if there are none."""
     steps = {routing.step: routing.tokens for routings in layers for routing in routings}
     return {step for step, tokens in steps.items() if tokens == 1} or set(steps)
 
@@ -107,8 +108,8 @@ def recorded_ratios(trace: Trace) -> dict[str, Any]:
 
 
 def replay_agrees(trace: Trace) -> bool | None:
-    """Whether a simulation with the recorded policy and slots does, access by access, what was recorded. None
-    if the policy is not one that can be simulated."""
+    """Whether a simulation with the recorded policy and slots agrees with every recorded access. None if the
+    policy cannot be simulated."""
     header = trace.header
     if header.policy not in POLICIES:
         return None
@@ -122,8 +123,8 @@ def replay_agrees(trace: Trace) -> bool | None:
 
 
 def replayed_ratios(layers: list[list[Routing]], experts: int, seed: int) -> dict[str, list[float | None]]:
-    """The hit ratio with 1, 2, ... slots in every layer, for each policy and the optimum; None for numbers of
-    slots that are left out."""
+    """The hit ratio with 1, 2, ... slots in every layer, for each policy and the optimum. None stands for a
+    number of slots that is left out."""
     steps = counted(layers)
     ratios: dict[str, list[float | None]] = {name: [] for name in (*POLICIES, "belady")}
     accesses = sum(len(r.experts) for routings in layers for r in routings if r.step in steps)
@@ -151,7 +152,7 @@ def replayed_ratios(layers: list[list[Routing]], experts: int, seed: int) -> dic
 
 
 def replayed(experts: int) -> set[int]:
-    """The numbers of slots that a trace is replayed with: all, or `REPLAYS` of them, evenly spread.
+    """The numbers of slots with which a trace is replayed: all of them, or `REPLAYS` evenly spread.
 
     >>> replayed(4), sorted(replayed(256))[:3], max(replayed(256))
     ({1, 2, 3, 4}, [8, 16, 24], 256)
@@ -161,8 +162,8 @@ def replayed(experts: int) -> set[int]:
 
 
 def recall(trace: Trace) -> dict[int, list[float]]:
-    """By distance: the share of the needed experts that are among the first 1, 2, ... that the lookahead gate
-    ranked, of those layers and steps for which it did."""
+    """By distance, the shares of needed experts that are among the first 1, 2, ... of the lookahead gate's
+    ranking, over the layers and steps that have one."""
     layers = routing_by_layer(trace)
     steps = counted(layers)
     needed = {(r.step, r.layer): r.experts for routings in layers for r in routings if r.step in steps}

@@ -1,86 +1,95 @@
 """A summary as tables."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from runtime.units import format_bytes
+from tools.text import table
 from tools.trace.statistics import replayed
+
+AGREES = {
+    True: "A simulation of this policy gives the same hits, misses and victims, one by one.",
+    False: "warning: a simulation of this policy gives other hits, misses or victims.",
+}
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """What `tools.trace.statistics.summarize` found, for people."""
-    trace, steps, recorded = report["trace"], report["steps"], report["recorded"]
-    of = "decode steps" if steps["decode"] else "prefill steps"
-    slots = sorted(set(trace["slots"]))
-    parts = [
-        f"{trace['layers']} layers of {trace['experts']} experts, {trace['experts_per_token']} per token; "
-        f"{' or '.join(map(str, slots))} slots per layer, {trace['spares']} spare; policy {trace['policy']}",
-        f"{steps['prefill']} prefill steps of {steps['prefill_tokens']} tokens in all, "
-        f"{steps['decode']} decode steps",
-        "",
-        "Hit ratio as recorded",
-        table(
-            ["steps", "hits", "misses", "ratio"],
-            [
-                [name, recorded[name]["hits"], recorded[name]["misses"], share(recorded[name]["hit_ratio"])]
-                for name in ("decode", "prefill", "all")
-            ],
-        ),
-        {
-            True: "A simulation of this policy gives the same hits, misses and victims, one by one.",
-            False: "warning: a simulation of this policy gives other hits, misses or victims.",
-            None: f"The policy {trace['policy']} is not one that can be simulated here.",
-        }[report["replay_agrees"]],
-        "",
-        f"Hit ratio by layer, {of}",
-        table(
-            ["layer", "slots", "ratio"],
-            [
-                [layer, slots, share(hits)]
-                for layer, (slots, hits) in enumerate(zip(trace["slots"], recorded["by_layer"], strict=True))
-            ],
-        ),
-        "",
-        f"Hit ratio by slots per layer, {of} of the same trace replayed",
-        table(
-            ["slots", *report["replay"]],
-            [
-                [slots, *map(share, ratios)]
-                for slots, ratios in enumerate(zip(*report["replay"].values(), strict=True), start=1)
-                if slots in replayed(trace["experts"])
-            ],
-        ),
-        "",
+    """The report of `tools.trace.statistics.summarize`, for people."""
+    steps = "decode steps" if report["steps"]["decode"] else "prefill steps"
+    sections = [
+        about(report),
+        recorded(report),
+        f"Hit ratio by layer, {steps}\n{by_layer(report)}",
+        f"Hit ratio by slots per layer, {steps} of the same trace replayed\n{by_slots(report)}",
     ]
     if report["recall"]:
-        ahead = [f"{d} ahead" for d in report["recall"]]
-        most = max(map(len, report["recall"].values()))
-        rows = [
-            [g + 1, *(share(r[g]) if g < len(r) else "-" for r in report["recall"].values())]
-            for g in range(most)
-        ]
-        parts += [f"Recall of the lookahead gate by guesses, {of}", table(["guesses", *ahead], rows), ""]
-    guesses, moved, seconds = report["guesses"], report["bytes"], report["seconds"]
-    parts += [
-        f"guesses  {guesses['issued']} issued, {guesses['used']} used, {guesses['wasted']} wasted",
-        f"copied   {format_bytes(moved['demand'])} on demand, {format_bytes(moved['guess'])} for guesses, "
-        f"of which {format_bytes(moved['wasted'])} wasted",
-        f"time     {seconds['copying']:.3f} s copying, {seconds['stalled']:.3f} s waiting for copies",
+        sections.append(f"Recall of the lookahead gate by guesses, {steps}\n{by_guesses(report)}")
+    return "\n\n".join([*sections, costs(report)])
+
+
+def about(report: dict[str, Any]) -> str:
+    trace, steps = report["trace"], report["steps"]
+    slots = " or ".join(map(str, sorted(set(trace["slots"]))))
+    return (
+        f"{trace['layers']} layers of {trace['experts']} experts, {trace['experts_per_token']} per token; "
+        f"{slots} slots per layer, {trace['spares']} spare; policy {trace['policy']}\n"
+        f"{steps['prefill']} prefill steps of {steps['prefill_tokens']} tokens in all, "
+        f"{steps['decode']} decode steps"
+    )
+
+
+def recorded(report: dict[str, Any]) -> str:
+    rows = [
+        {
+            "steps": name,
+            "hits": str(row["hits"]),
+            "misses": str(row["misses"]),
+            "ratio": share(row["hit_ratio"]),
+        }
+        for name, row in report["recorded"].items()
+        if name != "by_layer"
     ]
-    return "\n".join(parts)
+    unknown = f"The policy {report['trace']['policy']} is not one that can be simulated here."
+    verdict = AGREES.get(report["replay_agrees"], unknown)
+    return f"Hit ratio as recorded\n{table(rows, '  ')}\n{verdict}"
+
+
+def by_layer(report: dict[str, Any]) -> str:
+    layers = zip(report["trace"]["slots"], report["recorded"]["by_layer"], strict=True)
+    rows = [
+        {"layer": str(layer), "slots": str(slots), "ratio": share(hits)}
+        for layer, (slots, hits) in enumerate(layers)
+    ]
+    return table(rows, "  ")
+
+
+def by_slots(report: dict[str, Any]) -> str:
+    shown = sorted(replayed(report["trace"]["experts"]))
+    rows = [
+        {"slots": str(slots)} | {name: share(ratios[slots - 1]) for name, ratios in report["replay"].items()}
+        for slots in shown
+    ]
+    return table(rows, "  ")
+
+
+def by_guesses(report: dict[str, Any]) -> str:
+    recalls = report["recall"]
+    rows = [
+        {"guesses": str(n + 1)}
+        | {f"{distance} ahead": share(r[n] if n < len(r) else None) for distance, r in recalls.items()}
+        for n in range(max(map(len, recalls.values())))
+    ]
+    return table(rows, "  ")
+
+
+def costs(report: dict[str, Any]) -> str:
+    guesses, moved, seconds = report["guesses"], report["bytes"], report["seconds"]
+    return (
+        f"guesses  {guesses['issued']} issued, {guesses['used']} used, {guesses['wasted']} wasted\n"
+        f"copied   {format_bytes(moved['demand'])} on demand, {format_bytes(moved['guess'])} for guesses, "
+        f"of which {format_bytes(moved['wasted'])} wasted\n"
+        f"time     {seconds['copying']:.3f} s copying, {seconds['stalled']:.3f} s waiting for copies"
+    )
 
 
 def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """
-    >>> print(table(["slots", "lru"], [[1, "0.250"], [10, "1.000"]]))
-      slots    lru
-          1  0.250
-         10  1.000
-    """
-    cells = [titles, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("".join(f"  {c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in cells)

@@ -1,11 +1,11 @@
-"""A report as text."""
+"""Reports as text: names and values on lines, and tables."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def as_text(report: dict[str, Any], indent: str = "") -> str:
-    """Names and values on lines; a report inside it indented, and a list of them as a table.
+    """Names and values on lines; a report inside it is indented, and a list of reports is a table.
 
     >>> report = {"machine": {"cores": 2}, "warm": [{"kind": "x", "seconds": 0.51234567}], "slots": [4]}
     >>> print(as_text(report))
@@ -21,11 +21,8 @@ def as_text(report: dict[str, Any], indent: str = "") -> str:
     lines = [f"{indent}{name:{width}}  {show(value)}" for name, value in plain.items()]
     for name, value in report.items():
         if nested(value):
-            inner = indent + "  "
-            lines += [
-                f"{indent}{name}",
-                as_text(value, inner) if isinstance(value, dict) else table(value, inner),
-            ]
+            shown = as_text if isinstance(value, dict) else table
+            lines += [f"{indent}{name}", shown(value, indent + "  ")]
     return "\n".join(lines)
 
 
@@ -34,7 +31,8 @@ def nested(value: object) -> bool:
 
 
 def table(rows: Sequence[dict[str, Any]], indent: str = "") -> str:
-    """
+    """Rows under the names of the first row's values, all aligned to the right.
+
     >>> print(table([{"slots": 1, "lru": 0.25}, {"slots": 10, "lru": 1.0}]))
     slots   lru
         1  0.25
