@@ -2,10 +2,10 @@
 
     python -m tools.perplexity MODEL --text FILE [FILE ...]
 
-Each file is one text behind a begin-of-sequence id, tokenised as a whole. A window of tokens slides over it
-by --stride, and each token is predicted once, from those before it in the first window that reaches it. The
-result depends on the text, --window and --stride alone: within a window the tokens go through the model in
-chunks, whose size bounds the memory and does not change the result but for rounding. Results go to stdout,
+Each file is one text after a begin-of-sequence id, and is tokenized as a whole. A window of tokens slides
+over it by --stride. Each token is predicted once, from those before it in the first window that reaches it.
+The result depends only on the text, --window and --stride. Within a window the tokens go through the model in
+chunks, whose size limits the memory and changes the result by no more than rounding. Results go to stdout,
 progress and errors to stderr.
 """
 
@@ -41,7 +41,7 @@ from runtime.shell.progress import byte_bar, kernel_bar, progress
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What predicting some text cost. Scores add up; `Score()` is that of no text.
+    """What it cost to predict some text. Scores can be added; `Score()` is that of no text.
 
     >>> score = Score(nats=math.log(8) * 10, tokens=10, bytes=15)
     >>> round(score.perplexity, 9), round(score.bits_per_byte, 9)
@@ -49,7 +49,7 @@ class Score:
     """
 
     nats: float = 0.0  # sum of -ln p
-    tokens: int = 0  # predicted: the begin id is not
+    tokens: int = 0  # predicted, so without the begin id
     bytes: int = 0  # of the text in UTF-8
     seconds: float = 0.0
 
@@ -61,7 +61,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """What an ideal coder with this model would need: comparable between tokenizers."""
+        """The bits that an ideal coder with this model needs, comparable between tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
     def __add__(self, other: "Score") -> "Score":
@@ -73,9 +73,8 @@ class Score:
 
 
 def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Windows over a text of so many ids, as (start, first, end): ids[start:end], at most `window` of them,
-    are in view, and the logits behind ids[first:end] are what counts. Each id but the very first is predicted
-    once.
+    """Windows over a text of `tokens` ids, as (start, first, end). The model sees ids[start:end], up to
+    `window` of them, and its logits after ids[first:end] count. Each id but the very first is predicted once.
 
     >>> list(windows(10, window=6, stride=3))
     [(0, 0, 6), (3, 6, 9)]
@@ -95,8 +94,8 @@ def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 
 
 def chunks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    """The range in as few pieces of at most `size` as there can be, and those about equal: a last piece of
-    one token would be computed by the code for decoding, which in low precision rounds otherwise.
+    """Cut a range into as few pieces of up to `size` as possible, of about equal length. A last piece of one
+    token would go through the code for decoding, which rounds differently in low precision.
 
     >>> list(chunks(0, 10, size=4)), list(chunks(5, 5, size=4))
     ([(0, 3), (3, 6), (6, 10)], [])
@@ -114,29 +113,29 @@ def negative_log_likelihood(
     chunk: int = PREFILL_CHUNK,
     progress: Callable[[int], object] | None = None,
 ) -> float:
-    """Sum over ids[1:] of -ln p(id | those before it), in nats, with at most `window` tokens in view.
+    """The sum over ids[1:] of -ln p(id | ids before it), in nats, with up to `window` tokens in view.
 
-    Windows start `stride` tokens apart, and each counts only the tokens that the one before did not reach, so
-    all but the first window's have more than `window - stride` tokens in view. Tokens go through the model
-    `chunk` at a time, and no more than [chunk, V] logits exist at once. `progress` is called with each number
-    of ids predicted. Raises `RequestError` where a logit is not finite.
+    Windows start `stride` tokens apart. Each counts only the tokens that the one before did not reach, so all
+    but those of the first have more than `window - stride` tokens in view. Tokens go through the model
+    `chunk` at a time, so no more than [chunk, V] logits exist at once. `progress` is called with each number
+    of predicted ids. Raises `RequestError` if a logit is not finite.
     """
     weight = model.embed_tokens.weight
-    cache = KVCache.allocate(model.config, 1, min(window, len(ids)), weight.dtype, weight.device)
+    kv = KVCache.allocate(model.config, 1, min(window, len(ids)), weight.dtype, weight.device)
     text = torch.tensor(ids, device=weight.device)
     total = 0.0
     for start, first, end in windows(len(ids), window, stride):
-        cache.truncate(0)
+        kv.truncate(0)
         for a, b in chunks(start, first, chunk):
-            model(text[None, a:b], cache, last=True)  # seen, not scored: no need for their logits
+            model(text[None, a:b], kv, last=True)  # seen but not scored, so their logits are not needed
         for a, b in chunks(first, end, chunk):
-            logits = model(text[None, a:b], cache)[0].float()  # [b - a, V]
+            logits = model(text[None, a:b], kv)[0].float()  # [b - a, V]
             nats = F.cross_entropy(logits, text[a + 1 : b + 1], reduction="none")  # [b - a]
             total += nats.double().sum().item()
             if not math.isfinite(total):
                 raise RequestError(
-                    f"logits behind tokens {a} to {b - 1} are not finite; compute with --dtype float32, "
-                    "and if that is no help the checkpoint is damaged"
+                    f"logits after tokens {a} to {b - 1} are not finite; compute with --dtype float32, "
+                    "and if that does not help, the checkpoint is damaged"
                 )
             if progress:
                 progress(b - a)
@@ -151,9 +150,10 @@ def score(
     chunk: int = PREFILL_CHUNK,
     progress: Callable[[int], object] | None = None,
 ) -> Score:
-    """How well the engine's model predicts a text behind a begin id; the rest as `negative_log_likelihood`.
+    """How well the engine's model predicts a text after a begin id. For the other arguments see
+    `negative_log_likelihood`.
 
-    Raises `RequestError` for a text that comes to no token.
+    Raises `RequestError` for a text without a token.
     """
     ids = engine.tokenizer.encode(text)
     if len(ids) < 2:
@@ -167,7 +167,7 @@ def score(
 
 
 def read_text(path: Path) -> str:
-    """A file's text, line ends and all. Raises `RequestError` if it is empty or not UTF-8."""
+    """A file's text with its line ends. Raises `RequestError` if it is empty or not UTF-8."""
     data = path.read_bytes()
     if not data:
         raise RequestError(f"{path} is empty; give a file with text in it")
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(argv: list[str] | None) -> None:
-    """Do what the command line asks. Everything that can go wrong is raised."""
+    """Do what the command line asks. Every failure is raised."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -219,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_window(window: int | None, stride: int | None, context: int | None) -> None:
-    """Refuse what makes no sense for any model. Raises `OptionError`."""
+    """Raises `OptionError` for values that suit no model."""
     if window is not None and window < 2:
         raise OptionError(f"--window is {window}, and must be at least 2")
     if window is not None and context is not None and window > context:
@@ -232,7 +232,7 @@ def check_window(window: int | None, stride: int | None, context: int | None) ->
 
 
 def make_report(args: argparse.Namespace, options: EngineOptions) -> dict[str, Any]:
-    """Read, load, score. Everything that can go wrong is raised."""
+    """Read the texts, load the model, and score them."""
     texts = {str(path): read_text(path) for path in args.text}
     try:
         checkpoint = open_checkpoint(args.model)
@@ -264,7 +264,7 @@ def make_report(args: argparse.Namespace, options: EngineOptions) -> dict[str, A
 
 
 def score_all(engine: Engine, texts: dict[str, str], window: int, stride: int) -> dict[str, Score]:
-    """Each text by itself, saying how far it is."""
+    """Score each text, showing progress."""
     total = sum(len(engine.tokenizer.encode(text)) - 1 for text in texts.values())
     scores = {}
     with progress(total, "scoring", " tokens") as advance:
@@ -277,7 +277,7 @@ def score_all(engine: Engine, texts: dict[str, str], window: int, stride: int) -
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for people: a line per text, all of them together, and how it was measured."""
+    """The report for people: a line per text, one for all of them, and how it was measured."""
     rows = dict(report["texts"])
     if len(rows) > 1:
         rows["all"] = report

@@ -148,7 +148,7 @@ def test_says_where_logits_are_not_finite(model: Mixtral) -> None:
     kept = weight.clone()
     try:
         weight.fill_(torch.nan)
-        with pytest.raises(RequestError, match="logits behind tokens 0 to 7 are not finite"):
+        with pytest.raises(RequestError, match="logits after tokens 0 to 7 are not finite"):
             negative_log_likelihood(model, ids_of(20), 8, 4)
     finally:
         weight.copy_(kept)

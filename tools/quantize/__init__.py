@@ -1,1 +1,1 @@
-"""Parts of `tools.quantize`: the journal of a run, and the folder that it writes."""
+"""`python -m tools.quantize`: a checkpoint in fewer bits."""

@@ -1,10 +1,11 @@
-"""Quantize a Mixtral checkpoint into a native one, by HQQ, in the memory of a few tensors.
+"""Quantize a Mixtral checkpoint by HQQ. This takes the memory of a few tensors, however large the model.
 
     python -m tools.quantize path/to/Mixtral-8x7B-v0.1 OUT --attention 4 --experts 3g128
     python -m tools.quantize path/to/Mixtral-8x7B-v0.1 OUT --experts 2g64 --json
 
-A format is BITS or BITSgGROUP: 4, 3g128, 2g64, and 16 for none. Interrupted or killed, the same command goes
-on where it was. A summary of relative errors comes at the end, on stdout; progress goes to stderr.
+A format is BITS or BITSgGROUP: 4, 3g128, 2g64, or 16 to leave weights as they are. After an interrupt or a
+kill, the same command goes on from the last finished file. A summary of relative errors goes to stdout at the
+end, progress to stderr.
 """
 
 import argparse
@@ -56,7 +57,7 @@ FORMAT = "16, 8, 4, 3 or 2, or with a group size, like 3g128"
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be made of what."""
+    """A checkpoint to quantize, how, and where to."""
 
     source: Checkpoint
     out: Path
@@ -64,11 +65,11 @@ class Job:
     dtype: torch.dtype  # of tensors that are not quantized
     device: torch.device
     shards: list[Shard]
-    copied: dict[str, Path]  # by the name in the output
+    copied: dict[str, Path]  # files that go along, by their name in the output
 
     @property
     def matrices(self) -> dict[str, list[str]]:
-        """The matrices that are quantized, by their shard's name."""
+        """The quantized matrices of each shard, by the shard's name."""
         return {
             shard.name: [parameter.matrix for parameter in shard.parameters if parameter.spec.quantized]
             for shard in self.shards
@@ -76,7 +77,7 @@ class Job:
 
     @property
     def files(self) -> list[str]:
-        """All that the output will consist of."""
+        """The names of all files of the output."""
         return [*(shard.name for shard in self.shards), INDEX, *self.copied, RECORD, CONFIG]
 
     def source_bytes(self, parameter: StoredParameter) -> int:
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(argv: list[str] | None) -> None:
-    """Do what the command line asks. Everything that can go wrong is raised."""
+    """Do what the command line asks. Every failure is raised."""
     args = make_parser().parse_args(argv)
     threads = pick_threads(args.threads)
     try:
@@ -126,7 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--tokenizer",
         type=Path,
         metavar="PATH",
-        help="a tokenizer to go along instead of SRC's: file or folder",
+        help="take the tokenizer from this file or folder instead of SRC",
     )
     parser.add_argument("--force", action="store_true", help="replace an output of this tool that is in OUT")
     parser.add_argument("--json", action="store_true", help="print every matrix's error, as JSON")
@@ -162,8 +163,8 @@ def make_job(
     device: torch.device,
     tokenizer: Path | None = None,
 ) -> Job:
-    """Everything checked that can be before the output is looked at. Raises `ModelError`, `MixtralError`,
-    `TokenizerError`."""
+    """The job, checked as far as possible without looking at the output. Raises `ModelError`, `MixtralError`
+    or `TokenizerError`."""
     checkpoint = open_checkpoint(source)
     if checkpoint.native:
         raise ModelError(f"{source}: quantized already ({checkpoint.description}); start from 16 bits")
@@ -176,9 +177,9 @@ def make_job(
 
 
 def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, float]:
-    """Write the output, or what is missing of it. Returns every quantized matrix's error, by its name.
+    """Write all files of the output that are missing. Returns the error of each quantized matrix by its name.
 
-    Raises `MixtralError`, `ModelError` or `OSError`; what is finished stays, for a later call to go on from.
+    Raises `MixtralError`, `ModelError` or `OSError`. Finished files stay, and a later call goes on from them.
     """
     folder, metadata = job.out, job.format.metadata()
     source = job.source
@@ -205,7 +206,7 @@ def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, 
 
 
 def write_shard(job: Job, shard: Shard, advance: Callable[[int], None], pool: Executor) -> dict[str, float]:
-    """Write one file. Returns the errors of the matrices in it."""
+    """Write one file. Returns the errors of its quantized matrices."""
     errors = {}
     with Writer(job.out / shard.name, shard.tensors, job.format.metadata()) as writer:
         for parameter in shard.parameters:
@@ -225,7 +226,7 @@ def write_shard(job: Job, shard: Shard, advance: Callable[[int], None], pool: Ex
 
 
 def converted(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in this dtype. Raises `ModelError` unless all of it is finite there."""
+    """The weight in this dtype. Raises `ModelError` if any of it is not finite there."""
     made = weight.to(dtype)
     if torch.isfinite(made).all():
         return made
@@ -244,7 +245,7 @@ def read(job: Job, parameter: StoredParameter) -> Tensor:
 
 
 def finish(job: Job, journal: Journal) -> dict[str, float]:
-    """Write all that is not weights, `config.json` last, and close the journal."""
+    """Write the files other than weights, `config.json` last, and remove the journal."""
     tensors = [(tensor, shard.name) for shard in job.shards for tensor in shard.tensors]
     total = sum(tensor.bytes for tensor, _ in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": {tensor.name: file for tensor, file in tensors}}
@@ -264,15 +265,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 def record(job: Job, errors: dict[str, float]) -> dict[str, Any]:
-    """What was done, for `quantization.json`: settings, files, and the relative error of every matrix."""
+    """The contents of `quantization.json`: settings, files, and the relative error of every matrix."""
     return {**job.format.section(), "device": job.device.type, "files": job.files, "errors": errors}
 
 
 def summary(job: Job, errors: dict[str, float]) -> str:
-    """A line for each kind of matrix: the mean error, and the worst one with its name.
-
-    Kinds are names without their numbers: `experts.w13`.
-    """
+    """A line for each kind of matrix, such as `experts.w13`: the mean error, and the worst one with its
+    name."""
     kinds: dict[str, dict[str, float]] = {}
     for name, error in errors.items():
         kind = ".".join([part for part in name.split(".") if not part.isdecimal()][-2:])
@@ -289,7 +288,7 @@ def summary(job: Job, errors: dict[str, float]) -> str:
 
 @contextmanager
 def byte_bar(job: Job, missing: list[Shard], quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Say how many of the source's bytes are done."""
+    """Show how many of the source's bytes are done. Yields a function that takes each number of bytes."""
     parameters = [parameter for shard in missing for parameter in shard.parameters]
     done = job.source.bytes - sum(job.source_bytes(parameter) for parameter in parameters)
     if done and not quiet:
@@ -302,7 +301,7 @@ def byte_bar(job: Job, missing: list[Shard], quiet: bool) -> Iterator[Callable[[
 
 
 def explain(error: OSError, out: Path) -> str:
-    """What the system refused, in one line."""
+    """A system error in one line."""
     where = error.filename or out
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (

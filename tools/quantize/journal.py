@@ -1,4 +1,4 @@
-"""What an unfinished run leaves beside its files, so that the same command can go on from there."""
+"""The journal of an unfinished run, kept beside its files so that the same command can go on from there."""
 
 import hashlib
 import json
@@ -25,9 +25,9 @@ Errors = dict[str, float]  # relative error of every matrix
 
 @dataclass
 class Journal:
-    """`settings` make the result what it is: a run goes on only under the same. `files` are all that the
-    run will have written, and `stale` those of an earlier output, to be removed.
-    `shards` are finished: {file: {matrix: relative error}}.
+    """`settings` decide the bytes of the output, so a run goes on only with the same ones. `files` are all
+    files of the output, and `stale` those of an earlier output, which are to be removed. `shards` are the
+    finished files, {file: {matrix: relative error}}.
     """
 
     settings: dict[str, Any]
@@ -37,7 +37,7 @@ class Journal:
 
     @staticmethod
     def read(folder: Path) -> "Journal | None":
-        """The journal in `folder`, if there is one. Raises `MixtralError` if it is not one of ours."""
+        """The journal in `folder`, or None. Raises `MixtralError` if its contents are not a journal's."""
         path = folder / NAME
         if not path.is_file():
             return None
@@ -47,8 +47,8 @@ class Journal:
             raise damaged(folder) from error
 
     def check(self, folder: Path, matrices: Mapping[str, Sequence[str]]) -> None:
-        """Raises `MixtralError` unless finished shards are of those that the run makes, {file: matrices}, and
-        have an error for each matrix."""
+        """Check the finished shards against all shards of the run, {file: matrices}. Raises `MixtralError`
+        for one that is unknown, or lacks the error of a matrix."""
         for name, errors in self.shards.items():
             if name not in matrices or sorted(errors) != sorted(matrices[name]):
                 raise damaged(folder)
@@ -61,7 +61,7 @@ class Journal:
 
 
 def parse(found: dict[str, Any]) -> Journal:
-    """A journal from the contents of its file, every part of it checked. Raises `ValueError`."""
+    """A journal from the contents of its file. Raises `ValueError` if any part is not as we write it."""
     if found.keys() != {"settings", "files", "stale", "shards"}:
         raise ValueError("keys")
     journal = Journal(**found)
@@ -90,12 +90,12 @@ def damaged(folder: Path) -> MixtralError:
 
 
 def settings(source: Path, config: ModelConfig, native: NativeFormat, device: str) -> dict[str, Any]:
-    """What decides about the bytes of the output."""
+    """What decides the bytes of the output."""
     return {**native.section(), "device": device, "source_files": fingerprint(source, config)}
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """The first setting that two runs do not share, in words."""
+    """The first setting in which two runs differ, in words."""
     for key, what in (
         ("source", "another source"),
         ("source_files", "other files of the source"),
@@ -123,9 +123,9 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
 
 
 def recorded_files(path: Path) -> list[str]:
-    """The files that a finished output says are its own, of those that this program writes."""
+    """The files that a finished output records as its own, as far as this program writes such names."""
     try:
         files = read_json(path, MAX_BYTES).get("files")
-    except ModelError:  # nothing is known to be ours then
+    except ModelError:  # then no file is known to be ours
         return []
     return [name for name in files if is_ours(name)] if isinstance(files, list) else []

@@ -14,9 +14,10 @@ UNKNOWN = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EB
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Refuse a folder that another process has; where the system cannot tell, trust that none has.
+    """Keep a folder to this process. Where the system cannot lock, trust that no other process uses it.
 
-    What is locked is a file that is open for writing: NFS locks no other, and no folder.
+    The lock is on a file that is open for writing, because NFS locks neither other files nor folders. Raises
+    `MixtralError` if another process has the folder.
     """
     try:
         import fcntl  # noqa: F401
@@ -28,13 +29,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         try:
-            (folder / NAME).unlink(missing_ok=True)  # while it is locked, so it is no one else's
+            (folder / NAME).unlink(missing_ok=True)  # while it is locked, so it is not another process's
         finally:
-            os.close(handle)  # or no later run of this process could take it
+            os.close(handle)  # otherwise no later run of this process could take it
 
 
 def take(folder: Path) -> int:
-    """The lock file, open and locked. Raises `MixtralError` if another process has it."""
+    """Open and lock the lock file. Returns its handle. Raises `MixtralError` if another process has it."""
     while True:
         handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -60,7 +61,7 @@ def lock(handle: int, folder: Path) -> None:
 
 
 def is_there(handle: int, path: Path) -> bool:
-    """Whether the open file is still the one of this name."""
+    """Whether `path` still names the open file."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat(follow_symlinks=False))
     except FileNotFoundError:

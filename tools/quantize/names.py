@@ -1,4 +1,4 @@
-"""The files that `tools.quantize` writes: nothing else in a folder is ever replaced or removed."""
+"""The names of files that `tools.quantize` writes. It replaces and removes no others."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ COPIED = (
 
 
 def is_ours(name: object) -> bool:
-    """Whether this is the name of a file that this program may have written, in its output's folder.
+    """Whether this program may have written a file of this name to its output's folder.
 
     >>> [is_ours(name) for name in ("config.json", "model-00001-of-00033.safetensors", "tokenizer.model.v3")]
     [True, True, True]
@@ -38,10 +38,11 @@ def is_tokenizer(name: str) -> bool:
 
 
 def files_to_copy(source: Path, tokenizer: Path | None = None) -> dict[str, Path]:
-    """What goes along with the weights, by the name it gets: tokenizer, chat template, generation's settings.
+    """The files that go along with the weights, by their new names: tokenizer, chat template, and settings of
+    generation.
 
-    `tokenizer` is a folder whose files go instead of the source's, all but generation's settings, or one
-    file, which goes instead of the source's tokenizer. Raises `TokenizerError` if there is none in it.
+    If `tokenizer` is a folder, its files replace all of the source's but the settings of generation. If it is
+    a file, it replaces the source's tokenizer. Raises `TokenizerError` if it holds no tokenizer.
     """
     found = copied_from(source)
     if tokenizer is None:
@@ -66,7 +67,7 @@ def copied_from(folder: Path) -> dict[str, Path]:
 
 
 def tokenizer_missing(source: Path) -> str | None:
-    """Why an output with this folder's tokenizer could not generate text, if it could not."""
+    """Why an output with this folder's tokenizer cannot generate text; None if it can."""
     try:
         read_model(find_model(source))
     except TokenizerError as error:

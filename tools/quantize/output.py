@@ -1,6 +1,7 @@
-"""The folder that `tools.quantize` writes: whose it is, what is done in it, and what it takes to finish.
+"""The folder that `tools.quantize` writes: whether it may, which files are finished, and how much room the
+rest takes.
 
-`config.json` is written last and removed first, so that a folder with one in it is a whole checkpoint.
+`config.json` is written last and removed first, so a folder that has one is a whole checkpoint.
 """
 
 import os
@@ -20,12 +21,12 @@ from tools.quantize import lock
 from tools.quantize.journal import Journal
 from tools.quantize.names import CONFIG, INDEX, RECORD
 
-OTHER_FILES = 1 << 22  # bytes: index, record and configuration
+OTHER_FILES = 1 << 22  # bytes of index, record and configuration
 
 
 @contextmanager
 def reserved(folder: Path) -> Iterator[None]:
-    """Make the folder if need be, and keep it to this process; remove it again if nothing came into it."""
+    """Make the folder if it is missing, and keep it to this process. Remove it at the end if it is empty."""
     if folder.exists() and not folder.is_dir():
         raise MixtralError(f"{folder}: a file; the output is a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,9 +45,9 @@ def claim(
     matrices: Mapping[str, Sequence[str]],
     force: bool,
 ) -> Journal:
-    """The journal to go on with, or a new one. Nothing has been changed when this returns.
+    """The journal to go on with, or a new one. This changes nothing in the folder.
 
-    `files` are what the output will consist of, `matrices` those of each shard that are quantized.
+    `files` are all files of the output, and `matrices` the quantized matrices of each shard.
 
     Raises `MixtralError` for a folder that is not ours, and without `force` for one that holds a finished
     checkpoint or an unfinished one of other settings.
@@ -76,7 +77,7 @@ def claim(
 
 
 def is_native(folder: Path) -> bool:
-    """Whether the folder's `config.json` is that of a native checkpoint, of whatever version."""
+    """Whether the folder's `config.json` is that of a native checkpoint, of any version."""
     try:
         section = read_json(folder / CONFIG).get("quantization_config")
     except ModelError:
@@ -85,7 +86,7 @@ def is_native(folder: Path) -> bool:
 
 
 def is_finished(folder: Path, shard: Shard, metadata: dict[str, str]) -> bool:
-    """Whether the shard is there with the header that it should have, and as long as that says."""
+    """Whether the shard's file has the right header and size."""
     path, header = folder / shard.name, encode_header(shard.tensors, metadata)
     if not path.is_file() or path.stat().st_size != shard_bytes(shard, metadata):
         return False
@@ -94,12 +95,12 @@ def is_finished(folder: Path, shard: Shard, metadata: dict[str, str]) -> bool:
 
 
 def shard_bytes(shard: Shard, metadata: dict[str, str]) -> int:
-    """Size of the file."""
+    """Bytes of the shard's file."""
     return len(encode_header(shard.tensors, metadata)) + sum(tensor.bytes for tensor in shard.tensors)
 
 
 def check_space(folder: Path, needed: int, removable: Iterable[Path]) -> None:
-    """Raises `MixtralError` if `needed` bytes will not fit once the removable files are gone."""
+    """Raises `MixtralError` if `needed` bytes do not fit the disk after the removable files are gone."""
     free = shutil.disk_usage(folder).free + sum(p.stat().st_size for p in removable if p.is_file())
     if needed + OTHER_FILES > free:
         raise MixtralError(
@@ -109,13 +110,13 @@ def check_space(folder: Path, needed: int, removable: Iterable[Path]) -> None:
 
 
 def leftovers(folder: Path, journal: Journal, finished: Iterable[str]) -> list[Path]:
-    """Files of this run and earlier ones that are not part of what is finished, `config.json` first."""
+    """Files of this run and of earlier ones, except finished ones; `config.json` comes first."""
     names = [CONFIG, *sorted({*journal.files, *journal.stale} - {CONFIG, *finished})]
     return [path for name in names for path in (folder / name, part_of(folder / name))]
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file so that it is there completely or not at all. Raises `MixtralError` where it ends early."""
+    """Copy a file completely or not at all. Raises `MixtralError` if the source ends early."""
     with source.open("rb") as read, replacing(target) as written:
         size = os.fstat(read.fileno()).st_size
         shutil.copyfileobj(read, written)

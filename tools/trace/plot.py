@@ -108,8 +108,8 @@ def check_pixels(width: float, height: float, what: str) -> None:
 
 
 def decoded(trace: Trace, layer: int, tokens: int) -> list[tuple[dict[int, float], set[int]]]:
-    """For each decoded token, the weights of its experts (1 if not recorded), and the experts that were cached
-    before it."""
+    """For each decoded token, the weights of its experts (1 if not recorded), and the experts cached before
+    it."""
     accesses = accesses_by_layer(trace)[layer]
     resident: set[int] = set()
     grid: list[tuple[dict[int, float], set[int]]] = []

@@ -30,7 +30,7 @@ class Trace:
 
 
 def read_trace(path: str | PathLike[str]) -> Trace:
-    """Read a trace. Raises `TraceError` for a file that cannot be read or is not valid: `FILE:LINE: reason`."""
+    """Read a trace. Raises `TraceError`, `FILE:LINE: reason`, for a file that is none or cannot be read."""
     header: Header | None = None
     events: list[Event] = []
     number = 0

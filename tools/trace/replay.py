@@ -55,7 +55,7 @@ def replay(
         if accesses % HALF_LIFE == 0:
             counts = {e: count / 2 for e, count in counts.items()}
 
-    def choose(candidates: list[int]) -> int:  # in order of arrival
+    def victim(candidates: list[int]) -> int:  # in order of arrival
         if policy == "lru":
             return min(candidates, key=recency.index)
         if policy == "lfu":
@@ -76,7 +76,7 @@ def replay(
             evicted = None
             if len(resident) == slots:
                 candidates = [e for e in resident if e not in protected] or [protected.pop(0)]
-                evicted = choose(candidates)
+                evicted = victim(candidates)
                 resident.remove(evicted)
             resident.append(expert)
             use(expert)
@@ -87,8 +87,8 @@ def replay(
 
 
 def optimum(needs: Sequence[Sequence[int]], slots: int) -> list[int]:
-    """The hits of each forward if the experts stay whose next use is nearest (Belady, 1966). No policy has more
-    over all forwards.
+    """The hits of each forward if the experts stay whose next use is nearest (Belady, 1966). Over all
+    forwards, no policy has more.
 
     Where a forward needs more experts than there are slots, any of the resident and the needed experts may
     stay, as if each miss passed through a slot of its own. That makes the bound a little looser.
@@ -96,9 +96,8 @@ def optimum(needs: Sequence[Sequence[int]], slots: int) -> list[int]:
     >>> optimum([(0, 1), (1, 2), (0, 2)], slots=2), optimum([(0,), (1,), (0,), (2,), (0,)], slots=2)
     ([0, 1, 1], [0, 0, 1, 0, 1])
     """
-    following: list[dict[int, int]] = [
-        {}
-    ]  # after each forward, the next that needs an expert; last forward first
+    # For each forward, last first: the next one after it that needs an expert.
+    following: list[dict[int, int]] = [{}]
     for i in range(len(needs) - 1, 0, -1):
         following.append(following[-1] | dict.fromkeys(needs[i], i))
     resident: set[int] = set()
