@@ -1,10 +1,22 @@
 """What a layer's router chose for its tokens, as the host has to know it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a forward needs of one layer."""
+
+    layer: int
+    experts: list[int]  # each once, in the order of access
+    tokens: int
+    per_token: int  # experts of each token
+    ahead: list[list[int]]  # for each of the next layers its experts, likeliest first
 
 
 def to_host(ids: Tensor, ranking: Tensor | None) -> tuple[np.ndarray, list[list[int]]]:

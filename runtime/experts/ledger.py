@@ -13,7 +13,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.counters = Stats()
-        self.step = -1
+        self.forward = -1
         self.predicted: Sequence[int] = ()  # what the layer before ranked highest for the layer at hand
         self.recorder: trace.Recorder | None = None
 
@@ -21,8 +21,8 @@ class Ledger:
         if (recorder := self.recorder) is not None:  # another thread may set it to None
             recorder.add(event)
 
-    def begin_step(self) -> None:
-        self.step += 1
+    def begin_forward(self) -> None:
+        self.forward += 1
         self.predicted = ()
 
     def choice(
@@ -42,33 +42,33 @@ class Ledger:
         if self.recorder is None:
             return
         shown = tuple(round(share, 4) for share in shares())
-        self.add(trace.Routing(self.step, layer, tokens, tuple(needed), shown))
+        self.add(trace.Routing(self.forward, layer, tokens, tuple(needed), shown))
         for distance, ranking in enumerate(ahead, start=1):
-            self.add(trace.Ranking(self.step, layer + distance, distance, tuple(ranking)))
+            self.add(trace.Ranking(self.forward, layer + distance, distance, tuple(ranking)))
 
     def hit(self, layer: int, expert: int) -> None:
         self.counters.hits += 1
-        self.add(trace.Hit(self.step, layer, expert))
+        self.add(trace.Hit(self.forward, layer, expert))
 
     def miss(self, layer: int, expert: int, evicted: int | None, guessed: bool) -> None:
         self.counters.misses += 1
         self.counters.used_guesses += guessed
-        self.add(trace.Miss(self.step, layer, expert, evicted))
+        self.add(trace.Miss(self.forward, layer, expert, evicted))
         if guessed:
-            self.add(trace.UsedGuess(self.step, layer, expert))
+            self.add(trace.UsedGuess(self.forward, layer, expert))
 
     def guess(self, layer: int, expert: int, distance: int, rank: int) -> None:
         self.counters.guesses += 1
-        self.add(trace.Guess(self.step, layer, expert, distance, rank))
+        self.add(trace.Guess(self.forward, layer, expert, distance, rank))
 
     def wasted(self, layer: int, expert: int, moved: int) -> None:
         """A guess did not come true, of which so many bytes had been moved. The copy engine counts these."""
-        self.add(trace.WastedGuess(self.step, layer, expert, moved))
+        self.add(trace.WastedGuess(self.forward, layer, expert, moved))
 
     def stall(self, layer: int, expert: int, seconds: float) -> None:
         self.counters.stall_seconds += seconds
         if seconds:
-            self.add(trace.Stall(self.step, layer, expert, seconds))
+            self.add(trace.Stall(self.forward, layer, expert, seconds))
 
     def copied(self) -> Callable[[Ticket], None] | None:
         """What to tell of complete copies, whose labels are (step, layer, expert, kind); None without a

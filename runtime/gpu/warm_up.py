@@ -70,7 +70,7 @@ def warm_ups(runner: ModelRunner, kv: KVCache) -> list[Work]:
     model, config = runner.model, runner.config
     block = model.blocks[0]
     resident = block.block_sparse_moe.experts
-    experts = runner.cache.computed if runner.cache else cast(BlobExperts, resident).experts
+    experts = runner.cache.bound if runner.cache else cast(BlobExperts, resident).experts
     products: list[tuple[Product, int]] = [
         (block.self_attn.qkv_proj, config.hidden),
         (block.self_attn.o_proj, config.heads * config.head_dim),

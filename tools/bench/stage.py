@@ -72,7 +72,7 @@ class Stage:
         """Run in that way from now on, beginning with an empty KV cache and empty slots."""
         way, subject, options = self.ways[name], self.subject, self.subject.options
         if self.cache is not None and way is not None:
-            self.cache.forget()
+            self.cache.residency.forget()
             subject.model.look_ahead(options.lookahead if way.guesses and options.prefetch else 0)
             subject.provide(way.experts)
         self.kv.truncate(0)

@@ -82,7 +82,7 @@ class Forgetful:
     """Stands in for an expert cache: its slots are empty again after every layer."""
 
     def __init__(self, cache: ExpertCache) -> None:
-        self.inner, self.one = cache, cache.one
+        self.inner, self.apply_step = cache, cache.apply_step
 
     def apply(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
         y = self.inner.apply(layer, x, choice)
@@ -101,7 +101,7 @@ class Forgetful:
         return forget
 
     def forget(self, layer: int) -> None:
-        table = self.inner.tables[layer]
+        table = self.inner.residency.tables[layer]
         for slot, held in table.slots.items():
             if held.expert is not None:
                 table.clear(slot, held.expert)
@@ -121,7 +121,7 @@ class WholeLayers:
         self.mark()
         return y
 
-    def one(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
+    def apply_step(self, layer: int, x: Tensor, choice: Choice) -> Tensor:
         return self.place.step(x, choice)
 
     def provide(
@@ -141,4 +141,4 @@ class WholeLayers:
             for e, blob in enumerate(self.place.blobs)
         ]
         for ticket in tickets:
-            self.inner.counters.stall_seconds += copies.wait(ticket)
+            self.inner.ledger.counters.stall_seconds += copies.wait(ticket)

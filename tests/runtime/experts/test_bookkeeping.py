@@ -167,14 +167,14 @@ class Patient(HostLink):
 def test_bytes_are_misses_and_guesses_times_the_blob(rig: Any, events: Any, sample: Any) -> None:
     """Where every guess is copied whole before it can be dropped."""
     with rig.cached(3, prefetch=2, lookahead=2, link=Patient()) as cache:
-        guess = cache.guess
+        guess = cache.residency.guess
 
         def then_wait(*args: Any) -> None:
             guess(*args)
-            for ticket in list(cache.tickets.values()):
+            for ticket in list(cache.residency.tickets.values()):
                 cache.copies.wait(ticket)
 
-        cache.guess = then_wait
+        cache.residency.guess = then_wait
         cache.record(events)
         assert sample(rig.engine, rig.ids(9), 40) == rig.tokens(rig.ids(9), 40)
         stats, blob = rig.engine.stats(), rig.form.blob_bytes
@@ -217,7 +217,7 @@ def test_decoding_finds_the_last_tokens_experts(rig: Any, events: Any) -> None:
         session = rig.engine.session()
         rig.engine.runner.forward(ids[:1], session.kv)
         session.close()
-        held = [set(table.where) for table in cache.tables]
+        held = [set(table.where) for table in cache.residency.tables]
         chosen = [set(routing.experts) for routing in events.of(Routing)]
         assert held == chosen and all(len(experts) == 2 for experts in held)
 

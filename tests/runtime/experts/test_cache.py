@@ -30,7 +30,7 @@ def test_one_transfer_per_layer(rig: Any, monkeypatch: pytest.MonkeyPatch) -> No
         rig.engine.runner.forward(ids[:1], session.kv)
         session.close()
         assert counted == ["cpu"] * rig.layers
-        assert cache.counters.misses
+        assert cache.ledger.counters.misses
 
 
 def test_experts_that_are_there_are_computed_while_others_travel(rig: Any) -> None:
@@ -44,25 +44,25 @@ def test_experts_that_are_there_are_computed_while_others_travel(rig: Any) -> No
             return wait(ticket, count)
 
         cache.copies.wait = noted
-        for slot, expert in enumerate(cache.computed):
+        for slot, expert in enumerate(cache.bound):
             noted_w13 = lambda x, f=expert.w13: (log.append(("w13",)), f(x))[1]  # noqa: E731
             noted_w2 = lambda x, f=expert.w2: (log.append(("w2",)), f(x))[1]  # noqa: E731
-            cache.computed[slot] = type(expert)(noted_w13, noted_w2)
+            cache.bound[slot] = type(expert)(noted_w13, noted_w2)
         x = torch.randn(1, rig.engine.config.hidden)
         weights = torch.tensor([[0.5, 0.5]])
 
         def apply(*experts: int) -> list[tuple[Any, ...]]:
             log.clear()
-            cache.complete = True
+            cache.residency.complete = True
             cache.apply(0, x, Choice(torch.tensor([experts]), weights))
             return list(log)
 
-        first, all_of_it = cache.first_bytes, rig.form.blob_bytes
+        first, all_of_it = cache.first_bytes, None
         missed = [("wait", first), ("w13",), ("wait", all_of_it), ("w2",)]
         assert apply(5, 2) == missed * 2
         assert apply(5, 2) == [("w13",), ("w2",)] * 2
         assert apply(1, 5) == [("w13",), ("w2",), *missed]  # 5 first: it is there
-        assert 0 < first < all_of_it
+        assert 0 < first < rig.form.blob_bytes
 
 
 def test_guesses_are_the_likeliest_that_are_absent(rig: Any, events: Any) -> None:
@@ -83,7 +83,7 @@ def test_guesses_are_the_likeliest_that_are_absent(rig: Any, events: Any) -> Non
                 held.setdefault(event.layer, set()).add(event.expert)
                 held[event.layer].discard(-1 if event.evicted is None else event.evicted)
         for layer, experts in held.items():
-            assert experts <= set(cache.tables[layer].where)
+            assert experts <= set(cache.residency.tables[layer].where)
 
 
 @pytest.mark.parametrize(("lookahead", "prefetch"), [(0, 3), (1, 0)])
@@ -99,8 +99,8 @@ def test_with_all_experts_in_slots_each_is_copied_once(rig: Any) -> None:
     with rig.cached(8, lookahead=0) as cache:
         for _ in range(3):
             rig.engine.logits(rig.ids(200))
-        assert cache.counters.misses <= rig.layers * rig.experts
-        assert cache.count().copied_bytes == cache.counters.misses * rig.form.blob_bytes
+        assert cache.ledger.counters.misses <= rig.layers * rig.experts
+        assert cache.count().copied_bytes == cache.ledger.counters.misses * rig.form.blob_bytes
 
 
 def test_a_slot_is_overwritten_behind_its_last_use(rig: Any) -> None:
@@ -119,11 +119,11 @@ def test_a_slot_is_overwritten_behind_its_last_use(rig: Any) -> None:
 
         def noted(source: Any, target: Any, urgent: bool, free: Any, label: Any) -> Ticket:
             slot = (target.data_ptr() - cache.pool.data_ptr()) // rig.form.blob_bytes
-            marks.append(free == cache.last_use[slot] and free is not None)
+            marks.append(free == cache.residency.last_use[slot] and free is not None)
             return submit(source, target, urgent, free, label)
 
         cache.copies.submit = noted
         rig.engine.logits(rig.ids(50))
         rig.engine.logits(rig.ids(1))
         assert len(marks) > 20 and all(marks)
-        assert len(set(cache.last_use)) > 6
+        assert len(set(cache.residency.last_use)) > 6

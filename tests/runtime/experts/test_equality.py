@@ -34,10 +34,12 @@ def check(
     with rig.cached(**case, link=link) as cache:
         assert torch.equal(rig.engine.logits(ids), rig.logits(ids))
         assert sample(rig.engine, ids, count) == rig.tokens(ids, count)
-        assert cache.counters.misses > 0
-        held = [slot for table in cache.tables for slot in table.slots]
-        assert sorted(held + cache.spares.free) == list(range(len(cache.last_use)))  # none lost, none twice
-        assert not cache.spares.guesses and not cache.tickets
+        assert cache.ledger.counters.misses > 0
+        held = [slot for table in cache.residency.tables for slot in table.slots]
+        assert sorted(held + cache.residency.spares.free) == list(
+            range(len(cache.residency.last_use))
+        )  # none lost, none twice
+        assert not cache.residency.spares.guesses and not cache.residency.tickets
 
 
 @pytest.mark.parametrize("dtype", BOTH)

@@ -76,24 +76,24 @@ def test_only_guesses_fail(rig: Any, faulty: Any) -> None:
             got, error = taken(rig.engine, prompt, COUNT)
             assert got == rig.tokens(prompt, COUNT)[: len(got)]
             assert error is None or isinstance(error, TransferError)  # the guess had come true by then
-        assert cache.counters.guesses > 20
+        assert cache.ledger.counters.guesses > 20
 
 
 def test_a_failed_guess_that_comes_true_is_copied_anew(rig: Any, faulty: Any) -> None:
     link = faulty(lambda n, urgent: not urgent, rig.form.blob_bytes)
     prompt = rig.ids(7)
     with rig.cached(2, lookahead=1, prefetch=2, link=link) as cache:
-        guess = cache.guess
+        guess = cache.residency.guess
 
         def then_wait(*args: Any) -> None:
             guess(*args)
-            for ticket in list(cache.tickets.values()):
+            for ticket in list(cache.residency.tickets.values()):
                 while not ticket.complete and not ticket.error:
                     time.sleep(1e-5)
 
-        cache.guess = then_wait
+        cache.residency.guess = then_wait
         assert taken(rig.engine, prompt, COUNT) == (rig.tokens(prompt, COUNT), None)
-        assert cache.counters.guesses > 20 and cache.counters.used_guesses == 0
+        assert cache.ledger.counters.guesses > 20 and cache.ledger.counters.used_guesses == 0
 
 
 def test_half_of_all_pieces_fail(rig: Any, faulty: Any) -> None:
@@ -113,7 +113,7 @@ def test_half_of_all_pieces_fail(rig: Any, faulty: Any) -> None:
 def test_a_very_slow_link_changes_nothing(rig: Any) -> None:
     with rig.cached(2, prefetch=2, link=HostLink(4e6)) as cache:
         assert taken(rig.engine, rig.ids(2), 4) == (rig.tokens(rig.ids(2), 4), None)
-        assert cache.counters.stall_seconds > 0
+        assert cache.ledger.counters.stall_seconds > 0
 
 
 def test_a_failed_turn_of_a_session(rig: Any, faulty: Any) -> None:
@@ -181,7 +181,7 @@ def test_closing_does_not_wait_for_ever_and_memory_stays_until_the_piece_has_pas
     engine = Engine.load(variant(), EngineOptions(device="cpu", dtype="float32", offload="always", slots=2))
     assert engine.runner.cache
     engine.runner.cache.copies.link = gate = Gate()
-    engine.runner.cache.submit(0, 0, 0, urgent=True)
+    engine.runner.cache.residency.submit(0, 0, 0, urgent=True)
     assert gate.reached_it.wait(60)
     copies, arena = engine.runner.cache.copies, weakref.ref(engine.runner.cache.arena)
     engine.close()
@@ -205,7 +205,7 @@ def test_no_thread_outlives_its_engine_and_no_memory(variant: Callable[..., Path
         next(tokens)
         cache = engine.runner.cache
         assert cache
-        cache.submit(1, 0, 0, urgent=False)  # never waited for
+        cache.residency.submit(1, 0, 0, urgent=False)  # never waited for
         thread = cache.copies.thread
         if closed:
             engine.close()
@@ -223,7 +223,7 @@ def test_a_request_left_midway(rig: Any) -> None:
         tokens = rig.engine.generate(prompt, SamplingParams(max_new_tokens=50, seed=1))
         next(tokens), next(tokens)
         tokens.close()
-        assert not cache.tickets
+        assert not cache.residency.tickets
         assert taken(rig.engine, prompt, COUNT) == (rig.tokens(prompt, COUNT), None)
 
 
@@ -247,7 +247,7 @@ def test_interrupted_while_waiting_for_a_copy(rig: Any) -> None:
 
 def test_interrupted_between_any_two_lines(rig: Any) -> None:
     """Ctrl-C comes wherever it likes: at every n-th line of the bookkeeping in turn."""
-    files = ("cache.py", "slots.py", "policy.py")
+    files = ("cache.py", "residency.py", "slots.py", "policy.py")
     prompt, left = rig.ids(3), [0]
     main = threading.main_thread()
 
@@ -273,8 +273,11 @@ def test_interrupted_between_any_two_lines(rig: Any) -> None:
             failed += isinstance(error, KeyboardInterrupt)
             assert got == expected[: len(got)]
             assert taken(rig.engine, prompt, 3) == (expected, None)
-            slots = sorted([slot for table in cache.tables for slot in table.slots] + cache.spares.free)
-            assert slots == list(range(len(cache.last_use)))
+            slots = sorted(
+                [slot for table in cache.residency.tables for slot in table.slots]
+                + cache.residency.spares.free
+            )
+            assert slots == list(range(len(cache.residency.last_use)))
     assert failed > 60
 
 

@@ -104,7 +104,7 @@ def test_tokens_and_accounts_are_the_same(
                 late += urgent and who != here
                 assert urgent or who != here
             # A piece of a guess that came true while the copy thread was about to put it there.
-            assert late <= cache.counters.used_guesses
+            assert late <= cache.ledger.counters.used_guesses
 
 
 def test_a_needed_expert_waits_for_two_pieces_of_guesses(
@@ -113,7 +113,7 @@ def test_a_needed_expert_waits_for_two_pieces_of_guesses(
     rig, link = rigs(4), make_link(pieces=6)
     with rig.cached(2, "lru", 2, 3, link) as cache:
         assert sample(rig.engine, rig.ids(9), 3 * COUNT) == rig.tokens(rig.ids(9), 3 * COUNT)
-        assert cache.counters.used_guesses > 0
+        assert cache.ledger.counters.used_guesses > 0
     assert max(before for _, urgent, _, before in link.log if urgent) <= 2
     assert max(before for _, urgent, _, before in link.log if not urgent) <= 1  # and itself
     if link.staged is None:  # the pieces of one expert follow each other: no guess comes in between

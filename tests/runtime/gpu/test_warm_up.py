@@ -83,7 +83,7 @@ def test_it_changes_nothing_but_makes_graphs(offload: str, load: Load, captured:
     assert len(captured) == parts
     assert engine.stats() == before and all(kv.length <= 3 for kv in engine.runner.idle_kvs)
     if engine.runner.cache:
-        assert all(table.find(e) is None for table in engine.runner.cache.tables for e in range(4))
+        assert all(table.find(e) is None for table in engine.runner.cache.residency.tables for e in range(4))
     assert [(token.id, token.logprob) for token in engine.generate([5, 6, 7], GREEDY)] == expected
     assert len(captured) == parts, "the first session's were made"
     counted = engine.stats(), cold.stats()
