@@ -1,4 +1,4 @@
-"""The kernels behind `experts.py`. Experts that are not quantized go through the same two, at 16 bits."""
+"""The kernels behind `experts.py`. They also take experts that are not quantized, as 16 bits."""
 
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ def gate_up(
     GROUPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [F / ROWS, A]
-    """`silu(w1 x) * w3 x`, every step rounded to h's dtype, as separate operations would."""
+    """`silu(w1 x) * w3 x`. Every operation is rounded to h's dtype, as if it stood alone."""
     dtype = h.dtype.element_ty
     first, choice = tl.program_id(0) * ROWS, tl.program_id(1)
     w13 = pool + tl.load(slots + choice).to(tl.int64) * BLOB
@@ -55,8 +55,8 @@ def down(
     GROUPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [D / ROWS]
-    """The weighted sum of the experts' outputs, added in ascending order of id, every step rounded to y's
-    dtype."""
+    """The weighted sum of the experts' outputs, added in ascending order of id. Every operation is rounded to
+    y's dtype."""
     dtype = y.dtype.element_ty
     first = tl.program_id(0) * ROWS
     choices = tl.arange(0, CHOICES)

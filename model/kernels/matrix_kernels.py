@@ -1,8 +1,7 @@
-"""The kernels behind `matrices.py`: a quantized matrix times one row and times up to 16 rows, and its
-expansion.
+"""The kernels behind `matrices.py`.
 
-For up to 16 rows and for expansion, every weight is computed in float32 and rounded once to x's dtype. So it
-is the number that `QuantizedTensor.dequantize` gives.
+For up to 16 rows of x and for expansion, every weight is computed in float32 and rounded once to x's dtype.
+So it is bit for bit what `QuantizedTensor.dequantize` gives.
 """
 
 import triton
@@ -47,9 +46,9 @@ def multiply_few(
     SPLITS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [N / ROWS, SPLITS]
-    """PIECES pieces at a time, of a group's bytes PIECE each; 16 rows of x, those beyond M being zeros."""
+    """Take PIECES pieces at a time, each PIECE bytes of a group. x has 16 rows, zeros from row M on."""
     J: tl.constexpr = K // GROUP
-    PARTS: tl.constexpr = 8 if BITS == 3 else 8 // BITS  # 3 bits: the parts of the high plane
+    PARTS: tl.constexpr = 8 if BITS == 3 else 8 // BITS  # at 3 bits those of the high plane
     RUN: tl.constexpr = GROUP // PARTS
     A_GROUP: tl.constexpr = RUN // PIECE
     ALL: tl.constexpr = J * A_GROUP
@@ -80,7 +79,7 @@ def multiply_few(
             packed = tl.load(matrix + at, mask=there[None, :], other=0)
         for part in tl.static_range(PARTS):
             if BITS == 3:
-                low_plane = even if part % 2 == 0 else odd  # whose parts are twice as long
+                low_plane = even if part % 2 == 0 else odd  # its parts are twice as long
                 codes = ((low_plane >> (part // 2 * 2)) & 3) | (((packed >> part) & 1) << 2)
             else:
                 codes = (packed >> (part * BITS)) & ((1 << BITS) - 1)
@@ -89,7 +88,7 @@ def multiply_few(
             )  # [ROWS, WIDE]
             inputs = m[:, None] * K + (group * GROUP + part * RUN + byte)[None, :]
             values = tl.load(x + inputs, mask=(m < M)[:, None] & there[None, :], other=0.0)
-            if INTERPRETED:  # it would multiply bfloat16's bits; the numbers are the same in float32
+            if INTERPRETED:  # the interpreter multiplies bfloat16's bits; float32 holds the same numbers
                 values, w = values.to(tl.float32), w.to(tl.float32)
             sums = tl.dot(values, tl.trans(w), sums, input_precision="ieee")
     at = (tl.program_id(1) * M + m)[:, None] * N + n[None, :]
@@ -106,8 +105,11 @@ def plane_codes(
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # [ROWS, GROUPS, GROUP] int32
-    """The codes of one plane in the order of weights. So each byte is loaded once for every part, but from a
-    cache after the first time, and whole lines are stored."""
+    """The codes of one plane in the order of weights.
+
+    So whole lines of the GPU's cache are stored. A byte is loaded once for every part, but comes from the
+    cache after the first time.
+    """
     PARTS: tl.constexpr = 8 // WIDTH
     BYTES: tl.constexpr = GROUP // PARTS
     i = tl.arange(0, GROUP)
@@ -120,7 +122,7 @@ def plane_codes(
 def expand(
     matrix: tl.tensor,  # *uint8
     out: tl.tensor,  # [rows, K]
-    first: tl.tensor,  # row of the matrix
+    first: tl.tensor,  # the matrix's row that goes to row 0 of out
     N: tl.constexpr,
     K: tl.constexpr,
     BITS: tl.constexpr,
@@ -130,7 +132,6 @@ def expand(
     GROUPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [rows / ROWS, J / GROUPS, rounded up]
-    """Rows of the matrix from `first` on, as numbers: those that `QuantizedTensor.dequantize` gives."""
     J: tl.constexpr = K // GROUP
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     j = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)

@@ -1,17 +1,17 @@
-"""What the kernels of matrices and of experts share: rounding, scales and zeros, and rows of a matrix times
-one x.
+"""What the kernels of matrices and of experts share: rounding, scales and zeros, and the dot products of some
+rows of a matrix with one x.
 
-A matrix is one pointer: its streams follow one another as in `model.quant.streams`.
+A matrix is one pointer, because its streams follow one another as in `model.quant.streams`.
 
-One row of x is bound by memory. Its kernels read every byte of a matrix once, where groups are long enough 16
-consecutive bytes to a thread, and sum up in float32. A byte holds codes that lie a part of a group apart
-along K, so x is read once for each part. The bits of a code stay where they are in the byte, and x is made
-smaller in proportion: by powers of two, so exactly. Codes are not converted either: the bits of a small
-integer are those of a denormal float32. Scale and zero come in once for a group, since the sum of
-(q - z) s x is s (sum of q x - z sum of x).
+**One row of x** is bound by memory. Its kernels read every byte of a matrix once, and sum up in float32.
+Where groups are long enough, a thread loads 16 consecutive bytes. A byte holds codes that lie a part of a
+group apart along K, so x is read once for each part. The bits of a code stay where they are in the byte.
+Instead x is made smaller in proportion, by a power of two, which is exact. Codes are not converted to numbers
+either, because the bits of a small integer are those of a denormal float32. Scale and zero come in once for a
+group, since the sum of (q - z) s x is s (sum of q x - z sum of x).
 
-Programs never share a sum, whose order would be left to chance. Products and sums that have to round one by
-one do, since `launch` forbids contraction. Where one rounding is wanted, `tl.fma` says so.
+**The order of a sum** is fixed: programs never add to the same number. `launch` forbids contraction, so a
+product and a sum round one by one. `tl.fma` stands where one rounding is wanted.
 """
 
 import triton
@@ -20,8 +20,11 @@ import triton.language as tl
 
 @triton.jit
 def rounded(values: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr):  # float32 -> dtype
-    """To the nearest, ties to even. Triton's interpreter would cut off what bfloat16 has no room for, so here
-    the bits to be cut are first made 0."""
+    """Round to the nearest, ties to even.
+
+    Triton's interpreter cuts off the bits that bfloat16 has no room for. So the value is rounded here, until
+    those bits are 0.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -34,7 +37,7 @@ def scales_and_zeros(
     matrix: tl.tensor,  # *uint8
     n: tl.tensor,  # [ROWS] rows of the matrix
     j: tl.tensor,  # [GROUPS] groups of a row
-    there: tl.tensor,  # [GROUPS] whether they exist
+    there: tl.tensor,  # [GROUPS] whether the row has them
     N: tl.constexpr,
     K: tl.constexpr,
     BITS: tl.constexpr,
@@ -59,10 +62,12 @@ def times_codes(
     sums: tl.tensor,  # [ROWS, WIDE] float32
     BITS: tl.constexpr,
     SHIFT: tl.constexpr,
-):  # sums and more, [ROWS, WIDE] float32
-    """x times the BITS bits from SHIFT on, which are read where they are, as a float32: a denormal number,
-    2^-149 times the integer. So nothing is converted, and multiplying is exact and as fast as ever. x may be
-    up to 2^32, and keeps all its bits down to 2^-70."""
+):  # [ROWS, WIDE] float32
+    """Add x times the codes, which are the BITS bits from SHIFT on.
+
+    As a float32 they are a denormal number, 2^-149 times the integer. A GPU multiplies it exactly and at full
+    speed. x may be up to 2^32, and keeps all its bits down to 2^-70.
+    """
     number = (packed & (((1 << BITS) - 1) << SHIFT)).to(tl.float32, bitcast=True)
     return tl.fma(number, (x * (2.0**96 / (1 << SHIFT)))[None, :], sums)
 
@@ -74,7 +79,7 @@ def with_high(
     SHIFT: tl.constexpr,
     BY: tl.constexpr,
 ):  # [ROWS, WIDE] int32
-    """Codes of 3 bits, at SHIFT and at 4 bits from there."""
+    """Put the codes of 3 bits together that are at SHIFT and 4 bits after it."""
     LOW: tl.constexpr = 0x33 << (SHIFT % 4)
     return (low & LOW) | ((high << BY) & ~LOW)
 
@@ -82,9 +87,9 @@ def with_high(
 @triton.jit
 def code_sums(
     x: tl.tensor,  # [K]
-    codes: tl.tensor,  # [N, K * BITS / 8] *uint8; at 3 bits the low plane, and the high plane behind it
+    codes: tl.tensor,  # [N, K * BITS / 8] *uint8; at 3 bits the low plane, then the high plane
     n: tl.tensor,  # [ROWS]
-    start: tl.tensor,  # group
+    start: tl.tensor,  # the first group
     N: tl.constexpr,
     K: tl.constexpr,
     BITS: tl.constexpr,
@@ -92,11 +97,12 @@ def code_sums(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # [ROWS, GROUPS] and [GROUPS] float32
-    """Sums of x times codes, group by group from `start` on, and sums of x.
+    """For GROUPS groups from `start` on, the sum of x times codes, and the sum of x.
 
-    Tensors have two dimensions until groups are added up: of three, compilers would choose which threads
-    have which rows, and some choose so that none has two."""
-    PARTS: tl.constexpr = 8 if BITS == 3 else 8 // BITS  # 3 bits: those of the high plane
+    Tensors have two dimensions until groups are added up. With three, some compilers spread the rows so that
+    no thread has two of them.
+    """
+    PARTS: tl.constexpr = 8 if BITS == 3 else 8 // BITS  # at 3 bits those of the high plane
     BYTES: tl.constexpr = GROUP // PARTS
     UNIT: tl.constexpr = min(BYTES, 8 if BITS < 4 else 16)
     wide = tl.arange(0, GROUPS * BYTES)
@@ -130,12 +136,12 @@ def code_sums(
 def plain_rows(
     x: tl.tensor,  # [K]
     weights: tl.tensor,  # [N, K], in x's dtype
-    first: tl.tensor,  # row
+    first: tl.tensor,  # the first row
     K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # [ROWS] float32
-    """ROWS rows of a matrix that is not quantized, from `first` on, times x, COLUMNS inputs at a time."""
+    """ROWS rows from `first` on of a matrix that is not quantized, times x, COLUMNS inputs at a time."""
     n = first + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, K, COLUMNS):
@@ -151,7 +157,7 @@ def plain_rows(
 def packed_rows(
     x: tl.tensor,  # [K]
     matrix: tl.tensor,  # *uint8
-    first: tl.tensor,  # row
+    first: tl.tensor,  # the first row
     N: tl.constexpr,
     K: tl.constexpr,
     BITS: tl.constexpr,
@@ -160,7 +166,7 @@ def packed_rows(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # [ROWS] float32
-    """ROWS rows of the matrix, from `first` on, times x, GROUPS groups at a time."""
+    """ROWS rows from `first` on of a quantized matrix, times x, GROUPS groups at a time."""
     J: tl.constexpr = K // GROUP
     n = first + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, GROUPS], tl.float32)
@@ -176,7 +182,7 @@ def packed_rows(
 def dot_rows(
     x: tl.tensor,  # [K]
     matrix: tl.tensor,  # *uint8
-    first: tl.tensor,  # row
+    first: tl.tensor,  # the first row
     N: tl.constexpr,
     K: tl.constexpr,
     BITS: tl.constexpr,
@@ -185,8 +191,10 @@ def dot_rows(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # [ROWS] float32
-    """ROWS rows of the matrix, from `first` on, times x, GROUPS groups at a time. At 16 bits a group is one
-    weight, in x's dtype, which may be float32."""
+    """ROWS rows from `first` on of a matrix, times x, GROUPS groups at a time.
+
+    At 16 bits a group is one weight in x's dtype, which may be float32.
+    """
     if BITS == 16:
         weights = matrix.to(tl.pointer_type(x.dtype.element_ty), bitcast=True)
         sums = plain_rows(x, weights, first, K, ROWS, GROUPS)

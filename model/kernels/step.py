@@ -1,15 +1,11 @@
-"""The small parts of a decode step on a GPU: what is left of a layer when its products are taken away.
+"""The small kernels of a token's step: all of a layer except its products with matrices.
 
-One token, and no number that changes from token to token comes from the host: the position is a tensor on the
-device. So a step can be captured once as a CUDA graph and replayed for every token. What a launch works on is
-decided by shapes alone, and by nothing that a larger cache would change.
+There is one token, and no number that changes from token to token comes from the host. The position is a
+tensor on the device. So a step can be captured once as a CUDA graph and replayed for every token.
 
-**What is the same bit for bit.** The same input gives the same bits, whatever the capacity of the cache and
-whatever lies in it beyond the position. A gate's logits do not depend on how many gates `route` is given, so
-a model without lookahead chooses and weighs as one with it.
-
-The kernels are in `step_kernels.py`. Tiles were chosen by arithmetic and from compiled code, and **have not
-been measured on a GPU**.
+**What is the same bit for bit.** What a launch works on depends on shapes alone. Neither the capacity of the
+KV cache nor what lies in it after the position changes a bit. A gate's logits do not depend on how many gates
+`route` is given, so a model without lookahead chooses as one with it.
 """
 
 import math
@@ -19,7 +15,7 @@ from torch import Tensor
 
 from model.kernels.launching import launch, power_of_two
 
-SPLITS = 32  # of the positions, for each kv head: 256 programs where there are 8, two to a multiprocessor
+SPLITS = 32  # stretches of positions: with 8 kv heads 256 programs, two to a multiprocessor
 MAX_HEAD_DIM = 256
 MAX_SHARE = 16  # query heads to a kv head: the rows that a tensor core multiplies
 MAX_EXPERTS = 64  # more would not fit the registers of a program
@@ -27,8 +23,9 @@ MAX_HIDDEN = 1 << 15
 
 
 def unfit(heads: int, kv_heads: int, head_dim: int, hidden: int, experts: int, chosen: int) -> str | None:
-    """Why a network of this shape cannot be served by these kernels; None if it can. H = `heads`, G =
-    `kv_heads`, K = `head_dim`, D = `hidden`, E = `experts` in a layer, A = `chosen` of them by a token.
+    """Why these kernels cannot serve a network of this shape. None if they can.
+
+    A token chooses `chosen` of a layer's `experts`.
 
     >>> unfit(32, 8, 128, 4096, 8, 2)
     >>> unfit(32, 8, 96, 4096, 8, 2)
@@ -46,22 +43,24 @@ def unfit(heads: int, kv_heads: int, head_dim: int, hidden: int, experts: int, c
 
 
 def fetch(source: Tensor, target: Tensor) -> None:  # [n] integers each
-    """Bring a few numbers from page-locked host memory to the device, or from there to such memory. A kernel
-    reads and writes them, because a copy would queue up behind the experts that are on their way."""
+    """Bring a few numbers from page-locked host memory to the device, or from the device to such memory.
+
+    A kernel reads and writes them. A copy would have to wait for the experts that are being copied.
+    """
     from model.kernels import step_kernels
 
     n = target.numel()
     assert source.shape == target.shape == (n,) and source.dtype == target.dtype, (source.shape, target.shape)
     there = source if target.device.type == "cpu" else target
-    with torch.cuda.device_of(there):  # `launch` looks at the target, which may be in the host's memory
+    with torch.cuda.device_of(there):  # `launch` goes by the target, which may be in the host's memory
         launch(step_kernels.fetch, (1,), target, source, COUNT=n, WIDE=power_of_two(n), num_warps=1)
 
 
 def add_and_norm(x: Tensor, more: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """`x + more`, rounded, and the norm of that, [1, D] each: a residual stream goes on, in one launch.
+    """The residual stream, `x + more` rounded, and its norm, [1, D] each, in one launch.
 
-    The norm is as `model.mixtral.RMSNorm`: in float32, rounded to x's dtype, times the weight, and rounded
-    again. weight [D] in x's dtype; eps [1] float32, on the device.
+    The norm is that of `model.mixtral.RMSNorm`: computed in float32, rounded to x's dtype, times the weight,
+    and rounded again. weight [D] is in x's dtype, eps [1] float32 on the device.
     """
     from model.kernels import step_kernels
 
@@ -79,13 +78,15 @@ def add_and_norm(x: Tensor, more: Tensor, weight: Tensor, eps: Tensor) -> tuple[
 def rotate_and_append(
     qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, position: Tensor
 ) -> Tensor:  # -> [H, K]
-    """The queries of the token at `position`, rotated; its keys, rotated, and its values go to their row of
-    the cache.
+    """Return the rotated queries of the token at `position`. Write its rotated keys and its values to their
+    row of k and v.
 
-    qkv [1, (H + 2G) K], as `qkv_proj` gives it; cos and sin [any number, K], the tables of `model.rope.Rope`,
-    sin negated in its first half; k and v [1, G, C, K] or [G, C, K], one layer's cache, all in one dtype;
-    position [1] int64, below C, which nobody checks. Rounds where `Rope` rounds. A value is NaN where its key
-    is not finite, as in `model.attention.marked`; of such a query `attend` makes NaN.
+    qkv [1, (H + 2G) K] comes from `qkv_proj`. cos and sin [rows, K] are the tables of `model.rope.Rope`, with
+    sin negated in its first half. k and v [1, G, C, K] or [G, C, K] are one layer's. All are in one dtype.
+    position [1] int64 has to be below C, which is not checked.
+
+    Rounds where `Rope` rounds. A value is NaN where its key is not finite, as in `model.attention.marked`. A
+    query that is not finite becomes NaN in `attend`.
     """
     from model.kernels import step_kernels
 
@@ -103,13 +104,14 @@ def rotate_and_append(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:  # [H, K] -> [1, H K]
-    """Attention of the token at `position` over rows 0 to `position` of the cache, in two launches.
+    """Attention of the token at `position` over rows 0 to `position` of k and v, in two launches.
 
-    k, v and position as of `rotate_and_append`, with this token's row there. Scores, softmax and sums are
-    float32; before they multiply values, probabilities are rounded to q's dtype, as in flash attention.
+    k, v and position are those of `rotate_and_append`, which has written this token's row. Scores, softmax
+    and sums are float32. Probabilities are rounded to q's dtype before they multiply values, as in flash
+    attention.
 
-    For each kv head the positions so far are cut into at most 32 even stretches of whole tiles, each a
-    program: where they are cut depends on the position alone.
+    For each kv head the positions are cut into up to 32 even stretches of whole tiles, one for a program.
+    Where they are cut depends on the position alone.
     """
     from model.kernels import step_kernels
 
@@ -133,8 +135,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:  # [H, 
 
 
 def tile_positions(K: int, dtype: torch.dtype) -> int:
-    """How many positions a program reads at a time: 16 KiB of keys and as much of values, of which two
-    multiprocessor's programs may each have two under way on every GPU from compute capability 8.0 on.
+    """How many positions a program reads at a time: 16 KiB of keys and 16 KiB of values.
+
+    So the shared memory of a multiprocessor holds two such tiles for each of two programs, on every GPU from
+    compute capability 8.0 on.
 
     >>> [tile_positions(K, torch.bfloat16) for K in (16, 64, 128, 256)], tile_positions(128, torch.float32)
     ([64, 64, 64, 32], 32)
@@ -143,7 +147,7 @@ def tile_positions(K: int, dtype: torch.dtype) -> int:
 
 
 def layer_shape(k: Tensor, v: Tensor, position: Tensor) -> tuple[int, int, int]:
-    """G, C and K of one layer's cache, for a batch of one."""
+    """G, C and K of one layer's keys and values, for a batch of one."""
     G, C, K = k.shape[-3:]
     assert k.shape == v.shape and k.numel() == G * C * K, (k.shape, v.shape)
     assert k.dtype == v.dtype and k.is_contiguous() and v.is_contiguous(), (k.dtype, v.dtype)
@@ -153,14 +157,18 @@ def layer_shape(k: Tensor, v: Tensor, position: Tensor) -> tuple[int, int, int]:
 
 
 def route(x: Tensor, gates: Tensor, experts: int, chosen: int) -> Tensor:  # x [1, D] -> [2 A + d E] int32
-    """Which experts x goes to, with which weights, and the likeliest ones of later layers, in one launch and
-    one tensor: so the host can have all of it by one transfer.
+    """The experts that x goes to, their weights, and a ranking of later layers' experts, in one launch.
 
-    gates [(1 + d) E, D] float32: the layer's own gate, then d gates of later layers as
-    `model.router.seen_from` makes them; E = `experts`. The result begins with the bits of A = `chosen`
-    float32 numbers: the softmax over the A largest logits of the own gate, the largest first. Then come the
-    ids of these experts, the lower id first where logits are equal; then, for each of the d later layers, all
-    E, likeliest first. A logit that is not a number is above all others, so every id is always valid.
+    gates [(1 + d) E, D] float32 are the layer's own gate, then the gates of d later layers, which
+    `model.router.seen_from` prepares. E = `experts` and A = `chosen`. All results are in one tensor, which
+    the host can read in one transfer:
+
+    - A weights, as the bits of float32 numbers: the softmax over the own gate's A largest logits, largest
+      first;
+    - the ids of these A experts, the lower id first where logits are equal;
+    - for each of the d later layers all E experts, likeliest first.
+
+    A logit that is NaN counts as larger than all others, so every id is valid.
     """
     from model.kernels import step_kernels
 
@@ -178,6 +186,9 @@ def route(x: Tensor, gates: Tensor, experts: int, chosen: int) -> Tensor:  # x [
 
 
 def gate_columns(experts: int) -> int:
-    """How many inputs of every expert's gate a program of 512 threads reads at a time: 64 numbers to a
-    thread, all under way at once, are all of 4096 inputs of 8 experts. Beyond 16 experts that would spill."""
+    """How many inputs of every expert's gate a program of 512 threads reads at a time.
+
+    64 numbers for each thread, all under way at once, cover 4096 inputs of 8 experts. With more than 16
+    experts that would spill, so fewer are read.
+    """
     return (1 << 15) // experts if experts <= 16 else 256

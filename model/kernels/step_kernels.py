@@ -1,10 +1,11 @@
 """The kernels behind `step.py`: norm, rotation, attention and router of one token.
 
-Each is a launch of a few microseconds, so what counts is how soon a program has all its loads under way, not
-how many instructions it takes. Sums are float32, in an order that the shapes and the position decide.
+Each launch takes a few microseconds, so a program's time is that of its loads: all of them should be under
+way as soon as possible. Instructions hardly count.
 
-Capacity of a cache and number of gates are never part of a sum: programs that a stretch of the cache, or a
-gate, does not concern do not exist or end at once.
+Sums are float32, in an order that the shapes and the position decide. The capacity of the KV cache and the
+number of gates are never part of a sum. A stretch of the cache or a gate that a token has no use for gets no
+program, or one that ends at once.
 """
 
 import triton
@@ -15,8 +16,8 @@ from model.kernels.shared_kernels import rounded
 
 @triton.jit
 def fetch(
-    target: tl.tensor,  # [COUNT]; this one
-    source: tl.tensor,  # [COUNT], or this one is in the host's memory
+    target: tl.tensor,  # [COUNT]; either this
+    source: tl.tensor,  # [COUNT]  or this is in the host's memory
     COUNT: tl.constexpr,
     WIDE: tl.constexpr,  # a power of two, at least COUNT
     INTERPRETED: tl.constexpr,
@@ -66,7 +67,7 @@ def rotate_and_append(
     K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [H + 2 G]
-    """A value's program turns the key of its head again, and writes NaN where that is not finite: a score of
+    """A value's program rotates the key of its head again, and writes NaN if that is not finite. A score of
     -inf would hide it."""
     dtype = qkv.dtype.element_ty
     head = tl.program_id(0)
@@ -97,14 +98,14 @@ def attend_stretch(
     C: tl.tensor,
     K: tl.constexpr,
     SHARE: tl.constexpr,  # query heads to a kv head
-    HEADS: tl.constexpr,  # 16, which a tensor core multiplies at least; those beyond SHARE are zeros
+    HEADS: tl.constexpr,  # 16, the fewest that a tensor core multiplies; from SHARE on they are zeros
     TILE: tl.constexpr,  # positions
     SPLITS: tl.constexpr,
-    SCALE: tl.constexpr,  # of scores, with e as a power of two in it
+    SCALE: tl.constexpr,  # of scores, times log2(e)
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [G, SPLITS]
-    """One kv head and one stretch of positions: the sum of 2^(score - the largest) times values; the largest
-    score; and the sum of 2^(score - the largest)."""
+    """For one kv head and one stretch of positions: the sum of 2^(score - largest) times values, the largest
+    score, and the sum of 2^(score - largest)."""
     dtype = q.dtype.element_ty
     group, split = tl.program_id(0), tl.program_id(1)
     last = tl.load(position).to(tl.int32)
@@ -123,10 +124,10 @@ def attend_stretch(
         for tile in range(first, tl.minimum(first + each, tiles)):
             row = tile * TILE + t
             at = base + row[:, None] * K + d[None, :]
-            there = row <= last  # of a stretch's first tile, the first row always is
+            there = row <= last  # true of the first row of a stretch
             keys = tl.load(k + at, mask=there[:, None], other=0.0)  # [TILE, K]
             values = tl.load(v + at, mask=there[:, None], other=0.0)  # [TILE, K]
-            if INTERPRETED:  # it would multiply bfloat16's bits; the numbers are the same in float32
+            if INTERPRETED:  # the interpreter multiplies bfloat16's bits; float32 holds the same numbers
                 queries, keys, values = queries.to(tl.float32), keys.to(tl.float32), values.to(tl.float32)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE  # [HEADS, TILE]
             scores = tl.where(there[None, :], scores, float("-inf"))
@@ -156,7 +157,7 @@ def attend_sum(
     SPLITS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [H]
-    """The stretches of a head put together. Those that `attend_stretch` left out are never read."""
+    """Add up the stretches of a head. Those that `attend_stretch` left out are not read."""
     head = tl.program_id(0)
     tiles = tl.load(position).to(tl.int32) // TILE + 1
     each = (tiles + SPLITS - 1) // SPLITS
@@ -175,7 +176,7 @@ def attend_sum(
 def route(
     x: tl.tensor,  # [D]
     gates: tl.tensor,  # [(1 + d) * E, D] float32
-    choice: tl.tensor,  # [2 A + d * E] int32: A weights, as float32; the A chosen; d rankings
+    choice: tl.tensor,  # [2 A + d * E] int32: A weights, as float32; the A ids; d rankings
     D: tl.constexpr,
     E: tl.constexpr,
     A: tl.constexpr,
@@ -183,7 +184,7 @@ def route(
     WIDE: tl.constexpr,  # columns at a time
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [1 + d]
-    """Program 0 chooses for the layer at hand, the others rank for one later layer each."""
+    """Program 0 chooses for this layer. Each other program ranks the experts of one later layer."""
     layer = tl.program_id(0)
     e, i = tl.arange(0, EXPERTS), tl.arange(0, WIDE)
     real = e < E
@@ -194,9 +195,9 @@ def route(
         gate = tl.load(gates + at, mask=real[:, None] & there[None, :], other=0.0)
         values = tl.load(x + start + i, mask=there, other=0.0).to(tl.float32)
         sums = tl.fma(gate, values[None, :], sums)
-    logits = tl.sum(sums, axis=1)  # [EXPERTS]; never -0, since sums began with 0
+    logits = tl.sum(sums, axis=1)  # [EXPERTS]; never -0, since sums begin with 0
     bits = logits.to(tl.int32, bitcast=True)
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the same order
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the logits
     order = tl.where(real, order, -2147483648)
     ahead = (order[None, :] > order[:, None]) | (
         (order[None, :] == order[:, None]) & (e[None, :] < e[:, None])

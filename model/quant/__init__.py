@@ -1,5 +1,7 @@
-"""Weights at 8, 4, 3 and 2 bits: how they are chosen (HQQ), stored, and how many bytes they take.
+"""Weights at 8, 4, 3 and 2 bits.
 
-`spec` names a format; `packing` lays out codes, `layout` whole tensors and experts, `size` adds up models;
-`tensor` is a quantized matrix, and `solve` makes one. The formats are described in docs/formats.md.
+`spec` names a format. `packing` says how codes become bytes, `streams` where the bytes of matrices, experts
+and models go, and `size` adds them up. `tensor` is a quantized matrix, and `solve` makes one (HQQ). `product`
+multiplies with one, `expert` computes with an expert, and `backends` are the ways to do that. docs/formats.md
+describes the files.
 """

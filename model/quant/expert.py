@@ -1,8 +1,7 @@
-"""An expert as one run of bytes, its blob: how long it is, how it is filled, and how it is computed from
-there.
+"""An expert as one run of bytes, its blob: how long it is, how it is filled, and how it is computed.
 
-All experts of a model are alike. So memory is bound to a computation once, and from then on computes whatever
-expert has been put there.
+All experts of a model are alike. So memory is bound to a computation once, and after that computes whichever
+expert is in it.
 """
 
 from collections.abc import Sequence
@@ -24,8 +23,8 @@ from model.quant.tensor import QuantizedTensor
 from model.router import Choice
 from model.target import Target
 
-# Bytes. No library tells addresses apart beyond this (cuBLAS's choice of a kernel may depend on it up to
-# here), so an expert is computed alike in every slot.
+# Bytes. cuBLAS may pick a kernel by the alignment of an address up to here, and no library looks further. So
+# an expert is computed alike in every slot.
 BLOB_ALIGNMENT = 256
 
 
@@ -65,11 +64,11 @@ class ExpertFormat:
 
     @property
     def blob_bytes(self) -> int:
-        """From one blob in memory to the next."""
+        """The distance from one blob in memory to the next."""
         return aligned(self.kept[-1].end)
 
     def store(self, stored: Tensor, blob: Tensor) -> None:
-        """Fill a blob from the bytes [uint8] of an expert as files have it."""
+        """Fill a blob from an expert's bytes [uint8], as files have them."""
         if self.stored == self.kept:
             blob[: self.stored[-1].end].copy_(stored)
             return
@@ -79,11 +78,11 @@ class ExpertFormat:
 
     @property
     def first_bytes(self) -> int:
-        """How much of a blob w13 takes: with that, computing can begin."""
+        """The bytes of w13, with which computing can begin."""
         return max(field.end for field in self.kept if field.name.startswith("w13."))
 
     def bind(self, blob: Tensor) -> "BoundExpert":
-        """The expert in `blob` [blob_bytes] uint8, whichever it is at the time."""
+        """The expert in `blob` [blob_bytes] uint8: whichever one is there when it is called."""
         products: list[Product] = []
         for name, shape in self.shapes.items():
             memory = views(self.kept, name, blob)
@@ -108,7 +107,8 @@ def aligned(size: int) -> int:
 
 @dataclass(frozen=True)
 class BoundExpert:
-    """An expert that is computed from a blob: as a function of x, or in two steps, as its bytes arrive."""
+    """An expert that is computed from a blob: at once, or one product after the other, as its bytes
+    arrive."""
 
     w13: Product
     w2: Product

@@ -1,16 +1,16 @@
-"""Codes of 8, 4, 3 and 2 bits as bytes, without a bit to spare.
+"""Codes of 8, 4, 3 and 2 bits as bytes, without an unused bit.
 
-Codes are packed planar within a group: the group is cut into as many equal parts as a byte has room for
+Codes are packed planar within a group. The group is cut into as many equal parts as a byte has room for
 codes, and byte j holds code j of each part, the first part in the lowest bits. So a kernel that loads
-consecutive bytes gets, from one shift and one mask, consecutive codes, and needs no shuffle to order them:
+consecutive bytes gets consecutive codes from one shift and one mask, and needs no shuffle to order them:
 
     4 bits, group of 64:  byte j = code j | code j + 32 << 4
     2 bits, group of 16:  byte j = code j | code j + 4 << 2 | code j + 8 << 4 | code j + 12 << 6
 
-Three bits do not fill a byte evenly. They are two planes, each packed by the same rule and in a stream of its
-own: the low 2 bits, and the high bit, 8 to a byte. Eight bits are stored as they are.
+Three bits do not fill a byte evenly. They are two planes, packed by the same rule, each in a stream of its
+own: the low 2 bits, and the high bit, 8 to a byte. Eight bits are stored unchanged.
 
-Groups follow one another along a row, and rows below one another: a stream is a matrix [N, K * bits / 8].
+Groups follow one another along a row, and rows follow one another. A stream is a matrix [N, K * bits / 8].
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}  # widths of the planes, the low
 
 
 def pack(codes: Tensor, bits: int, group_size: int) -> list[Tensor]:
-    """One stream [N, K * width / 8] for each plane, from codes [N, K] uint8, all below 2 ** bits.
+    """Pack codes [N, K] uint8, all below 2 ** bits, into one stream [N, K * width / 8] for each plane.
 
     A group of sixteen 2-bit codes. Byte 0 holds codes 0, 4, 8 and 12, which are 0, 1, 2 and 3:
 
@@ -38,8 +38,9 @@ def pack(codes: Tensor, bits: int, group_size: int) -> list[Tensor]:
     >>> packed[0].numpy().tobytes().hex(" ")
     '80 91 a2 b3 c4 d5 e6 f7'
 
-    Sixteen 3-bit codes, 0 to 7 twice. In the low plane, byte 0 holds the low two bits of codes 0, 4, 8 and
-    12, all 00; in the high plane, the high bits of codes 0, 2, ... 14, which 4, 6, 12 and 14 have set:
+    Sixteen 3-bit codes, 0 to 7 twice. Byte 0 of the low plane holds the low two bits of codes 0, 4, 8 and 12,
+    all 00. Byte 0 of the high plane holds the high bits of codes 0, 2, ... 14, which 4, 6, 12 and 14 have
+    set:
 
     >>> low, high = pack(torch.arange(16, dtype=torch.uint8)[None] % 8, bits=3, group_size=16)
     >>> [f"{byte:08b}" for byte in low[0].tolist()], [f"{byte:08b}" for byte in high[0].tolist()]
@@ -53,7 +54,7 @@ def pack(codes: Tensor, bits: int, group_size: int) -> list[Tensor]:
 
 
 def unpack(streams: Sequence[Tensor], bits: int, group_size: int) -> Tensor:
-    """Codes [N, K] uint8 from what `pack` made of them.
+    """Codes [N, K] uint8 from the streams that `pack` returned.
 
     >>> codes = torch.randint(8, (2, 64), dtype=torch.uint8)
     >>> torch.equal(unpack(pack(codes, bits=3, group_size=32), bits=3, group_size=32), codes)
@@ -68,7 +69,7 @@ def unpack(streams: Sequence[Tensor], bits: int, group_size: int) -> Tensor:
 
 
 def pack_plane(codes: Tensor, width: int, group_size: int) -> Tensor:  # [N, K] -> [N, K * width / 8]
-    """`8 / width` parts of each group, one above the other in the same bytes."""
+    """Put the `8 / width` parts of each group into the same bytes."""
     N, K = codes.shape
     parts = 8 // width
     assert codes.dtype == torch.uint8 and K % group_size == 0 and group_size % parts == 0
@@ -80,7 +81,8 @@ def pack_plane(codes: Tensor, width: int, group_size: int) -> Tensor:  # [N, K] 
 
 
 def unpack_plane(packed: Tensor, width: int, group_size: int) -> Tensor:  # [N, K * width / 8] -> [N, K]
-    """As many bytes at a time as a part of a group has, up to 8: fewer and longer loops."""
+    """The inverse of `pack_plane`. Up to 8 bytes of a part are taken as one word, which makes loops
+    shorter."""
     N, K = packed.shape[0], packed.shape[1] * 8 // width
     parts = 8 // width
     assert packed.dtype == torch.uint8 and K % group_size == 0 and group_size % parts == 0

@@ -1,4 +1,4 @@
-"""How many bytes a model takes in given formats, as a function of its configuration alone."""
+"""How many bytes a model takes in given formats, from its configuration alone."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,10 @@ from model.quant.streams import EXPERT, expert_fields, matrix_fields
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Bytes of a model's tensors, in a native checkpoint and, but for the gates, in memory as well.
+    """Bytes of a model's tensors in a native checkpoint.
 
-    A gate is 16-bit in files, as in every published Mixtral, and float32 in memory.
+    They are the same in a GPU's memory, except that gates are float32 there. In files gates are 16-bit, as in
+    every published Mixtral.
     """
 
     embeddings: int  # of tokens, and the head
@@ -23,7 +24,7 @@ class ModelSize:
 
     @property
     def trunk(self) -> int:
-        """All that every token needs."""
+        """What every token needs."""
         return self.embeddings + self.norms + self.gates + self.attention
 
     @property
@@ -32,9 +33,9 @@ class ModelSize:
 
 
 def model_size(config: ModelConfig, attention: QuantSpec, experts: QuantSpec) -> ModelSize:
-    """Raises `ModelError`, naming the tensor, where a format does not fit the configuration.
+    """The size without the files' headers (`model.checkpoint.writer.encode_header`).
 
-    A file adds its header to this: see `model.checkpoint.writer.encode_header`.
+    Raises `ModelError`, naming the tensor, if a format does not fit the configuration.
     """
     D, L, V, K = config.hidden, config.layers, config.vocab, config.head_dim
     H, G = config.heads, config.kv_heads

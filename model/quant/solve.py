@@ -1,10 +1,12 @@
-"""HQQ (mobiusml.github.io/hqq_blog): a matrix of floats into the nearest the format has.
+"""HQQ (mobiusml.github.io/hqq_blog): from a matrix of floats to the nearest one that the format has.
 
-A group's scale spans from its lowest to its highest weight; the hqq package's solver chooses its zero. It is
-fed a few rows at a time: it goes over its temporaries some ten times, which costs several times less while
-they stay in the cache, and it solves for each group by itself, except that it stops when the mean error over
-all that it was given no longer falls. Scales and zeros are then rounded to what the format can store, and
-every weight takes the code that is nearest under these, so that their rounding costs next to nothing.
+A group's scale spans from its lowest to its highest weight. The hqq package's solver finds its zero. Scale
+and zero are then rounded to what the format can store, and every weight takes the code that is nearest under
+the rounded ones. So their rounding costs next to nothing.
+
+The solver gets a few rows at a time. It goes over its temporaries some ten times, which is several times
+faster while they stay in the cache. It solves for each group by itself, except that it stops when the mean
+error over all its rows no longer falls.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,9 +23,9 @@ from model.quant.streams import CODES, STEPS
 from model.quant.tensor import QuantizedTensor, scale_values, zero_values
 
 CPU_SLICE = 1 << 17  # weights: with the solver's temporaries, a few megabytes
-GPU_SLICE = 1 << 24  # large enough to keep one busy, small enough for any
+GPU_SLICE = 1 << 24  # large enough to keep a GPU busy, small enough for any
 LEAST, MOST = 2.0**-100, 2.0**100  # a group whose range is not between these takes the plain zero
-NORM = {"lp_norm": 1, "beta": 1e1, "kappa": 1.01, "iters": 20}  # hqq's own, but for lp_norm: see `solve`
+NORM = {"lp_norm": 1, "beta": 1e1, "kappa": 1.01, "iters": 20}  # hqq's own, except lp_norm: see `solve`
 
 Result = TypeVar("Result")
 
@@ -31,12 +33,13 @@ Result = TypeVar("Result")
 def quantize(
     weight: Tensor, spec: QuantSpec, name: str = "matrix", pool: Executor | None = None
 ) -> tuple[QuantizedTensor, float]:
-    """`weight` [N, K] in this format, on its device, and the error of that: |W - W'| / |W|, Frobenius norms.
+    """Quantize `weight` [N, K] on its device. Returns it in this format, and its error |W - W'| / |W|, in
+    Frobenius norms.
 
-    Slices of rows are worked on by `pool`, whose workers have to be threads; best with
-    `torch.set_num_threads(1)`, so that each keeps to a core. The same input gives the same bytes on the same
-    machine, with any number of workers and without a pool. `name` is for messages. Raises `ModelError` if the
-    format does not take the shape, or for weights that are not finite.
+    The threads of `pool` work on slices of rows, best with `torch.set_num_threads(1)`, so that each keeps to
+    a core. The same input gives the same bytes on the same machine, with any number of threads and without a
+    pool. `name` is for messages. Raises `ModelError` if the format does not take the shape, or if weights are
+    not finite.
     """
     assert spec.quantized, spec
     spec.check(name, weight.shape)
@@ -73,34 +76,36 @@ def quantize(
 
 
 def every(work: Callable[[slice], Result], parts: Iterable[slice], pool: Executor | None) -> list[Result]:
-    """The results of all parts, in order. Gradients are off, which is a setting of each thread."""
+    """Work on all parts, and return the results in order. Each thread has to turn gradients off by itself."""
     without_gradients = torch.no_grad()(work)
     return list((pool.map if pool else map)(without_gradients, parts))
 
 
 def slices(weight: Tensor) -> Iterator[slice]:
-    """Rows to be solved together.
+    """The rows that are solved together.
 
     >>> list(slices(torch.empty(80, 4096)))
     [slice(0, 32, None), slice(32, 64, None), slice(64, 80, None)]
     """
     N, K = weight.shape
-    step = max((CPU_SLICE if weight.device.type == "cpu" else GPU_SLICE) // K, 1)
-    return (slice(start, min(start + step, N)) for start in range(0, N, step))
+    rows = max((CPU_SLICE if weight.device.type == "cpu" else GPU_SLICE) // K, 1)
+    return (slice(start, min(start + rows, N)) for start in range(0, N, rows))
 
 
 def solve(w: Tensor, spec: QuantSpec, name: str) -> tuple[Tensor, Tensor]:  # w [n, K] float32
-    """Each group's scale [n, J] float32, and its zero as the format stores it [n, J] uint8.
+    """Each group's scale [n, J] float32, and its zero [n, J] uint8, as the format stores it.
 
-    hqq's thresholds are absolute: it caps the inverse of scales at 20000, gives up groups narrower than
-    0.0001, and its iteration first shrinks residuals, of which those below a threshold become 0. Here every
-    group is scaled by a power of two to a range of 1/32 to 1/16, so that none of these acts, and weights of
-    all sizes fare alike. No residual exceeds the range: hqq's next zero is a mean of `code - w / scale`,
-    which puts the lowest weight at code 0 or above and the highest at the last or below. Residuals up to
-    1 / (beta kappa^19) = 0.083 are shrunk to 0 whatever the norm, so the iteration is that of hqq's own 0.7
-    with the norm at 1, which costs no powers.
+    hqq's thresholds are absolute. It caps the inverse of scales at 20000, gives up groups narrower than
+    0.0001, and shrinks residuals in every iteration, those below a threshold to 0. So every group is first
+    scaled by a power of two to a range between 1/32 and 1/16. Then none of the thresholds acts, and large and
+    small weights are treated alike.
+
+    No residual exceeds the range: hqq's next zero is a mean of `code - w / scale`, which puts the lowest
+    weight at code 0 or above and the highest at the last code or below. Residuals up to 1 / (beta kappa^19) =
+    0.083 are shrunk to 0 whatever the norm. So a norm of 1 gives the iterations of hqq's own 0.7, and
+    computes no powers.
     """
-    from hqq.core.optimize import optimize_weights_proximal_legacy  # slow to import; only solving needs it
+    from hqq.core.optimize import optimize_weights_proximal_legacy  # slow to import, and needed only here
 
     top, units = 2**spec.bits - 1, 2 ** (8 - spec.bits)
     groups = w.view(-1, spec.group_size)
@@ -109,7 +114,7 @@ def solve(w: Tensor, spec: QuantSpec, name: str) -> tuple[Tensor, Tensor]:  # w 
     if not bool(spread.isfinite().all()):
         raise ModelError(f"{name}: has weights that are not finite numbers; the source is damaged")
 
-    # A group on one side of 0 would have its zero outside of the codes: it spans from 0.
+    # The zero of a group on one side of 0 would lie outside the codes. So such a group spans from 0.
     scale = (high.clamp(min=0) - low.clamp(max=0)) / top
     zero = torch.where(scale > 0, -low.clamp(max=0) / scale, 0)
     solved = (low <= 0) & (high >= 0) & (spread > LEAST) & (spread < MOST)
@@ -124,23 +129,24 @@ def solve(w: Tensor, spec: QuantSpec, name: str) -> tuple[Tensor, Tensor]:  # w 
 
 
 def lifting(spread: Tensor) -> Tensor:
-    """The power of two that takes each spread, from 2^-100 to 2^100, to at least 1/32 and below 1/16.
+    """The power of two that brings each spread, between 2^-100 and 2^100, to at least 1/32 and below 1/16.
 
     >>> spread = torch.tensor([0.05, 0.0625, 3.0, 1e-20])
     >>> lifting(spread), spread * lifting(spread)
     (tensor([1.0000e+00, 5.0000e-01, 1.5625e-02, 4.6117e+18]), tensor([0.0500, 0.0312, 0.0469, 0.0461]))
     """
     exponent = -4 - torch.frexp(spread).exponent.clamp(-100, 101)  # spread = mantissa 2^exponent
-    return ((exponent + 127) << 23).view(torch.float32)  # by its bits: rounding is not left to a library
+    return ((exponent + 127) << 23).view(torch.float32)  # by its bits, so that no library rounds it
 
 
 def quantize_scales(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:  # [N, J] float32
-    """Scales as multiples of a step for each `meta_group_size` of them: bytes [N, J], and the steps.
+    """Scales as multiples, bytes [N, J], of steps, one for every `meta_group_size` scales.
 
-    They are rounded to the nearest, but at 8 bits upwards: there, clipping a group's largest weights would
+    A multiple is rounded to the nearest, at 8 bits upwards: there, clipping a group's largest weights would
     cost more than a coarser scale. Only a scale of 0 becomes 0.
 
-    hqq itself cannot do this: its least step is 1/20000, while the scales of 8-bit weights are near 0.0004.
+    hqq itself cannot do this. Its smallest step is 1/20000, while the scales of 8-bit weights are near
+    0.0004.
 
     >>> quantize_scales(torch.tensor([[0.51, 0.1001, 0.0001, 0.0]]), QuantSpec(4, 16, 16))
     (tensor([[255,  50,   1,   0]], dtype=torch.uint8), tensor([0.0020, 0.0000, 0.0000, 0.0000]))
@@ -156,5 +162,5 @@ def quantize_scales(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:  
 
 
 def nearest(w: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    """The best code for each weight, as float32; shapes broadcast. Where the scale is 0 any code will do."""
+    """The best code for each weight, as float32. Shapes broadcast. The code is 0 where the scale is 0."""
     return torch.where(scale > 0, w / scale + zero, 0).round_().clamp_(0, 2**spec.bits - 1)

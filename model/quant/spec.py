@@ -8,22 +8,23 @@ from model.errors import ModelError, quoted
 
 DEFAULTS = {  # bits: (group size, scales per step)
     16: (0, 0),
-    8: (64, 256),  # ours: the groups of 4 bits, so that a model that takes one takes the other
-    4: (64, 256),  # these three as in arXiv 2312.17238
+    8: (64, 256),  # like 4 bits, so that a model that takes one takes the other
+    4: (64, 256),  # this and the next two are those of arXiv 2312.17238
     3: (64, 128),
     2: (16, 128),
 }
 MIN_GROUP, MAX_GROUP = 16, 4096
-ROWS = 16  # a quantized matrix has a multiple of these, so every stream of it is a multiple of 16 bytes
+ROWS = 16  # a quantized matrix has a multiple of these, so its streams are multiples of 16 bytes
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How a matrix [N, K] is stored: `bits` per weight, and groups of `group_size` weights along a row, each
-    with an 8-bit scale and an 8-bit zero. `meta_group_size` consecutive scales, counted row by row through
-    the whole matrix, share a step; the last step may serve fewer. With 16 bits there are no groups.
+    """How a matrix [N, K] is stored: in `bits` per weight, and in groups of `group_size` weights along a row.
 
-    A size of 0 stands for the default of that many bits.
+    Each group has an 8-bit scale and an 8-bit zero. `meta_group_size` consecutive scales, counted row by row
+    through the whole matrix, share a step. The last step may serve fewer. With 16 bits there are no groups.
+
+    A size of 0 means the default for that many bits.
 
     >>> QuantSpec(4)
     QuantSpec(bits=4, group_size=64, meta_group_size=256)
@@ -57,7 +58,7 @@ class QuantSpec:
 
     @staticmethod
     def parse(text: str) -> "QuantSpec":
-        """From `4` (the defaults), `4g128` (a group size), `4g128m64` (and scales per step), or `16`.
+        """Read `4` (with defaults), `4g128` (a group size), `4g128m64` (and scales per step), or `16`.
 
         >>> QuantSpec.parse("3g128"), str(QuantSpec.parse("4g64"))
         (QuantSpec(bits=3, group_size=128, meta_group_size=128), '4')
@@ -71,7 +72,7 @@ class QuantSpec:
         return QuantSpec(*(int(part or 0) for part in match.groups()))
 
     def __str__(self) -> str:
-        """The shortest text that `parse` reads back as this."""
+        """The shortest text that `parse` reads as this."""
         group, meta = DEFAULTS[self.bits]
         return (
             f"{self.bits}"
@@ -85,7 +86,7 @@ class QuantSpec:
 
     @property
     def bits_per_weight(self) -> float:
-        """What a weight costs with its share of scale, zero and step.
+        """The bits of a weight with its share of scale, zero and step.
 
         >>> QuantSpec(2, 64).bits_per_weight  # 2 + (8 + 8) / 64 + 32 / (64 * 128)
         2.25390625

@@ -1,6 +1,7 @@
 """Where the bytes of a quantized matrix go, of an expert, and of a whole model.
 
-A matrix `name` [N, K] is up to five streams, each an ordinary row-major tensor, one directly after the other:
+A matrix `name` [N, K] is up to five streams. Each is an ordinary row-major tensor, and they follow one
+another without gaps:
 
     name.codes       uint8    [N, K * bits / 8]         3 bits: the low plane, [N, K / 4]
     name.codes_high  uint8    [N, K / 8]                3 bits only: the high plane
@@ -8,12 +9,12 @@ A matrix `name` [N, K] is up to five streams, each an ordinary row-major tensor,
     name.zeros       uint8    [N, K / group_size]
     name.steps       float32  [N * K / group_size / meta_group_size, rounded up to a multiple of 4]
 
-Since N is a multiple of 16 and steps come by fours (those in excess are 0), every stream is a multiple of
-16 bytes long, and so, without gaps, every stream is aligned for 16-byte loads wherever the first one is. At
-16 bits the matrix is the one stream `name.weight`, unchanged.
+N is a multiple of 16, and steps come by fours, with zeros at the end. So every stream is a multiple of 16
+bytes long, and all are aligned for 16-byte loads if the first one is. At 16 bits the matrix is the one stream
+`name.weight`, unchanged.
 
-Groups run along K and none spans two rows. So matrices with the same inputs are as well quantized as one,
-above one another, as apart, and q, k, v are. Only a step may be shared across their border.
+Groups run along K, and none spans two rows. So matrices with the same inputs, such as q, k and v, can be
+quantized as one with the same result. Only a step may be shared across their border.
 
 An expert is one run of bytes, its **blob**: the streams of w13 (w1 above w3), then those of w2.
 """
@@ -56,16 +57,14 @@ class Field:
         return self.offset + self.bytes
 
     def view(self, buffer: Tensor) -> Tensor:
-        """This tensor in `buffer`, the bytes [uint8] that the offset counts in. No copy."""
+        """This tensor as a view of `buffer` [uint8], in which the offset counts."""
         return buffer[self.offset : self.end].view(self.dtype).view(self.shape)
 
 
 def matrix_fields(
     name: str, shape: Sequence[int], spec: QuantSpec, offset: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> list[Field]:
-    """The streams of one matrix; `dtype` is its own where it is not quantized.
-
-    Raises `ModelError` for a shape that the format does not take.
+    """The streams of one matrix. At 16 bits it is in `dtype`.
 
     >>> for field in matrix_fields("w2", (4096, 14336), QuantSpec(4)):
     ...     print(field.name, field.shape, field.offset, field.bytes)
@@ -73,6 +72,8 @@ def matrix_fields(
     w2.scales (4096, 224) 29360128 917504
     w2.zeros (4096, 224) 30277632 917504
     w2.steps (3584,) 31195136 14336
+
+    Raises `ModelError` if the format does not take the shape.
     """
     spec.check(name, shape)
     if not spec.quantized:
@@ -97,13 +98,13 @@ def matrix_fields(
 def expert_fields(
     config: ModelConfig, spec: QuantSpec, name: str = "", offset: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> list[Field]:
-    """The blob of one expert, whose tensors' names begin with `name`. All experts of a model are alike.
+    """The streams of one expert. Their names begin with `name`. All experts of a model are alike.
 
     >>> tiny = ModelConfig(vocab=9, hidden=64, layers=1, heads=2, kv_heads=1, head_dim=32, ffn=128, experts=2,
     ...                    experts_per_token=1, context=8, rope_theta=1e4, norm_eps=1e-5)
     >>> [(field.name, field.shape) for field in expert_fields(tiny, QuantSpec(3))][:5]
     [('w13.codes', (256, 16)), ('w13.codes_high', (256, 8)), ('w13.scales', (256, 1)), ('w13.zeros', (256, 1)), ('w13.steps', (4,))]
-    >>> expert_fields(tiny, QuantSpec(3))[-1]  # 128 scales share one step, and three are to fill 16 bytes
+    >>> expert_fields(tiny, QuantSpec(3))[-1]  # 128 scales share one step; three more fill 16 bytes
     Field(name='w2.steps', dtype=torch.float32, shape=(4,), offset=10000)
     """  # noqa: E501
     D, F = config.hidden, config.ffn
@@ -116,8 +117,8 @@ def model_fields(
 ) -> Iterator[Field]:
     """Every tensor of a model, in the order of its bytes, as if all were in one file.
 
-    Attention's and experts' matrices are in their formats; the trunk's other tensors (embeddings, head, norms
-    and gates) in `dtype`. Every expert's tensors are one directly after the other.
+    The matrices of attention and experts are in their formats. Embeddings, head, norms and gates are in
+    `dtype`. An expert's tensors follow one another without gaps.
     """
     shapes = parameter_rows(config)
     offset = 0

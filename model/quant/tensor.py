@@ -1,4 +1,4 @@
-"""A quantized matrix: its streams, and what they mean."""
+"""A quantized matrix: its streams, and the numbers that they stand for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from model.quant.streams import matrix_fields
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A matrix [N, K] in the streams of `model.quant.streams`; J = K / group_size groups to a row.
+    """A matrix [N, K] in the streams of `model.quant.streams`, with J = K / group_size groups to a row.
 
-    Of a weight with code q, in a group with scale byte s and zero byte z, under the step t:
+    A weight with code q, in a group with scale byte s and zero byte z, with the step t, is
 
         w = (q - z / 2 ** (8 - bits)) * (s * t)
 
-    A zero lies among the codes, in steps of 1/16 of a code at 4 bits, 1/64 at 2, and whole codes at 8. So it
-    needs no scale of its own, and q - zero is exact even in bfloat16.
+    A zero lies among the codes: at 4 bits it is a multiple of 1/16 of a code, at 2 bits of 1/64, and at 8
+    bits it is a code. So it needs no scale of its own, and q - zero is exact even in bfloat16.
 
     >>> spec = QuantSpec(4, group_size=16)
     >>> fill = lambda value, *shape: torch.full(shape, value, dtype=torch.uint8)
@@ -45,14 +45,14 @@ class QuantizedTensor:
 
     @staticmethod
     def of(spec: QuantSpec, shape: tuple[int, int], streams: Mapping[str, Tensor]) -> "QuantizedTensor":
-        """From streams by name, as `streams` returns them."""
+        """A matrix of these streams by name, as `streams` returns them."""
         high = streams.get("codes_high")
         return QuantizedTensor(
             spec, shape, streams["codes"], high, streams["scales"], streams["zeros"], streams["steps"]
         )
 
     def streams(self) -> dict[str, Tensor]:
-        """The tensors to store, by name and in the order of the layout."""
+        """The tensors by name, in the order in which they are stored."""
         high = {} if self.codes_high is None else {"codes_high": self.codes_high}
         return {
             "codes": self.codes, **high, "scales": self.scales, "zeros": self.zeros, "steps": self.steps,
@@ -72,15 +72,15 @@ class QuantizedTensor:
         return unpack(self.planes(), self.spec.bits, self.spec.group_size)
 
     def group_scales(self) -> Tensor:
-        """Every group's scale s * t, as numbers [N, J] float32."""
+        """Every group's scale s * t, [N, J] float32."""
         return scale_values(self.scales, self.steps, self.spec)
 
     def group_zeros(self) -> Tensor:
-        """Every group's zero z / 2 ** (8 - bits), as numbers [N, J] float32: the code that stands for 0."""
+        """Every group's zero z / 2 ** (8 - bits), [N, J] float32: the code that stands for 0."""
         return zero_values(self.zeros, self.spec)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix [N, K], computed in float32 and rounded to `dtype`. A reference, and slow."""
+        """The matrix [N, K], computed in float32 and rounded to `dtype`. This is the reference, and slow."""
         N, K = self.shape
         codes = self.unpack().view(N, -1, self.spec.group_size).float()  # [N, J, group_size]
         centred = codes - self.group_zeros()[..., None]  # [N, J, group_size]

@@ -56,7 +56,7 @@ class Blocks:
 
     @staticmethod
     def scratch_bytes(inputs: int, dtype: torch.dtype, target: Target) -> int:
-        return max(block_weights(target.device), inputs) * (4 + 2 + 2)  # in float32, in x's dtype, as codes
+        return max(block_weights(target.device), inputs) * (4 + 2 + 2)  # as float32, in x's dtype, as codes
 
     @staticmethod
     def fields(name: str, shape: Sequence[int], spec: QuantSpec, offset: int = 0) -> list[Field]:

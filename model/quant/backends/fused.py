@@ -20,7 +20,7 @@ class Fused:
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
-        """The tensors of `memory` have to follow one another without gaps, as `fields` has them."""
+        """The tensors of `memory` have to follow one another without gaps, as those of `fields` do."""
         first = memory["codes"]
         self.matrix = matrices.PackedMatrix(first, spec, shape)
         for field in self.fields("", shape, spec):

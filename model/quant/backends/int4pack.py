@@ -1,19 +1,19 @@
-"""A CPU's fast way: PyTorch's kernel for 4-bit weights, which reads codes from memory and never expands them.
+"""The fast way of a CPU in bfloat16: PyTorch's kernel for 4-bit weights, which never expands them.
 
 `torch.ops.aten._weight_int4pack_mm_for_cpu(x, nibbles, group, pairs)` computes `x @ W.T` with
 
     w = (q - 8) * pairs[group of k, n, 0] + pairs[group of k, n, 1]
 
 from codes q of up to 4 bits, in groups of 32, 64, 128 or 256 along K, with x and pairs in bfloat16. Codes of
-2 and 3 bits are moved to the middle of the nibble's range: then `(middle - zero) * scale`, which takes the
-place of a format's zero, is small, and so is what rounding it to bfloat16 costs. Formats that the kernel
-does not know are sums of those that it knows:
+2 and 3 bits are moved to the middle of the nibble's range. That makes `(middle - zero) * scale` small, which
+takes the place of a format's zero, and so rounding it to bfloat16 costs little. Formats that the kernel does
+not know are sums of formats that it knows:
 
-    groups of 16       even groups of 16 and odd ones apart, in groups of 32: x is 0 where the other ones are
+    groups of 16       even and odd groups apart, in groups of 32; x is 0 where the other groups are
     groups above 256   the same scale several times
     8 bits             16 * high nibble + low nibble
 
-The kernel takes longer the more rows x has; from `FEW` rows on it pays to expand a block of W once.
+The kernel takes longer the more rows x has. From `FEW` rows on it pays to expand a block of W once.
 """
 
 import functools
@@ -63,7 +63,7 @@ class Int4Pack:
         )
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What each of the two products multiplies with: all of x, or its even and its odd groups."""
+        """What the two products multiply with: both all of x, or one its even and one its odd groups."""
         if not self.halves:
             return x.contiguous(), x.contiguous()
         M, K = x.shape
@@ -74,9 +74,9 @@ class Int4Pack:
         return even, odd
 
     def expand_and_multiply(self, x: Tensor) -> Tensor:
-        """The same for many rows: W.T in blocks of columns, in bfloat16, each followed by a plain product.
+        """`x @ W.T` for many rows: W.T is expanded in blocks of columns, and each is multiplied plainly.
 
-        Blocks share their memory: fresh pages for each took more time than what is done with them.
+        The blocks share their memory. Fresh pages for each took longer than the work on them.
         """
         (N, K), M = self.shape, x.shape[0]
         x = filled_up(x)
@@ -88,7 +88,7 @@ class Int4Pack:
         return out[:M]
 
     def expand(self, rows: slice, work: "Workspace") -> Tensor:
-        """Some rows of W, which begin and end with the kernel's blocks, transposed: [K, n] bfloat16."""
+        """Some rows of W, in whole blocks of the kernel's, transposed: [K, n] bfloat16."""
         K, n = self.shape[1], rows.stop - rows.start
         codes = [work.codes(plane, i, rows) for i, plane in enumerate(self.nibbles)]  # [K, n] each
         if self.halves:
@@ -101,7 +101,7 @@ class Int4Pack:
         return functools.reduce(Tensor.add_, codes).view(K, n)
 
     def apply(self, values: Tensor, product: int, rows: slice) -> None:
-        """Codes less 8, [groups, weights of a group, n], into weights, in place."""
+        """Turn codes less 8, [groups, weights of a group, n], into weights, in place."""
         scales, zeros = self.pairs[product, :, rows].unbind(-1)  # [groups, n]
         torch.addcmul(zeros.contiguous()[:, None], values, scales.contiguous()[:, None], out=values)
 
@@ -124,7 +124,7 @@ class Int4Pack:
 
     @staticmethod
     def scratch_bytes(inputs: int, dtype: torch.dtype, target: Target) -> int:
-        return EXPANDED * inputs * (4 + 2 + 2)  # two planes in bfloat16, and their codes
+        return EXPANDED * inputs * 8  # bytes for up to two planes in bfloat16, their codes, and some room
 
     @staticmethod
     def fields(name: str, shape: Sequence[int], spec: QuantSpec, offset: int = 0) -> list[Field]:
@@ -140,7 +140,7 @@ class Int4Pack:
         spec, codes = matrix.spec, matrix.unpack()
         scales, zeros = matrix.group_scales(), matrix.group_zeros()  # [N, J]
         repeats = max(spec.group_size // KERNEL_GROUPS[-1], 1)
-        products = []  # (scale, zero as the kernel wants it), [N, groups]
+        products = []  # (scale, zero as the kernel takes it), [N, groups] each
         if spec.bits == 8:
             pack_nibbles(codes >> 4, memory["nibbles"][0])
             pack_nibbles(codes & 15, memory["nibbles"][1])
@@ -162,11 +162,11 @@ def kernel_group(spec: QuantSpec) -> int:
 
 @functools.cache
 def kernel_block() -> int:
-    """How many rows the kernel keeps together on this CPU, found by asking it to pack one marked code; 0 if
-    it keeps them in no order that `pack_nibbles` knows.
+    """How many rows the kernel keeps together on this CPU: 64 with AVX-512, 32 with AVX2. 0 if it has no
+    kernel here, or an order that `pack_in_blocks` does not know.
 
-    64 rows of AVX-512, 32 of AVX2: byte j of column k has row j in its low and row j + block / 2 in its high
-    nibble.
+    Byte j of column k has row j in its low and row j + block / 2 in its high nibble. The kernel is asked to
+    pack some codes, and the result is compared.
     """
     codes = (torch.arange(ROWS * 64, device="cpu") % 13).view(ROWS, 64).to(torch.uint8)
     try:
@@ -186,10 +186,10 @@ def pack_nibbles(codes: Tensor, out: Tensor) -> None:  # [N, K] uint8 -> [N, K /
 
 
 def pack_in_blocks(codes: Tensor, out: Tensor, block: int) -> None:
-    """Two rows, half a block apart, in one byte; then a block's columns one after the other.
+    """Put two rows, half a block apart, in one byte, and a block's columns one after the other.
 
-    What `_convert_weight_to_int4pack_for_cpu` does, but from bytes, where that wants int32, and four times as
-    fast. Row 1 and row 3 of a block of four:
+    `_convert_weight_to_int4pack_for_cpu` does the same, but from int32 and four times as slowly. Rows 0 and 2
+    of a block of four share bytes, and so do rows 1 and 3:
 
     >>> out = torch.empty(4, 1, dtype=torch.uint8)
     >>> pack_in_blocks(torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]], dtype=torch.uint8), out, 4)
@@ -201,18 +201,18 @@ def pack_in_blocks(codes: Tensor, out: Tensor, block: int) -> None:
     both = halves[:, 1] << 4
     both |= halves[:, 0]  # [N / block, block / 2, K]
     for packed, pair in zip(out.view(N // block, K, block // 2), both, strict=True):
-        packed.copy_(pair.t())  # one matrix after the other: PyTorch transposes those in tiles
+        packed.copy_(pair.t())  # one matrix at a time, which PyTorch transposes in tiles
 
 
 class Workspace:
-    """Room for a block of up to n rows of W as it is expanded, to be used again for the next."""
+    """Memory for a block of up to n rows of W as it is expanded, used again for the next block."""
 
     def __init__(self, K: int, n: int, planes: int, device: torch.device) -> None:
         self.halves = torch.empty(2, K * n // 2, dtype=torch.uint8, device=device)
         self.values = torch.empty(planes, K * n, dtype=torch.bfloat16, device=device)
 
     def codes(self, nibbles: Tensor, plane: int, rows: slice) -> Tensor:
-        """Codes of some rows less 8, transposed: [K, n] bfloat16, from a plane [N, K / 2]."""
+        """The codes of some rows of a plane [N, K / 2], less 8 and transposed: [K, n] bfloat16."""
         K, n, block = nibbles.shape[1] * 2, rows.stop - rows.start, kernel_block()
         packed = nibbles[rows].view(-1, K, block // 2)  # [n / block, K, block / 2]
         values = self.values[plane, : K * n].view(K, n // block, 2, block // 2)
