@@ -34,14 +34,15 @@ from model.quant.spec import QuantSpec
 from model.shapes import SHAPES
 from model.target import Target
 from runtime.errors import DeviceError, LoadError, OptionError
-from runtime.options import DTYPES, OFFLOAD, EngineOptions
+from runtime.options import EngineOptions
 from runtime.planning.plan import Plan, describe_slots
 from runtime.planning.planner import make_plan
-from runtime.planning.request import DEFAULT_CONTEXT, Budgets, Request
+from runtime.planning.request import Budgets, Request
 from runtime.planning.search import used_bytes
-from runtime.shell.arguments import from_flags, new_parser
+from runtime.shell.arguments import add_flag, from_flags, new_parser
 from runtime.units import format_bytes
 
+ENGINE_FLAGS = ("dtype", "context", "offload", "slots", "lookahead", "prefetch")
 LINKS = (12, 25)  # GB/s: what PCIe 3.0 and 4.0 with 16 lanes move in practice
 TERMS = {  # labels of a plan's fields
     "trunk_bytes": "trunk",
@@ -231,29 +232,20 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="checkpoint folder")
     model.add_argument("--shape", choices=tuple(SHAPES), help="a model that need not be there")
     parser.add_argument(
-        "--attention", metavar="SPEC", help="16, 8, 4, 3 or 2, or like 3g128 (default: as it is)"
+        "--attention",
+        metavar="SPEC",
+        help="16, 8, 4, 3 or 2, or like 3g128 (default: the checkpoint's, or 16)",
     )
     parser.add_argument("--experts", metavar="SPEC", help="the same for experts")
-    parser.add_argument("--vram", metavar="SIZE[,SIZE...]", help="device memory to give (default: no limit)")
-    parser.add_argument("--ram", metavar="SIZE", help="host memory to give (default: no limit)")
+    parser.add_argument(
+        "--vram", metavar="SIZE[,SIZE...]", help="device memory to use at most (default: no limit)"
+    )
+    parser.add_argument("--ram", metavar="SIZE", help="host memory to use at most (default: no limit)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--dtype", choices=DTYPES, help="what to compute in (default: bfloat16 on cuda)")
-    defaults = {field.name: field.default for field in dataclasses.fields(EngineOptions)}
-    parser.add_argument(
-        "--context", type=int, metavar="N", help=f"tokens of KV cache (default: {DEFAULT_CONTEXT})"
-    )
-    parser.add_argument("--offload", choices=OFFLOAD, default=defaults["offload"], help="default: auto")
-    parser.add_argument(
-        "--slots", type=int, metavar="N", help="slots of each layer (default: as many as fit)"
-    )
-    for name, what in (("lookahead", "layers to look ahead"), ("prefetch", "experts guessed for each")):
-        parser.add_argument(
-            f"--{name}",
-            type=int,
-            metavar="N",
-            default=defaults[name],
-            help=f"{what} (default: {defaults[name]})",
-        )
+    engine = parser.add_argument_group("as an engine holds it")
+    for field in dataclasses.fields(EngineOptions):
+        if field.name in ENGINE_FLAGS:
+            add_flag(engine, field)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true", help="print a Markdown table")

@@ -11,7 +11,7 @@ from model.quant.expert import ExpertFormat, aligned
 from model.quant.spec import QuantSpec
 from model.rows import kernel_bytes
 from model.target import Target
-from runtime.planning.memory import CONTEXT_BYTES, context_bytes, driver_bytes, overhead_bytes
+from runtime.planning.memory import driver_bytes, overhead_bytes
 
 MATRIX_SHAPES = 5  # of a model: qkv, o, w13, w2 and the head
 
@@ -32,16 +32,14 @@ class Costs:
         config: ModelConfig, attention: QuantSpec, experts: QuantSpec, dtype: torch.dtype, target: Target
     ) -> "Costs":
         """Raises `ModelError` if a format's groups do not divide the model's matrices."""
-        device, scratch = target.device, 0
-        if attention.quantized or experts.quantized:
-            scratch = scratch_bytes(max(config.hidden, config.ffn), dtype, target)
-        kernels = kernel_bytes(MATRIX_SHAPES, dtype, device)
+        quantized = attention.quantized or experts.quantized
+        kernels = kernel_bytes(MATRIX_SHAPES, dtype, target.device)
         return Costs(
             attention_bytes=attention_bytes(config, attention, dtype, target),
             blob_bytes=ExpertFormat.of(config, experts, dtype, target).blob_bytes,
-            scratch_bytes=scratch,
-            overhead_bytes=kernels + overhead_bytes(device, target.capability if target.present else None),
-            driver_bytes=driver_bytes(device, context_bytes(device) if target.present else CONTEXT_BYTES),
+            scratch_bytes=scratch_bytes(max(config.hidden, config.ffn), dtype, target) if quantized else 0,
+            overhead_bytes=kernels + overhead_bytes(target),
+            driver_bytes=driver_bytes(target),
             attending=Attending.of(config, dtype, target),
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from model.target import Target
 from runtime.planning.cgroups import ROOT, memory_left, read_lines
 
 HOST_MARGIN = 512 << 20  # left to the rest of the machine
@@ -24,6 +25,7 @@ ROUNDING_BYTES = 32 << 20
 # another one serves, and each uses the stream that computes and the one that captures. The stream of copies
 # multiplies nothing. Each further thread that serves takes two more workspaces, which are not planned.
 CUBLAS_WORKSPACES = 2 * 2
+HOPPER = (9, 0)  # the first compute capability with large workspaces
 
 
 def free_host_bytes(root: Path = ROOT) -> int | None:
@@ -76,23 +78,23 @@ def context_bytes(device: torch.device) -> int:
     return taken if 0 < taken <= MOST_CONTEXT else CONTEXT_BYTES
 
 
-def driver_bytes(device: torch.device, context: int = CONTEXT_BYTES) -> int:
-    """What a process takes of a GPU outside of PyTorch's allocator, its context included; 0 for a CPU.
+def driver_bytes(target: Target) -> int:
+    """What a process takes of a GPU outside of PyTorch's allocator, its context included; 0 for a CPU."""
+    if not target.is_gpu:
+        return 0
+    return (context_bytes(target.device) if target.present else CONTEXT_BYTES) + LATER_BYTES
 
-    The GPU need not be there.
-    """
-    return context + LATER_BYTES if device.type == "cuda" else 0
 
-
-def overhead_bytes(device: torch.device, capability: tuple[int, int] | None = None) -> int:
+def overhead_bytes(target: Target) -> int:
     """What PyTorch's allocator takes of a GPU beside the tensors that a plan counts; 0 for a CPU.
 
-    That is cuBLAS's workspaces, whose size depends on the compute capability, and what rounding loses. An
-    unknown capability (None) counts as the one that takes most.
+    That is cuBLAS's workspaces, whose size depends on the compute capability, and what rounding loses. A
+    hypothetical GPU counts as one with the largest workspaces.
     """
-    if device.type != "cuda":
+    if not target.is_gpu:
         return 0
-    workspace = 32 << 20 if capability is None or capability >= (9, 0) else (8 << 20) + (128 << 10)
+    large = not target.present or target.capability is None or target.capability >= HOPPER
+    workspace = 32 << 20 if large else (8 << 20) + (128 << 10)
     return CUBLAS_WORKSPACES * workspace + ROUNDING_BYTES
 
 

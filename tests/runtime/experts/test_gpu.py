@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.target import Target
 from runtime import Engine, EngineOptions, SamplingParams
 from runtime.experts import arena as arena_module
 from runtime.experts.arena import Arena
@@ -87,8 +88,8 @@ def quantized(variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 def test_the_plan_is_kept_under_a_hard_limit(limited: Callable[[int], int], quantized: Path) -> None:
     """Slots fill the budget, and PyTorch gets not a byte more than what is planned for it; nor takes much
     less. The driver's share, which PyTorch does not see, is what the plan says or less."""
-    vram = memory.overhead_bytes(GPU, torch.cuda.get_device_capability(GPU)) + (720 << 20)
-    before = limited(vram - memory.driver_bytes(GPU, memory.context_bytes(GPU)))
+    vram = memory.overhead_bytes(Target.of(GPU)) + (720 << 20)
+    before = limited(vram - memory.driver_bytes(Target.of(GPU)))
     options = EngineOptions(device="cuda:0", vram=str(vram), dtype="bfloat16", context=8192)
     with Engine.load(quantized, options) as engine:
         plan = engine.plan

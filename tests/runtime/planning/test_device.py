@@ -205,7 +205,7 @@ def test_the_context_is_measured_where_a_process_is_alone(
     allocator.taken = taken
     free = memory.free_device_bytes(CUDA)
     assert free == 80 * GIB - taken - allocator.reserved + 2 * GIB + context
-    driver = memory.driver_bytes(CUDA, memory.context_bytes(CUDA))
+    driver = memory.driver_bytes(Target(CUDA, (8, 0)))
     left = free - driver
     assert driver == context + memory.LATER_BYTES
     assert left == 80 * GIB - taken - allocator.allocated - memory.LATER_BYTES, "it is there, and counts once"
@@ -220,16 +220,17 @@ def test_the_context_is_what_it_was_when_first_measured(allocator: Allocator) ->
 
 def test_of_a_gpu_that_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cuda, "mem_get_info")
-    assert memory.driver_bytes(CUDA) == memory.CONTEXT_BYTES + memory.LATER_BYTES
-    assert memory.driver_bytes(CPU) == memory.context_bytes(CPU) == 0
+    assert memory.driver_bytes(Target.hypothetical()) == memory.CONTEXT_BYTES + memory.LATER_BYTES
+    assert memory.driver_bytes(Target(CPU)) == memory.context_bytes(CPU) == 0
 
 
 def test_what_a_gpus_allocator_takes_beside_tensors() -> None:
     """A workspace of cuBLAS for two threads, that loads and that serves, on two streams each."""
-    sizes = [memory.overhead_bytes(CUDA, found) for found in (None, (9, 0), (8, 6), (7, 5))]
+    cards = [Target.hypothetical((8, 6)), *(Target(CUDA, found) for found in ((9, 0), (8, 6), (7, 5)))]
+    sizes = [memory.overhead_bytes(card) for card in cards]
     assert sizes[0] == sizes[1] == 4 * (32 << 20) + memory.ROUNDING_BYTES
     assert sizes[2] == sizes[3] == 4 * ((8 << 20) + (128 << 10)) + memory.ROUNDING_BYTES
-    assert memory.overhead_bytes(CPU, None) == 0
+    assert memory.overhead_bytes(Target(CPU)) == 0
 
 
 def test_only_a_gpus_memory_is_reserved_and_released(allocator: Allocator) -> None:
