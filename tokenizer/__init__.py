@@ -1,4 +1,4 @@
-"""Text to token ids and back, for Mixtral's sentencepiece models: plain, streamed and as conversations."""
+"""Text to token ids and back, for Mixtral's sentencepiece models: plain text, streams and conversations."""
 
 from tokenizer.chat import ChatVersion
 from tokenizer.conversation import Message

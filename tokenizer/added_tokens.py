@@ -1,4 +1,4 @@
-"""Tokens that a checkpoint's files add to its sentencepiece model's, and where they stand in a text."""
+"""Tokens that a checkpoint's files add to its sentencepiece model, and where they stand in a text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-# Unicode's white space. Python's \s has four control characters more (U+001C to U+001F).
+# Unicode's white space. Python's \s has four more control characters (U+001C to U+001F).
 WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*")
 
 
@@ -14,10 +14,10 @@ WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u
 class AddedToken:
     """A text that is one id.
 
-    special      it steers the model, and a text that a user writes must not become it; it decodes to nothing
-    lstrip       takes the white space in front of it along
-    rstrip       takes the white space after it along
-    single_word  does not count inside a word
+    special      the token steers the model: no user's text may become it, and it decodes to nothing
+    lstrip       the token takes the white space before it along
+    rstrip       the token takes the white space after it along
+    single_word  the token does not count inside a word
     """
 
     content: str
@@ -29,15 +29,15 @@ class AddedToken:
 
 
 class Splitter:
-    """Finds tokens in a text: from left to right, the longest first."""
+    """Finds tokens in a text from left to right, and the longest where several begin."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self.tokens = {token.content: token for token in tokens}
         longest_first = sorted(self.tokens, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is never there
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nothing
 
     def split(self, text: str) -> Iterator[str | int]:
-        """The text in order: an id for each token, and the texts between them as they are.
+        """Yield the text in order: an id for each token, and the texts between them unchanged.
 
         >>> splitter = Splitter([AddedToken("<end>", 7, rstrip=True), AddedToken("<", 8)])
         >>> list(splitter.split("one<end> two < three"))
@@ -61,7 +61,7 @@ class Splitter:
             yield text[begun:]
 
     def found(self, text: str) -> list[str]:
-        """The tokens that `text` spells, each once."""
+        """Return the tokens that `text` spells, each once."""
         return list(dict.fromkeys(self._pattern.findall(text)))
 
 
@@ -70,7 +70,7 @@ def inside_a_word(text: str, start: int, stop: int) -> bool:
 
 
 def space_before(text: str, least: int, at: int) -> int:
-    """Where the white space that ends at `at` begins, from `least` on."""
+    """Return where the white space that ends at `at` begins, looking no further back than `least`."""
     while at > least and WHITE_SPACE.fullmatch(text[at - 1]):
         at -= 1
     return at

@@ -1,18 +1,18 @@
 """Conversations as the ids that Mixtral-Instruct was trained on.
 
-Two formats exist. V1 (Mixtral-8x7B-Instruct) writes its tags as ordinary text, V3 (Mixtral-8x22B-Instruct)
-has control pieces for them:
+There are two formats. V1 (Mixtral-8x7B-Instruct) writes its tags as ordinary text. V3
+(Mixtral-8x22B-Instruct) has control pieces for them:
 
     V1   <s> [INST] Hello [/INST] Fine</s> [INST] And you? [/INST]
     V3   <s>[INST] Hello[/INST] Fine</s>[INST] And you?[/INST]
 
-The system message has no tags of its own: with a blank line behind it, it opens a user turn. In V1 that is
-the first turn. In V3 it is the last, so that it moves along as the conversation grows.
+The system message has no tags of its own. It opens a user turn, and a blank line follows it. In V1 that is
+the first turn. In V3 it is the last turn, so the system message moves along as the conversation grows.
 
-Guarantee: control ids come from here alone, never from a message's text. (In V1 the tags are text, so a user
-can write them; the format has no defence against that, though `<s>` and `</s>` stay out of reach.)
+Guarantee: control ids come from this module alone, never from a message's text. In V1 the tags are text, so a
+user can write them. The format has no defense against that, but no user can write `<s>` and `</s>`.
 
-Fine-tunes with a chat template of their own are written by `tokenizer.template`.
+`tokenizer.template` writes conversations for fine-tunes that bring a chat template.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ BEGIN, END = "[INST]", "[/INST]"
 
 
 class ChatVersion(Enum):
-    """The chat format, named as Mistral does."""
+    """The chat format, by Mistral's name for it."""
 
     V1 = "v1"
     V3 = "v3"
 
 
 def chat_version(control: Mapping[str, int]) -> ChatVersion:
-    """Tell the chat format from the vocabulary's control pieces.
+    """Tell the chat format from a vocabulary's control pieces.
 
     >>> chat_version({"<s>": 1, "</s>": 2}), chat_version({"<s>": 1, "</s>": 2, "[INST]": 3, "[/INST]": 4})
     (<ChatVersion.V1: 'v1'>, <ChatVersion.V3: 'v3'>)
 
-    Raises:
-        TokenizerError: The vocabulary belongs to a later format, which places the system message elsewhere.
+    Raises `TokenizerError` if the vocabulary belongs to a later format, which places the system message
+    elsewhere.
     """
     if "[SYSTEM_PROMPT]" in control:
         raise TokenizerError(
@@ -57,7 +57,10 @@ def encode_chat(
     bos: int,
     eos: int,
 ) -> list[int]:
-    """A conversation's ids in the format that the control pieces call for; `encode` gives a text's ids."""
+    """Return a conversation's ids, in the format that the names and ids in `control` call for.
+
+    `encode` gives the ids of a text. Raises `TokenizerError` if the messages are not a conversation.
+    """
     version = chat_version(control)
     system, turns = split_system(messages)
     if system:

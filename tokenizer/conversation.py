@@ -1,4 +1,4 @@
-"""What a conversation is, whichever format it is written in."""
+"""What a conversation is, in any format."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ class Message(TypedDict):
 
 
 def check_conversation(messages: Sequence[Mapping[str, object]]) -> list[Message]:
-    """Return the messages, of which the last is to be answered.
+    """Return the messages of a conversation that waits for an answer.
 
-    Raises:
-        TokenizerError: The roles do not run (system,) user, assistant, user, ..., user, or a message is not
-            plain text.
+    Raises `TokenizerError` if the roles are not (system,) user, assistant, user, ..., user, or if a message
+    is not plain text.
     """
     checked = [_check(message, i, len(messages)) for i, message in enumerate(messages)]
     first = 1 if checked and checked[0]["role"] == "system" else 0
@@ -33,8 +32,7 @@ def check_conversation(messages: Sequence[Mapping[str, object]]) -> list[Message
         if turn["role"] != expected:
             raise TokenizerError(
                 f"message {first + i + 1} of {len(messages)} is from {turn['role']!r} where {expected!r} "
-                "is due; "
-                "after an optional first system message, user and assistant take turns"
+                "is due; after an optional first system message, user and assistant take turns"
             )
     if checked[-1]["role"] == "assistant":
         raise TokenizerError(
@@ -45,13 +43,12 @@ def check_conversation(messages: Sequence[Mapping[str, object]]) -> list[Message
 
 
 def split_system(messages: Sequence[Mapping[str, object]]) -> tuple[str, list[Message]]:
-    """Check a conversation; return the system text ("" if there is none) and the turns.
+    """Check a conversation. Return its system text ("" if there is none) and its turns.
 
     >>> split_system([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
     ('Be brief.', [{'role': 'user', 'content': 'Hi'}])
 
-    Raises:
-        TokenizerError: As for `check_conversation`.
+    Raises `TokenizerError` as `check_conversation` does.
     """
     turns = check_conversation(messages)
     system = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
@@ -59,7 +56,7 @@ def split_system(messages: Sequence[Mapping[str, object]]) -> tuple[str, list[Me
 
 
 def _check(message: Mapping[str, object], index: int, count: int) -> Message:
-    """Return the message as a `Message`, or raise with its place in the conversation."""
+    """Return the message as a `Message`. Raises `TokenizerError`, with its place, if it is none."""
     where = f"message {index + 1} of {count}"
     if not isinstance(message, Mapping):
         raise TokenizerError(f"{where} is a {type(message).__name__}; give a dict with 'role' and 'content'")

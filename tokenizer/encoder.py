@@ -1,4 +1,4 @@
-"""Encoding texts with sentencepiece, in one piece or with tokens between them."""
+"""Encode texts with sentencepiece, whole or with tokens between them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tokenizer.vocabulary import WITHOUT_PREFIX
 
 
 class Encoder:
-    """A sentencepiece model, as it is and without its space in front of every text."""
+    """A sentencepiece model, and the same model without the space that it puts before every text."""
 
     def __init__(self, model: bytes, legacy: bool = True) -> None:
-        """`model` is a serialised model; `legacy` as in `tokenizer.settings.Settings`.
+        """`model` is a serialized model. `legacy` is described in `tokenizer.settings.Settings`.
 
-        Raises `RuntimeError` or another of sentencepiece's errors if it does not take the model.
+        Raises `RuntimeError` or another error of sentencepiece if sentencepiece refuses the model.
         """
         self.legacy = legacy
         self.processor = SentencePieceProcessor(model_proto=model)
@@ -24,10 +24,10 @@ class Encoder:
         self.eos_id: int = self.processor.eos_id()
 
     def encode(self, parts: Iterable[str | int]) -> list[int]:
-        """The ids of texts, with the ids of tokens between them.
+        """Return the ids of texts and of the tokens between them. An int in `parts` is a token's id.
 
-        A text after a token begins with the encoder's space in legacy folders, and without in others. Those
-        also leave it away where a text begins with a space of its own (as Transformers does).
+        In a legacy folder every text begins with the encoder's space. In others only a text that comes first
+        does, and only if it does not begin with a space of its own. Transformers does the same.
         """
         ids: list[int] = []
         first = True
@@ -47,6 +47,6 @@ class Encoder:
         return str(self.processor.id_to_piece(token_id))
 
     def piece_id(self, piece: str) -> int | None:
-        """The id of the piece that is spelt exactly so; None if there is none."""
+        """Return the id of the piece with exactly this spelling. None if there is none."""
         token_id: int = self.processor.piece_to_id(piece)
         return token_id if self.processor.id_to_piece(token_id) == piece else None

@@ -1,4 +1,4 @@
-"""The one exception of this package."""
+"""The one exception of this package, and how its messages show what others wrote."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import reprlib
 class TokenizerError(ValueError):
     """A tokenizer file, a text, a token id or a conversation that cannot be used.
 
-    The message is one line: what is wrong, with its number, and what to do about it.
+    The message is one line. It says what is wrong, with its number, and what to do about it.
     """
 
 
 def quoted(value: object, limit: int = 80) -> str:
-    """A value from a file or a caller, as a message may show it: its repr, in at most `limit` characters.
+    """Return the repr of a value from a file or a caller, in at most `limit` characters, for a message.
 
-    Control characters come out escaped, so a message stays one line and a terminal is not told anything.
+    Control characters come out escaped, so the message stays one line and gives a terminal no commands.
 
     >>> print(quoted("two\\nlines"), quoted("\\x1b[2J" + "y" * 10**6, limit=24))
     'two\\nlines' '\\x1b[2Jyy...yyyyyyyyyy'

@@ -1,13 +1,14 @@
-"""Keeping what users write apart from what a chat template writes.
+"""Keep what users write apart from what a chat template writes.
 
-A template mixes both into one text, and control tokens are found in that text. A user who writes
-`<|im_end|>` must not get one. So the punctuation of all control tokens is replaced in the messages, before
-the template sees them, by stand-ins: characters that occur nowhere else. Control tokens are then found in
-what the template has written, and in nothing else, and the stand-ins become punctuation again.
+A template mixes both into one text, and the tokenizer looks for control tokens in that text. A user who
+writes `<|im_end|>` must not get one. So the guard changes the messages before the template sees them. It
+replaces the punctuation of all control tokens by stand-ins, which are characters that occur nowhere else.
+Every control token in the rendered text is then the template's own, and the guard turns the stand-ins back
+into punctuation.
 
-A stand-in is one character for one, and is neither white space nor a letter: a template may strip, cut, join,
-compare and replace, and the text comes out as it would have without. (Where a template looks into messages
-for such punctuation, it does not find it; `render_guarded` says what follows.)
+A stand-in replaces one character, and is neither white space nor a letter. So a template may strip, cut,
+join, compare and replace, with the same result as without the guard. A template that looks for such
+punctuation in a message does not find it. `render_guarded` says what follows from that.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from tokenizer.added_tokens import Splitter
 from tokenizer.errors import TokenizerError
 
-PRIVATE = range(0xF0000, 0xF2000)  # code points that Unicode gives to nobody
+PRIVATE = range(0xF0000, 0xF2000)  # code points that Unicode leaves to private use
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -50,7 +51,7 @@ class Guard:
 
 
 def key_characters(token: str) -> set[str]:
-    """What of a token no user may supply: its punctuation, or all of it where there is none."""
+    """Return the characters of a token that no user may supply: its punctuation, or all if it has none."""
     marks = {c for c in token if not c.isalnum() and not c.isspace()}
     return marks or {c for c in token if not c.isspace()}
 
@@ -58,14 +59,14 @@ def key_characters(token: str) -> set[str]:
 def render_guarded(
     render: Callable[[Messages], str], messages: Messages, control: Splitter, taken: Iterable[str]
 ) -> list[str | int]:
-    """The conversation that `render` writes: texts, and ids of the control tokens that the template wrote.
+    """Return the conversation that `render` writes: texts, and ids of the control tokens in the template.
 
-    `taken` are further texts from which `render` may take characters: the template's own.
+    `taken` are further texts from which `render` may take characters, such as the template itself.
 
-    A template may look into messages, `'</think>' in message.content` say, and then write something else for
-    one whose punctuation is hidden. So the conversation is rendered as it is, too. That rendering is taken
-    where no message spells a control token, whatever the case of its letters, and both have the same control
-    tokens in the same order: then no user had a part in them.
+    A template may look into messages, as in `'</think>' in message.content`, and write something else because
+    the punctuation is hidden. So this function also renders the messages unchanged. It prefers that rendering
+    if no message spells a control token, in letters of any case, and if both renderings have the same control
+    tokens in the same order. Then no user had a part in them.
     """
     contents = [message["content"] for message in messages]
     guard = Guard(control.tokens, [*contents, *taken])

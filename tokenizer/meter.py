@@ -1,12 +1,12 @@
 """Bounds on what a chat template may cost.
 
-A template is a program that comes with the weights. Jinja's sandbox keeps it from everything outside of it,
-but not from running for ever, nor from `'a' * 10**10`. So the template's tree is rewritten before it is
-compiled: every loop, call, filter, test, comparison, operator and output first pays for what it handles.
+A template is a program that comes with the weights. Jinja's sandbox keeps it away from the machine, but it
+may run forever, or compute `'a' * 10**10`. So this module rewrites the template's tree before Jinja compiles
+it. Every loop, call, filter, test, comparison, operator and output then pays for what it handles.
 
-Guarantee: all texts, lists and numbers that a rendering makes are together no larger than the allowance, and
-the steps that it takes are bounded by it. What is not bounded is one single operation's own time on values of
-that size, which is that of a pass over some megabytes.
+Guarantee: the allowance bounds the number of operations of a rendering, and the total size of all texts,
+lists and numbers that it makes. It does not bound the time of a single operation, which is at most a pass
+over some megabytes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.utils import Namespace, pass_context
 
-STEP = 8  # what a turn of a loop, a call or an operator costs beside its values
+OPERATION = 8  # the cost of a turn of a loop, a call or an operator, in addition to its values
 MAX_DEPTH = 16  # of lists in lists
 MAX_BITS = 1 << 12  # of a product or power
 OPERATORS = frozenset(("+", "-", "*", "/", "//", "%", "**"))
-WIDE = re.compile(r"%[^a-zA-Z%]*(\d{3}|\*)")  # '%1000000d': a format that makes much of little
+WIDE = re.compile(r"%[^a-zA-Z%]*(\d{3}|\*)")  # '%1000000d' is a format that makes a long text of a short one
 
 FILTERS = frozenset(
     """
@@ -55,9 +55,9 @@ class Meter:
             raise SecurityError(f"it takes more than the {self.allowance} steps and characters that it may")
 
     def take(self, *values: object) -> int:
-        """Charge for a step and for all that `values` hold; return their cost."""
+        """Charge for an operation and for all that `values` hold. Return their cost."""
         before = self.left
-        self.charge(STEP)
+        self.charge(OPERATION)
         waiting = [(value, 0) for value in values]
         while waiting:
             value, depth = waiting.pop()
@@ -74,7 +74,7 @@ class Meter:
         return before - self.left
 
     def result(self, value: Any) -> Any:
-        """Charge for a value that was made; what is made step by step is charged for in steps."""
+        """Charge for a new value. A generator is charged for each value that it makes."""
         if isinstance(value, Generator):
             return self.each(value)
         self.take(value)
@@ -82,11 +82,11 @@ class Meter:
 
     def each(self, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
-            self.charge(STEP)
+            self.charge(OPERATION)
             yield value
 
     def install(self, environment: Environment) -> None:
-        """Have everything that templates of this environment do be paid for."""
+        """Make templates of this environment pay for all they do."""
         filters = {name: f for name, f in environment.filters.items() if name in FILTERS}
         environment.filters = {name: self.paid(name, f) for name, f in filters.items()}
         environment.filters |= {"!value": pass_context(lambda context, value: self.result(value))}
@@ -114,7 +114,7 @@ class Meter:
         environment.call_binop, environment.call = call_binop, call_anything  # type: ignore[attr-defined]
 
     def paid(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter or test that charges for its values and for what it makes of them."""
+        """Return the filter or test `function`, charging for its values and for what it makes of them."""
         own = 1 if hasattr(function, "jinja_pass_arg") else 0  # Jinja's own argument comes before the value
 
         @wraps(function)
@@ -138,11 +138,8 @@ class Meter:
                 if isinstance(many, (str, list, tuple)) and isinstance(times, int):
                     self.charge(max(0, times) * (1 + len(many)))
         if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
-            bits = (
-                left.bit_length() * max(right, 0)
-                if operator == "**"
-                else left.bit_length() + right.bit_length()
-            )
+            power, product = left.bit_length() * max(right, 0), left.bit_length() + right.bit_length()
+            bits = power if operator == "**" else product
             if bits > MAX_BITS:
                 raise SecurityError(f"it computes a number of {min(bits, 10**9)} bits")
         if operator == "%" and isinstance(left, str) and WIDE.search(left):
@@ -173,7 +170,7 @@ def parts_of(value: object) -> list[object]:
 def of_replace(
     cost: int, text: object, old: object = "", new: object = "", *rest: object, **words: object
 ) -> int:
-    """How many characters replacing adds at most. (Markup's and a text's own method count alike.)"""
+    """Return how many characters replacing adds at most, by the method of texts or by Jinja's filter."""
     text, old, new = str(text), str(words.get("old", old)), str(words.get("new", new))
     return text.count(old) * (1 + len(new))
 
@@ -206,7 +203,7 @@ GROWING: dict[str, Callable[..., int]] = {
 
 
 def metered(node: nodes.Node, environment: Environment) -> Any:
-    """The tree in which all that costs is paid for; see `Meter.install` for the filters that it names."""
+    """Return the tree with a payment at every operation. `Meter.install` gives the filters that it names."""
     for name, value in node.iter_fields():
         if isinstance(value, nodes.Node):
             setattr(node, name, metered(value, environment))

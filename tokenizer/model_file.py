@@ -1,4 +1,4 @@
-"""Finding and reading the `tokenizer.model` of a checkpoint."""
+"""Find and read the `tokenizer.model` of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from tokenizer.errors import TokenizerError, quoted
 
 NAME = "tokenizer.model"
-MAX_BYTES = 16 << 20  # Mixtral's are half a megabyte; this only keeps us from swallowing a weights file
+MAX_BYTES = 16 << 20  # Mixtral's have half a megabyte. The limit keeps us from reading a file of weights
 
 
 def find_model(path: str | PathLike[str]) -> Path:
     """Return the tokenizer file that `path` means: the file itself, or the one in a checkpoint folder.
 
-    In a folder `tokenizer.model` comes first, then `tokenizer.model.*` if there is one only: Mistral also
-    names its files `tokenizer.model.v3` and the like.
+    In a folder this is `tokenizer.model`, or else the only `tokenizer.model.*`. Mistral also uses names such
+    as `tokenizer.model.v3`.
 
-    Raises:
-        TokenizerError: There is none, or several and no telling which, or the folder cannot be searched.
+    Raises `TokenizerError` if the folder holds none, or several without a `tokenizer.model`, or cannot be
+    searched.
     """
     try:
         return _find(Path(path))
@@ -55,10 +55,9 @@ def _find(path: Path) -> Path:
 
 
 def read_model(file: Path) -> bytes:
-    """Read a tokenizer file whole.
+    """Read a whole tokenizer file.
 
-    Raises:
-        TokenizerError: It cannot be read, is empty, far too large, or the stand-in that Git LFS leaves.
+    Raises `TokenizerError` if it cannot be read, is empty or far too large, or is a Git LFS pointer.
     """
     try:
         size = file.stat().st_size

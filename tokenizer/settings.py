@@ -1,16 +1,17 @@
 """What the files beside `tokenizer.model` say: added tokens, special tokens, the chat template.
 
-Fine-tunes add tokens to Mixtral's vocabulary and come with a chat template. They say so in
-`tokenizer_config.json`, in older folders in `added_tokens.json` and `special_tokens_map.json`, and the
-template may have a file of its own. Which file counts where two of them speak is as in Transformers.
+Fine-tunes add tokens to Mixtral's vocabulary and bring a chat template. `tokenizer_config.json` says so, or
+in older folders `added_tokens.json` and `special_tokens_map.json`. The template may have a file of its own.
+If two files say different things, the one counts that counts in Transformers.
 
-Guarantee: everything is of the type that it claims and of bounded size, or a `TokenizerError` says which
-file is wrong.
+Guarantee: every value has the type that it claims and a bounded size, or a `TokenizerError` says which file
+is wrong.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,12 +28,12 @@ MAX_TOKENS = 1 << 14
 MAX_CONTENT = 1 << 10  # characters of one token
 MAX_ID = 1 << 20
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-UNPLACED = -1  # the id of a token to which no file gives one
+UNPLACED = -1  # the id of a token for which no file has one
 
 
 @dataclass(frozen=True)
 class Template:
-    """The text of a chat template, and the file that it is from."""
+    """The text of a chat template, and the file that it comes from."""
 
     text: str
     source: str
@@ -43,9 +44,9 @@ class Settings:
     """What a folder says about its tokenizer.
 
     legacy    every text between two special tokens begins as a text of its own, with the encoder's space
-    added     added tokens with their ids
-    special   special tokens whose ids are found by their content (their own id is UNPLACED)
-    names     what templates call special tokens: {"bos_token": "<s>", ...}; None where a file says null
+    added     added tokens, with their ids
+    special   special tokens without an id (it is UNPLACED), which their content finds
+    names     what templates call special tokens: {"bos_token": "<s>", ...}. None for a null in a file
     ends      the end-of-text tokens of all files
     template  the chat template, if there is one
     """
@@ -59,14 +60,13 @@ class Settings:
 
 
 def read_settings(folder: Path | None, chat_template: Path | None = None) -> Settings:
-    """What the files in `folder`, if any, say. The chat template may be another file, `chat_template`.
+    """Return what the files in `folder` say. The chat template may come from another file, `chat_template`.
 
-    Raises:
-        TokenizerError: A file cannot be read, or says what makes no sense.
+    Raises `TokenizerError` if a file cannot be read, or if what it says makes no sense.
     """
+    given = None if chat_template is None else Template(read_text(chat_template), str(chat_template))
     if folder is None:
-        template = None if chat_template is None else Template(read_text(chat_template), str(chat_template))
-        return Settings(template=template)
+        return Settings(template=given)
     config = read_object(folder / CONFIG)
     special = read_object(folder / SPECIAL)
     declared = "added_tokens_decoder" in config
@@ -81,10 +81,6 @@ def read_settings(folder: Path | None, chat_template: Path | None = None) -> Set
     legacy = config.get("legacy")
     if legacy is not None and not isinstance(legacy, bool):
         raise refusal(folder / CONFIG, f"legacy is {quoted(legacy)}", "true or false")
-    if chat_template is not None:
-        template = Template(read_text(chat_template), str(chat_template))
-    else:
-        template = folder_template(folder, config)
     ends = (
         content_of(folder / name, "eos_token", values)
         for name, values in ((CONFIG, config), (SPECIAL, special))
@@ -97,41 +93,44 @@ def read_settings(folder: Path | None, chat_template: Path | None = None) -> Set
             name: content_of(folder / CONFIG, name, named) for name in named if names_a_token(name, named)
         },
         ends=tuple(dict.fromkeys(end for end in ends if end)),
-        template=template,
+        template=given or folder_template(folder, config),
     )
 
 
 def declared_tokens(file: Path, declared: object) -> tuple[AddedToken, ...]:
-    """The `added_tokens_decoder` of `tokenizer_config.json`: {"32000": {"content": "<|im_end|>", ...}}."""
+    """Read `added_tokens_decoder` in `tokenizer_config.json`: {"32000": {"content": "<|im_end|>", ...}}."""
     if not isinstance(declared, Mapping) or len(declared) > MAX_TOKENS:
         raise refusal(
             file, "added_tokens_decoder is no object, or too large", f"one of up to {MAX_TOKENS} tokens"
         )
     tokens = []
     for key, value in declared.items():
-        place = int(key) if str(key).isascii() and str(key).isdecimal() and len(str(key)) < 8 else -1
+        what = f"added token {quoted(key)}"
         if not isinstance(value, Mapping):
-            raise refusal(file, f"added token {quoted(key)} is {quoted(value)}", "an object with 'content'")
-        tokens.append(token_of(file, value, place, f"added token {quoted(key)}"))
+            raise refusal(file, f"{what} is {quoted(value)}", "an object with 'content'")
+        place = int(key) if re.fullmatch("[0-9]{1,7}", key) else None
+        tokens.append(token_of(file, value, known(file, place, what), what))
     return distinct(file, tokens)
 
 
 def listed_tokens(file: Path, special: Collection[str]) -> tuple[AddedToken, ...]:
-    """The tokens of `added_tokens.json`, {"<|im_end|>": 32000}; which are special, other files say."""
+    """Read the tokens of `added_tokens.json`: {"<|im_end|>": 32000}. Other files say which are `special`."""
     listed = read_object(file)
     if len(listed) > MAX_TOKENS:
         raise refusal(file, f"holds {len(listed)} tokens", f"{MAX_TOKENS} at most")
     tokens = []
     for content, place in listed.items():
-        whole = place if isinstance(place, int) and not isinstance(place, bool) else -1
+        what = f"added token {quoted(content)}"
         value = {"content": content, "special": content in special}
-        tokens.append(token_of(file, value, whole, f"added token {quoted(content)}"))
+        tokens.append(token_of(file, value, known(file, place, what), what))
     return distinct(file, tokens)
 
 
 def special_tokens(named: Mapping[str, object], file: Callable[[str], Path]) -> Iterator[AddedToken]:
-    """Special tokens that are named and not numbered, in the order in which they would get new ids. `file`
-    says from which file a name is."""
+    """Yield special tokens that have names and no ids, in the order in which they would get new ids.
+
+    `file` returns the file that a name comes from.
+    """
     order = [name for name in NAMED if name in named]
     order += [name for name in named if name not in NAMED and names_a_token(name, named)]
     values = [(name, named[name]) for name in order if named[name] is not None]
@@ -146,16 +145,13 @@ def special_tokens(named: Mapping[str, object], file: Callable[[str], Path]) -> 
         if isinstance(value, str):
             value = {"content": value}
         if not isinstance(value, Mapping):
-            raise refusal(
-                file(name),
-                f"{quoted(name)} is {quoted(value)}",
-                "a token's text, or an object with 'content'",
-            )
+            what = f"{quoted(name)} is {quoted(value)}"
+            raise refusal(file(name), what, "a token's text, or an object with 'content'")
         yield token_of(file(name), {**value, "special": True}, UNPLACED, quoted(name))
 
 
 def names_a_token(name: str, values: Mapping[str, object]) -> bool:
-    """Whether a setting is a special token, as "bos_token" is and "add_bos_token": true is not."""
+    """Tell whether a setting is a special token, as "bos_token" is and "add_bos_token": true is not."""
     return name.endswith("_token") and (name in NAMED or isinstance(values[name], (str, Mapping)))
 
 
@@ -168,14 +164,20 @@ def content_of(file: Path, name: str, values: Mapping[str, object]) -> str | Non
     return value
 
 
+def known(file: Path, place: object, what: str) -> int:
+    """Return the id of an added token."""
+    if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < MAX_ID:
+        raise refusal(file, f"{what} has no id that makes sense", f"one from 0 to {MAX_ID - 1}")
+    return place
+
+
 def token_of(file: Path, value: Mapping[str, object], place: int, what: str) -> AddedToken:
+    """Return the token that an object of a file describes. `what` is its name in messages."""
     content = value.get("content")
     if not isinstance(content, str) or not 1 <= len(content) <= MAX_CONTENT:
         raise refusal(
             file, f"{what} has the content {quoted(content)}", f"text of 1 to {MAX_CONTENT} characters"
         )
-    if (place != UNPLACED and not 0 <= place < MAX_ID) or (place == UNPLACED and what.startswith("added")):
-        raise refusal(file, f"{what} has no id that makes sense", f"one from 0 to {MAX_ID - 1}")
     flags = {name: value.get(name, False) for name in ("special", "lstrip", "rstrip", "single_word")}
     for name, flag in flags.items():
         if not isinstance(flag, bool):
@@ -184,7 +186,7 @@ def token_of(file: Path, value: Mapping[str, object], place: int, what: str) -> 
 
 
 def distinct(file: Path, tokens: list[AddedToken]) -> tuple[AddedToken, ...]:
-    """The tokens in order of their ids. Raises `TokenizerError` if two are one text, or one id."""
+    """Return the tokens in the order of their ids. Raises `TokenizerError` if two share a text or an id."""
     for what, values in (("id", [t.id for t in tokens]), ("text", [t.content for t in tokens])):
         value, count = Counter[object](values).most_common(1)[0] if values else ("", 0)
         if count > 1:
@@ -193,7 +195,7 @@ def distinct(file: Path, tokens: list[AddedToken]) -> tuple[AddedToken, ...]:
 
 
 def folder_template(folder: Path, config: Mapping[str, object]) -> Template | None:
-    """The chat template: a file of its own, or else in the configuration, or in an older kind of file."""
+    """Read the chat template: from its own file, else the configuration, else an older kind of file."""
     if is_file(folder / TEMPLATE):
         return Template(read_text(folder / TEMPLATE), TEMPLATE)
     for name, values in ((CONFIG, config), (OLD_TEMPLATE, read_object(folder / OLD_TEMPLATE))):
@@ -204,7 +206,7 @@ def folder_template(folder: Path, config: Mapping[str, object]) -> Template | No
 
 
 def default_template(file: Path, value: object) -> str:
-    """A text, or from a list of named ones the one called "default"."""
+    """Return a template's text, or of a list of named templates the one called "default"."""
     if isinstance(value, list):
         named = {str(v.get("name")): v.get("template") for v in value if isinstance(v, Mapping)}
         value = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
@@ -222,7 +224,7 @@ def checked_template(file: Path, text: str) -> str:
 
 
 def read_text(file: Path) -> str:
-    """A chat template from a file. Raises `TokenizerError`."""
+    """Read a chat template from a file. Raises `TokenizerError` if there is none in it."""
     try:
         return checked_template(file, read_bytes(file).decode())
     except UnicodeDecodeError as error:
@@ -230,7 +232,7 @@ def read_text(file: Path) -> str:
 
 
 def read_object(file: Path) -> dict[str, object]:
-    """A JSON object from a file; empty if there is no such file. Raises `TokenizerError`."""
+    """Read a JSON object, empty if there is no file. Raises `TokenizerError` if the file holds none."""
     if not is_file(file):
         return {}
     try:

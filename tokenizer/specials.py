@@ -1,4 +1,4 @@
-"""Which of a checkpoint's tokens steer the model, and which are words."""
+"""Tell which of a checkpoint's tokens steer the model, and which are words."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BRACKETS = frozenset("<>[]{}|")
 
 @dataclass(frozen=True)
 class Specials:
-    """A checkpoint's tokens beside the pieces that text is made of.
+    """A checkpoint's tokens, apart from the pieces that make up text.
 
     added    whether there are ids beyond those of the sentencepiece model
-    control  what only a chat template may write: special tokens, and added ones that look like markers
+    control  tokens that only a chat template may write: special ones, and added ones that look like markers
     words    the other added tokens, which are text like any other
     names    what templates call special tokens: {"bos_token": "<s>", ...}
     ends     the ids that end a text
@@ -36,8 +36,12 @@ class Specials:
 def place(
     settings: Settings, piece_id: Callable[[str], int | None], pieces: int, vocab: int | None
 ) -> list[AddedToken]:
-    """All tokens that the settings name, with ids: of the model's piece of that name, else as declared, else
-    the next free one. Those beyond the `vocab` ids of the model are left out, with a warning."""
+    """Return all tokens that the settings name, each with its id.
+
+    The id is that of the sentencepiece piece of this name, or else the declared one, or else the next free
+    one. `pieces` is the number of pieces. A warning names tokens beyond the `vocab` ids of the model, which
+    are left out.
+    """
     placed: dict[str, AddedToken] = {}
     for token in settings.added:
         piece = piece_id(token.content)
@@ -52,9 +56,8 @@ def place(
         following += piece is None
     beyond = [token for token in placed.values() if vocab is not None and token.id >= vocab]
     if beyond:
-        names = ", ".join(quoted(token.content) for token in beyond[:4]) + (
-            ", ..." if len(beyond) > 4 else ""
-        )
+        more = ", ..." if len(beyond) > 4 else ""
+        names = ", ".join(quoted(token.content) for token in beyond[:4]) + more
         warnings.warn(
             f"the tokenizer's files name {len(beyond)} tokens that the model of {vocab} ids does not have "
             f"({names}); they are taken as text",
@@ -67,7 +70,7 @@ def place(
 def sort_tokens(
     settings: Settings, tokens: list[AddedToken], vocabulary: Vocabulary, encoder: Encoder
 ) -> Specials:
-    """Tell control tokens from words. `tokens` have their ids."""
+    """Tell control tokens from words. The `tokens` have ids by now."""
     template = settings.template.text if settings.template else ""
     control = {name: AddedToken(name, i) for name, i in vocabulary.control.items()}
     words: dict[str, AddedToken] = {}
@@ -86,15 +89,17 @@ def sort_tokens(
 
 
 def is_marker(content: str, template: str) -> bool:
-    """Whether an added token that no file calls special steers nevertheless: it has brackets, or it has
-    punctuation and the chat template writes it."""
+    """Tell whether an added token that no file calls special steers the model all the same.
+
+    It does if it has brackets, or if it has punctuation and the chat template writes it.
+    """
     if not BRACKETS.isdisjoint(content):
         return True
     return content in template and not all(c.isalnum() or c.isspace() for c in content)
 
 
 def extend(vocabulary: Vocabulary, tokens: list[AddedToken]) -> Vocabulary:
-    """The vocabulary with the tokens in it: special ones and markers decode to "", words to themselves."""
+    """Add tokens to a vocabulary. Special ones and markers decode to "", words to themselves."""
     size = max([len(vocabulary.decoded), *(token.id + 1 for token in tokens)])
     decoded = [*vocabulary.decoded, *[""] * (size - len(vocabulary.decoded))]
     control = dict(vocabulary.control)

@@ -1,11 +1,11 @@
-"""Turning token ids into text, one id at a time.
+"""Turn token ids into text, one id at a time.
 
 Two things make this harder than joining pieces. A character outside the vocabulary arrives as several byte
-pieces, and must not be shown before it is whole. And the encoder puts a space in front of every text, which
-belongs to nobody: it is dropped at the start of a text and nowhere else.
+pieces, and must not appear before it is whole. And the encoder puts a space before every text, which the
+decoder drops at the start of a text and nowhere else.
 
-Guarantee: however the ids are cut up, everything pushed plus the flush is what `Tokenizer.decode` gives for
-all of them, because `decode` is this very loop. The state is at most three bytes and one flag.
+Guarantee: the texts of all pushes and of the flush join to what `Tokenizer.decode` gives for the same ids,
+because `decode` is this loop. The state is at most three bytes and one flag.
 """
 
 from __future__ import annotations
@@ -23,38 +23,37 @@ REPLACEMENT = "\ufffd"
 class StreamDecoder:
     """Gives the text of a growing sequence of ids as soon as it is certain.
 
-    The fox takes four bytes; it appears with the last of them. The space of the first piece was the
-    encoder's, that of the second is the text's own:
+    The fox takes four bytes, and appears with the last of them. The space of the first piece is the
+    encoder's, and that of the second is the text's own:
 
     >>> pieces = ("▁A", "▁fox", 0xF0, 0x9F, 0xA6, 0x8A)
     >>> decoder = StreamDecoder(Vocabulary(pieces, control={}, strip_first=True, strip_all=False))
     >>> [decoder.push(i) for i in range(6)]
     ['A', ' fox', '', '', '', '🦊']
-    >>> decoder.push(2), decoder.push(3), decoder.flush()  # a character that never gets whole
+    >>> decoder.push(2), decoder.push(3), decoder.flush()  # a character that never becomes whole
     ('', '', '��')
 
-    `prefix` holds the ids that the text continues. Nothing of it is given back, but the next piece keeps its
+    `prefix` holds the ids that the text continues. Their text is not given, but the next piece keeps its
     space:
 
     >>> StreamDecoder(decoder.vocabulary, prefix=[0]).push(1)
     ' fox'
 
-    A prefix that breaks off inside a character leaves these bytes waiting, as if they had been pushed here:
-    with the ids that complete it the whole character is given, without them a U+FFFD for each byte.
+    A prefix that ends inside a character leaves its bytes waiting, as if they had been pushed. Ids that
+    complete the character give it whole. Otherwise each byte gives a U+FFFD.
     """
 
     def __init__(self, vocabulary: Vocabulary, prefix: Iterable[int] = ()) -> None:
         self.vocabulary = vocabulary
         self._waiting = bytearray()  # the start of a character, never a whole one
-        self._at_start = True  # no text so far, so that a leading space is the encoder's
+        self._at_start = True  # there is no text yet, so a leading space is the encoder's
         for token_id in prefix:
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        """Take the next id; return the text that is now certain, "" if there is none.
+        """Take the next id. Return the text that is now certain, which may be "".
 
-        Raises:
-            TokenizerError: No such id; the decoder is unchanged and can go on.
+        Raises `TokenizerError` if there is no such id. The decoder is then unchanged and can go on.
         """
         piece = self._lookup(token_id)
         if isinstance(piece, int):
@@ -64,7 +63,7 @@ class StreamDecoder:
         return self.flush() + self._text(piece)
 
     def flush(self) -> str:
-        """Give up on the character that is waiting, if any: one U+FFFD for each of its bytes."""
+        """Give up an incomplete character. Return one U+FFFD for each of its bytes."""
         text = REPLACEMENT * len(self._waiting)
         self._waiting.clear()
         return text
@@ -90,7 +89,7 @@ class StreamDecoder:
         return piece.replace(SPACE, " ")
 
     def _take_certain(self) -> str:
-        """Take from the waiting bytes what more bytes cannot change."""
+        """Take the text out of the waiting bytes that more bytes cannot change."""
         text = ""
         while self._waiting:
             certain, used = first_certain(self._waiting)
@@ -102,10 +101,10 @@ class StreamDecoder:
 
 
 def first_certain(data: bytes | bytearray) -> tuple[str, int]:
-    """Decode the start of `data` as far as more bytes cannot change it; return the text and its byte count.
+    """Decode the start of `data` that more bytes cannot change. Return the text and its number of bytes.
 
-    E2 82 may yet become a character, E2 82 AC is one, and E2 41 never will be: then the first byte becomes
-    U+FFFD, and the rest is to be looked at afresh.
+    E2 82 may still become a character, and E2 82 AC is one. E2 41 never becomes one, so its first byte gives
+    U+FFFD, and the caller decodes the rest afresh.
 
     >>> first_certain(b"\\xe2\\x82"), first_certain(b"\\xe2\\x82\\xac"), first_certain(b"\\xe2A")
     (('', 0), ('€', 3), ('�', 1))

@@ -1,6 +1,6 @@
-"""Chat templates: the program, in Jinja, by which a fine-tune writes conversations.
+"""Chat templates, which are programs in Jinja by which a fine-tune writes conversations.
 
-They are rendered as Transformers renders them, in Jinja's sandbox and within `tokenizer.meter`'s bounds.
+A template runs in Jinja's sandbox, within the bounds of `tokenizer.meter`, and gives what Transformers gives.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from tokenizer.errors import TokenizerError, quoted
 from tokenizer.settings import Template
 
-STEPS = 1 << 22  # what a template may cost, beside WORK for each character of the template and conversation
-WORK = 64
-# Marks what the model has written, for training; here it is a block like any other.
+BASE = 1 << 22  # what any template may cost, in the units of `tokenizer.meter`
+WORK = 64  # what it may cost in addition for each character of the template and of the conversation
+# A block that marks what the model has written, for training. Here it is a block like any other.
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
@@ -27,17 +27,16 @@ def render(
     names: Mapping[str, str | None],
     prompt: bool = True,
 ) -> str:
-    """The conversation as `template` writes it, up to where the answer begins if `prompt`.
+    """Return the conversation as `template` writes it, up to where the answer begins if `prompt`.
 
-    `names` are special tokens by the names that templates use, "bos_token" and the like.
+    `names` has special tokens by the names that templates use, such as "bos_token".
 
-    Raises:
-        TokenizerError: The template refuses the conversation, is wrong, or costs too much.
+    Raises `TokenizerError` if the template refuses the conversation, fails, or costs too much.
     """
     size = len(template.text) + sum(len(message["content"]) for message in messages)
     given = {name: value for name, value in names.items() if value is not None}
     try:
-        compiled = compile_template(template.text, STEPS + WORK * size)
+        compiled = compile_template(template.text, BASE + WORK * size)
         text: str = compiled.render(
             **given,
             messages=[dict(message) for message in messages],
@@ -45,8 +44,8 @@ def render(
             documents=None,
             add_generation_prompt=prompt,
         )
-        text.encode()  # half of a surrogate pair, which a template can spell, is no text
-    except Exception as error:  # a program can fail in any way
+        text.encode()  # a template can spell half of a surrogate pair, which is no text
+    except Exception as error:  # a template can fail in any way
         reason = quoted(str(error) or type(error).__name__, 200)
         raise TokenizerError(
             f"{template.source}: the chat template does not write this conversation ({reason}); "
@@ -56,7 +55,7 @@ def render(
 
 
 def compile_template(text: str, allowance: int) -> Any:
-    """A template that can be rendered once: what it may cost is counted from here on."""
+    """Compile a template for one rendering, which may cost the `allowance`."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     from tokenizer.meter import Meter, metered
@@ -92,7 +91,7 @@ def to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without the escapes that Jinja's own filter makes for HTML."""
+    """Return JSON without the escapes for HTML that Jinja's own filter makes."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -111,7 +110,7 @@ def strftime_now(form: str) -> str:
 
 
 def turn_end(write: Callable[[Sequence[Mapping[str, str]]], list[str | int]]) -> int | None:
-    """The control token that `write` puts after an answer; None where it writes none, or not this way."""
+    """Return the control token that `write` puts after an answer. None if it puts none directly after it."""
     answer = "An answer."
     try:
         parts = write(

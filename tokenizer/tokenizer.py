@@ -25,16 +25,15 @@ PROBE = "  Zwölf\tfoxes 🦊, 12 of them:\n\n  x = 1  "
 
 
 class Tokenizer:
-    """A sentencepiece model with a checkpoint's added tokens, guarded on the way in and decoded by a table on
-    the way out.
+    """A sentencepiece model with a checkpoint's added tokens.
 
-    Text is only ever text: whatever a user writes, `encode` and `encode_chat` give no control id for it. With
-    a model that keeps text as it is (identity normalisation, all spaces, byte fallback: Mixtral's are such),
-    `decode` gives back what was encoded. The one exception is U+2581: sentencepiece itself writes a space so,
-    and a space comes back.
+    Text stays text: `encode` and `encode_chat` give no control id for anything that a user writes. `decode`
+    gives back what was encoded, if the model keeps text unchanged, as Mixtral's models do (by identity
+    normalization, all spaces and byte fallback). The one exception is U+2581, with which sentencepiece writes
+    a space. It comes back as a space.
 
     bos_id, eos_id  of the sentencepiece model
-    ends            the ids that end a text, by all that the checkpoint's files say
+    ends            the ids that end a text, by all files of the checkpoint
     vocab_size      how many ids have a meaning
     """
 
@@ -46,8 +45,8 @@ class Tokenizer:
         template: Template | None = None,
         vocab: int | None = None,
     ) -> None:
-        """`template` writes conversations, where Mistral's own format does not. Decoding takes the ids of a
-        model with `vocab` of them, also those that have no meaning."""
+        """Without a `template`, conversations have Mistral's own format. `vocab` is the number of the model's
+        ids. They can all be decoded, even those without a meaning."""
         self._encoder = encoder
         self.bos_id, self.eos_id = encoder.bos_id, encoder.eos_id
         self.vocab_size = len(vocabulary.decoded)
@@ -67,12 +66,12 @@ class Tokenizer:
     ) -> Tokenizer:
         """Load from a checkpoint folder, or from the `tokenizer.model` itself.
 
-        Of a folder, the files beside `tokenizer.model` count too (see `tokenizer.settings`). Conversations
-        are written by the template in the file `chat_template`, else by the folder's own, or, where that is
-        none or Mistral's, as the reference encoder of Mistral does. `vocab` is the number of the model's ids.
+        In a folder, the files beside `tokenizer.model` count too (see `tokenizer.settings`). The template in
+        the file `chat_template`, or else the folder's own, writes conversations. If there is none, or the
+        folder's is Mistral's, they have the format of Mistral's reference encoder. `vocab` is the number of
+        the model's ids.
 
-        Raises:
-            TokenizerError: There is no such file, or it is none that this runtime can use.
+        Raises `TokenizerError` if there is no such file, or if this runtime cannot use it.
         """
         file = find_model(path)
         folder = file.parent if Path(path) != file else None
@@ -87,18 +86,16 @@ class Tokenizer:
 
     @property
     def chat_version(self) -> ChatVersion:
-        """The chat format, told from the control pieces. A vocabulary without `[INST]` among them speaks V1.
+        """The chat format, which the control pieces tell. It is V1 if `[INST]` is not among them.
 
-        Raises:
-            TokenizerError: The vocabulary's chat format is later than V3.
+        Raises `TokenizerError` if the vocabulary's chat format is later than V3.
         """
         return chat.chat_version(self.vocabulary.control)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Encode text, with the begin piece in front if `bos`.
+        """Return the ids of a text, with the begin piece before them if `bos`.
 
-        Raises:
-            TokenizerError: `text` is not a str, or holds half of a surrogate pair.
+        Raises `TokenizerError` if `text` is not a str, or if it holds half of a surrogate pair.
         """
         if not isinstance(text, str):
             raise TokenizerError(f"text must be a str, got {type(text).__name__}")
@@ -107,39 +104,33 @@ class Tokenizer:
         return [self.bos_id, *ids] if bos else ids
 
     def control_in(self, text: str) -> list[str]:
-        """The control tokens that `text` spells, which `encode` takes for text like any other."""
+        """Return the control tokens that `text` spells. To `encode` they are text like any other."""
         return self.specials.control.found(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids. Control pieces vanish; broken UTF-8 from byte pieces becomes U+FFFD, one for each byte.
+        """Return the text of ids. Control pieces vanish. Each byte of broken UTF-8 becomes U+FFFD.
 
-        Raises:
-            TokenizerError: An id is not in the vocabulary.
+        Raises `TokenizerError` if an id is not in the vocabulary.
         """
         stream = self.stream()
         return "".join([stream.push(i) for i in ids]) + stream.flush()
 
     def stream(self, prefix: Iterable[int] = ()) -> StreamDecoder:
-        """Decode ids as they come; `prefix` holds those that they continue (see `StreamDecoder`).
+        """Return a decoder of ids as they come. They continue the ids of `prefix` (see `StreamDecoder`).
 
-        To show an answer in a chat give no prefix: the answer is a text of its own, and its leading space the
-        encoder's.
-
-        Raises:
-            TokenizerError: An id of `prefix` is not in the vocabulary.
+        Raises `TokenizerError` if an id of `prefix` is not in the vocabulary.
         """
         return StreamDecoder(self.vocabulary, prefix)
 
     def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
-        """Encode a conversation, up to and including the user message that is to be answered.
+        """Return the ids of a conversation, up to and with the user message that waits for an answer.
 
-        `messages` are dicts of "role" and "content": a system message first if any, then user and assistant
-        in turn, the user last.
+        `messages` are dicts of "role" and "content". A system message may come first. Then user and assistant
+        take turns, and the user comes last.
 
-        Raises:
-            TokenizerError: The messages are not such a conversation; their text cannot be encoded; the
-                checkpoint's chat template does not write it; or, without one, the vocabulary's chat format is
-                later than V3.
+        Raises `TokenizerError` if the messages are not such a conversation, if their text cannot be encoded,
+        if the chat template does not write it, or if there is no template and the chat format is later than
+        V3.
         """
         if self.template is None:
             return chat.encode_chat(
@@ -153,16 +144,16 @@ class Tokenizer:
         return self._encoder.encode(words)
 
     def answer_stream(self, conversation: Sequence[int]) -> StreamDecoder:
-        """Decode the answer to a conversation, the ids of `encode_chat`, as it comes.
+        """Return a decoder of the answer to a conversation, of which `encode_chat` gave the ids.
 
-        After Mistral's own format, and after a control token, an answer is a text of its own, and its leading
-        space the encoder's. Otherwise it goes on where the template's text ends.
+        After Mistral's own format and after a control token, the answer is a text of its own, and its leading
+        space is the encoder's. Otherwise it continues the template's text.
         """
         ends_in_text = conversation and conversation[-1] not in self.vocabulary.control.values()
         return self.stream(conversation if self.template is not None and ends_in_text else ())
 
     def _written(self, messages: Sequence[Mapping[str, str]]) -> list[str | int]:
-        """A conversation as the template writes it: texts, and ids of control tokens."""
+        """Return a conversation as the template writes it: texts, and ids of control tokens."""
         assert self.template is not None
         names = {"bos_token": self._encoder.piece(self.bos_id), "eos_token": self._encoder.piece(self.eos_id)}
         write = partial(render, self.template, names={**names, **self.specials.names})
@@ -173,7 +164,7 @@ class Tokenizer:
 
 
 def load_model(file: Path, settings: Settings) -> tuple[Vocabulary, Encoder]:
-    """The sentencepiece model in a file. Raises `TokenizerError`."""
+    """Read a sentencepiece model from a file. Raises `TokenizerError` if the file cannot be used."""
     data = read_model(file)
     special = {token.content for token in (*settings.added, *settings.special) if token.special}
     try:
@@ -198,24 +189,26 @@ def load_model(file: Path, settings: Settings) -> tuple[Vocabulary, Encoder]:
     stream = StreamDecoder(vocabulary)
     if "".join([stream.push(i) for i in probe]) + stream.flush() != expected:
         raise TokenizerError(
-            f"{file}: sentencepiece decodes {len(probe)} test ids otherwise than this runtime, "
-            "which knows no denormaliser; train the model without one"
+            f"{file}: sentencepiece decodes {len(probe)} test ids differently from this runtime, "
+            "which knows no denormalizer; train the model without one"
         )
     return vocabulary, encoder
 
 
 def is_mistrals(template: Template, specials: Specials) -> bool:
-    """Whether a folder's template is an approximation of the format that `tokenizer.chat` writes exactly: it
-    has Mistral's tags, not Llama's system tags, and there are no added tokens."""
+    """Tell whether a folder's template approximates the format that `tokenizer.chat` writes exactly.
+
+    Such a template has Mistral's tags and not Llama's system tags, and there are no added tokens.
+    """
     return not specials.added and chat.BEGIN in template.text and "<<SYS>>" not in template.text
 
 
 def check_text(text: str) -> None:
-    """Raises `TokenizerError` for half of a surrogate pair."""
+    """Check that UTF-8 can write a text. Raises `TokenizerError` if it holds half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise TokenizerError(
             f"text holds a lone surrogate (U+{ord(text[error.start]):04X} at character {error.start}); "
-            "it stands for no character: remove it"
+            "it stands for no character; remove it"
         ) from None

@@ -1,7 +1,8 @@
 """What a sentencepiece model file says about its pieces, as a table that decoding can index.
 
-Guarantees: every id from 0 to `len(decoded) - 1` is described; `safe_model` is the model in which no text
-whatever encodes to a control id. What a hostile file can cost is bounded by the number of its fields.
+Guarantees: every id from 0 to `len(decoded) - 1` is described. No text encodes to a control id by the safe
+copy of the model that `parse_model` returns. Limits on the number of fields bound what a hostile file can
+cost.
 """
 
 from __future__ import annotations
@@ -15,21 +16,20 @@ from tokenizer.errors import quoted
 from tokenizer.wire import LENGTH_DELIMITED, VARINT, WireError, fields, read_varint, varint
 
 SPACE = "\u2581"  # how a piece spells a space
-MAX_PIECES = 1 << 17  # Mixtral's models have 32,768 at most
+MAX_PIECES = 1 << 17  # Mixtral's models have up to 32,768
 MAX_PIECE_BYTES = 1 << 10  # for all that the file says of one piece
 MAX_PIECE_FIELDS = 8  # a name, a score and a kind
 MAX_SECTIONS = 16
 MAX_SETTINGS = 1 << 14  # in one section
 
-Field = tuple[int, int, int, int]  # as `fields` gives it
+Field = tuple[int, int, int, int]  # what `fields` yields
 
 # A user-defined piece that is a marker of a chat format, such as <|im_start|>, </s> or [INST].
 MARKER = re.compile(r"<\|[^<>|]*\|>|</?s>|\[/?[A-Z][A-Z_]*\]")
 
-
 PIECE_TAG = b"\x0a"  # field 1, the pieces
-AS_CONTROL = b"\x18\x03"  # behind a piece's other fields: its kind (field 3) is CONTROL, whatever they say
-WITHOUT_PREFIX = b"\x1a\x02\x18\x00"  # behind a model: its normalizer (field 3) puts no space before a text
+AS_CONTROL = b"\x18\x03"  # after a piece's other fields, this makes its kind (field 3) CONTROL
+WITHOUT_PREFIX = b"\x1a\x02\x18\x00"  # after a model, this keeps its normalizer (field 3) from adding a space
 
 
 class Kind(IntEnum):
@@ -47,10 +47,10 @@ class Kind(IntEnum):
 class Vocabulary:
     """What each id decodes to, and how text begins.
 
-    decoded     per id: a piece's text, in which SPACE stands for a space ("" for a control piece), or, for a
-                byte-fallback piece, the byte's value
-    control     the control pieces: name -> id
-    strip_first drop one SPACE at the start of a text: the encoder had put it there
+    decoded     for each id a piece's text, or the value of a byte-fallback piece. SPACE stands for a space in
+                the text, and a control piece has none
+    control     the ids of control pieces, by name
+    strip_first drop one SPACE at the start of a text, which the encoder has put there
     strip_all   drop every SPACE at the start of a text, since the encoder squeezes runs of spaces
     """
 
@@ -60,25 +60,21 @@ class Vocabulary:
     strip_all: bool
 
     def padded(self, size: int) -> Vocabulary:
-        """The same with ids up to `size`; those added decode to nothing."""
+        """Return the same vocabulary with `size` ids. Added ids decode to nothing."""
         return replace(self, decoded=self.decoded + ("",) * (size - len(self.decoded)))
 
 
 def parse_model(data: bytes, special: Collection[str] = ()) -> tuple[Vocabulary, bytes]:
-    """Read the vocabulary of a serialised sentencepiece model; return it with a safe copy of the model.
+    """Read the vocabulary of a serialized sentencepiece model. Return it with a safe copy of the model.
 
-    Sentencepiece finds user-defined pieces in plain text and turns them into their ids. Where such a piece is
-    a marker of a chat format, anybody's text could speak for the system. In the safe copy these are control
+    Sentencepiece finds user-defined pieces in plain text and turns them into their ids. If such a piece is a
+    marker of a chat format, any text could speak for the system. In the safe copy such pieces are control
     pieces, which text never matches. So are ordinary pieces that other files call `special`.
 
-    Raises:
-        WireError: The bytes are not a sentencepiece model.
+    Raises `WireError` if the bytes are not a sentencepiece model.
     """
-    safe, copied, previous = (
-        bytearray(),
-        0,
-        0,
-    )  # data[:copied] is in `safe`; the field before ends at `previous`
+    safe = bytearray()  # the safe copy of data[:copied]
+    copied = previous = 0  # the previous field ends at data[previous]
     pieces: list[tuple[str, Kind]] = []
     unknown_surface = " \u2047 "  # sentencepiece's own default
     dummy_prefix = squeeze = True  # the format's defaults
@@ -125,7 +121,7 @@ def parse_model(data: bytes, special: Collection[str] = ()) -> tuple[Vocabulary,
 
 
 def _counted(found: Iterator[Field], most: int, what: str) -> Iterator[Field]:
-    """Pass up to `most` fields on. Raises `WireError` for more."""
+    """Pass on up to `most` fields. Raises `WireError` if there are more."""
     for count, field in enumerate(found):
         if count == most:
             raise WireError(f"holds more than {most} {what}")
@@ -133,7 +129,7 @@ def _counted(found: Iterator[Field], most: int, what: str) -> Iterator[Field]:
 
 
 def _piece(data: bytes, start: int, end: int, index: int) -> tuple[str, Kind]:
-    """Read one piece: name and kind."""
+    """Return one piece's name and kind."""
     name, kind = "", Kind.NORMAL
     parts = _counted(fields(data, start, end), MAX_PIECE_FIELDS, f"fields in piece {index}")
     for number, wire_type, at, stop in parts:
@@ -155,7 +151,7 @@ def _piece(data: bytes, start: int, end: int, index: int) -> tuple[str, Kind]:
 
 
 def _decoded(name: str, kind: Kind, unknown_surface: str) -> str | int:
-    """What a piece decodes to.
+    """Return what a piece decodes to.
 
     >>> [_decoded(*p, "?") for p in (("<0x0A>", Kind.BYTE), ("</s>", Kind.CONTROL), ("day", Kind.NORMAL))]
     [10, '', 'day']

@@ -1,8 +1,8 @@
 """Just enough of the protobuf wire format to look inside a sentencepiece model.
 
-The sentencepiece library reports neither the kind of a user-defined piece nor the normaliser's settings, and
-it answers a damaged file with a stack of C++ internals. Walking the bytes first gives us all three: kinds,
-settings and a clear refusal. Every length is checked before it is used.
+The sentencepiece library reports neither the kind of a user-defined piece nor the normalizer's settings, and
+it answers a damaged file with a stack of C++ internals. Walking the bytes first gives us kinds, settings and
+a clear refusal. Every length is checked before it is used.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
-MAX_TAG = (1 << 32) - 1  # a field's number and type: what every protobuf library reads is no larger
+MAX_TAG = (1 << 32) - 1  # the largest field number and type that every protobuf library reads
 
 
 class WireError(ValueError):
@@ -18,16 +18,15 @@ class WireError(ValueError):
 
 
 def read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """Read the base-128 integer at `at`; return it with the position behind it.
+    """Read the base-128 integer at `at`. Return it with the position after it.
 
-    Seven bits to a byte, low bits first, the top bit meaning "more follows". 300 is 0b10_0101100, so it is
-    written as 1_0101100 0_0000010, which is AC 02:
+    Each byte holds seven bits, the low ones first, and a top bit that means "more follows". 300 is
+    0b10_0101100, so it is written as 1_0101100 0_0000010, which is AC 02:
 
     >>> read_varint(bytes([0xAC, 0x02]), 0, 2)
     (300, 2)
 
-    Raises:
-        WireError: The number runs past `end`, or past the 64 bits that the format allows.
+    Raises `WireError` if the number runs past `end`, or past the 64 bits that the format allows.
     """
     value = 0
     for shift in range(0, 70, 7):
@@ -42,7 +41,7 @@ def read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
 
 
 def varint(number: int) -> bytes:
-    """Write what `read_varint` reads.
+    """Return `number` as `read_varint` reads it.
 
     >>> varint(300)
     b'\\xac\\x02'
@@ -62,8 +61,7 @@ def fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, i
     >>> list(fields(bytes([0x0A, 2, 0x68, 0x69, 0x18, 6]), 0, 6))
     [(1, 2, 2, 4), (3, 0, 5, 6)]
 
-    Raises:
-        WireError: The bytes do not follow the format, or a value runs past `end`.
+    Raises `WireError` if the bytes do not follow the format, or if a value runs past `end`.
     """
     at = start
     while at < end:

@@ -181,7 +181,7 @@ def test_begin_and_end_pieces_are_needed(trained: Callable[..., Path], options: 
     assert "names no begin or end piece" in refusal(trained(**options))
 
 
-def test_a_denormaliser_is_refused(trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_denormalizer_is_refused(trained: Callable[..., Path], tmp_path: Path) -> None:
     rules = tmp_path / "f_to_g.tsv"
     rules.write_text("66\t67\n")
-    assert "knows no denormaliser" in refusal(trained(denormalization_rule_tsv=str(rules)))
+    assert "knows no denormalizer" in refusal(trained(denormalization_rule_tsv=str(rules)))
