@@ -37,7 +37,7 @@ NOTHING_TO_TRACE = "all experts are resident, so there is nothing to trace; use 
 class Engine:
     """A loaded model. All its state is in this object, and a process may hold several.
 
-    Sessions may be used from several threads at once, and their forwards take turns. A finaliser or a signal
+    Sessions may be used from several threads at once, and their forwards take turns. A finalizer or a signal
     handler that runs in the middle of a forward may call `close`, `stats` and `Session.close`, and may leave
     `recording`: these wait for no turn.
     """
@@ -160,7 +160,7 @@ class Engine:
         return self.runner.model
 
     def close(self) -> None:
-        """Release the weights and caches, after the running step if there is one (see `ModelRunner.close`).
+        """Release the weights and caches, after the running forward if there is one.
         Sessions of a closed engine raise `RequestError`."""
         self.runner.close()
 

@@ -1,7 +1,7 @@
-"""What all sessions of an engine share: the model in memory, and what it takes to compute with it.
+"""What all sessions of an engine share: a model in memory, and all it takes to compute with it.
 
-Threads take turns with the model. What a finaliser or a signal handler may call in the middle of a forward
-waits for no turn: `stats`, `give_kv` and `close`.
+Threads take turns with the model. A finalizer or signal handler that runs in the middle of a forward may call
+`stats`, `give_kv` and `close`, which wait for no turn.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class ModelRunner:
         self.turns = Turns()
         self.idle_kvs: deque[KVCache] = deque(maxlen=1)  # the plan counts one
         self.closed = False
-        self.close_later = False  # when the step that is running has ended
+        self.close_later = False  # after the running forward
 
     def forward(self, ids: list[int], kv: KVCache) -> Tensor:
         """Add `ids` to `kv`; return the logits after the last, [V] float32. Call it inside `working`. Raises
@@ -175,18 +175,18 @@ class ModelRunner:
             raise RequestError("the engine is closed; load it again")
 
     def close(self) -> None:
-        """Release the weights and caches, after the running step if there is one.
+        """Release the weights and caches, after the running forward if there is one.
 
-        A request that waits for an expert fails at once, another one at the end of its step. This waits for
-        that end, except in a finaliser or signal handler that runs in the thread of that step. Then the step
-        releases everything when it ends.
+        A request that waits for an expert fails at once, any other at the end of its forward. `close` waits
+        for that end. If a finalizer or signal handler calls it in the thread that computes, it cannot wait,
+        and the forward releases everything when it ends.
         """
         self.closed = True
         if self.turns.forked:  # the rest belongs to the process that loaded it
             return
         if self.cache:
             self.cache.copies.end()
-            if self.cache.copies.in_its_thread():  # a finaliser there, and a step may wait for this thread
+            if self.cache.copies.in_its_thread():  # in a finalizer, while a forward may wait for this thread
                 self.close_later = True
                 return
         self.let_go()

@@ -18,10 +18,10 @@ from model.config import ModelConfig
 from model.mixtral import Mixtral
 from runtime import Engine, EngineOptions
 
-if find_spec("hypothesis"):  # which what needs a GPU does not need
+if find_spec("hypothesis"):  # tests for GPUs run without it
     from hypothesis import settings
 
-    settings.register_profile("unhurried", deadline=None)  # the machine may be busy with something else
+    settings.register_profile("unhurried", deadline=None)  # the machine may be busy
     settings.load_profile("unhurried")
 
 CONTEXT = 640  # more than a prefill chunk
@@ -97,7 +97,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path, c
 def variant(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path, config: ModelConfig
 ) -> Callable[..., Path]:
-    """Makes another checkpoint, whose configuration differs in the given fields."""
+    """Make another checkpoint, whose configuration differs in the given fields."""
 
     def make(tokenizer: Path = tokenizer_file, spoil: bool = False, **changes: Any) -> Path:
         return make_checkpoint(
@@ -109,7 +109,7 @@ def variant(
 
 @pytest.fixture(scope="session")
 def v3_checkpoint(tmp_path_factory: pytest.TempPathFactory, variant: Callable[..., Path]) -> Path:
-    """One whose tokenizer has the control pieces of the V3 chat format."""
+    """A checkpoint whose tokenizer has the control pieces of the V3 chat format."""
     file = tmp_path_factory.mktemp("v3") / "tokenizer.model"
     train_tokenizer(file, control_symbols=["[INST]", "[/INST]"])
     return variant(tokenizer=file)
@@ -123,14 +123,14 @@ def shared_engine(checkpoint: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def engine(shared_engine: Engine) -> Engine:
-    """One engine for all tests, its counters at zero: what one test does to it, the next must survive."""
+    """One engine for all tests, with counters at zero. What one test does to it, the next must survive."""
     shared_engine.runner.counters.__init__()  # type: ignore[misc]
     return shared_engine
 
 
 @pytest.fixture
 def load(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
-    """Loads further engines, by default of the shared checkpoint; they are closed behind the test."""
+    """Load further engines, by default of the shared checkpoint. They are closed after the test."""
     engines = []
 
     def load(path: Path = checkpoint, **options: Any) -> Engine:

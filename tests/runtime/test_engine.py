@@ -53,7 +53,7 @@ def many_ids(count: int) -> list[int]:
 
 
 def slow_greedy(engine: Engine, ids: list[int], count: int) -> list[int]:
-    """Without a cache: the whole text again for each token."""
+    """Without a KV cache, computing the whole text again for each token."""
     made: list[int] = []
     for _ in range(count):
         made.append(int(engine.model(torch.tensor([ids + made]))[0, -1].argmax()))
@@ -511,7 +511,7 @@ def test_times_add_up_and_leave_out_the_reader(engine: Engine) -> None:
 
 
 def test_an_engine_may_be_loaded_and_used_in_and_out_of_inference_mode(checkpoint: Path) -> None:
-    """What outlives a request was made outside of it."""
+    """Tensors that outlive a request are made outside of inference mode."""
     options = EngineOptions(device="cpu", dtype="float32", offload="always")
     params = SamplingParams(max_new_tokens=4, temperature=0)
     with torch.inference_mode():

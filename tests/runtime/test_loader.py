@@ -36,7 +36,7 @@ FORMATS = [(16, 4), (4, 16), (4, 2), (8, 3), (3, 8), (2, 4), (16, 16)]
 def quantized(
     variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[object, object], Path]:
-    """Makes a checkpoint with attention and experts in the given formats; each only once."""
+    """Make a checkpoint with attention and experts in the given formats, each only once."""
     source, made = variant(hidden=128, head_dim=32, ffn=256), tmp_path_factory.mktemp("quantized")
 
     def make(attention: object, experts: object) -> Path:
@@ -50,7 +50,7 @@ def quantized(
 
 
 def dequantized(checkpoint: Checkpoint) -> Mixtral:
-    """The plain network in float32, with the weights that the checkpoint's streams stand for."""
+    """The plain network in float32, with the weights that the checkpoint's streams encode."""
     model = Mixtral(checkpoint.config).requires_grad_(False)
     parameters = dict(model.named_parameters())
     for shard in native_shards(checkpoint.config, checkpoint.attention, checkpoint.experts, checkpoint.dtype):
@@ -73,7 +73,7 @@ def reference_logits(folder: Path) -> Tensor:
 
 
 def held(model: Mixtral) -> tuple[int, int]:
-    """Bytes of the trunk and of the experts that are really there."""
+    """The bytes that trunk and experts really take."""
     trunk = model.rope.cos.nbytes + model.rope.sin.nbytes
     experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
     trunk += sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name)
@@ -190,7 +190,7 @@ def test_a_file_that_is_too_short(quantized: Callable[..., Path], tmp_path: Path
 
 
 def caught(folder: Path, **options: str) -> list[str]:
-    """The warnings that an engine is loaded with."""
+    """The warnings of loading an engine."""
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         Engine.load(folder, EngineOptions(device="cpu", **options)).close()  # type: ignore[arg-type]
@@ -238,7 +238,7 @@ def test_the_command_line_shows_a_warning_as_one_line(
 ) -> None:
     words = ["--model", str(quantized(4, 2)), "--device", "cpu", "--prompt", "def", "--max-new-tokens", "3"]
     before = warnings.showwarning
-    for _ in range(2):  # and not only the first time
+    for _ in range(2):  # the second time, too
         assert command.main([*words, "--quiet", "--dtype", "float16"]) == 0
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith("warning: attention in format 4 and experts in format 2: computed slowly")

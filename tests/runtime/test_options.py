@@ -134,7 +134,7 @@ HOSTILE: list[Any] = [
 
 @pytest.mark.parametrize(("options", "field"), NUMERIC, ids=[field for _, field in NUMERIC])
 def test_no_value_passes_that_fails_later(options: type, field: str) -> None:
-    """What is hostile to a field is refused at once, in one short line."""
+    """A field refuses hostile values at once, in one short line."""
     texts, truths = (
         ["\x1b[2J", {"a": 1}] * (field != "stop"),
         [True] * (field not in ("graphs", "ignore_eos")),

@@ -1,4 +1,4 @@
-"""The sampler against Transformers' logits processors, and what it must hold by itself."""
+"""The sampler against Transformers' logits processors, and properties of its own."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from runtime import RequestError, SamplingParams, sampler
 from runtime.sampler import add_bias, draw, keep_min_p, keep_top_k, keep_top_p, penalize_repetition, sample
 
 V = 24
-VANISHING = 1e-30  # float32 ends not far below
+VANISHING = 1e-30  # close to the smallest float32
 NUMBERS = st.integers(-800, 800).map(lambda n: n / 100)
 DIFFERENT = st.lists(NUMBERS, min_size=V, max_size=V, unique=True).map(torch.tensor)  # logits [V]
 ANY = st.lists(NUMBERS, min_size=2, max_size=V).map(torch.tensor)
@@ -50,7 +50,7 @@ def chosen(
 
 
 def survivors(logits: Tensor, params: SamplingParams, seen: Tensor | None = None) -> dict[int, float]:
-    """What `sample` draws from: id -> probability, caught where it draws."""
+    """The probability of each id that `sample` draws from, caught where it draws."""
     caught = []
 
     def catch(probabilities: Tensor, source: torch.Generator | None) -> Tensor:
@@ -113,7 +113,7 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits: Tensor, p: float) -> None:
     kept = keep_top_p(logits, p).isfinite()
     inside = probabilities[kept].sort().values
     assert inside.sum() >= p - 1e-6
-    assert inside[1:].sum() <= p + 1e-6  # without the least of them it would not be reached
+    assert inside[1:].sum() <= p + 1e-6  # without the least likely one they would not reach p
     assert kept.all() or inside[0] >= probabilities[~kept].max()
 
 
@@ -243,7 +243,7 @@ def test_the_device_is_waited_for_once(params: SamplingParams, monkeypatch: pyte
     asked = []
 
     class Watching(TorchDispatchMode):
-        """Sees also what PyTorch asks for by itself."""
+        """Sees the calls inside of PyTorch, too."""
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if "local_scalar" in str(func) or "nonzero" in str(func):

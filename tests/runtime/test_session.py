@@ -19,7 +19,7 @@ def ids_of(tokens: Any) -> list[int]:
 
 
 def fresh(engine: Engine, ids: list[int], count: int = 12) -> list[int]:
-    """What an engine gives to whom it never saw before."""
+    """What a new session generates."""
     return ids_of(engine.generate(ids, greedy(count)))
 
 

@@ -1,4 +1,4 @@
-"""Stop strings: what is shown, and when, for any text however it is cut up."""
+"""Stop strings: what is shown, and when, for any text, however it is cut into pieces."""
 
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ STOPS = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4)
 
 
 def expected(text: str, stops: list[str]) -> tuple[str, bool]:
-    """By definition: read on until a stop string is whole; the longest one that is, is cut off."""
+    """The definition: read until a stop string is complete, and cut off the longest complete one."""
     for end in range(1, len(text) + 1):
         if ending := [stop for stop in stops if text[:end].endswith(stop)]:
             return text[: end - max(map(len, ending))], True

@@ -1,4 +1,4 @@
-"""An engine computes the same whatever the program around it has set, and leaves that as it was."""
+"""An engine computes the same, whatever the program around it has set, and leaves those settings alone."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -84,7 +84,7 @@ def test_results_are_the_same(name: str, plain: tuple[EngineOptions, Answer]) ->
 
 
 def test_two_forwards_at_once_leave_what_they_found() -> None:
-    """The one that ends last undoes, also what the other changed."""
+    """The one that ends last restores the settings that either changed."""
     device = torch.device("cpu")
     first, second = default_settings(device), default_settings(device)
     with HOSTILE["precision"]():
@@ -97,8 +97,8 @@ def test_two_forwards_at_once_leave_what_they_found() -> None:
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
-def test_a_forward_whose_end_was_never_told_holds_nothing() -> None:
-    """As when Ctrl-C comes between two lines of it."""
+def test_a_forward_that_never_ended_holds_nothing() -> None:
+    """Ctrl-C between two lines of it can do that."""
     with HOSTILE["precision"]():
         process.begin(Use())
         assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"

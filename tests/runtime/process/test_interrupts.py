@@ -1,4 +1,4 @@
-"""Ctrl-C while a thread starts or is waited for: Python's threading makes a RuntimeError of it."""
+"""Ctrl-C while a thread starts or is awaited, which Python's threading turns into a RuntimeError."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from runtime.shell.command import INTERRUPTED, run
 
 
 def interrupted_wait(self: object) -> None:
-    """What `Thread.start` raises where an interrupt comes as its wait takes its lock again."""
+    """Raise what `Thread.start` does if an interrupt comes as its wait takes the lock again."""
     try:
         raise KeyboardInterrupt
     finally:

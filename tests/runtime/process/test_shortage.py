@@ -1,4 +1,4 @@
-"""Memory that runs short, however it shows, is one line of the family, and the next request is right."""
+"""Memory that runs short is a `MixtralError` of one line, however it surfaces. The next request is right."""
 
 import errno
 import re
@@ -79,7 +79,7 @@ def attempt(work):
         return None
 
 def exhausted():
-    # all that the allocator still has from before, down to pieces of 64 KiB
+    # take what the allocator still holds, down to pieces of 64 KiB
     taken = []
     for size in (1 << 20, 1 << 16):
         try:
@@ -94,7 +94,7 @@ def load():
         return ids(engine, SHORT)
 
 failed = 0
-for extra in (1, 16, 40):  # first of all: nothing is there yet that could be used again
+for extra in (1, 16, 40):  # first of all, since no memory is there yet to be reused
     limit(extra << 20)
     failed += attempt(load) is None
     limit(None)

@@ -1,4 +1,4 @@
-"""How many threads compute: within what the process may use, as asked for, and the program keeps its own."""
+"""How many threads compute: as asked, within what the process may use. The program keeps its own number."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def own_threads() -> Iterator[None]:
 
 
 def machine(root: Path, quota: str) -> Path:
-    """A file system whose process is in a group with this `cpu.max`."""
+    """Make a file system in which the process is in a group with this `cpu.max`."""
     group = root / "sys/fs/cgroup/job"
     group.mkdir(parents=True)
     (root / "proc/self").mkdir(parents=True)

@@ -38,7 +38,7 @@ def engine(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Engine]
 
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:
-    """What hangs ends the test with an error: the main thread waits in C for what its own frames hold."""
+    """End the test run if a test hangs. The main thread would wait in C for what its own frames hold."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -59,7 +59,7 @@ def ids(engine: Engine, params: SamplingParams = PARAMS) -> list[int]:
 
 @contextlib.contextmanager
 def in_a_step(engine: Engine, act: Callable[[], object], after: int = 2) -> Iterator[None]:
-    """While inside, `act` is called once in the middle of a step, by the thread that computes."""
+    """Inside, the thread that computes calls `act` once in the middle of a forward."""
     norm, left = engine.model.norm.forward, [after]
 
     def forward(*args: Any) -> Any:
@@ -128,11 +128,11 @@ def test_what_a_handler_may_ask_for_in_the_middle_of_a_step(engine: Engine) -> N
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert len(seen) == 1 and ids(engine) == expected
-    assert len(engine.logits(PROMPT)) == len(PROMPT)  # with what was made in the middle of that step
+    assert len(engine.logits(PROMPT)) == len(PROMPT)  # with the KV cache made in the middle of that forward
 
 
 def test_a_session_closed_in_the_middle_of_its_step_keeps_its_cache(engine: Engine) -> None:
-    """Another session may begin at once, and must not be given what the step still writes to."""
+    """Another session may begin at once, and must not get the KV cache that the forward still writes to."""
     expected, others = ids(engine), list[Any]()
     session = engine.session()
     tokens = session.complete(PROMPT, PARAMS)
@@ -231,7 +231,7 @@ def test_turns_are_given_back_whatever_happens() -> None:
 
 
 def loops_under_locks(source: str) -> list[int]:
-    """Lines of `while` loops that stand directly in a `with` of a lock."""
+    """Lines of `while` loops directly inside of a lock's `with`."""
     return [
         inner.lineno
         for node in ast.walk(ast.parse(source))
@@ -243,8 +243,8 @@ def loops_under_locks(source: str) -> list[int]:
 
 
 def test_no_loop_stands_directly_under_a_lock() -> None:
-    """In CPython 3.13.0 the jump back of a `while` is outside of what the `with` watches over, and an
-    interrupt that comes there leaves the lock taken."""
+    """In CPython 3.13.0 the jump back of a `while` is outside of the range that its `with` protects. An
+    interrupt there leaves the lock taken."""
     assert loops_under_locks("with a.lock, b:\n    while x:\n        z()") == [2]
     assert loops_under_locks("with a.lock:\n    z()\nwhile x:\n    z()") == []
     folder = Path(runtime.__file__).parent
@@ -264,7 +264,7 @@ params = SamplingParams(max_new_tokens=4, temperature=0, ignore_eos=True)
 tokens, session = engine.generate([5, 6, 7], params), engine.session()
 first = next(tokens)
 held = threading.Event(), threading.Event()
-def hold():  # whose turn it is at the fork
+def hold():  # the turn during the fork
     def work():
         held[0].set()
         held[1].wait()
