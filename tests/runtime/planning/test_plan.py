@@ -32,13 +32,13 @@ def test_trunk_experts_and_kv_are_the_bytes_of_the_real_tensors(dtype: torch.dty
     model = Mixtral(SMALL, dtype)
     experts = [weight for name, weight in model.named_parameters() if ".experts." in name]
     trunk = [weight for name, weight in model.named_parameters() if ".experts." not in name]
-    cache = KVCache.allocate(SMALL, 1, context, dtype, CPU)
+    kv = KVCache.allocate(SMALL, 1, context, dtype, CPU)
 
     planned = plan(SMALL, dtype, context)
     assert planned.resident and planned.slots_per_layer == (5, 5, 5) and planned.spares == 0
     assert planned.slots_bytes == size(experts) == 15 * planned.blob_bytes
     assert planned.trunk_bytes == size([*trunk, model.rope.cos, model.rope.sin])
-    assert planned.kv_bytes == size([tensor for layer in cache.layers for tensor in (layer.k, layer.v)])
+    assert planned.kv_bytes == size([tensor for layer in kv.layers for tensor in (layer.k, layer.v)])
     assert (
         planned.device_bytes
         == planned.trunk_bytes + planned.slots_bytes + planned.kv_bytes + planned.workspace_bytes
@@ -102,12 +102,12 @@ def test_the_workspace_is_enough_for_a_chunk_and_not_far_too_much(
         weight.detach().normal_(std=0.1)
     for gate in (weight for name, weight in model.named_parameters() if "gate" in name):
         gate.zero_()  # all tokens choose the same experts: the most rows at once
-    cache = KVCache.allocate(config, 1, context, dtype, CPU)
-    for layer in cache.layers:
+    kv = KVCache.allocate(config, 1, context, dtype, CPU)
+    for layer in kv.layers:
         layer.k.zero_(), layer.v.zero_()
-    cache.length = context - N
+    kv.length = context - N
     with torch.inference_mode(), LiveBytes() as measured:
-        model(torch.randint(config.vocab, (1, N)), cache, last=True)
+        model(torch.randint(config.vocab, (1, N)), kv, last=True)
     unseen = N * context * dtype.itemsize if context > N else 0  # the kernel's own copy of the mask
     plain = asked(config, dtype, context, expert=blob, attending=Attending.FLASH)
     without = lay_out(plain, (2, 2), resident)
