@@ -19,7 +19,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:  # [..., inputs], [outputs, inp
 class Linear(nn.Module):
     """`x @ weight.T`, without bias.
 
-    The weight [outputs, inputs] is uninitialised, because drawing 47 billion random numbers would take longer
+    The weight [outputs, inputs] is uninitialized, because drawing 47 billion random numbers would take longer
     than reading the checkpoint that overwrites them.
     """
 

@@ -89,7 +89,7 @@ class Mixtral(nn.Module):
     has the rows of q, k and v, and `w13` those of w1 and w3. `model.checkpoint.pieces` holds the table.
 
     `experts(layer)` provides a layer's experts, and `linear(inputs, outputs)` makes attention's projections.
-    By default they are parameters of this module. Weights are uninitialised. The caller fills them.
+    By default they are parameters of this module. Weights are uninitialized. The caller fills them.
     """
 
     def __init__(

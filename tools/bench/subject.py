@@ -249,7 +249,7 @@ def make_cache(subject: Subject) -> ExpertCache:
     arena, device = cast(Arena, store), setup.device
     policy, prefetch = options.policy, options.prefetch
     cache = ExpertCache.over(arena, setup.plan, setup.form, device, policy, prefetch, options.link_gbps)
-    for n, blob in enumerate(cache.pool):  # uninitialised memory may hold no numbers, or not be there yet
+    for n, blob in enumerate(cache.pool):  # uninitialized memory may hold no numbers, or not be there yet
         blob.copy_(cache.pool[n % DISTINCT] if n >= DISTINCT else store.memory.blob(0, n % store.count))
     wait(device)  # later copies to the slots come from another stream
     return cache
