@@ -1,11 +1,11 @@
-"""Try to break everything, for a while, and say what happened.
+"""Try to break everything for a while, and report what happened.
 
     python -m dev.harness --seconds 600 --seed 1
     python -m dev.harness --only interrupts --cases 20000 --seconds 3600
-    python -m dev.harness --seed 1 --only headers --at 4711       one case again, with the whole trace
+    python -m dev.harness --seed 1 --only headers --at 4711       one case again, with its traces
 
-Ends with status 1 if there were raw errors, hangs, leaks or wrong results. It attacks the code of the folder
-that it is started in.
+The exit status is 1 if there were raw errors, hangs, leaks or wrong results. The attacked code is that of the
+current folder.
 """
 
 import argparse
@@ -49,15 +49,17 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--seconds", type=float, default=120, metavar="N", help="in all (default: 120)")
+    parser.add_argument(
+        "--seconds", type=float, default=120, metavar="N", help="for all parts (default: 120)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
     parser.add_argument("--only", metavar="PART,...", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument(
-        "--cases", type=counts, default={}, metavar="N", help="at most, of each part; or PART=N,..."
+        "--cases", type=counts, default={}, metavar="N", help="most cases of each part; or PART=N,..."
     )
-    parser.add_argument("--at", type=int, metavar="K", help="only case K, with the traces of what it raises")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and all findings there")
-    parser.add_argument("--findings", type=Path, metavar="DIR", help="write a file for every kind of failure")
+    parser.add_argument("--at", type=int, metavar="K", help="only case K, with the traces of its errors")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and findings to FILE")
+    parser.add_argument("--findings", type=Path, metavar="DIR", help="write a file for each kind of failure")
     parser.add_argument("--quiet", action="store_true", help="nothing until the end")
     return parser
 
@@ -71,7 +73,7 @@ def counts(text: str) -> dict[str, int]:
 
 
 def tell(tallies: list[Tally], args: argparse.Namespace) -> None:
-    """The table and the failures, to stdout and to where they were asked for."""
+    """Print the table and the failures, and write them to the files that were asked for."""
     print(f"seed {args.seed}")
     print(table(tallies))
     for tally in tallies:
@@ -91,8 +93,8 @@ def write_findings(tallies: list[Tally], seed: int, folder: Path) -> None:
     for tally in tallies:
         for number, ((verdict, _), outcomes) in enumerate(kinds(tally.findings).items()):
             first = outcomes[0]
-            steps = ", ".join(str(outcome.at) for outcome in outcomes[:50])
-            text = f"seed {seed}, steps {steps}\n{len(outcomes)} times: {first.said}\n\n{first.trace}\n"
+            cases = ", ".join(str(outcome.at) for outcome in outcomes[:50])
+            text = f"seed {seed}, cases {cases}\n{len(outcomes)} times: {first.said}\n\n{first.trace}\n"
             (folder / f"{tally.part}-{number}-{verdict}.txt").write_text(text)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint answers: how a case knows that a result is right."""
+"""What a checkpoint answers to a few prompts, by which a case knows that a result is right."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ def answer(engine: Engine, prompt: Sequence[int] = PROMPTS[0], params: SamplingP
 
 
 def answers(folder: Path, options: EngineOptions = RESIDENT) -> list[Answer]:
-    """To all of the prompts, by an engine of their own."""
+    """The answers to all prompts, by a new engine."""
     with Engine.load(folder, options) as engine:
         return [answer(engine, prompt) for prompt in PROMPTS]
 
 
 def use(folder: Path) -> list[Answer | str]:
-    """The same for a checkpoint that may be damaged in ways that only a request can show: such as NaN. An
-    error of the family stands for the answer. Others are raised."""
+    """The same for a checkpoint whose damage, such as NaN, may show only in a request. A `RequestError` takes
+    the place of its answer; other errors are raised."""
     found: list[Answer | str] = []
     with Engine.load(folder, RESIDENT) as engine:
         for prompt in PROMPTS:

@@ -1,4 +1,4 @@
-"""The process that runs a part's cases, and tells its parent of each."""
+"""The process that runs a part's cases, and reports each to its parent."""
 
 import faulthandler
 import json
@@ -21,14 +21,14 @@ from dev.harness.outcome import Outcome, Verdict
 from dev.harness.part import Absent, Case, Part
 from dev.harness.subject import Subject
 
-ROOM = 8 << 30  # bytes of addresses that a part may take: the machine is not ours alone
-WARM = 20  # cases before memory is looked at
+ROOM = 8 << 30  # bytes of address space that a part may take, since the machine is shared
+WARM = 20  # cases before memory is first measured
 
 
 def serve(
     part: Part, subject: Subject, seed: int, numbers: Iterable[int], until: float, pipe: int, log: Path
 ) -> NoReturn:
-    """Run the cases until the moment `until`, then end the process. `log` takes what it prints."""
+    """Run the cases until the moment `until`, then end the process. Everything it prints goes to `log`."""
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(written, 1)
     os.dup2(written, 2)
@@ -64,7 +64,7 @@ def serve(
 
 
 class Watch:
-    """Runs cases, and looks at what each has taken."""
+    """Runs cases, and measures what each takes and leaves."""
 
     def __init__(self, part: Part, case: Case) -> None:
         self.part, self.case = part, case
@@ -90,14 +90,14 @@ class Watch:
             return [Outcome(at, Verdict.HANG, f"took {cpu:.1f} s of processor time")]
         if memory > self.part.memory:
             return [Outcome(at, Verdict.LEAK, f"took {memory >> 20} MiB of memory")]
-        if self.done > 1 and (extra := settled(before)):  # the first may fill what stays
+        if self.done > 1 and (extra := settled(before)):  # the first case may fill caches
             return [Outcome(at, Verdict.LEAK, f"left {extra}")]
         if self.done == WARM:
             self.memory = settled_bytes()
         return [outcome]
 
     def finish(self) -> list[Outcome]:
-        """What all cases together have left of memory."""
+        """The memory that all cases together have taken for good."""
         if not self.memory:
             return []
         grown = settled_bytes() - self.memory

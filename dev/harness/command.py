@@ -1,4 +1,4 @@
-"""Runs a command's `main` in this process, as a shell would: what it prints, and how it ends."""
+"""Runs a command's `main` in this process as a shell would, and keeps what it prints and how it ends."""
 
 import io
 import sys
@@ -27,7 +27,7 @@ class Ended:
         return self.err.rstrip("\n").rpartition("\n")[2]
 
     def judged(self) -> Verdict:
-        """Accepted if it was served, refused if it says why in one line. Raises `Wrong` otherwise."""
+        """Accepted if the command succeeded, refused if it says why in one line. Raises `Wrong` otherwise."""
         if self.status == DONE:
             return Verdict.ACCEPTED
         if self.status not in (FAILED, USAGE, INTERRUPTED):
@@ -42,7 +42,7 @@ class Ended:
 
 
 def run_main(main: Main, argv: Sequence[str], stdin: bytes = b"") -> Ended:
-    """Run it. Errors that it lets through are raised."""
+    """Run the command. Raises the errors that it lets through."""
     out, err = io.BytesIO(), io.BytesIO()
     with streams(stdin, out, err):
         try:

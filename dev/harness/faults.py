@@ -1,7 +1,7 @@
-"""Faults at the n-th of the calls that could fail: calls to the disk, for memory, for threads.
+"""Faults in the n-th of the calls that could fail: to the disk, for memory, for threads.
 
-Each context manager replaces functions of the standard library or of torch while inside, and has a `Fault`
-count them. Without a number the fault only counts.
+Each context manager replaces functions of the standard library or of torch while it is entered, and has a
+`Fault` count their calls. A fault without a number only counts.
 """
 
 import builtins
@@ -11,7 +11,7 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,9 +33,9 @@ NO_MEMORY = (
 
 
 class Fault:
-    """Counts calls while it is entered. The call number `at`, and with `lasting` every one from there on,
-    raises what `make` makes of the name of the call's file. `begin` and `end` are called on entering and
-    leaving."""
+    """Counts calls while it is entered. Call number `at` raises the error that `make` gives for the name of
+    the call's file; with `lasting`, so do all later calls. `begin` is called on entering, `end` on leaving.
+    """
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Fault:
             if self.at is None or self.calls < self.at or (self.fired and not self.lasting):
                 return
             if self.make is interrupted and threading.current_thread() is not threading.main_thread():
-                return  # Python interrupts no other: the next call of the main thread is it
+                return  # Python interrupts only the main thread, so its next call is the one
             self.fired = self.fired or call
         raise self.make(name)
 
@@ -80,46 +80,18 @@ def system_error(number: int) -> Callable[[str], BaseException]:
     return lambda name: OSError(number, os.strerror(number), *([name] if name else []))
 
 
-DISK_ERRORS = tuple(
-    system_error(number)
-    for number in (
-        errno.EIO,
-        errno.ENOSPC,
-        errno.EACCES,
-        errno.ENOENT,
-        errno.EMFILE,
-        errno.ESTALE,
-        errno.EROFS,
-    )
-)
+DISK_ERRORS = tuple(map(system_error, (
+    errno.EIO, errno.ENOSPC, errno.EACCES, errno.ENOENT, errno.EMFILE, errno.ESTALE, errno.EROFS,
+)))  # fmt: skip
 
 
 @contextmanager
 def disk(fault: Fault, folder: Path) -> Iterator[None]:
-    """Whatever is done to files of `folder`, and to what the system tells of itself."""
+    """Count what is done to files of `folder`, and what the system is asked about itself."""
     places = (str(folder), "/proc", "/sys")
 
     def ours(target: Any) -> bool:
         return isinstance(target, (str, os.PathLike)) and str(target).startswith(places)
-
-    def guarded(real: Callable[..., Any], call: str) -> Callable[..., Any]:
-        @functools.wraps(real)
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            if any(map(ours, args)):
-                fault.hit(call, str(args[0]))
-            return real(*args, **kwargs)
-
-        return replacement
-
-    def counted(real: Callable[..., Any], call: str) -> Callable[..., Any]:
-        @functools.wraps(real)
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            fault.hit(call)
-            return real(*args, **kwargs)
-
-        return replacement
-
-    real_open = io.open
 
     def opened(target: Any, *args: Any, **kwargs: Any) -> Any:
         if not ours(target):
@@ -127,14 +99,33 @@ def disk(fault: Fault, folder: Path) -> Iterator[None]:
         fault.hit("open", str(target))
         return FaultyFile(real_open(target, *args, **kwargs), fault)
 
+    real_open = io.open
     with ExitStack() as stack:
         for name in ON_DISK:
-            stack.enter_context(mock.patch.object(os, name, guarded(getattr(os, name), name)))
+            stack.enter_context(counted(os, name, fault, name, ours))
         for name in BY_HANDLE:
-            stack.enter_context(mock.patch.object(os, name, counted(getattr(os, name), name)))
+            stack.enter_context(counted(os, name, fault, name))
         stack.enter_context(mock.patch.object(io, "open", opened))
         stack.enter_context(mock.patch.object(builtins, "open", opened))
         yield
+
+
+def counted(
+    owner: object, name: str, fault: Fault, call: str, ours: Callable[[Any], bool] | None = None
+) -> AbstractContextManager[object]:
+    """While entered, a function of `owner` has `fault` count its calls; of those with `ours`, only calls that
+    have such an argument."""
+    real = getattr(owner, name)
+
+    @functools.wraps(real)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        if ours is None:
+            fault.hit(call)
+        elif any(map(ours, args)):
+            fault.hit(call, str(args[0]))
+        return real(*args, **kwargs)
+
+    return mock.patch.object(owner, name, replacement)
 
 
 class FaultyFile:
@@ -167,6 +158,33 @@ class FaultyFile:
             yield line
 
 
+@contextmanager
+def memory(fault: Fault) -> Iterator[None]:
+    """Count what makes a tensor, as far as Python sees it."""
+    with ExitStack() as stack:
+        for name in ALLOCATING:
+            stack.enter_context(counted(torch, name, fault, name))
+        for name in OF_TENSORS:
+            stack.enter_context(counted(torch.Tensor, name, fault, f"Tensor.{name}"))
+        yield
+
+
+@contextmanager
+def thread_starts(fault: Fault, afterwards: bool = False) -> Iterator[None]:
+    """Count starts of threads; with `afterwards`, when the thread runs, as an interrupt may come then."""
+    name = next(n for n in ("_start_joinable_thread", "_start_new_thread") if hasattr(threading, n))
+    real = getattr(threading, name)
+
+    def started(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        fault.hit("thread")
+        return found
+
+    starting = counted(threading, name, fault, "thread")
+    with mock.patch.object(threading, name, started) if afterwards else starting:
+        yield
+
+
 def no_memory(name: str) -> BaseException:
     return RuntimeError(NO_MEMORY)
 
@@ -175,48 +193,9 @@ def python_memory(name: str) -> BaseException:
     return MemoryError()
 
 
-def interrupted(name: str) -> BaseException:
-    return KeyboardInterrupt()
-
-
-@contextmanager
-def memory(fault: Fault) -> Iterator[None]:
-    """Whatever makes a tensor, as far as Python sees it."""
-
-    def guarded(real: Callable[..., Any], call: str) -> Callable[..., Any]:
-        @functools.wraps(real)
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            fault.hit(call)
-            return real(*args, **kwargs)
-
-        return replacement
-
-    with ExitStack() as stack:
-        for name in ALLOCATING:
-            stack.enter_context(mock.patch.object(torch, name, guarded(getattr(torch, name), name)))
-        for name in OF_TENSORS:
-            real = getattr(torch.Tensor, name)
-            stack.enter_context(mock.patch.object(torch.Tensor, name, guarded(real, f"Tensor.{name}")))
-        yield
-
-
 def no_thread(name: str) -> BaseException:
     return RuntimeError("can't start new thread")
 
 
-@contextmanager
-def thread_starts(fault: Fault, afterwards: bool = False) -> Iterator[None]:
-    """The start of a thread; `afterwards`, when it runs, as an interrupt may come."""
-    name = next(n for n in ("_start_joinable_thread", "_start_new_thread") if hasattr(threading, n))
-    real = getattr(threading, name)
-
-    def started(*args: Any, **kwargs: Any) -> Any:
-        if afterwards:
-            found = real(*args, **kwargs)
-            fault.hit("thread")
-            return found
-        fault.hit("thread")
-        return real(*args, **kwargs)
-
-    with mock.patch.object(threading, name, started):
-        yield
+def interrupted(name: str) -> BaseException:
+    return KeyboardInterrupt()

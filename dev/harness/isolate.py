@@ -1,4 +1,4 @@
-"""Runs a case in a fork of this process, which may be given too little memory, or be killed."""
+"""Runs a case in a fork of this process, which may run out of memory or be killed."""
 
 import json
 import os
@@ -16,7 +16,7 @@ LOST = 99
 
 
 class Crashed(Exception):
-    """The fork died, or ended otherwise than by telling."""
+    """The fork died, or ended without a report."""
 
 
 class Stuck(Exception):
@@ -24,13 +24,13 @@ class Stuck(Exception):
 
 
 def settle_in() -> None:
-    """To be called first in a fork. PyTorch replaces its pool of threads there at the first use, and two
-    threads that come to it at once find none ("Invalid thread pool!")."""
+    """Call this first in a fork. PyTorch replaces its pool of threads there at the first use, and two threads
+    that use it at once find none ("Invalid thread pool!")."""
     torch.set_num_threads(1)
 
 
 def isolated(function: Callable[[], Verdict], patience: float = 60.0) -> Verdict:
-    """What the function comes to in a fork. Errors outside of the family are raised here again, as text."""
+    """The verdict of the function in a fork. Raises its errors outside of the family again, as text."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

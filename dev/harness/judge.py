@@ -1,4 +1,4 @@
-"""Whether an error is one that the program promises: of its family, with a message of one line."""
+"""Judges whether an error is one that the program promises: of its family, with a message of one line."""
 
 import traceback
 from types import TracebackType
@@ -46,13 +46,13 @@ def judge(at: int, error: BaseException) -> Outcome:
 
 
 def shown(text: str, limit: int = 200) -> str:
-    """Any text, fit for the report."""
+    """A text as the report shows it: printable, and cut to `limit` characters."""
     text = text[: 2 * limit].encode("unicode_escape").decode()
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def origin(trace: TracebackType | None) -> str:
-    """Where an error was raised: file and line."""
+    """The file and line where an error was raised."""
     frames = traceback.extract_tb(trace)
     return f"at {'/'.join(frames[-1].filename.split('/')[-2:])}:{frames[-1].lineno}" if frames else ""
 

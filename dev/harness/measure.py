@@ -1,4 +1,4 @@
-"""What this process holds: threads, handles, memory. Where the system does not tell, nothing is counted."""
+"""The threads, handles and memory of this process. What the system does not tell is not counted."""
 
 import contextlib
 import ctypes
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SELF = Path("/proc/self")
-PATIENCE = 5.0  # seconds that a thread may take to end
+PATIENCE = 5.0  # seconds for a thread to end
 
 
 @dataclass(frozen=True)
 class Holdings:
-    """Names of threads and targets of handles, each once for each that there is."""
+    """The names of threads and the targets of handles, one entry for each."""
 
     threads: tuple[str, ...]
     handles: tuple[str, ...]
@@ -25,7 +25,7 @@ class Holdings:
         return Holdings(tuple(sorted(t.name for t in threading.enumerate())), handles())
 
     def more_than(self, before: "Holdings") -> str:
-        """What there is more of than before, in words."""
+        """The surplus over `before`, in words."""
         words = []
         if extra := surplus(self.threads, before.threads):
             words.append(f"{len(extra)} threads ({', '.join(extra)[:80]})")
@@ -52,13 +52,13 @@ def handles() -> tuple[str, ...]:
     found = []
     with contextlib.suppress(OSError):
         for name in os.listdir(SELF / "fd"):
-            with contextlib.suppress(OSError):  # the one that lists the folder
+            with contextlib.suppress(OSError):  # the handle that lists the folder
                 found.append(os.readlink(SELF / "fd" / name))
     return tuple(sorted(found))
 
 
 def settled(before: Holdings) -> str:
-    """What is held beyond `before`, after garbage has been collected and threads have had time to end."""
+    """The surplus over `before`, after garbage is collected and threads have had time to end."""
     extra = Holdings.now().more_than(before)
     end = time.monotonic() + PATIENCE
     while extra and time.monotonic() < end:
@@ -69,12 +69,12 @@ def settled(before: Holdings) -> str:
 
 
 def resident_bytes() -> int:
-    """Memory of this process; 0 where that cannot be told."""
+    """Memory of this process; 0 if the system does not tell."""
     return status_bytes("VmRSS")
 
 
 def settled_bytes() -> int:
-    """The same after garbage has been collected and free memory given back."""
+    """The same after garbage is collected and free memory is returned."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

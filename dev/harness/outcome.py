@@ -1,4 +1,4 @@
-"""What a case can come to, and the sums of a part."""
+"""The outcomes of cases, and their sums in a part."""
 
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -6,14 +6,14 @@ from typing import Any
 
 
 class Verdict(str, Enum):
-    """The first two are as they should be."""
+    """The first two are right, the others are failures."""
 
-    REFUSED = "refused"  # with one line, of the family of errors that the program promises
+    REFUSED = "refused"  # by an error of the promised family, whose message is one line
     ACCEPTED = "accepted"
     RAW = "raw"  # any other error, a message that is not one line, a crash
-    HANG = "hang"  # no end within the time that the part allows
+    HANG = "hang"  # not done within the time that the part allows
     LEAK = "leak"  # a thread, a handle or memory more than before
-    WRONG = "wrong"  # another result than the undisturbed one
+    WRONG = "wrong"  # a result that differs from the undisturbed one
 
     @property
     def failure(self) -> bool:
@@ -21,21 +21,21 @@ class Verdict(str, Enum):
 
 
 class Wrong(Exception):
-    """Raised by a case whose result is not what it has to be."""
+    """Raised by a case whose result is wrong."""
 
 
 class Leaked(Exception):
-    """Raised by a case that finds something left over which is not a thread or handle of this process."""
+    """Raised by a case that finds a leak other than threads or handles of this process."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of case number `at`."""
+    """The outcome of case number `at`."""
 
     at: int
     verdict: Verdict
     said: str = ""
-    trace: str = ""  # of an error, or of every thread that hangs
+    trace: str = ""  # of an error, or of all threads of a process that hangs
 
 
 @dataclass

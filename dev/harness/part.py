@@ -1,4 +1,4 @@
-"""What a part tells the command about itself."""
+"""What the command knows of a part."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -8,20 +8,20 @@ from random import Random
 from dev.harness.outcome import Verdict
 from dev.harness.subject import Subject
 
-Case = Callable[[Random], Verdict]  # raises what it does not want to judge itself
+Case = Callable[[Random], Verdict]  # raises errors for the harness to judge
 
 
 class Absent(Exception):
-    """Raised on opening a part whose object is not in this version, or not possible on this machine."""
+    """Raised by opening a part that this version or this machine cannot run."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One way to break things, and what a case of it may take."""
+    """One way to break things, and the limits of a case."""
 
     name: str
     open: Callable[[Subject], AbstractContextManager[Case]]
-    cpu_seconds: float = 5.0  # more is counted as a hang: whatever was claimed, nothing here is large
-    patience: float = 60.0  # seconds of silence before the process is taken for hanging
-    memory: int = 256 << 20  # more is counted as a leak: memory taken for a claim
-    growth: int = 64 << 20  # over all cases but the first
+    cpu_seconds: float = 5.0  # more counts as a hang: a file may claim much, but nothing here is large
+    patience: float = 60.0  # seconds of silence after which the process counts as hanging
+    memory: int = 256 << 20  # bytes; more counts as a leak, because a claim was believed
+    growth: int = 64 << 20  # bytes, over all cases but the first

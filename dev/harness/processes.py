@@ -1,5 +1,4 @@
-"""Commands in processes of their own, to send signals to: forks of this one, which have imported all, or new
-ones of Python."""
+"""Commands in processes that take signals: forks of this one, which have imported everything, or new ones."""
 
 import contextlib
 import os
@@ -21,7 +20,7 @@ PATIENCE = 60.0  # seconds for a process to end
 
 @dataclass
 class Running:
-    """A command on its way. `log` takes what it prints, on both streams."""
+    """A running command. What it prints, on both streams, goes to `log`."""
 
     child: int
     log: Path
@@ -31,7 +30,7 @@ class Running:
             os.kill(self.child, signal.SIGINT)
 
     def ended(self, patience: float = PATIENCE) -> Ended:
-        """How it ended. Raises `Wrong` if it does not."""
+        """How the command ended. Raises `Wrong` if it does not end."""
         end = time.monotonic() + patience
         while not (found := os.waitpid(self.child, os.WNOHANG))[0]:
             if time.monotonic() > end:
@@ -51,7 +50,7 @@ class Running:
 
 
 def forked(main: Main, argv: Sequence[str], log: Path) -> Running:
-    """The command in a fork; this returns when it has begun."""
+    """Start the command in a fork. Returns when it has begun."""
     reader, writer = os.pipe()
     sys.stdout.flush()
     child = os.fork()
@@ -69,7 +68,8 @@ def forked(main: Main, argv: Sequence[str], log: Path) -> Running:
 
 
 def run_and_exit(main: Main, argv: Sequence[str]) -> None:
-    """What a shell's child does; an interrupt before the command begins, or when it has ended, is none."""
+    """Run a command as the child of a shell does. An interrupt before it begins or after it has ended does
+    not count."""
     status: int | None = None
     settle_in()
     try:
@@ -92,22 +92,23 @@ def run_and_exit(main: Main, argv: Sequence[str]) -> None:
 
 
 def started(module: str, argv: Sequence[str], log: Path) -> Running:
-    """The command as a shell starts it."""
+    """Start the command as a shell does."""
     with log.open("wb") as written:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *argv], stdin=subprocess.DEVNULL, stdout=written, stderr=written
         )
-    process.returncode = 0  # we wait for it
+    process.returncode = 0  # `Running.ended` waits for it
     return Running(process.pid, log)
 
 
 def judged(ended: Ended) -> Verdict:
-    """Of a command that got a Ctrl-C: done, or interrupted without a traceback of ours."""
+    """The verdict on a command that got a Ctrl-C. Raises `Wrong` unless it is done, or was interrupted
+    without a traceback of ours."""
     ours = "/runtime/", "/tools/", "/model/", "/tokenizer/"
     if "Traceback" in ended.err and any(place in ended.err for place in ours):
         raise Wrong(f"a traceback: {ended.err[-1500:]}")
     if "Traceback" in ended.err or ended.status == -signal.SIGINT:
-        return Verdict.REFUSED  # Python itself was not there yet
+        return Verdict.REFUSED  # Python itself had not started yet
     if ended.status not in (DONE, INTERRUPTED):
         raise Wrong(f"status {ended.status}: {ended.err[-500:]}")
     return Verdict.ACCEPTED if ended.status == DONE else Verdict.REFUSED

@@ -23,13 +23,13 @@ def quantize(source: Path, out: Path, *flags: str) -> Ended:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the lock, which is empty, and stays where it cannot be removed."""
+    """All files but the lock, which is empty, and stays where it cannot be removed."""
     files = (path for path in folder.iterdir() if path.is_file() and path.name != LOCK)
     return {path.name: path.read_bytes() for path in files}
 
 
 def interrupt(subject: Subject, out: Path, write: int) -> None:
-    """Leave in `out` what a run leaves that is interrupted at its n-th tensor."""
+    """Interrupt a run after `write` tensors, and leave its files in `out`."""
     done, real = 0, Writer.write
 
     def counted(self: Writer, *args: Any) -> None:
@@ -56,7 +56,7 @@ def check_left(out: Path, expected: dict[str, bytes]) -> None:
     found.pop(JOURNAL, None)
     different = [name for name in expected if found.get(name) != expected[name]]
     if different:
-        raise Wrong(f"there is a config.json, and {different[0]} is not as it has to be")
+        raise Wrong(f"there is a config.json, and {different[0]} is wrong")
 
 
 def finish(subject: Subject, out: Path, expected: dict[str, bytes]) -> None:
@@ -67,4 +67,4 @@ def finish(subject: Subject, out: Path, expected: dict[str, bytes]) -> None:
     if (again := quantize(subject.hf, out)).status != DONE:
         raise Wrong(f"the same command again ends with {again.status}: {again.said}")
     if contents(out) != expected:
-        raise Wrong("broken off and resumed, the result is another")
+        raise Wrong("after a run was broken off and resumed, the result is wrong")

@@ -29,7 +29,7 @@ def table(tallies: Sequence[Tally]) -> str:
 
 
 def kinds(findings: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
-    """Findings by what they have in common: the verdict, and what was said, numbers and quotations apart."""
+    """Findings by kind: the verdict, and the beginning of the message without its numbers and quotations."""
     found: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in findings:
         said = re.sub(r"'[^']*'|\"[^\"]*\"|/\S+|\d+", "#", outcome.said)[:40]
@@ -38,7 +38,7 @@ def kinds(findings: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
 
 
 def failures(tally: Tally, seed: int, shown: int = 3) -> str:
-    """A line for every kind of failure, with the commands that make some of them again."""
+    """A line for each kind of failure, with the flags that repeat some of its cases."""
     lines = []
     for (verdict, _), outcomes in kinds(tally.findings).items():
         lines.append(f"{tally.part}: {verdict}, {len(outcomes)} times: {outcomes[0].said}")

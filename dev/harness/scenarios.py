@@ -1,4 +1,5 @@
-"""What is done while faults come: loading and answering, quantizing, the command. Each knows its result."""
+"""What runs while faults come: loading and answering, quantizing, the command. Each knows its right
+result."""
 
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from runtime import Engine, EngineOptions, RequestError, generate
 
 @dataclass(frozen=True)
 class Scenario:
-    """`run` tries it under a fault, and again when it is over."""
+    """`run` does it under a fault, and again after the fault is over."""
 
     name: str
     run: Callable[[Fault], Verdict]
@@ -43,16 +44,14 @@ def engine(name: str, folder: Path, options: EngineOptions) -> Scenario:
                 except (RequestError, KeyboardInterrupt):
                     fault.over()
                     if [answer(engine, prompt) for prompt in PROMPTS] != known:
-                        raise Wrong(
-                            f"after {fault.fired} failed, the next request is answered wrongly"
-                        ) from None
+                        raise Wrong(f"after {fault.fired} failed, the next answer is wrong") from None
                     raise
         except KeyboardInterrupt:
             if not fault.fired:
                 raise
             return Verdict.REFUSED
         if found != known:
-            raise Wrong(f"{fault.fired} failed, and the answers are others")
+            raise Wrong(f"{fault.fired} failed, and the answers are wrong")
         return Verdict.ACCEPTED
 
     return Scenario(name, run)
@@ -70,12 +69,12 @@ def command(subject: Subject, work: Path) -> Scenario:
         with fault:
             ended = run_main(generate.main, argv)
         if ended.status == DONE and ended.out != known:
-            raise Wrong(f"{fault.fired} failed, and the text is another")
+            raise Wrong(f"{fault.fired} failed, and the text is wrong")
         if stats.is_file() and not stats.read_bytes().endswith(b"}\n"):
             raise Wrong(f"{fault.fired} failed, and half a statistics file is left")
         verdict = ended.judged()
         if run_main(generate.main, argv).out != known:
-            raise Wrong(f"after {fault.fired} failed, the next text is another")
+            raise Wrong(f"after {fault.fired} failed, the next text is wrong")
         return verdict
 
     return Scenario("command", run)

@@ -1,4 +1,4 @@
-"""The files that are attacked: one tiny Mixtral in every form that the program reads."""
+"""The files under attack: one tiny Mixtral in every form that the program reads."""
 
 import json
 import os
@@ -29,7 +29,7 @@ OFFLOADED = EngineOptions(device="cpu", dtype="float32", offload="always", slots
 
 @dataclass(frozen=True)
 class Subject:
-    """Folders of checkpoints, all in `folder`, where parts work too."""
+    """Checkpoints in `folder`, where parts have their working folders too."""
 
     folder: Path
 
@@ -62,7 +62,7 @@ class Subject:
 
 
 def make_subject(folder: Path) -> Subject:
-    """Write all of it. No thread is started in this process: those that it forks would miss it."""
+    """Write all checkpoints. This starts no thread in this process, because its forks would lack it."""
     torch.set_num_threads(1)
     subject = Subject(folder)
     write_hf(CONFIG, subject.hf, random_values())
@@ -80,7 +80,7 @@ def make_subject(folder: Path) -> Subject:
 
 
 def random_values() -> Callable[[str, StoredTensor], Tensor]:
-    """Values for `write_hf`: the same for everybody, large enough that logits differ by several units."""
+    """Values for `write_hf`: always the same, and large enough that logits differ by several units."""
     generator = torch.Generator().manual_seed(0)
 
     def values(name: str, stored: StoredTensor) -> Tensor:

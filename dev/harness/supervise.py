@@ -1,4 +1,4 @@
-"""Runs a part in processes that may hang, crash or be killed, and loses no case."""
+"""Runs a part in processes that may hang, crash or be killed, without losing a case."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from dev.harness.outcome import Outcome, Tally, Verdict
 from dev.harness.part import Part
 from dev.harness.subject import Subject
 
-GRACE = 2.0  # seconds for a hanging process to write where it hangs
+GRACE = 2.0  # seconds for a hanging process to write its stacks
 
 
 class Hung(Exception):
@@ -24,7 +24,7 @@ class Hung(Exception):
 
 
 def run_part(part: Part, subject: Subject, seed: int, first: int, most: int | None, seconds: float) -> Tally:
-    """Cases from number `first` on, `most` of them at most, for so many seconds."""
+    """Run cases from number `first` on, up to `most` of them, for up to `seconds`."""
     tally = Tally(part.name)
     began = time.monotonic()
     until = began + seconds
@@ -39,7 +39,7 @@ def run_part(part: Part, subject: Subject, seed: int, first: int, most: int | No
 
 
 class Stretch:
-    """The cases that one process lives through. `at` is the next case to try."""
+    """The cases that one process survives. `at` is the next case to try."""
 
     def __init__(
         self, part: Part, subject: Subject, seed: int, first: int, last: int | None, until: float
@@ -49,7 +49,7 @@ class Stretch:
         self.log = subject.folder / f"{part.name}.log"
 
     def run(self, tally: Tally) -> bool:
-        """Whether the process came to its end by itself. If not, the case that it died of is in the tally."""
+        """Returns whether the process ended by itself. If not, the case that killed it is in the tally."""
         reader, child = self.start()
         done = hung = False
         try:
@@ -63,7 +63,7 @@ class Stretch:
         finally:
             os.close(reader)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)  # with all that it has started
+                os.killpg(child, signal.SIGKILL)  # and all processes that it started
         _, status = os.waitpid(child, 0)
         if done or tally.skipped:
             return True
@@ -98,7 +98,7 @@ class Stretch:
 
 
 def messages(reader: int, patience: float) -> Iterator[dict[str, Any]]:
-    """What the child tells, until it ends. Raises `Hung` when it says nothing for too long."""
+    """The child's messages until it ends. Raises `Hung` if there is none for `patience` seconds."""
     rest = b""
     while True:
         if not select.select([reader], [], [], patience)[0]:
@@ -119,7 +119,7 @@ def ending(status: int) -> str:
 
 
 def tail(log: Path, limit: int = 6000) -> str:
-    """The end of what the child wrote: the report of Python's fault handler among it."""
+    """The end of what the child printed, with the report of Python's fault handler."""
     try:
         return log.read_bytes()[-limit:].decode("utf-8", "replace")
     except OSError:

@@ -1,1 +1,1 @@
-"""Damage that knows the structure of what it damages."""
+"""Damage to files that knows their structure."""

@@ -9,22 +9,8 @@ from dev.harness.mutate.json_tree import as_text, mutated
 from dev.harness.mutate.values import NUMBERS, weird_text
 
 DTYPES = (
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-    "I64",
-    "I32",
-    "I16",
-    "I8",
-    "U8",
-    "BOOL",
-    "U16",
-    "C64",
-    "F8_E4M3",
-    "F4",
-    "X",
-)
+    "F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "C64", "F8_E4M3", "F4", "X",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +27,7 @@ class File:
 
 
 def harmless(file: File, chance: Random) -> bytes:
-    """The same tensors, told otherwise: names in another order, spaces, metadata, bytes in another order."""
+    """The same tensors written differently: names and bytes in another order, spaces, metadata."""
     names = [name for name in file.header if name != "__metadata__"]
     chance.shuffle(names)
     header: dict[str, Any] = {}
@@ -80,7 +66,7 @@ def damaged(file: File, chance: Random) -> bytes:
 
 
 def change_entry(header: dict[str, Any], chance: Random, size: int) -> None:
-    """Damage that only this format knows, to one tensor's entry."""
+    """Damage one tensor's entry in a way that only this format knows."""
     names = [name for name, entry in header.items() if isinstance(entry, dict) and "shape" in entry]
     if not names:
         return

@@ -1,4 +1,4 @@
-"""Damage to JSON, as a tree of values and as text."""
+"""Damage to JSON, both to the tree of values and to the text."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from dev.harness.mutate.values import weird, weird_text
 
 
 def mutated(value: Any, chance: Random, large: int = 1 << 20) -> Any:
-    """A copy with one to three places changed."""
+    """A copy of the value with one to three changes."""
     value = copy.deepcopy(value)
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         places = list(containers(value))
@@ -25,7 +25,7 @@ def mutated(value: Any, chance: Random, large: int = 1 << 20) -> Any:
 
 
 def containers(value: Any) -> Iterator[Any]:
-    """Every object and list in a tree that has something in it."""
+    """All objects and lists in a tree that are not empty."""
     if isinstance(value, (dict, list)) and value:
         yield value
         for inner in value.values() if isinstance(value, dict) else value:
@@ -62,7 +62,7 @@ def change_list(holder: list[Any], chance: Random, large: int) -> None:
 
 
 def changed(value: Any, chance: Random, large: int) -> Any:
-    """Another value in this one's place: near it, or nothing like it."""
+    """A value to replace this one: near it, or quite different."""
     if isinstance(value, (int, float)) and abs(value) < 1e300 and chance.random() < 0.5:
         return chance.choice(
             (value + 1, value - 1, -value, value * 2, value * (1 << 20), value / 2, str(value))
@@ -71,7 +71,7 @@ def changed(value: Any, chance: Random, large: int) -> Any:
 
 
 def as_text(value: Any, chance: Random) -> bytes:
-    """The value written out, now and then in a way that JSON does not allow, or should not."""
+    """The value as text, sometimes written in a way that JSON does not allow, or should not."""
     text = json.dumps(value, ensure_ascii=chance.random() < 0.7)
     match chance.randrange(24):
         case 0:

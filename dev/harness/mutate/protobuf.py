@@ -1,4 +1,4 @@
-"""Damage to a sentencepiece model, as a protobuf message: its fields one by one, and their bytes."""
+"""Damage to a sentencepiece model as a protobuf message: to its fields, and to its bytes."""
 
 import struct
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ HUGE = (0, 1, 127, 128, 1 << 20, (1 << 31) - 1, 1 << 31, 1 << 32, (1 << 63) - 1,
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a message; `content` is what comes after tag and length."""
+    """A field of a message. `content` is what follows its tag and length."""
 
     number: int
     wire_type: int
@@ -51,7 +51,7 @@ def varint(value: int) -> bytes:
 
 
 def damaged(message: list[Field], chance: Random) -> bytes:
-    """One to three changes to fields, or one to the bytes."""
+    """The message with one to three changes to its fields, or one to its bytes."""
     if chance.random() < 0.25:
         return bytes_damaged(encoded(message), chance)
     message = list(message)
@@ -81,7 +81,7 @@ def bytes_damaged(data: bytes, chance: Random) -> bytes:
 
 def change(message: list[Field], chance: Random) -> None:
     at = chance.randrange(len(message))
-    if chance.random() < 0.3:  # the few that are not pieces
+    if chance.random() < 0.3:  # mostly it would be a piece
         others = [i for i, field in enumerate(message) if field.number != PIECE]
         at = chance.choice(others or [at])
     field = message[at]
@@ -105,7 +105,7 @@ def change(message: list[Field], chance: Random) -> None:
 
 
 def inside(field: Field, chance: Random) -> bytes:
-    """The content of a field, damaged: of a piece its name, score and kind, else of the settings one."""
+    """Damage inside a field: to the name, score and kind of a piece, or to one of the settings."""
     try:
         inner = parse(field.content)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Chat templates as programs that mean no good, and conversations of users who neither do."""
+"""Hostile chat templates, and messages of hostile users."""
 
 from random import Random
 
@@ -103,5 +103,5 @@ def template(chance: Random) -> str:
 
 
 def hostile_text(chance: Random) -> str:
-    """What a user may write to pass for the system or the model."""
+    """What a user may write to impersonate the system or the model."""
     return "".join(chance.choice(("say ", "{{ 1 }}", weird_text(chance, 300), *SPELLED)) for _ in range(3))

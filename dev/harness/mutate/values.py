@@ -1,4 +1,4 @@
-"""Values that files and callers give, and should not."""
+"""Values that files and callers should not give, but do."""
 
 from random import Random
 from typing import Any
@@ -16,7 +16,7 @@ NUMBERS: tuple[Any, ...] = (
 
 
 def weird(chance: Random, large: int = 1 << 20) -> Any:
-    """Something of any type that JSON has. Texts are up to `large` characters."""
+    """A strange value of any JSON type. Texts have up to `large` characters."""
     kind = chance.randrange(10)
     if kind < 4:
         return chance.choice(NUMBERS)

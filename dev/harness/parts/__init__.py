@@ -1,19 +1,17 @@
-"""The parts, by name."""
+"""The parts by name: each is one way to break things."""
 
 from dev.harness.part import Part
-from dev.harness.parts.allocation import open_allocation
 from dev.harness.parts.configs import open_configs
+from dev.harness.parts.faults import open_allocation, open_io, open_threads
 from dev.harness.parts.headers import open_headers
 from dev.harness.parts.index import open_index
 from dev.harness.parts.interrupts import open_interrupts
-from dev.harness.parts.io import open_io
 from dev.harness.parts.journal import open_journal
 from dev.harness.parts.kills import open_kills
 from dev.harness.parts.options import open_options
 from dev.harness.parts.signals import open_signals
 from dev.harness.parts.soak import open_soak
 from dev.harness.parts.templates import open_template
-from dev.harness.parts.threads import open_threads
 from dev.harness.parts.tokenizers import open_tokenizer
 from dev.harness.parts.traces import open_trace
 

@@ -1,4 +1,4 @@
-"""Damaged configurations, of the model, of generation and of the tokenizer."""
+"""Damaged configurations of the model, of generation and of the tokenizer."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from dev.harness.outcome import Verdict, Wrong
 from dev.harness.part import Case
 from dev.harness.subject import Subject
 
-OTHERS: dict[str, Any] = {  # files that a checkpoint may have besides
+OTHERS: dict[str, Any] = {  # other files that a checkpoint may have
     "generation_config.json": {"eos_token_id": [2, 7], "bos_token_id": 1, "temperature": 0.5},
     "tokenizer_config.json": {
         "bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}, "add_bos_token": True,
@@ -28,11 +28,8 @@ OTHERS: dict[str, Any] = {  # files that a checkpoint may have besides
     "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}},
 }  # fmt: skip
 HARMLESS = {
-    "_name_or_path": "x",
-    "transformers_version": "9.9",
-    "use_cache": False,
-    "router_jitter_noise": 0.1,
-}
+    "_name_or_path": "x", "transformers_version": "9.9", "use_cache": False, "router_jitter_noise": 0.1,
+}  # fmt: skip
 STRANGE = (
     "rope_scaling", "rope_parameters", "quantization_config", "eos_token_id", "head_dim", "sliding_window",
     "added_tokens_decoder", "chat_template", "eos_token", "moe", "model_type", "tie_word_embeddings",
@@ -69,7 +66,7 @@ def open_configs(subject: Subject) -> Iterator[Case]:
 
 
 def chosen(folder: Path, name: str, chance: Random) -> tuple[Path, Any]:
-    """A file to damage, and what it holds undamaged."""
+    """A file to damage, and its undamaged contents."""
     if chance.random() < 0.5:
         other = chance.choice(list(OTHERS))
         return folder / other, OTHERS[other]

@@ -1,4 +1,4 @@
-"""Damaged safetensors files, in every spelling of a checkpoint."""
+"""Damaged safetensors files, in every layout of a checkpoint."""
 
 import shutil
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def open_headers(subject: Subject) -> Iterator[Case]:
         if chance.random() < 0.1:
             target.write_bytes(harmless(file, chance))
             if answers(folder) != known[folder]:
-                raise Wrong(f"{folder.name}: other answers from the same tensors in another order")
+                raise Wrong(f"{folder.name}: the same tensors in another order give other answers")
             return Verdict.ACCEPTED
         target.write_bytes(damaged(file, chance))
         use(folder)
@@ -41,6 +41,6 @@ def sources(subject: Subject) -> tuple[Path, ...]:
 
 
 def whole_file(folder: Path) -> tuple[Path, File]:
-    """The first weights file of a folder, and what is in it."""
+    """The first weights file of a folder, and its contents."""
     target = min(folder.glob("*.safetensors"))
     return target, File.parse(target.read_bytes())

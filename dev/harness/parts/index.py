@@ -25,7 +25,7 @@ def open_index(subject: Subject) -> Iterator[Case]:
         if chance.random() < 0.05:
             target.write_text(json.dumps(reordered(original, chance), indent=chance.choice((None, 4))))
             if answers(folder) != known:
-                raise Wrong("other answers from the same index in another order")
+                raise Wrong("the same index in another order gives other answers")
             return Verdict.ACCEPTED
         target.write_bytes(as_text(changed(original, chance), chance))
         found = use(folder)

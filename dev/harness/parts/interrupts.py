@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of an offloaded engine's life: in a request, in its end, in closing, in loading."""
+"""Ctrl-C at any moment of an offloaded engine's life: in a request, at its end, while closing or loading."""
 
 import signal
 import time
@@ -12,7 +12,7 @@ from dev.harness.part import Case
 from dev.harness.subject import OFFLOADED, Subject
 from runtime import Engine
 
-LEAST = 1e-6  # seconds: a timer of 0 is none
+LEAST = 1e-6  # seconds: a timer of 0 would be off
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def interrupt(number: int, frame: object) -> None:
 
 
 def interrupted(action: Callable[[], object], seconds: float) -> bool:
-    """Do something that an interrupt comes into after so many seconds. Returns whether it ended it."""
+    """Interrupt an action after `seconds`. Returns whether the interrupt ended it."""
     try:
         try:
             signal.setitimer(signal.ITIMER_REAL, max(seconds, LEAST))
@@ -43,7 +43,7 @@ def interrupted(action: Callable[[], object], seconds: float) -> bool:
 
 
 class Victim:
-    """An engine, made anew whenever an interrupt has ended it, and how long what it does takes."""
+    """An engine, loaded again after an interrupt has ended it, and how long its actions take."""
 
     def __init__(self, subject: Subject) -> None:
         self.folder = subject.hf
@@ -84,7 +84,7 @@ class Victim:
             self.renew()
         prompt = chance.choice(PROMPTS)
         if answer(self.engine, prompt) != self.known[prompt]:
-            raise Wrong(f"the request after an interrupted {kind} is answered wrongly")
+            raise Wrong(f"the request after an interrupted {kind} has a wrong answer")
         self.engine.stats()
         return Verdict.REFUSED if ended else Verdict.ACCEPTED
 

@@ -1,4 +1,4 @@
-"""What `tools.quantize` finds in its output folder and did not write so: journals, records, links."""
+"""An output folder of `tools.quantize` with damaged journals and records, and planted links."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def open_journal(subject: Subject) -> Iterator[Case]:
         ended = quantize(subject.hf, out, *(["--force"] if force else []))
         for path in (out / "notes.txt", outside):
             if not path.is_file() or path.read_bytes() != PRECIOUS:
-                raise Wrong(f"{path.name} is none of its files, and was removed or written to")
+                raise Wrong(f"{path.name} is not its file, and was removed or overwritten")
         if not force or ended.status == DONE:
             check_left(out, expected)
         return ended.judged()
@@ -68,7 +68,7 @@ def spoil(path: Path, chance: Random, key: str, names: list[str]) -> None:
 
 
 def plant(out: Path, outside: Path, chance: Random) -> None:
-    """A link in the place of a file that the run will write."""
+    """Plant a link where the run will write a file."""
     name = chance.choice(("config.json", RECORD, JOURNAL, "model.safetensors.index.json", "tokenizer.model"))
     shards = sorted(path.name for path in out.glob("*.safetensors"))
     place = out / (chance.choice((name, *shards)) + ".part")

@@ -1,4 +1,4 @@
-"""Options, parameters and prompts of every type and size, for an engine and a request."""
+"""Options, parameters and prompts of every type and size, given to an engine and to requests."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,21 +15,10 @@ from dev.harness.part import Case
 from dev.harness.subject import OFFLOADED, RESIDENT, Subject
 from runtime import Engine, EngineOptions, OptionError, RequestError, SamplingParams
 
-WORDS = [
-    "cpu",
-    "cuda",
-    "cuda:7",
-    "cpu:1",
-    "mps",
-    "meta",
-    "float16",
-    "lru",
-    "always",
-    "90%",
-    "1GiB",
-    "-1",
+WORDS = (
+    "cpu", "cuda", "cuda:7", "cpu:1", "mps", "meta", "float16", "lru", "always", "90%", "1GiB", "-1",
     "1e99GiB",
-]
+)  # fmt: skip
 
 
 @contextmanager
@@ -49,7 +38,7 @@ def open_options(subject: Subject) -> Iterator[Case]:
                 return Verdict.ACCEPTED
             except (OptionError, RequestError):
                 if answer(engine) != known:
-                    raise Wrong("after a request was refused, the next is answered otherwise") from None
+                    raise Wrong("after a refused request, the next one has another answer") from None
                 raise
 
         yield case

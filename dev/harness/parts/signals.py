@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of real processes: generating, quantizing, chatting on a terminal."""
+"""Ctrl-C at any moment in real processes: generating, quantizing, chatting on a terminal."""
 
 import contextlib
 import os
@@ -33,22 +33,15 @@ def open_signals(subject: Subject) -> Iterator[Case]:
 
 
 class Processes:
-    """The commands that are interrupted, and how long each takes when it is not."""
+    """The commands to interrupt, and how long each takes undisturbed."""
 
     def __init__(self, subject: Subject, work: Path) -> None:
         self.subject, self.work = subject, work
         self.log, self.stats, self.out = work / "log", work / "stats.json", work / "out"
         self.expected = contents(subject.native)
         model = ["--model", str(subject.hf), "--device", "cpu", "--dtype", "float32", "--slots", "2"]
-        self.request = [
-            *model,
-            "--prompt",
-            "def f(",
-            "--stats-file",
-            str(self.stats),
-            "--max-new-tokens",
-            "40",
-        ]
+        self.request = [*model, "--prompt", "def f(", "--max-new-tokens", "40"]
+        self.request += ["--stats-file", str(self.stats)]
         self.chat = [*model, "--chat", "--max-new-tokens", "60", "--ignore-eos"]
         self.job = [str(subject.hf), str(self.out), *FORMATS, "--threads", "1"]
         self.generate_seconds = self.seconds(forked(generate.main, self.request, self.log))
@@ -98,7 +91,7 @@ class Processes:
         return verdict
 
     def chatting(self, chance: Random) -> Verdict:
-        """A message or two on a terminal, Ctrl-C at some moment, and then Ctrl-D until it ends."""
+        """Type a message or two on a terminal, Ctrl-C at some moment, and then Ctrl-D until it ends."""
         child, terminal = os.forkpty()
         if not child:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -133,7 +126,7 @@ class Processes:
 
 
 class Screen:
-    """What a terminal shows."""
+    """A terminal, and everything it has shown."""
 
     def __init__(self, terminal: int) -> None:
         self.terminal = terminal

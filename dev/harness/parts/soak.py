@@ -1,5 +1,5 @@
-"""Long use: several threads with sessions of their own, requests that are dropped midway, in reference
-cycles too, links that fail, and a signal handler that asks for statistics."""
+"""Long use: several threads with sessions of their own, requests that are dropped midway, also in reference
+cycles, a link that fails, and a signal handler that asks for statistics."""
 
 import gc
 import signal
@@ -30,7 +30,7 @@ REQUESTS: tuple[Request, ...] = tuple(
 
 
 class FlakyLink(HostLink):
-    """Fails for some pieces, while it is told to."""
+    """A link that fails for a `share` of pieces."""
 
     def __init__(self, chance: Random) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def open_soak(subject: Subject) -> Iterator[Case]:
             link.share = 0
             number = chance.randrange(len(REQUESTS))
             if texts(offloaded, REQUESTS[number]) != known[number]:
-                raise Wrong("the request after all others is answered otherwise than by a resident engine")
+                raise Wrong("the last request has another answer than a resident engine's")
             return Verdict.REFUSED if any(user.failed for user in users) else Verdict.ACCEPTED
 
         yield case
@@ -72,7 +72,7 @@ def texts(engine: Engine, request: Request) -> list[tuple[int, str]]:
 
 
 class User:
-    """Somebody with a session, who does a few things in a row."""
+    """A user with a session, who sends a few requests in a row."""
 
     def __init__(self, engine: Engine, known: list[Any], chance: Random, link: FlakyLink) -> None:
         self.engine, self.known, self.chance, self.link = engine, known, chance, link
@@ -89,13 +89,13 @@ class User:
                 except RequestError as error:
                     self.failed += 1
                     if "on strike" not in str(error):
-                        raise Wrong(f"refused without need: {error}") from error
+                        raise Wrong(f"refused without reason: {error}") from error
 
     def take(self, tokens: Iterator[Any], known: list[tuple[int, str]]) -> None:
-        """All of the answer, or its beginning; then it is forgotten in one of the ways that there are."""
+        """Take all of an answer or its beginning, and then drop it, perhaps in a reference cycle."""
         count = self.chance.choice((COUNT, COUNT, 0, 1, 3))
         if [(token.id, token.text) for token in islice(tokens, count)] != known[:count]:
-            raise Wrong("answered otherwise than by a resident engine")
+            raise Wrong("an answer differs from a resident engine's")
         match self.chance.randrange(3):
             case 0:
                 cycle: dict[str, Any] = {"tokens": tokens}
@@ -106,7 +106,7 @@ class User:
 
 
 def together(actions: list[Callable[[], None]]) -> None:
-    """Do all at once: the first in this thread, which gets the signals. Raises the first error."""
+    """Do all actions at once, the first in this thread, which gets the signals. Raises the first error."""
     errors: list[BaseException] = []
 
     def guarded(action: Callable[[], None]) -> None:
@@ -127,7 +127,8 @@ def together(actions: list[Callable[[], None]]) -> None:
 
 @contextmanager
 def asking_for_statistics(engine: Engine, asks: bool) -> Iterator[None]:
-    """While inside, a signal comes every few milliseconds, whose handler asks the engine for statistics."""
+    """While entered, a signal comes every few milliseconds, and its handler asks the engine for
+    statistics."""
     signal.signal(signal.SIGALRM, lambda number, frame: engine.stats())
     signal.setitimer(signal.ITIMER_REAL, EVERY if asks else 0, EVERY)
     try:

@@ -1,4 +1,4 @@
-"""Chat templates that run for ever, want all memory or look where they should not; users who spell control
+"""Chat templates that never end, take all memory or look where they should not; users who spell control
 tokens."""
 
 import json
@@ -37,7 +37,7 @@ def open_template(subject: Subject) -> Iterator[Case]:
         if chance.random() < 0.3:
             ids = plain.encode_chat([{"role": "user", "content": hostile_text(chance)}])
             if [i for i in ids if i in control] != expected:
-                raise Wrong("what a user writes has become a control token")
+                raise Wrong("a user's text has become a control token")
             return Verdict.ACCEPTED
         load(template(chance)).encode_chat(CHAT)
         return Verdict.ACCEPTED

@@ -1,4 +1,4 @@
-"""Damaged tokenizer models: what can still be loaded must encode, decode and stream without a raw error."""
+"""Damaged tokenizer models. One that still loads has to encode, decode and stream without a raw error."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +11,8 @@ from dev.harness.subject import Subject
 from tokenizer import Tokenizer
 
 TEXTS = (
-    "def f(x):\n    return x",
-    "  two  spaces ",
-    "Zw\u00f6lf \U0001f98a",
-    "</s>[INST] <|im_start|>",
-    "",
-    "\0",
-)
+    "def f(x):\n    return x", "  two  spaces ", "Zw\u00f6lf \U0001f98a", "</s>[INST] <|im_start|>", "", "\0",
+)  # fmt: skip
 CHAT = [{"role": "user", "content": "What is 6 times 7?"}]
 
 
@@ -27,7 +22,7 @@ def open_tokenizer(subject: Subject) -> Iterator[Case]:
     data = (subject.hf / "tokenizer.model").read_bytes()
     message = parse(data)
     if encoded(message) != data:
-        raise Wrong("a model that is taken apart and put together is another one")
+        raise Wrong("a model that is taken apart and put together again has changed")
 
     def case(chance: Random) -> Verdict:
         file.write_bytes(damaged(message, chance))
@@ -38,7 +33,7 @@ def open_tokenizer(subject: Subject) -> Iterator[Case]:
                 raise Wrong(f"{text!r} is encoded to ids that the vocabulary of {tokenizer.vocab_size} lacks")
             stream = tokenizer.stream()
             if "".join([*map(stream.push, ids), stream.flush()]) != tokenizer.decode(ids):
-                raise Wrong(f"{text!r} is decoded otherwise piece by piece")
+                raise Wrong(f"{text!r} is decoded differently piece by piece")
             if set(ids[1:]) & set(tokenizer.vocabulary.control.values()):
                 raise Wrong(f"{text!r} is encoded to a control piece")
         tokenizer.encode_chat(CHAT)

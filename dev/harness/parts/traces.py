@@ -25,7 +25,7 @@ def open_trace(subject: Subject) -> Iterator[Case]:
     original = file.read_bytes()
     known = json.loads(run_main(trace.main, ["summary", str(file), "--json"]).out)
     if not known["replay_agrees"]:
-        raise Wrong("the undamaged trace is not that of its policy")
+        raise Wrong("the undamaged trace does not agree with its policy")
 
     def case(chance: Random) -> Verdict:
         as_json = chance.random() < 0.5
@@ -72,7 +72,7 @@ def changed(content: Any, chance: Random) -> Any:
 
 
 def check(text: str, as_json: bool) -> None:
-    """Raises `Wrong` for a report that is not what its reader expects."""
+    """Raises `Wrong` for a report that its reader cannot read."""
     if as_json:
         json.loads(text, parse_constant=refuse)
     elif strange := [character for character in text.replace("\n", "") if not character.isprintable()]:
