@@ -67,15 +67,15 @@ class Column:
     reason: str = ""
 
     @property
-    def budget(self) -> int | None:
-        """Bytes."""
+    def budget_bytes(self) -> int | None:
         return self.request.budgets.device.bytes
 
     @property
-    def left_over(self) -> int | None:
-        """Bytes of the budget that the plan does not use."""
+    def left_over_bytes(self) -> int | None:
+        """What the plan leaves of the budget."""
         assert self.plan is not None
-        return None if self.budget is None else self.budget - used_bytes(self.request, self.plan)
+        budget = self.budget_bytes
+        return None if budget is None else budget - used_bytes(self.request, self.plan)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,10 @@ class Sheet:
 
 
 def make_sheet(args: argparse.Namespace) -> Sheet:
-    """A size that is too small is a column without a plan. Raises `LoadError` and `OptionError`."""
+    """Plan the model for each size. A size that is too small gives a column without a plan.
+
+    Raises `LoadError` if the checkpoint cannot be used, and `OptionError` if an option makes no sense.
+    """
     on_cpu = args.device == "cpu"
     sized = "ram" if on_cpu else "vram"
     if not on_cpu and args.ram and "," in args.ram:
@@ -108,25 +111,27 @@ def make_sheet(args: argparse.Namespace) -> Sheet:
     target = Target.of(torch.device("cpu")) if on_cpu else Target.hypothetical()
     text = getattr(args, sized)
     sizes: list[str | None] = text.split(",") if text else [None]
-    options = [from_flags(EngineOptions, argparse.Namespace(**vars(args) | {sized: size})) for size in sizes]
-    requests = [make_request(model, wishes, target) for wishes in options]
+    requests = []
+    for size in sizes:
+        options = from_flags(EngineOptions, argparse.Namespace(**vars(args) | {sized: size}))
+        requests.append(make_request(model, options, target))
     columns = [make_column(size, request) for size, request in zip(sizes, requests, strict=True)]
     return Sheet(args.shape or str(args.model), columns)
 
 
 def describe_model(args: argparse.Namespace) -> tuple[ModelConfig, QuantSpec, QuantSpec]:
-    """Configuration, and formats of attention and experts."""
+    """The configuration, and the formats of attention and experts."""
     try:
-        wishes = [None if text is None else QuantSpec.parse(text) for text in (args.attention, args.experts)]
+        asked = [None if text is None else QuantSpec.parse(text) for text in (args.attention, args.experts)]
     except ModelError as error:
         raise OptionError(str(error)) from error
     if args.shape:
-        return SHAPES[args.shape], wishes[0] or QuantSpec(16), wishes[1] or QuantSpec(16)
+        return SHAPES[args.shape], asked[0] or QuantSpec(16), asked[1] or QuantSpec(16)
     try:
         checkpoint = open_checkpoint(args.model)
     except ModelError as error:
         raise LoadError(str(error)) from error
-    return checkpoint.config, wishes[0] or checkpoint.attention, wishes[1] or checkpoint.experts
+    return checkpoint.config, asked[0] or checkpoint.attention, asked[1] or checkpoint.experts
 
 
 def make_request(
@@ -149,7 +154,7 @@ def make_column(size: str | None, request: Request) -> Column:
 def term_rows(sheet: Sheet) -> list[tuple[str, list[int]]]:
     """The terms that are not 0 in all plans, each with its bytes in every plan."""
     table = [(label, [getattr(plan, name) for _, plan in sheet.plans]) for name, label in TERMS.items()]
-    rest = [column.left_over for column, _ in sheet.plans]
+    rest = [column.left_over_bytes for column, _ in sheet.plans]
     known = [size for size in rest if size is not None]
     return [row for row in table if any(row[1])] + ([("left over", known)] if known else [])
 
@@ -215,12 +220,12 @@ def as_json(sheet: Sheet) -> dict[str, Any]:
     for column in sheet.columns:
         about: dict[str, Any] = {
             "size": column.label,
-            "budget_bytes": column.budget,
+            "budget_bytes": column.budget_bytes,
             "error": column.reason or None,
         }
         if plan := column.plan:
             about |= plan.as_dict() | {"resident": plan.resident, "device_bytes": plan.device_bytes}
-            about |= {"host_bytes": plan.host_bytes, "left_over_bytes": column.left_over}
+            about |= {"host_bytes": plan.host_bytes, "left_over_bytes": column.left_over_bytes}
             about["seconds_per_miss"] = {f"{rate} GB/s": s for rate, s in link_seconds(plan).items()}
         columns.append(about)
     return sheet.about | {"plans": columns}

@@ -61,7 +61,7 @@ class Plan:
         return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, as JSON can have them."""
+        """The fields, in types that JSON has."""
         names = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
         return dataclasses.asdict(self) | names | {"slots_per_layer": list(self.slots_per_layer)}
 
@@ -91,7 +91,8 @@ class Plan:
 
 
 def describe_slots(slots_per_layer: tuple[int, ...]) -> str:
-    """
+    """Say how many slots layers have, for a message.
+
     >>> describe_slots((4, 3, 4, 3, 3)), describe_slots((2, 2))
     ('3 in 3 layers, 4 in 2', '2 in each of 2 layers')
     """

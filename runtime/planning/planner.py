@@ -37,16 +37,10 @@ def make_plan(request: Request) -> Plan:
     Raises `DeviceError`, with numbers and what would help, if nothing fits.
 
     >>> from model.shapes import MIXTRAL_8X7B
-    >>> from runtime.planning.request import Budgets
-    >>> card = Target.hypothetical()
-    >>> def plan_for(vram: str | None) -> Plan:
-    ...     options = EngineOptions(vram=vram)
-    ...     budgets = Budgets.given(options, card.device)
-    ...     return make_plan(
-    ...         Request.make(MIXTRAL_8X7B, QuantSpec(4), QuantSpec(3, 128), options, card, budgets))
-    >>> print(plan_for(None))
+    >>> model, card = (MIXTRAL_8X7B, QuantSpec(4), QuantSpec(3, 128)), Target.hypothetical()
+    >>> print(make_plan(Request.make(*model, EngineOptions(), card)))
     19.4 GiB: trunk 1.2 GiB, experts 16.4 GiB, kv 512.0 MiB, workspace 432.5 MiB, overhead 160.0 MiB, driver 704.0 MiB; context 4096 tokens
-    >>> print(plan_for("12GiB"))
+    >>> print(make_plan(Request.make(*model, EngineOptions(vram="12GiB"), card)))
     12.0 GiB: trunk 1.2 GiB, slots 8.9 GiB, kv 512.0 MiB, workspace 464.5 MiB, staging 77.7 MiB, overhead 160.0 MiB, driver 704.0 MiB; context 4096 tokens
     slots: 4 in 21 layers, 5 in 11; 1 spare; 65.7 MiB an expert; arena 16.4 GiB of host memory
     """  # noqa: E501

@@ -87,18 +87,20 @@ class Request:
         target: Target,
         budgets: Budgets | None = None,
     ) -> "Request":
-        """`attention` and `experts` are the formats of a model's weights. Without `budgets`, what is free on
-        this machine may be used.
+        """Join what the caller gives with what follows from it.
 
-        Raises `OptionError` for options that do not fit the model or the device, and `ModelError` if a
-        format's groups do not divide the model's matrices.
+        `attention` and `experts` are the formats of a model's weights. By default the budgets are
+        `Budgets.here`, or `Budgets.given` for a hypothetical target.
+
+        Raises `OptionError` if an option does not fit the model or the device, and `ModelError` if a format's
+        groups do not divide the model's matrices.
         """
-        device = target.device
-        check(options, config, device)
+        check(options, config, target.device)
         quantized = attention.quantized or experts.quantized
         dtype = pick_dtype(options.dtype, target, sum(count_weights(config)), quantized)
         costs = Costs.of(config, attention, experts, dtype, target)
-        budgets = budgets or Budgets.here(options, device)
+        if budgets is None:
+            budgets = (Budgets.here if target.present else Budgets.given)(options, target.device)
         return Request(config, attention, experts, options, target, dtype, costs, budgets)
 
     @property
@@ -117,7 +119,7 @@ class Request:
 
 
 def check(options: EngineOptions, config: ModelConfig, device: torch.device) -> None:
-    """Raises `OptionError` for options that make no sense for this model or device, whatever its memory."""
+    """Raises `OptionError` if an option makes no sense for this model or device, whatever the budgets."""
     on_cpu, A, E, slots = device.type == "cpu", config.experts_per_token, config.experts, options.slots
     if options.context is not None and options.context > config.context:
         raise OptionError(

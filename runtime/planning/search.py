@@ -42,6 +42,7 @@ def least_plan(request: Request) -> Plan:
 
 
 def fits(request: Request, plan: Plan) -> bool:
+    """Whether a plan keeps both budgets."""
     device, host = request.budgets.device.bytes, request.budgets.host.bytes
     return (host is None or plan.host_bytes <= host) and (
         device is None or used_bytes(request, plan) <= device
