@@ -36,8 +36,8 @@ def check_files(folder: Path) -> None:
         return
     if "adapter_config.json" in names:
         raise ModelError(
-            f"{folder}: a LoRA adapter (adapter_config.json), which changes a model and is none; merge it "
-            "into its 16-bit base model, and give that"
+            f"{folder}: a LoRA adapter (adapter_config.json), which changes a model and is not one; merge it "
+            "into its 16-bit base model, and load that"
         )
     if packed := [name for name in names if name.lower().endswith(GGUF)]:
         raise ModelError(f"{folder}: the weights are in GGUF ({quoted(packed[0])}); {START_OVER}")

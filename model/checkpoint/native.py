@@ -202,8 +202,8 @@ def native_layout(
             said = header.metadata.get(key)
             if said != value:
                 raise ModelError(
-                    f"{path}: its metadata says {key} {quoted(said)}, and config.json "
-                    f"{quoted(value)}; the files are of different checkpoints, {AGAIN}"
+                    f"{path}: its metadata says {key} {quoted(said)}, and config.json says "
+                    f"{quoted(value)}; the files belong to different checkpoints, {AGAIN}"
                 )
     found = collect(folder, headers)
     check_count(folder, config, stream_count(config, native.attention, native.experts), len(found))

@@ -124,8 +124,8 @@ def check_count(folder: Path, config: ModelConfig, expected: int, found: int) ->
     """
     if expected > 2 * found + MANY:
         raise ModelError(
-            f"{folder}: holds {found} tensors, and {config.layers} layers of {config.experts} experts, as "
-            f"the configuration says, are {expected}; the files are incomplete or not those of this "
+            f"{folder}: holds {found} tensors, and the configuration's {config.layers} layers of "
+            f"{config.experts} experts are {expected}; the files are incomplete or belong to another "
             "configuration"
         )
 
@@ -166,7 +166,7 @@ def check_names(folder: Path, expected: Iterable[str], found: Iterable[str]) -> 
     ]
     if faults:
         raise ModelError(
-            f"{folder}: {'; '.join(faults)}; the files are incomplete or not those of this configuration"
+            f"{folder}: {'; '.join(faults)}; the files are incomplete or belong to another configuration"
         )
 
 
@@ -176,8 +176,8 @@ def check_tensor(
     """Raises `ModelError` if the tensor has another shape, or a dtype that is not in `dtypes`."""
     if entry.shape != shape:
         raise ModelError(
-            f"{path}: tensor {quoted(name)} has shape {quoted(list(entry.shape))}, where {list(shape)} was "
-            "expected"
+            f"{path}: tensor {quoted(name)} has shape {quoted(list(entry.shape))}, "
+            f"and must have {list(shape)}"
         )
     if entry.dtype not in dtypes:
         what = "weights" if dtypes == WEIGHT_DTYPES else "it"

@@ -91,7 +91,8 @@ def read_header(path: Path) -> Header:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
     if len(text) < length:
         raise ModelError(
-            f"{path}: {file_bytes} bytes, its header alone {length}; it is cut short or not safetensors"
+            f"{path}: {file_bytes} bytes, and its header alone is {length}; "
+            "it is cut short or not safetensors"
         )
     entries = parse_json(path, text)
     metadata = entries.pop("__metadata__", {})
@@ -177,7 +178,7 @@ def check_extent(path: Path, tensors: list[tuple[str, TensorEntry]], start: int,
         end += entry.bytes
     if file_bytes < end:
         raise ModelError(
-            f"{path} is {readable(file_bytes)}, its header promises {readable(end)}: the last "
+            f"{path} is {readable(file_bytes)}, and its header promises {readable(end)}; the last "
             f"{end - file_bytes} bytes are missing; download it again"
         )
     if file_bytes > end:

@@ -188,7 +188,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         ("version", "1", "version is '1', and must be an integer"),
         ("version", None, "version is None"),
         ("source", 3, "source is 3, and must be a text"),
-        ("source", "elsewhere", "its metadata says source 'somewhere', and config.json 'elsewhere'"),
+        ("source", "elsewhere", "its metadata says source 'somewhere', and config.json says 'elsewhere'"),
         ("attention", 4, "attention is 4, and must be an object"),
         ("attention", {"bits": 4}, "attention: group_size is None"),
         ("attention", {"bits": 5, "group_size": 64, "meta_group_size": 64}, "attention: 5 bits"),
@@ -215,7 +215,7 @@ def test_configurations_that_cannot_be_right(native: Path, key: str, value: obje
 
 def test_a_configuration_of_another_size(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit(native, lambda config: config.update(intermediate_size=512))
-    assert "has shape [512, 32], where [1024, 32] was expected" in refusal(native)
+    assert "has shape [512, 32], and must have [1024, 32]" in refusal(native)
     edit(native, lambda config: config.update(intermediate_size=192))
     assert "do not divide into groups of 128" in refusal(native)
     edit(native, lambda config: config.update(intermediate_size=256, num_local_experts=4))
@@ -223,9 +223,7 @@ def test_a_configuration_of_another_size(native: Path, monkeypatch: pytest.Monke
     edit(native, lambda config: config.update(num_hidden_layers=4096, num_local_experts=256))
     monkeypatch.setattr(storage, "stored_parameters", pytest.fail)
     said = refusal(native)  # by arithmetic: no name of them is spelled out
-    assert re.search(
-        r"holds \d+ tensors, and 4096 layers of 256 experts, as the configuration says, are", said
-    )
+    assert re.search(r"holds \d+ tensors, and the configuration's 4096 layers of 256 experts are", said)
 
 
 def test_quantized_and_plain_are_not_taken_for_one_another(native: Path, hf: Path) -> None:
@@ -248,10 +246,12 @@ def test_tampered_tensors(native: Path) -> None:
     assert f"1 tensor missing ('{UP}')" in saying({UP: None})
     assert "1 tensor unexpected ('x')" in saying({"x": torch.zeros(1)})
     assert f"tensor '{UP}' is I8, and it must be U8; make it again" in saying({UP: tensors[UP].char()})
-    assert f"tensor '{UP}' has shape [1, 512], where [512, 1]" in saying({UP: tensors[UP].t().contiguous()})
+    assert f"tensor '{UP}' has shape [1, 512], and must have [512, 1]" in saying(
+        {UP: tensors[UP].t().contiguous()}
+    )
     gate = "layers.1.block_sparse_moe.gate.weight"
     assert f"tensor '{gate}' is U8, and it must be BF16, F16" in saying({gate: tensors[gate].byte()})
-    assert "says attention '3', and config.json '4g64m256'; the files are of different" in saying(
+    assert "says attention '3', and config.json says '4g64m256'; the files belong to different" in saying(
         {}, attention="3"
     )
     save_file(tensors, path)

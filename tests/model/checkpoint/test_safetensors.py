@@ -67,7 +67,7 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
         (b"", "0 bytes, too short"),
         (b"1234567", "7 bytes, too short"),
         (struct.pack("<Q", 1 << 40) + b"{}", f"promise a header of {1 << 40} bytes"),
-        (struct.pack("<Q", 1000) + b"{}", "10 bytes, its header alone 1000"),
+        (struct.pack("<Q", 1000) + b"{}", "10 bytes, and its header alone is 1000"),
         (b"<!DOCTYPE html><html>", "not a safetensors file"),
         (encode(b"{]"), "not valid JSON"),
         (encode(b"\xff\xfe{}"), "not valid JSON"),
@@ -95,7 +95,7 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
         (encode({"a": entry(0, 2), "b": entry(0, 2)}, bytes(2)), "'b' overlaps the one before it by 2 bytes"),
         (encode({"a": entry(0, 2), "b": entry(5, 6)}, bytes(6)), "3 bytes before tensor 'b'"),
         (encode({"a": entry(4, 6)}, bytes(6)), "4 bytes before tensor 'a'"),
-        (encode({"a": entry(0, 1 << 40)}, bytes(6)), "1.1 TB: the last 1099511627770 bytes are missing"),
+        (encode({"a": entry(0, 1 << 40)}, bytes(6)), "1.1 TB; the last 1099511627770 bytes are missing"),
         (encode({"a": entry(0, 4)}, bytes(6)), "2 bytes follow the last tensor"),
     ],
 )  # fmt: skip
@@ -121,7 +121,7 @@ def test_tells_how_much_of_a_truncated_file_is_missing(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.truncate(1_200_000)
     with pytest.raises(
-        ModelError, match=f"is 1.2 MB, its header promises 2.0 MB: the last {whole - 1_200_000} byt"
+        ModelError, match=f"is 1.2 MB, and its header promises 2.0 MB; the last {whole - 1_200_000} byt"
     ):
         read_header(path)
 
