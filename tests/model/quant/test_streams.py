@@ -16,7 +16,7 @@ from model.mixtral import Mixtral
 from model.quant.size import model_size
 from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
-from model.quant.streams import ALIGNMENT, Field, expert_fields, matrix_fields, model_fields
+from model.quant.streams import STREAM_ALIGNMENT, Field, expert_fields, matrix_fields, model_fields
 from model.quant.tensor import QuantizedTensor
 from tests.model.quant.test_spec import SPECS
 from tests.model.reference import TINY
@@ -49,13 +49,13 @@ def check_contiguous(fields: Sequence[Field]) -> None:
 @given(SPECS, st.integers(1, 9), st.integers(1, 5), st.integers(0, 3))
 def test_streams_follow_one_another_aligned(spec: QuantSpec, rows: int, groups: int, start: int) -> None:
     shape = (16 * rows, groups * (spec.group_size or 64))
-    first, *_ = fields = matrix_fields("w", shape, spec, ALIGNMENT * start)
-    assert first.offset == ALIGNMENT * start
-    assert all(field.offset % ALIGNMENT == 0 for field in fields)
+    first, *_ = fields = matrix_fields("w", shape, spec, STREAM_ALIGNMENT * start)
+    assert first.offset == STREAM_ALIGNMENT * start
+    assert all(field.offset % STREAM_ALIGNMENT == 0 for field in fields)
     check_contiguous([replace(field, offset=field.offset - first.offset) for field in fields])
     total = fields[-1].end - first.offset
     floor = shape[0] * shape[1] * spec.bits_per_weight / 8
-    assert floor <= total < floor + 4 + ALIGNMENT  # a started step, and up to 3 to fill
+    assert floor <= total < floor + 4 + STREAM_ALIGNMENT  # a started step, and up to 3 to fill
 
 
 @pytest.mark.parametrize("text", FORMATS[1:])

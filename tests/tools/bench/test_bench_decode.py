@@ -10,7 +10,7 @@ from model.checkpoint import save_hf
 from model.config import ModelConfig
 from model.mixtral import Mixtral
 from model.quant.backends.blocks import Blocks
-from model.quant.expert import ALIGNMENT
+from model.quant.expert import BLOB_ALIGNMENT
 from model.quant.spec import QuantSpec
 from model.quant.streams import expert_fields, matrix_fields
 from model.shapes import SHAPES
@@ -33,7 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def round_up(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-size // BLOB_ALIGNMENT) * BLOB_ALIGNMENT
 
 
 def bytes_by_hand(config: ModelConfig, attention: QuantSpec, experts: QuantSpec, wide: int) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tools.bench.play import Stage
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -17,6 +16,7 @@ from model.shapes import SHAPES
 from tests.runtime.gpu.plain_step import Recorded, use_plain_kernels
 from tools.bench import link, subject
 from tools.bench.decode import random_ids
+from tools.bench.stage import Stage
 from tools.bench.subject import Subject, make_subject
 from tools.bench.ways import LADDER
 

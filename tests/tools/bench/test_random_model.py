@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from model.linear import Linear, PackedLinear
 from model.mixtral import Mixtral
-from model.quant.expert import ALIGNMENT, BlobExperts
+from model.quant.expert import BLOB_ALIGNMENT, BlobExperts
 from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
 from model.shapes import SHAPES
@@ -33,7 +33,7 @@ def blobs(model: Mixtral) -> list[torch.Tensor]:
     """Every expert's bytes, less the last few, which only fill up."""
     layers = [block.block_sparse_moe.experts for block in model.layers]
     assert all(isinstance(layer, BlobExperts) for layer in layers)
-    return [blob[:-ALIGNMENT] for layer in layers for blob in layer.blobs]
+    return [blob[:-BLOB_ALIGNMENT] for layer in layers for blob in layer.blobs]
 
 
 @pytest.mark.parametrize("text", ["8", "4", "3", "2", "4g128", "2g64", "3g16"])
