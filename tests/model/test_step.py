@@ -11,7 +11,7 @@ import torch
 
 from model.kernels import launching
 from runtime.gpu.decoder import unfit
-from tests.model.kernels.test_fused import run_cases, triton
+from tests.model.kernels.running import run_cases, triton
 from tests.model.whole_step_cases import CONFIG
 
 CASES = "tests/model/whole_step_cases.py"

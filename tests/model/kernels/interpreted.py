@@ -1,4 +1,4 @@
-"""Whether kernels run in Triton's interpreter, on a CPU, or on a GPU; and what the former needs."""
+"""Where kernels run, in Triton's interpreter on a CPU or on a GPU, and what the interpreter needs."""
 
 import os
 from typing import Any

@@ -1,7 +1,7 @@
-"""What `test_step.py` runs in a process of its own: the small kernels of a decode step, against plain PyTorch
-on a CPU.
+"""The small kernels of a step, against plain PyTorch on a CPU. `test_step.py` runs these tests in a process
+of its own.
 
-With TRITON_INTERPRET=1 in the environment, the kernels run on the CPU; without, on a GPU.
+The kernels run on a GPU, or with TRITON_INTERPRET=1 in the environment on the CPU.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from model.kernels.step import (
 )
 from model.mixtral import RMSNorm
 from model.rope import Rope
-from tests.model.kernels.fused_cases import DTYPES, TOLERANCE
 from tests.model.kernels.interpreted import DEVICE
+from tests.model.kernels.matrix_cases import DTYPES, TOLERANCE
 from tests.model.reference import TINY
 
 CPU = torch.device("cpu")
@@ -35,8 +35,8 @@ HEADS = [(6, 2), (3, 3), (16, 1), (1, 1)]  # H, G
 
 
 @pytest.fixture(autouse=True)
-def memory_as_it_happens_to_be() -> Iterator[None]:
-    """New tensors are not a number anywhere, so that reading what nobody wrote shows."""
+def uninitialized_memory() -> Iterator[None]:
+    """New tensors are full of NaN, so that it shows if a kernel reads what none has written."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

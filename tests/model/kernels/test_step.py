@@ -1,8 +1,5 @@
-"""The small kernels of a decode step: what is decided on the host; and in processes of their own what needs
-Triton, as in `test_fused.py`."""
+"""The small kernels of a step: what the host decides, and in processes of their own the kernels."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ import torch
 from model.kernels import step
 from model.kernels.launching import unsupported
 from model.target import Target
-from tests.model.kernels.test_fused import ROOT, run_cases, triton
+from tests.model.kernels.running import run_cases, triton
 
 CASES = "tests/model/kernels/step_cases.py"
 
@@ -82,11 +79,3 @@ def test_shapes_are_checked() -> None:
     ):
         with pytest.raises(AssertionError):
             wrong()
-
-
-def test_triton_is_not_imported_before_it_is_needed() -> None:
-    program = "import sys, model.kernels.step; print('triton' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.stdout == "False\n", done.stderr

@@ -12,7 +12,7 @@ from model.quant.backends.blocks import Blocks
 from runtime import DeviceError, Engine, RequestError, SamplingParams
 from runtime.gpu import warm_up
 from runtime.gpu.graphs import Work
-from tests.model.kernels.test_fused import run_cases, triton
+from tests.model.kernels.running import run_cases, triton
 from tests.runtime.gpu.plain_step import Recorded, use_plain_kernels
 
 Load = Callable[..., Engine]

@@ -51,7 +51,7 @@ def both(launching: Callable[..., Any], computing: Callable[..., Any]) -> Callab
 def launched(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     """The launches, by all that Triton compiles anew for: kernel, dtype and alignment of tensors, constants.
 
-    Other numbers are left out, since `fused_compiled.py` has them. Nothing is really launched. Plain PyTorch
+    Other numbers are left out, since `compiled_cases.py` has them. Nothing is really launched. Plain PyTorch
     computes what the kernels would.
     """
     keys: set[Any] = set()

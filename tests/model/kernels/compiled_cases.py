@@ -1,6 +1,9 @@
-"""What `test_fused.py` runs in a process of its own: the kernels, as they are launched, compiled for a GPU
-that need not be there. The interpreter takes what a compiler may not, and knows nothing of registers: what a
-program keeps in memory for want of them is its stack, and shows."""
+"""The kernels, as they are launched, compiled for GPUs that need not be there. `test_matrices.py` runs these
+tests in a process of its own.
+
+The interpreter accepts what a compiler may not, and knows nothing of registers. A program that runs out of
+them keeps numbers in memory, and the size of its stack shows that.
+"""
 
 import re
 import subprocess
@@ -32,17 +35,17 @@ BROADLY = (75, 80, 90)  # in every format; elsewhere in one, which is every kern
 SHARED = {75: 64 << 10}  # bytes that a program may have of it; from 8.0 on every GPU has at least
 LEAST_SHARED = 99 << 10
 
-# Bytes that a program keeps in memory for want of registers, of Triton 3.6 and 3.9 the more, and some room.
-# Triton has no tensor cores for 7.5: `tl.dot` is so many multiply-adds there that both kernels with one want
-# more than the 255 registers of a thread. By smaller tiles: that is for whoever has such a GPU.
+# Bytes that a program keeps in memory because it runs out of registers: the larger figure of Triton 3.6 and
+# 3.9, and some room. For 7.5 Triton uses no tensor cores. There `tl.dot` becomes multiply-adds, and both
+# kernels that use it need more than the 255 registers of a thread. Smaller tiles would help.
 SPILLS = {(75, "multiply_few"): 1280, (75, "attend_stretch"): 448}
 
 Key = tuple[Any, ...]
 
 
 def key_of(kernel: Any, tensors: Sequence[Tensor | int], values: dict[str, float]) -> Key:
-    """What Triton compiles anew for: kinds, constants, and of integers whether they are 1 or divisible by
-    16, unless the kernel forbids that."""
+    """What Triton compiles again for: dtypes, constants, and whether integers are 1 or divisible by 16,
+    unless the kernel forbids that."""
     numbers = [
         None if isinstance(t, Tensor) or parameter.do_not_specialize else (t == 1, t % 16 == 0)
         for t, parameter in zip(tensors, kernel.params, strict=False)
@@ -52,7 +55,7 @@ def key_of(kernel: Any, tensors: Sequence[Tensor | int], values: dict[str, float
 
 
 class Noting:
-    """In place of `launch`: what would have to be compiled."""
+    """In place of `launch`: notes what would have to be compiled."""
 
     def __init__(self) -> None:
         self.keys: set[Key] = set()
@@ -62,7 +65,7 @@ class Noting:
 
 
 class Compiler:
-    """In place of `launch`."""
+    """In place of `launch`: compiles the kernel, and reads how large its stack is."""
 
     def __init__(self, folder: Path, capability: int) -> None:
         self.folder, self.capability = folder, capability
@@ -96,7 +99,7 @@ class Compiler:
         self.stacks[kernel.fn.__name__] = max(stack, self.stacks.get(kernel.fn.__name__, 0))
 
     def check(self, *kernels: str) -> None:
-        """These have been compiled, and keep all they have in registers, but for what is known."""
+        """These have been compiled, and keep everything in registers, except for what is known."""
         assert set(self.stacks) == set(kernels)
         for name, stack in self.stacks.items():
             assert stack <= SPILLS.get((self.capability, name), 0), (name, stack)

@@ -1,0 +1,38 @@
+"""Running test files in processes of their own.
+
+Triton reads whether to interpret when it is imported. So a test that imported it here would decide for
+others.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run_cases(file: str, tmp_path: Path, **environment: str) -> None:
+    """Run all tests of a file that pytest does not find by itself."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    ours = {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path), **environment}
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=inherited | ours, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-20000:] + done.stderr[-5000:]
+    assert "skipped" not in done.stdout, done.stdout
+
+
+def imports_triton(module: str) -> bool:
+    """Whether importing this module imports Triton."""
+    program = f"import sys, {module}; print('triton' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout in ("True\n", "False\n"), done.stderr
+    return done.stdout == "True\n"
