@@ -37,14 +37,14 @@ def sample(
         raise RequestError("the model computed NaN; try --dtype float32, or check the checkpoint")
     if not math.isfinite(most):
         raise RequestError(
-            f"no token can be chosen, the largest logit is {most}; "
+            f"no token can be sampled, the largest logit is {most}; "
             f"allow some in logit_bias, or take less extreme sampling options"
         )
     return int(sampled), logprob
 
 
 def adjust(logits: Tensor, params: SamplingParams, seen: Tensor | None) -> Tensor:
-    """The logits after repetition penalty, bias and temperature, which forbid no token by themselves."""
+    """The logits after repetition penalty, bias and temperature."""
     if seen is not None and params.repetition_penalty != 1:
         logits = penalize_repetition(logits, seen, params.repetition_penalty)
     if params.logit_bias:

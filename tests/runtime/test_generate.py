@@ -248,7 +248,7 @@ FAILURES: list[tuple[list[object], bytes, str]] = [
     (["--model", os.fsdecode(b"/\xe9"), "--prompt", "x"], b"", "no such folder"),
     (["--prompt", "x", "--ram", "4000KiB"], b"", "budget is 3.9 MiB; lower --context to"),
     (["--prompt", "x", "--logit-bias", "400=1"], b"", "logit_bias names token 400"),
-    (["--prompt", "x", "--temperature", "1e-300"], b"", "no token can be chosen"),
+    (["--prompt", "x", "--temperature", "1e-300"], b"", "no token can be sampled"),
     (["--prompt", "x", "--quiet", "--stats-file", "/nowhere/s"], b"", "/nowhere/s"),
 ]
 

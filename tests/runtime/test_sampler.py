@@ -177,7 +177,7 @@ def test_of_all_but_one_forbidden_that_one_is_taken(params: SamplingParams) -> N
     ],
 )
 def test_where_no_token_is_left_the_request_fails(params: SamplingParams) -> None:
-    with pytest.raises(RequestError, match="no token can be chosen"):
+    with pytest.raises(RequestError, match="no token can be sampled"):
         chosen(torch.randn(V, generator=generator()), params, None, generator())
 
 
