@@ -1,4 +1,4 @@
-"""Commands around the runtime: each is `python -m tools.NAME`."""
+"""Commands for users beside `runtime.generate`: each is `python -m tools.NAME`."""
 
 from pathlib import Path
 from runpy import run_path

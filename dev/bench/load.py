@@ -1,7 +1,7 @@
 """Loading a checkpoint: seconds per GB, and memory at the peak over the memory of the model.
 
-Each measurement is a process of its own, so that no memory is already there to be re-used. It is taken with
-the files in the page cache and, where the system lets a file be dropped from it, from the disk.
+Each measurement is a process of its own, so that it reuses no memory. It is taken with the files in the page
+cache, and from the disk where the system can drop files from the page cache.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def describe(result: dict[str, float]) -> str:
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """Ask the system to forget the weights, so that the next read is from the disk or a cache beyond."""
+    """Ask the system to drop the weights, so that the next read is from the disk or its own cache."""
     for path in weight_files(folder):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -95,8 +95,8 @@ def measure(folder: Path, dtype: str | None) -> dict[str, float]:
 
 
 def load_once(folder: Path, dtype: torch.dtype | None) -> dict[str, float]:
-    """Seconds to check and read a checkpoint, and apart from them to make the model that it fills; the memory
-    that all this takes at its peak (Linux only)."""
+    """Seconds to check and read a checkpoint, seconds to make the model that it fills, and the peak of memory
+    for all of it (Linux only)."""
     baseline = resident("VmRSS")
     start = time.perf_counter()
     checkpoint = open_checkpoint(folder)
@@ -114,7 +114,7 @@ def load_once(folder: Path, dtype: torch.dtype | None) -> dict[str, float]:
 
 
 def resident(field: str) -> int | None:
-    """Bytes of this process in memory: now (VmRSS), or at most so far (VmHWM). None without a /proc."""
+    """Bytes of this process in memory, now (VmRSS) or at the peak (VmHWM). None without a /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

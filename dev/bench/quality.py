@@ -1,8 +1,8 @@
-"""Size against quality: a model in many formats, and how well it predicts text it has never seen in each.
+"""Size against quality: how well a model in many formats predicts text that it has not seen.
 
-Every combination of formats is written by `tools.quantize` into a temporary folder, loaded from there, and
-judged in float32, so that only the weights differ. The text is what the demo was not trained on of Python's
-standard library (see dev.demo.corpus). Sizes are of the tensors as stored.
+`tools.quantize` writes every combination of formats into a temporary folder, from which it is loaded and
+judged in float32, so that only the weights differ. The text is the part of Python's standard library that the
+demo was not trained on (`dev.demo.corpus`). Sizes are of the tensors as stored.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from tools.quantize import command as quantize
 
 WIDTHS = ("16", "4", "3", "2")
 EXPERTS = ("8", "4", "4g128", "3", "3g128", "2", "2g32", "2g64")  # with attention at 4
-COLOURS = {16: "#1b1b1b", 8: "#7f4fa8", 4: "#1f6fb4", 3: "#d9730d", 2: "#b3282d"}  # by bits of attention
+COLORS = {16: "#1b1b1b", 8: "#7f4fa8", 4: "#1f6fb4", 3: "#d9730d", 2: "#b3282d"}  # by bits of attention
 
 
 @dataclasses.dataclass(frozen=True)
 class Formats:
-    """Of the attention's weights and of the experts', written `4/3g128`.
+    """The formats of attention and experts, written `4/3g128`.
 
     >>> str(Formats.parse("4g64/3g128"))
     '4/3g128'
@@ -57,14 +57,14 @@ class Formats:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One combination: bytes of its tensors, and what it predicted."""
+    """One combination: the bytes of its tensors, and its score."""
 
     formats: Formats
     bytes: int
     score: Score
 
     def better(self, other: "Result") -> bool:
-        """No larger and no worse than another, and one of the two less."""
+        """Whether this is smaller or predicts better than another, and is no worse in the other respect."""
         mine, others = (self.bytes, self.score.perplexity), (other.bytes, other.score.perplexity)
         return mine != others and mine[0] <= others[0] and mine[1] <= others[1]
 
@@ -74,7 +74,7 @@ class Result:
 
 
 def all_formats() -> list[Formats]:
-    """What is measured if nothing else is asked for: every pair of widths, then more formats of experts.
+    """The default formats: every pair of widths, then more formats of experts.
 
     >>> [str(formats) for formats in all_formats()][14:]
     ['2/3', '2/2', '4/8', '4/4g128', '4/3g128', '4/2g32', '4/2g64']
@@ -84,7 +84,7 @@ def all_formats() -> list[Formats]:
 
 
 def frontier(results: Iterable[Result]) -> list[Result]:
-    """Those that no other is better than, smallest first: what there is reason to choose.
+    """The results that no other is better than, smallest first.
 
     >>> def result(formats, size, nats):
     ...     return Result(Formats.parse(formats), size, Score(nats, tokens=1, bytes=1))
@@ -98,8 +98,8 @@ def frontier(results: Iterable[Result]) -> list[Result]:
 
 
 def table(results: Sequence[Result], base: Result | None, best: Sequence[Result]) -> str:
-    """Markdown, a row for each result in the order given. Against `base`, if there is one: percent of its
-    size, and how much higher the perplexity is. Those among `best` are in bold.
+    """A Markdown table with a row for each result, in the order given. Sizes and perplexities are also
+    relative to those of `base`, if there is one. Results among `best` are in bold.
 
     >>> whole = Result(Formats.parse("16/16"), 20_000_000, Score(nats=2.0, tokens=1, bytes=1))
     >>> small = Result(Formats.parse("4/2g32"), 5_000_000, Score(nats=2.1, tokens=1, bytes=1))
@@ -128,7 +128,8 @@ def table(results: Sequence[Result], base: Result | None, best: Sequence[Result]
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """Every pair of widths, then all formats of experts with attention at 4 bits, as far as measured."""
+    """Tables of all pairs of widths, of all formats of experts with attention at 4 bits, and of the rest, as
+    far as measured."""
     base = next((one for one in results if str(one.formats) == "16/16"), None)
     best = frontier(results)
     pairs = [
@@ -148,16 +149,16 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], file: Path) -> None:
-    """Size against perplexity: a dot for each result in its attention's colour, and below and left of the
-    frontier's steps nothing."""
+    """Draw size against perplexity: a dot for each result in the color of its attention, and the frontier as
+    a stair below and left of which there is no dot."""
     pyplot, ticker = import_matplotlib()
     figure, axes = pyplot.subplots(figsize=(9, 5.5))
     best = frontier(results)
     axes.step(*coordinates(best), where="post", color="#b0b0b0", linewidth=1.2, zorder=1)
-    for bits, colour in COLOURS.items():
+    for bits, color in COLORS.items():
         group = [one for one in results if one.formats.attention.bits == bits]
         if group:
-            axes.scatter(*coordinates(group), s=26, color=colour, label=f"attention at {bits} bits", zorder=2)
+            axes.scatter(*coordinates(group), s=26, color=color, label=f"attention at {bits} bits", zorder=2)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -175,16 +176,16 @@ def plot(results: Sequence[Result], file: Path) -> None:
 
 
 def label(axes: Any, best: Sequence[Result], results: Sequence[Result]) -> None:
-    """Write each dot's formats beside it, at whichever corner hides the least of dots and earlier labels.
-    Those on the frontier come first, and rather go below."""
+    """Write each dot's formats at the corner of it that hides the fewest dots and earlier labels. The
+    frontier's come first, and prefer to be below."""
     points = axes.transData.transform(list(zip(*coordinates(results), strict=True)))  # pixels
     boxes: list[Any] = []
     for one in [*best, *(one for one in results if one not in best)]:
-        ((x,), (y,)), colour = coordinates([one]), COLOURS[one.formats.attention.bits]
+        ((x,), (y,)), color = coordinates([one]), COLORS[one.formats.attention.bits]
         weight = "bold" if one in best else "normal"
         text = axes.annotate(
             str(one.formats), (x, y), (0, 0), textcoords="offset points",
-            fontsize=8, color=colour, fontweight=weight,
+            fontsize=8, color=color, fontweight=weight,
         )  # fmt: skip
         corners = [("right", "top"), ("left", "top"), ("right", "bottom"), ("left", "bottom")]
         costs: list[tuple[int, int, str, str]] = []  # what is hidden, the order of preference
@@ -239,7 +240,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.bytes is not None and args.bytes < 1:
         raise OptionError(f"--bytes is {args.bytes}, and must be at least 1")
     if args.plot:
-        import_matplotlib()  # now rather than when all is measured
+        import_matplotlib()  # so that it fails before anything is measured
     held_out = [text for text in standard_library().held_out if text]  # of an empty file nothing is predicted
     texts = first_bytes(held_out, args.bytes)
     results = measure(args.model, wanted, texts)
@@ -267,7 +268,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def first_bytes(texts: Sequence[str], limit: int | None) -> list[str]:
-    """Texts up to so many bytes of UTF-8 in all; the last is cut, between characters.
+    """The first texts, up to `limit` bytes of UTF-8 in all. The last one is cut between characters.
 
     >>> first_bytes(["one", "tw\u00f6", "three"], 6), first_bytes(["one"], None)
     (['one', 'tw'], ['one'])
@@ -284,7 +285,7 @@ def first_bytes(texts: Sequence[str], limit: int | None) -> list[str]:
 
 
 def measure(source: Path, wanted: Sequence[Formats], texts: Sequence[str]) -> list[Result]:
-    """Each combination written, loaded and judged, one after the other: on the disk is one at a time."""
+    """Write, load and judge each combination. Only one at a time is on the disk."""
     results = []
     for number, formats in enumerate(wanted, start=1):
         with tempfile.TemporaryDirectory(prefix="quality-") as folder:
@@ -302,7 +303,7 @@ def measure(source: Path, wanted: Sequence[Formats], texts: Sequence[str]) -> li
 
 
 def write(source: Path, out: Path, formats: Formats) -> None:
-    """Quantize, as the command does. Raises `MixtralError` behind the line in which it says why it cannot."""
+    """Quantize by the command. Raises `MixtralError` if it fails, after it has said why on stderr."""
     widths = ["--attention", str(formats.attention), "--experts", str(formats.experts)]
     with contextlib.redirect_stdout(io.StringIO()):
         status = quantize.main([str(source), str(out), *widths, "--quiet"])
@@ -313,7 +314,7 @@ def write(source: Path, out: Path, formats: Formats) -> None:
 
 
 def judge(folder: Path, formats: Formats, texts: Iterable[str]) -> Result:
-    """How well the checkpoint predicts texts, each behind a begin id, half a context or more in view."""
+    """How well the checkpoint predicts texts, each after a begin id, with half a context or more in view."""
     with Engine.load(folder, EngineOptions(dtype="float32", threads=pick_threads())) as engine:
         window = engine.plan.context
         scores = [score(engine, text, window, window // 2) for text in texts]

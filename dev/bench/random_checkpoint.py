@@ -1,11 +1,11 @@
-"""Write a Mixtral checkpoint of a given size, with random weights: to measure with, not to read.
+"""Write a Mixtral checkpoint of a given size with random weights, to measure with.
 
     python -m dev.bench.random_checkpoint OUT --bytes 2GB
     python -m dev.bench.random_checkpoint OUT --layers 4 --hidden 4096 --ffn 14336 --heads 32 --kv-heads 8
 
-Weights are normal with the usual widths, so activations stay finite and routers have preferences. They are
-cut from one pool of random numbers at changing places: writing is as fast as the disk, and memory is that of
-one tensor.
+Weights are normal with the usual deviations, so activations stay finite and routers have preferences. They
+are cut from one pool of random numbers at changing places, so writing is as fast as the disk, and takes the
+memory of one tensor.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def stored_bytes(config: ModelConfig) -> int:
 
 
 def shape_of_size(size: int) -> ModelConfig:
-    """As many layers of `SMALL` as come closest to `size` bytes; for sizes below that, narrower ones.
+    """As many layers of `SMALL` as come closest to `size` bytes, or narrower layers for small sizes.
 
     >>> shape_of_size(2_000_000_000).layers, round(stored_bytes(shape_of_size(2_000_000_000)) / 1e9, 2)
     (10, 1.95)
@@ -60,7 +60,7 @@ def shape_of_size(size: int) -> ModelConfig:
 
 
 def random_checkpoint(config: ModelConfig, folder: Path, seed: int = 0) -> None:
-    """Write it to `folder`, in bfloat16, with the demo's tokenizer if there is one."""
+    """Write a checkpoint to `folder` in bfloat16, with the demo's tokenizer."""
     generator = torch.Generator().manual_seed(seed)
     pool = torch.randn(POOL, generator=generator)
     scaled: dict[int, Tensor] = {}  # by fan-in: a few widths occur
@@ -86,10 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="a folder, made if need be")
-    parser.add_argument(
-        "--bytes", help="about how large, like 2GB; the flags below change the shape it is made of"
-    )
+    parser.add_argument("out", type=Path, help="a folder, made if it is missing")
+    parser.add_argument("--bytes", help="about this size, like 2GB; the flags below change the shape")
     parser.add_argument("--seed", type=int, default=0)
     names = ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "experts", "context")
     for name in names:

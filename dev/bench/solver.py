@@ -1,7 +1,7 @@
 """Quantizing one matrix: seconds of our solver against one plain call of hqq's on the whole matrix.
 
-Both run on all threads, in turns. Ours packs its codes, hqq is spared that. Errors are relative, |W - W'| /
-|W|; hqq's are those of its own result, with scales and zeros in float32.
+Both run on all threads, in turn. Ours packs its codes, and hqq does not. Errors are relative, |W - W'| / |W|;
+those of hqq are of its own result, with scales and zeros in float32.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(weight: Tensor, spec: QuantSpec, runs: int) -> dict[str, float]:
-    """Median seconds of both, ours and hqq's in turns, after one small call of each to warm up."""
+    """Median seconds of ours and hqq's, in turn, after one small call of each to warm up."""
     ours, theirs = [], []
     error = hqq_error = 0.0
     solve_by_slices(weight[:64], spec)

@@ -1,4 +1,4 @@
-"""How evenly a model's routers use their experts."""
+"""Measures how evenly a model's routers use their experts."""
 
 import functools
 
@@ -10,7 +10,7 @@ from model.router import Choice, Router
 
 
 class Balance:
-    """Watches every router: the balancing loss of a pass, and how the load spreads over the experts."""
+    """Watches every router for the balancing loss of a forward, and for the load of each expert."""
 
     def __init__(self, model: Mixtral) -> None:
         self.losses: list[Tensor] = []
@@ -23,8 +23,8 @@ class Balance:
 
     @torch.autocast("cpu", enabled=False)
     def watch(self, layer: int, router: Router, inputs: tuple[Tensor], choice: Choice) -> None:
-        """Switch Transformer's loss (arXiv 2101.03961, eq. 4): E times the sum of each expert's load times
-        its mean probability, which is 1 when all are alike."""
+        """Add the Switch Transformer's loss (arXiv 2101.03961, eq. 4): E times the sum of each expert's load
+        times its mean probability, which is 1 if all are alike."""
         E = router.weight.shape[0]
         probability = router.logits(inputs[0]).softmax(-1).mean(0)  # [E]
         load = torch.bincount(choice.ids.flatten(), minlength=E)  # [E]
@@ -32,13 +32,13 @@ class Balance:
         self.loads[layer] += load.cpu()
 
     def loss(self) -> Tensor:
-        """The balancing loss of the pass just made, averaged over layers."""
+        """The balancing loss of the last forward, averaged over layers."""
         loss = torch.stack(self.losses).mean()
         self.losses.clear()
         return loss
 
     def busiest(self) -> float:
-        """The busiest expert's load over the mean, in the worst layer, since this was last asked."""
+        """The busiest expert's load over the mean in the worst layer, since the last call."""
         share = self.loads / self.loads.sum(1, keepdim=True)
         self.loads.zero_()
         self.losses.clear()

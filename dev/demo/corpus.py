@@ -1,5 +1,5 @@
-"""The text that every Python carries, its own standard library: what the demo checkpoint is trained and
-judged on."""
+"""The text that the demo checkpoint is trained and judged on: the standard library that every Python
+carries."""
 
 import sysconfig
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ HELD_OUT_EVERY = 20
 
 @dataclass(frozen=True)
 class Corpus:
-    """Whole files, decoded: those to train on, and those held out, which are every twentieth, the first
-    included."""
+    """Decoded files: those to train on, and those held out, which are the first and every twentieth after
+    it."""
 
     train: list[str]
     held_out: list[str]

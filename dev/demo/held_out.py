@@ -1,10 +1,10 @@
-"""How well a model predicts text it has never seen, in bits per byte of the text.
+"""How well a model predicts text that it has not seen, in bits per byte.
 
     python -m dev.demo.held_out [MODEL]
 
-Judges a model (default: the demo) on the standard library files that the demo was not trained on, and
-compresses the same files with xz -9 for comparison. The files are those of the Python that runs this: another
-version's held-out files are not all unseen.
+This judges a model (default: the demo) on the files of the standard library that the demo was not trained on,
+and compresses the same files with xz -9 for comparison. The files are those of the running Python. The
+held-out files of another version than 3.11.7 are not all unseen.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from tools.perplexity import negative_log_likelihood
 
 
 class Encoder(Protocol):
-    """What turns text into ids: our tokenizer, or sentencepiece's own."""
+    """Turns text into ids: our tokenizer, or sentencepiece's."""
 
     def encode(self, text: str) -> list[int]: ...
 
 
 def judge(model: Mixtral, balance: Balance, encoder: Encoder, texts: list[str]) -> str:
-    """Bits per byte of texts, each behind a begin id, and how evenly they use the experts."""
+    """Bits per byte of texts, each after a begin id, and how evenly they use the experts."""
     balance.busiest()
     window = model.config.context
     ids = [encoder.encode(text) for text in texts]

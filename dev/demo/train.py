@@ -2,9 +2,9 @@
 
     python -m dev.demo.train OUT --minutes 100
 
-Writes plain HF Mixtral layout (`config.json`, `model.safetensors` in bf16, `tokenizer.model`). The state of
-training is kept beside it in `OUT/training.pt` every few minutes, and the same command goes on from there.
-Prints loss, speed, how evenly the experts are used and the held-out bits per byte.
+OUT gets the HF layout of a Mixtral (`config.json`, `model.safetensors` in bfloat16, `tokenizer.model`). The
+state of training is saved in `OUT/training.pt` every few minutes, and the same command goes on from there. It
+prints loss, speed, how evenly the experts are used, and the held-out bits per byte.
 """
 
 import argparse
@@ -39,8 +39,8 @@ DEMO = ModelConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to train. Lengths and rates follow the share of `minutes` that has gone by, so that any machine
-    ends on time."""
+    """How to train. Lengths and rates depend on the share of `minutes` that is over, so that every machine is
+    done in time."""
 
     minutes: float = 100.0
     seed: int = 0
@@ -56,8 +56,8 @@ class Recipe:
     warmup: float = 0.01
     decay_from: float = 0.4  # constant until here, then linearly to zero
     snippets: float = 0.3  # share of top-level functions and classes that begin a text of their own
-    loose_words: float = 0.06  # share of words that are parted from the space before them
-    loose_second_word: float = 0.5  # the same for a text's second word, where prompts end most
+    loose_words: float = 0.06  # share of words to part from the space before them
+    loose_second_word: float = 0.5  # the same for a text's second word, where most prompts end
     balance: float = 0.02  # weight of the router balancing loss
     evaluate_every: float = 600.0  # seconds
     save_every: float = 300.0  # seconds
@@ -91,7 +91,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
 
 
 def cut_snippets(texts: list[str], share: float, chance: random.Random) -> list[str]:
-    """Cut files before some of their top-level functions and classes: what people begin a prompt with.
+    """Cut files before some of their top-level functions and classes, where prompts begin.
 
     >>> cut_snippets(["import os\\n\\ndef f():\\n    pass\\n"], 1.0, random.Random(0))
     ['import os\\n\\n', 'def f():\\n    pass\\n']
@@ -108,10 +108,11 @@ def cut_snippets(texts: list[str], share: float, chance: random.Random) -> list[
 
 
 def encode_corpus(texts: list[str], tokenizer: Processor, recipe: Recipe) -> Tensor:  # -> [tokens]
-    """Files and snippets between begin and end ids, with a few words cut loose from the space before them.
+    """Ids of files and snippets between begin and end ids, with a few words parted from the space before
+    them.
 
-    The tokenizer joins a space to the word behind it, so a text that ends in a space ends in a token that
-    no word ever follows: after the prompt "def " a model trained on whole words alone is lost.
+    The tokenizer joins a space to the next word. So a text that ends in a space ends in a token that no word
+    follows, and a model trained only on whole words would be lost after the prompt "def ".
     """
     space, marker = tokenizer.piece_to_id("▁"), len(tokenizer.encode("\n"))
     loose = {}  # id of "▁word" -> ids of "▁", "word"
@@ -133,8 +134,9 @@ def encode_corpus(texts: list[str], tokenizer: Processor, recipe: Recipe) -> Ten
     return torch.tensor(ids)
 
 
-def initialise(model: Mixtral) -> None:
-    """Normal weights of width 1/sqrt(inputs), and of 0.02 for embeddings; residual branches start at zero."""
+def initialize(model: Mixtral) -> None:
+    """Set weights to random numbers of deviation 1 / sqrt(inputs), or 0.02 for embeddings, and the last
+    matrix of each residual branch to zero."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.ones_(parameter)
@@ -145,7 +147,7 @@ def initialise(model: Mixtral) -> None:
 
 
 def optimizers(model: Mixtral, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the rest. Each group remembers its full rate as `peak`."""
+    """Muon for the layers' matrices, AdamW for the rest. Each group keeps its full rate as `peak`."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -162,7 +164,7 @@ def optimizers(model: Mixtral, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 class Batches:
-    """Batches from shuffled places of the corpus, every token once a pass."""
+    """Batches from shuffled places of the corpus, with every token once in a pass over it."""
 
     def __init__(self, tokens: Tensor, tokens_per_step: int, seed: int) -> None:
         self.tokens = tokens
@@ -172,7 +174,7 @@ class Batches:
         self.pending: list[Tensor] = []  # where the sequences of each batch to come begin
 
     def take(self, T: int) -> Tensor:  # -> [B, T + 1]
-        """The next batch, of sequences of T tokens and the one behind."""
+        """The next batch: sequences of T tokens and the token after them."""
         if self.length != T or not self.pending:
             offset = int(torch.randint(T, (1,), generator=self.generator))
             starts = torch.arange(offset, len(self.tokens) - T - 1, T)
@@ -183,7 +185,7 @@ class Batches:
 
 @dataclasses.dataclass
 class Training:
-    """All that changes while training, so that it can be put down and taken up again."""
+    """The state of training, which can be saved and restored."""
 
     model: Mixtral
     optimizers: list[torch.optim.Optimizer]
@@ -210,7 +212,7 @@ def take_step(training: Training, ids: Tensor, balance: Balance, recipe: Recipe)
     rate = recipe.rate(training.elapsed / (recipe.minutes * 60))
     loss = 0.0
     parts = ids.split(recipe.tokens_per_pass // (ids.shape[1] - 1))
-    for part in parts:  # gradients add up over passes small enough for the caches
+    for part in parts:  # gradients add up over forwards small enough for the processor's caches
         with torch.autocast(ids.device.type, torch.bfloat16):
             logits = training.model(part[:, :-1])
         part_loss = F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten())
@@ -229,7 +231,7 @@ def take_step(training: Training, ids: Tensor, balance: Balance, recipe: Recipe)
 
 
 class Every:
-    """True once every so many seconds."""
+    """True once in every `seconds`."""
 
     def __init__(self, seconds: float, now: float) -> None:
         self.seconds = seconds
@@ -252,7 +254,7 @@ def train(out: Path, recipe: Recipe, corpus: Corpus) -> None:
     print(f"{len(tokens):,} tokens to train on, {len(corpus.held_out_bytes):,} bytes held out", flush=True)
 
     model = Mixtral(DEMO, torch.float32, device)
-    initialise(model)
+    initialize(model)
     training = Training(model, optimizers(model, recipe))
     state = out / "training.pt"
     if state.exists():

@@ -1,18 +1,17 @@
-"""The naive way to run a model that the GPU cannot hold: Transformers' Mixtral in bfloat16, its layers placed
-by accelerate's `device_map`, which moves all experts of every layer that did not fit, for every token.
+"""The naive way to run a model that is larger than the GPU: Transformers' Mixtral in bfloat16, its layers
+placed by accelerate's `device_map`, which moves all experts of every layer that does not fit for every token.
 
     python -m dev.peers.accelerate [--shape mixtral-8x7b] [--layers 4] [--vram 12GiB] [--tokens 4] [--json]
 
-Weights are random and only some layers are made: all of Mixtral-8x7B's would take 87 GiB of host memory. The
-memory limit is not scaled with them, for accelerate sets room aside for one layer, whatever their number. It
-places all layers of the shape within the whole limit; the model that is measured has layers of both kinds, as
-many of each as is the model's share (at least one); and the time of a token of the whole model is the sum of
-each kind's median and of what is not in layers.
+Weights are random, and only some layers are made, because all of Mixtral-8x7B's would take 87 GiB of host
+memory. Accelerate places all layers of the shape within the whole limit. The measured model has layers of
+both kinds, resident and offloaded, in the same proportion (at least one of each). The time of a token of the
+whole model is the sum of each kind's median over its layers, and of what is outside of layers.
 
-cuDNN's attention is switched off meanwhile: PyTorch prefers it on some GPUs, and it makes a plan for every
-length, which is to say for every token, and would make this row slower than it has to be.
+cuDNN's attention is switched off: PyTorch prefers it on some GPUs, but it makes a plan for every length,
+which means for every token, and would slow this down without need.
 
-Without a GPU the same calls are made and nothing is moved: a check of this program, not a figure.
+Without a GPU the same calls are made and nothing is moved, which checks this program and gives no figure.
 """
 
 import argparse
@@ -42,10 +41,10 @@ from runtime.shell.arguments import at_least_one
 from runtime.units import format_bytes, parse_bytes
 from tools.bench.machine import machine
 
-POOL = 1 << 24  # random numbers that weights are filled with: drawing all would take minutes
+POOL = 1 << 24  # random numbers to fill weights with, because drawing all would take minutes
 WARM_UP = 1  # tokens after the prompt that do not count
 
-Place = int | str  # as accelerate names devices: a GPU by its number; what is offloaded is on "cpu"
+Place = int | str  # a device as accelerate names it: a GPU's number, or "cpu" for what is offloaded
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """A setting of the whole process, as it was before once this is left."""
+    """Switch it off in the whole process, until this is left."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -86,7 +85,7 @@ def without_cudnn_attention() -> Iterator[None]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure. Raises `OptionError` or `DeviceError` for what cannot be."""
+    """Measure. Raises `OptionError` or `DeviceError` if that is not possible."""
     try:
         versions = {name: importlib.metadata.version(name) for name in ("accelerate", "transformers")}
     except importlib.metadata.PackageNotFoundError as error:
@@ -153,14 +152,14 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def placeable(model: Any) -> list[tuple[str, nn.Module]]:
-    """The modules that are on one device as a whole: layers, and all that is beside them."""
+    """The modules that lie on one device as a whole: the layers, and everything beside them."""
     inside = [(f"model.{name}", module) for name, module in model.model.named_children() if name != "layers"]
     layers = [(f"model.layers.{n}", layer) for n, layer in enumerate(model.model.layers)]
     return [*inside, *layers, ("lm_head", model.lm_head)]
 
 
 def place_layers(model: Any, limit: int) -> dict[str, Place]:
-    """Where accelerate puts each part of a model, on device 0 or on "cpu", for as many bytes of device 0."""
+    """Where accelerate puts each part of a model, device 0 or "cpu", with `limit` bytes of device 0."""
     from accelerate import infer_auto_device_map
 
     with warnings.catch_warnings():
@@ -174,7 +173,7 @@ def place_layers(model: Any, limit: int) -> dict[str, Place]:
 
 
 def look_up(places: dict[str, Place], name: str) -> Place:
-    """accelerate names a parent where all its children are in one place.
+    """The place of a module. Accelerate names a parent if all its children are in one place.
 
     >>> look_up({"model.norm": 0, "model.layers": "cpu"}, "model.layers.3"), look_up({"": 0}, "lm_head")
     ('cpu', 0)
@@ -185,7 +184,7 @@ def look_up(places: dict[str, Place], name: str) -> Place:
 
 
 def fewer(resident: int, layers: int, count: int) -> int:
-    """How many of `count` layers stand for `resident` of `layers`: one of each kind at least.
+    """How many of `count` layers stand for `resident` of `layers`, with at least one of each kind.
 
     >>> fewer(3, 32, 4), fewer(30, 32, 4), fewer(16, 32, 4), fewer(0, 32, 4), fewer(32, 32, 1)
     (1, 3, 2, 0, 1)
@@ -199,7 +198,7 @@ def fewer(resident: int, layers: int, count: int) -> int:
 
 @torch.no_grad()
 def fill(model: Any) -> None:
-    """Memory for all weights on the host, norms of ones, the rest of random numbers that repeat."""
+    """Give all weights memory on the host: ones for norms, and random numbers that repeat for the rest."""
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
     rotary = type(model.model.rotary_emb)
     model.to_empty(device="cpu")
@@ -213,7 +212,7 @@ def fill(model: Any) -> None:
 
 
 def dispatch(model: Any, placed: dict[str, Place], device: torch.device) -> None:
-    """As `from_pretrained(device_map=...)` does it once weights are there."""
+    """Place the layers as `from_pretrained(device_map=...)` does after it has read the weights."""
     from accelerate import dispatch_model
 
     dispatch_model(
@@ -227,13 +226,13 @@ def dispatch(model: Any, placed: dict[str, Place], device: torch.device) -> None
 
 @dataclass
 class Clock:
-    """Seconds of every token, and of every layer of each."""
+    """Seconds of every token, and of each of its layers."""
 
     layers: list[list[float]]
     tokens: list[float] = field(default_factory=list)
 
     def medians(self, resident: int) -> dict[bool, float]:
-        """Of a layer, by whether it is one of the first `resident`; 0 where there is none."""
+        """Median seconds of a layer, by whether it is one of the first `resident`; 0 if there is none."""
         both = {True: self.layers[:resident], False: self.layers[resident:]}
         return {
             kind: statistics.median(taken for layer in layers for taken in layer) if layers else 0.0

@@ -1,4 +1,4 @@
-"""Transformers' configuration of a Mixtral of the same shape."""
+"""Our configuration as Transformers has it."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import MixtralConfig
 
 from model.config import ModelConfig
 
-# Ours attends with PyTorch's fused kernels: let the oracle spell everything out.
+# We attend with PyTorch's fused kernels, so the oracle computes every formula step by step.
 FORMULAS: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 

@@ -1,8 +1,8 @@
-"""Speed of decoding next to Transformers' `generate`: same checkpoint, dtype, threads, machine and run.
+"""Speed of decoding next to Transformers' `generate`, with the same checkpoint, dtype and threads in one run.
 
     python -m dev.peers.transformers [MODEL] [--dtype float32] [--tokens 128] [--rounds 7] [--json]
 
-Both decode greedily from the same prompt, turn and turn about; the figures are medians, prompt included.
+Both decode greedily from the same prompt, in turn. The figures are medians, and include the prompt.
 """
 
 import argparse

@@ -1,1 +1,2 @@
-"""One file per subcommand of `tools.bench`: each has `add_arguments(parser)` and `run(args)`, a report."""
+"""Benchmarks: each subcommand of `tools.bench` is a file with `add_arguments(parser)` and `run(args) ->
+report`."""

@@ -4,9 +4,9 @@
     python -m tools.bench prefill MODEL | --shape S   a long prompt, against what the link allows
     python -m tools.bench offload MODEL | --shape S   the expert cache with and without each of its parts
     python -m tools.bench link                        bytes per second to the device, and of its memory
-    python -m tools.bench gpu --out DIR               the last four on a GPU, in minutes, with tables
+    python -m tools.bench gpu --out DIR               all of these on a GPU, in minutes
 
-What was measured goes to stdout with the machine it was measured on, as text or, with --json, as JSON.
+The report goes to stdout, with the machine, as text or as JSON with --json.
 """
 
 import argparse
@@ -38,13 +38,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Do what the command line asks. Everything that can go wrong is raised."""
+    """Do what the command line asks. Every failure is raised."""
     benchmark = args.benchmark
     try:
         threads = EngineOptions(threads=getattr(args, "threads", None)).threads  # which checks it
         with shortage_as(DeviceError, "take a smaller model, or free some"), using_threads(threads):
             measured = benchmark.run(args)
-        # After it: asking a GPU its name takes of its memory, which processes that `gpu` starts would see.
+        # Last, because asking a GPU for its name takes memory, which processes that `gpu` starts would lack.
         report = {"benchmark": args.subcommand, "machine": machine()} | measured
     except subprocess.CalledProcessError as error:
         raise MixtralError(str(error)) from error

@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The machine that a figure was measured on."""
 
 import importlib.metadata
 import os
@@ -10,8 +10,8 @@ import torch
 
 
 def machine() -> dict[str, str | int]:
-    """CPU, its cores that this process may use, and versions; if there is one, the GPU, its memory and its
-    driver."""
+    """The CPU, the number of cores that this process may use, and versions; the GPU with its memory and
+    driver if there is one."""
     about: dict[str, str | int] = {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -22,7 +22,7 @@ def machine() -> dict[str, str | int]:
 
 
 def gpu() -> dict[str, str | int]:
-    """The first GPU. What the system does not tell is left out."""
+    """The first GPU, as far as the system describes it."""
     properties = torch.cuda.get_device_properties(0)
     versions = {"driver": driver_version(), "cuda": torch.version.cuda, "triton": triton_version()}
     about: dict[str, str | int] = {"gpu": properties.name, "gpu_bytes": properties.total_memory}
@@ -30,7 +30,7 @@ def gpu() -> dict[str, str | int]:
 
 
 def driver_version(path: str = "/proc/driver/nvidia/version") -> str | None:
-    """NVIDIA's driver, as its kernel module names itself (Linux)."""
+    """The version of NVIDIA's driver, from its kernel module (Linux only)."""
     try:
         return find_version(Path(path).read_text())
     except OSError:
@@ -47,7 +47,7 @@ def find_version(text: str) -> str | None:
 
 
 def triton_version() -> str | None:
-    for name in ("triton", "pytorch-triton"):  # as PyPI has it, and as PyTorch's own builds bring it
+    for name in ("triton", "pytorch-triton"):  # its names on PyPI and in PyTorch's own builds
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -56,7 +56,7 @@ def triton_version() -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux knows it, or what the platform module can say elsewhere."""
+    """The processor's name from Linux, or elsewhere from the platform module."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

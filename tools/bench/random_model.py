@@ -1,8 +1,7 @@
-"""A model of random weights, made in memory, quantized or not: to measure with where no checkpoint is at
-hand.
+"""A model of random weights made in memory, quantized or not, to measure without a checkpoint.
 
-Weights have the usual widths, so activations stay finite and routers have preferences. It is laid out in
-memory as `runtime.loader` would lay it out.
+Weights have the usual deviations, so activations stay finite and routers have preferences. The layout in
+memory is that of `runtime.loader`.
 """
 
 import math
@@ -24,8 +23,8 @@ from model.target import Target
 from runtime.loader import pack_trunk, quantized_linear, slow_products
 
 POOL = 1 << 20  # random numbers that rows are cut from
-ROWS = 1024  # at a time
-SCALES = (145, 256)  # bytes, from and below: near 200 on average
+ROWS = 1024  # filled at a time
+SCALES = (145, 256)  # the range of scale bytes, about 200 on average
 
 
 @torch.no_grad()
@@ -41,12 +40,12 @@ def random_model(
 ) -> Mixtral:
     """A model ready to compute. The same seed gives the same weights.
 
-    Only so many `distinct` experts are made, and so many layers' quantized attention, and copied to where the
-    others belong; by default all of them. To a benchmark copies are as good, for they are as many bytes to
-    read, and on a GPU they take no time. Where `provide(layer)` has a layer's experts, none are made; those
-    of `random_blobs` are the same.
+    Only the first `distinct` experts and quantized matrices of attention are made (default: all), and copies
+    take the places of the others. For a benchmark copies are as good, because they are as many bytes to read,
+    and on a GPU they take no time to make. Where `provide(layer)` gives a layer's experts, none are made;
+    `random_blobs` makes the same ones.
 
-    Warns as `runtime.loader.load_model` does. Raises `ModelError` for a spec that does not fit the
+    Warns as `runtime.loader.load_model` does. Raises `ModelError` for a format that does not fit the
     configuration.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -71,7 +70,7 @@ def random_model(
 
 
 def fill_normal(weight: Tensor, generator: torch.Generator) -> None:  # [N, K], std 1 / sqrt(K)
-    """Rows are stretches of one pool of random numbers: drawing all of them would take minutes."""
+    """Fill rows with stretches of one pool of random numbers, because drawing all would take minutes."""
     N, K = weight.shape
     pool = torch.randn(min(POOL, N * K) + K, generator=generator).div_(math.sqrt(K)).to(weight)
     starts = torch.randint(len(pool) - K, (N, 1), generator=generator).to(weight.device)
@@ -83,7 +82,7 @@ def fill_normal(weight: Tensor, generator: torch.Generator) -> None:  # [N, K], 
 def fill_attention(
     modules: Sequence[QuantizedLinear], generator: torch.Generator, distinct: int | None
 ) -> None:
-    """Quantized matrices: of each shape so many `distinct` ones, and copies of these in turns."""
+    """Fill quantized matrices: of each shape the first `distinct` ones, the others with copies in turn."""
     made: dict[tuple[int, int], list[QuantizedLinear]] = {}
     for module in modules:
         alike = made.setdefault(module.shape, [])
@@ -98,8 +97,8 @@ def fill_attention(
 def random_blobs(
     form: ExpertFormat, blobs: Sequence[Tensor], seed: int = 0, distinct: int | None = None
 ) -> None:
-    """Fill each of `blobs`, memory for an expert on any device, the first `distinct` ones with experts of
-    their own, and the others with copies of these in turns."""
+    """Fill `blobs`, each the memory of an expert on any device: the first `distinct` ones with experts of
+    their own, the others with copies in turn."""
     generator = torch.Generator().manual_seed(seed + 1)
     stored = torch.empty(form.stored[-1].end, dtype=torch.uint8)
     for n, blob in enumerate(blobs):
@@ -111,7 +110,7 @@ def random_blobs(
 
 
 def random_matrix(spec: QuantSpec, shape: tuple[int, int], generator: torch.Generator) -> QuantizedTensor:
-    """Random codes under scales of about one size, as files would have them."""
+    """Random codes with scales of about one size, as in files."""
     streams = {}
     for field in matrix_fields("", shape, spec):
         name = field.name.lstrip(".")
@@ -121,7 +120,7 @@ def random_matrix(spec: QuantSpec, shape: tuple[int, int], generator: torch.Gene
 
 
 def fill_expert(form: ExpertFormat, stored: Tensor, generator: torch.Generator) -> None:
-    """An expert as a file would have it, into `stored` [uint8]."""
+    """Fill `stored` [uint8] with an expert as a file has it."""
     for field in form.stored:
         matrix, _, name = field.name.partition(".")
         if name == "weight":
@@ -131,7 +130,7 @@ def fill_expert(form: ExpertFormat, stored: Tensor, generator: torch.Generator) 
 
 
 def fill_stream(name: str, stream: Tensor, spec: QuantSpec, inputs: int, generator: torch.Generator) -> None:
-    """One stream of a matrix with so many inputs, whose weights get a deviation of 1 / sqrt(inputs)."""
+    """Fill one stream of a matrix, so that its weights have a deviation of 1 / sqrt(inputs)."""
     if name == "steps":
         low, high = SCALES[0], SCALES[1] - 1
         square = (low * low + low * high + high * high) / 3  # of a scale byte, on average
