@@ -111,7 +111,7 @@ EASY = QuantSpec(4), (64, 64)  # a format and a shape that every backend takes
 
 
 def has_fast_product(dtype: torch.dtype, target: Target) -> bool:
-    """Whether this device multiplies with quantized weights in its fast way in this dtype."""
+    """Whether this device multiplies quantized weights in `dtype` without a remark."""
     return pick_backend(*EASY, dtype, target)[1] is None
 
 
