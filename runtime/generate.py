@@ -1,11 +1,11 @@
 """Generate text from the shell.
 
-    python -m runtime.generate --prompt "def fibonacci("
+    python -m runtime.generate --prompt "def read_bytes(obj):" --temperature 0.3
     python -m runtime.generate --model path/to/Mixtral-8x7B-Instruct --chat
 
-Generated text goes to stdout; progress, plan and statistics go to stderr. Without --model it is the small
-demo model that comes with the package; without a prompt, stdin is read (with --chat on a terminal: turn by
-turn).
+Without --model, this runs the small demo model that comes with the package. Without a prompt, it reads one
+from stdin. With --chat on a terminal, it reads message after message. Generated text goes to stdout.
+Progress, plan and statistics go to stderr.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def generate(argv: list[str] | None) -> None:
-    """Do what the command line asks. Everything that can go wrong is raised."""
+    """Do what the command line asks. Every failure raises, and `run` makes a line and a status of it."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.system is not None and not args.chat:
@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def say_plan(model: Path | None, options: EngineOptions) -> None:
-    """Say what memory an engine would take, reading no weights."""
+    """Print the memory that an engine would take. This reads no weights."""
     from model.checkpoint import open_checkpoint
     from runtime.engine import DEMO
     from runtime.planning.planner import plan_checkpoint
@@ -108,7 +108,7 @@ def say_plan(model: Path | None, options: EngineOptions) -> None:
 
 
 def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingParams) -> None:
-    """Load the model, and answer."""
+    """Load the model, continue the prompt or hold a conversation, and report."""
     from runtime.engine import Engine
 
     by_turns = args.chat and args.prompt is None and args.prompt_file is None and sys.stdin.isatty()
@@ -143,7 +143,10 @@ def judge(
     plan: Plan,
     config: ModelConfig,
 ) -> None:
-    """Say what will not work, before weights are read. Without a `prompt` the user will write messages."""
+    """Check a request before the engine reads weights. A `prompt` of None means that messages will follow.
+
+    Raises `OptionError`, `RequestError` or `TokenizerError` if the request cannot be served.
+    """
     from runtime.engine import NOTHING_TO_TRACE
 
     if args.trace and plan.resident:
@@ -160,7 +163,7 @@ def judge(
 
 
 def report(engine: Engine, args: argparse.Namespace, file: TextIO | None) -> None:
-    """Statistics to stderr as asked, and to a file if there is one."""
+    """Print statistics to stderr, in the form that the flags ask for, and to `file` if there is one."""
     stats = engine.stats()
     rates = {"prompt_tokens_per_s": stats.prompt_rate, "decode_tokens_per_s": stats.decode_rate}
     rates |= {"hit_ratio": stats.hit_ratio, "lookahead_recall": stats.recall}

@@ -67,7 +67,7 @@ class EngineOptions:
     )
 
     offload: str = option(
-        "auto", "keep experts in host memory: where they do not all fit, never, or always, for study",
+        "auto", "keep experts in host memory: auto does so if they do not all fit the device",
         choices=OFFLOAD,
     )  # fmt: skip
     slots: int | None = option(

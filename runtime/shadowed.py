@@ -1,8 +1,8 @@
-"""Whether `model`, `tokenizer` and `runtime` mean our packages, or files of the program around us.
+"""Check that `model`, `tokenizer` and `runtime` mean our packages, and not files of another program.
 
-The names are ordinary, and Python takes the first file or folder of that name on its path. A program with a
-`model.py` of its own would fail deep inside an import, with a message about neither file. So would a command
-that starts beside a folder called `tokenizer`.
+The names are ordinary, and Python takes the first file or folder of a name on its path. A program with its
+own `model.py` would fail deep inside an import, with a message about neither file. So would a command that
+starts beside a folder called `tokenizer`.
 
 This file imports nothing of ours, since the name could mean something else.
 """
@@ -34,7 +34,7 @@ def check_names(*names: str) -> None:
 
 
 def place(name: str) -> str | None:
-    """The file or folder that `import name` has found or would find. None if there is none."""
+    """Return the file or folder that `import name` has found or would find. None if there is none."""
     if name in sys.modules:
         module = sys.modules[name]
         folders = getattr(module, "__path__", [f"a module {name} without a file"])
@@ -46,7 +46,7 @@ def place(name: str) -> str | None:
 
 
 def same_init(found: str, ours: str) -> bool:
-    """Whether both are the `__init__` of one folder. Ours may be compiled, or found through a link."""
+    """Tell whether both are the `__init__` of one folder. Ours may be compiled, or found through a link."""
     if os.path.splitext(os.path.basename(found))[0] != "__init__":
         return False
     folder, home = os.path.dirname(found), os.path.dirname(ours)
@@ -54,7 +54,7 @@ def same_init(found: str, ours: str) -> bool:
 
 
 def starts_a_command() -> bool:
-    """Whether Python is looking for one of our commands, as in `python -m runtime.generate --chat`."""
+    """Tell whether Python is looking for a command of ours, as in `python -m runtime.generate --chat`."""
     if sys.argv[0] != "-m":
         return False
     command = sys.orig_argv[-len(sys.argv)].removeprefix("-m")

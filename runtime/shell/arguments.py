@@ -19,7 +19,7 @@ GROUPS = {
 
 
 def new_parser(command: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of `python -m command`, with no flag but `--help`."""
+    """Make the parser of `python -m command`, with `--help` as its only flag."""
     return help_by_put(
         argparse.ArgumentParser(
             prog=f"python -m {command}",
@@ -31,13 +31,13 @@ def new_parser(command: str, description: str | None) -> argparse.ArgumentParser
 
 
 def help_by_put(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Let a parser print its help as results are printed. Argparse would hide that stdout takes no more."""
+    """Make a parser print its help as commands print results. Argparse would hide errors of stdout."""
     parser.print_help = lambda file=None: put(parser.format_help())  # type: ignore[method-assign]
     return parser
 
 
 def at_least_one(text: str) -> int:
-    """The type of a flag that counts something."""
+    """Parse the value of a flag that counts something."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}, and must be at least 1")
@@ -66,13 +66,13 @@ def add_flag(group: argparse._ArgumentGroup, field: "dataclasses.Field[Any]") ->
 
 
 def group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    """The parser's group of flags with this title, which is made if there is none."""
+    """Return the parser's group of flags with this title. Makes the group if there is none."""
     found = [group for group in parser._action_groups if group.title == title]
     return found[0] if found else parser.add_argument_group(title)
 
 
 def from_flags(options: type[Options], args: argparse.Namespace) -> Options:
-    """The dataclass, from what argparse has read. A field whose flag was not given keeps its default."""
+    """Make the dataclass from parsed flags. A field keeps its default if its flag was not given."""
     names = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     return options(**{name: value for name, value in vars(args).items() if name in names})
 

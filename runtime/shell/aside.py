@@ -1,4 +1,4 @@
-"""A file that is there completely or not at all."""
+"""Write a file that is there completely or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from typing import TextIO
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[TextIO]:
-    """A text file beside `path`, which takes its place on leaving; after an error it is removed.
+    """Open a text file beside `path`, which takes the place of `path` on leaving. An error removes it.
 
-    A link at `path` is replaced, not followed. What is neither a file nor missing, like a pipe, is written
-    directly. Raises `OSError` at once if nothing can be written there.
+    A link at `path` is replaced, and not followed. A pipe or device at `path` is written directly. Raises
+    `OSError` at once if nothing can be written there.
     """
     if path.exists() and not path.is_file():
         with path.open("w", encoding="utf-8") as file:
@@ -35,7 +35,7 @@ def written_aside(path: Path) -> Iterator[TextIO]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `OSError` if a file at `path` could not be written, as far as that can be known beforehand."""
+    """Check in advance, as far as possible, that a file at `path` can be written. Raises `OSError`."""
     if path.is_file() or path.is_dir():
         path.open("ab").close()
     elif not path.exists():

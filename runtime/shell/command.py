@@ -1,4 +1,4 @@
-"""What all commands have in common: streams that fail, interrupts, errors as one line, and exit statuses.
+"""What all commands share: streams that fail, interrupts, errors as one line, and exit statuses.
 
 A command's file begins with
 
@@ -7,11 +7,12 @@ A command's file begins with
     if __name__ == "__main__":
         launch("tools.example")
 
-so that the imports after it, which take long, happen inside the protection. This file imports little.
+so that this module already handles interrupts and errors while the slow imports after it run. So this file
+imports little itself.
 
-Stdout is for results alone, and they go there by `put`. A reader of stdout that goes away ends a command
-quietly, with `DONE`; a stdout that cannot be written for another reason is an error. A stderr that takes no
-more is no reason to stop: the exit status still tells how it went.
+Only results go to stdout, by `put`. A command ends quietly with `DONE` if the reader of its stdout goes away.
+Any other failure of stdout is an error. A command goes on if stderr takes no more, and its exit status still
+tells how it went.
 """
 
 import os
@@ -28,7 +29,7 @@ from runtime.errors import MixtralError, OptionError
 from runtime.process import shortage
 from runtime.process.interrupts import restore_interrupts
 
-TYPE_CHECKING = False  # all that `typing` is needed for, and it takes milliseconds to import
+TYPE_CHECKING = False  # importing `typing` for this takes milliseconds
 if TYPE_CHECKING:
     from typing import Any, NoReturn, TextIO
 
@@ -36,22 +37,24 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 class StdoutError(Exception):
-    """Stdout takes no more; the cause is the system's error."""
+    """Stdout takes no more. The exception's cause is the system's error."""
 
 
 def launch(module: str) -> "NoReturn":
-    """Import the command `module`, call its `main`, and exit the process with what that returns."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else Ctrl-C is to be ignored
+    """Import the command `module`, call its `main`, and exit the process with the status that it returns."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the caller ignores Ctrl-C
         signal.signal(signal.SIGINT, interrupt)
     status = run(lambda: import_module(module).main())
     if signal.getsignal(signal.SIGINT) is interrupt:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # nothing is left to interrupt
+        signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # no work is left to interrupt
     sys.exit(status)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C in a command. During an import it ends the process at once: an exception there may come up in a
-    callback of the import system, and Python would print it and go on."""
+    """Handle Ctrl-C in a command. During an import this ends the process at once.
+
+    An exception could be raised in a callback of the import system, where Python would print it and go on.
+    """
     while frame:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             with suppress(OSError):
@@ -62,17 +65,17 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def run(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Do a command's work. Returns the exit status: when all went well what `work` returns, if anything.
+    """Do a command's work and return its exit status, which is what `work` returns, or `DONE` for None.
 
-    Errors of the runtime, the model, the tokenizer and the system become one line on stderr; other exceptions
-    are mistakes in the program, and pass. `interrupted` is what to say after Ctrl-C.
+    An error of the runtime, the model, the tokenizer or the system becomes one line on stderr. Other
+    exceptions are mistakes in the program, and propagate. `interrupted` is what to print after Ctrl-C.
     """
     with standard_streams():
         try:
             with one_line_warnings(), restore_interrupts():
                 status = work()
             return DONE if status is None else status
-        except SystemExit:  # argparse has said all
+        except SystemExit:  # argparse has printed the reason
             raise
         except KeyboardInterrupt:
             say(interrupted)
@@ -96,22 +99,22 @@ def run(work: Callable[[], int | None], interrupted: str = "interrupted") -> int
 
 
 def tokenizer_error() -> type[Exception]:
-    from tokenizer import TokenizerError  # here, because it brings sentencepiece
+    from tokenizer import TokenizerError  # here, since it imports sentencepiece
 
     return TokenizerError
 
 
 def reason(error: BaseException | None) -> str:
-    """What went wrong; with the file's name, where the system gave one."""
+    """Return what went wrong, with the file's name if the system gave one."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
 
 
 def put(text: str) -> None:
-    """Write to stdout, at once and as UTF-8. On a terminal control characters come out escaped.
+    """Write to stdout, at once and as UTF-8. On a terminal, control characters come out escaped.
 
-    Raises `StdoutError`.
+    Raises `StdoutError` if stdout takes no more.
     """
     try:
         if sys.stdout.isatty():
@@ -120,7 +123,7 @@ def put(text: str) -> None:
             data = memoryview(text.encode(errors="backslashreplace"))
             while data:
                 data = data[sys.stdout.buffer.write(data) :]
-        else:  # one that a program has redirected to memory
+        else:  # a program has redirected stdout to memory
             sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
@@ -128,12 +131,12 @@ def put(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Write one line to stderr, whatever characters are in `text`."""
+    """Write `text` to stderr as one line."""
     print(one_line(text), file=sys.stderr, flush=True)
 
 
 def one_line(text: str) -> str:
-    """`text` with all that is not printable escaped.
+    """Return `text` with every character escaped that is not printable.
 
     >>> print(one_line("two\\nlines \\x1b[2J é"))
     two\\nlines \\x1b[2J é
@@ -141,12 +144,12 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-# What tells a terminal to do something else than to show a character, but for newlines and tabs.
+# Characters that are commands to a terminal, except newlines and tabs.
 ESCAPES = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
 
 
 class PatientStderr:
-    """Stderr whose writes never fail, and tell a terminal nothing. Its first failure is its last attempt."""
+    """A stderr whose writes never fail and give a terminal no commands. It writes nothing after a failure."""
 
     def __init__(self, stream: "TextIO") -> None:
         self.stream = stream
@@ -168,7 +171,7 @@ class PatientStderr:
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """While inside, all three streams can be used: also one that was closed when the process began."""
+    """Inside, all three streams can be used, even one that was closed when the process began."""
     before = sys.stdin, sys.stdout, sys.stderr
     opened = []
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -188,11 +191,11 @@ def standard_streams() -> Iterator[None]:
 
 
 def drop_unwritable(stream: "TextIO") -> None:
-    """Flush; if the stream takes no more, point it to where its last flush, at exit, does not fail again."""
+    """Flush a stream. If it takes no more, point it to the null device, where its flush at exit succeeds."""
     try:
         stream.flush()
     except OSError:
-        with suppress(OSError):  # a stream without a file
+        with suppress(OSError):  # the stream may have no file
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, stream.fileno())
             os.close(null)
@@ -200,7 +203,7 @@ def drop_unwritable(stream: "TextIO") -> None:
 
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Show warnings, ours and others', as `warning: ...`, without the line of code that they come from."""
+    """Inside, warnings are shown as `warning: ...`, without the line of code that they come from."""
 
     def show(
         message: Warning | str,

@@ -21,9 +21,9 @@ PASTE = 0.05  # seconds within which the next line of a pasted text arrives
 
 
 def converse(engine: Engine, session: Session, params: SamplingParams) -> None:
-    """Take turns until end of file. A turn that fails says why, and the next may succeed.
+    """Take turns until end of file. A turn that fails prints why, and the next may succeed.
 
-    Ctrl-C ends an answer; what there is of it stays in the conversation. At the prompt it ends the program.
+    Ctrl-C ends an answer, whose text so far stays in the conversation. At the prompt it ends the program.
     """
     say("Write a message and press Enter; Ctrl-C ends an answer, Ctrl-D ends the conversation.")
     advised = False
@@ -48,7 +48,7 @@ def converse(engine: Engine, session: Session, params: SamplingParams) -> None:
 
 
 def read_message() -> bytes | None:
-    """What was typed, up to Enter. Lines that arrive together, as a pasted text does, are one message.
+    """Read what the user types, up to Enter. Lines that arrive together, as pasted ones do, are one message.
 
     Returns None at end of file.
     """

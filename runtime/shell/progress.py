@@ -1,4 +1,4 @@
-"""Progress on stderr of work that takes more than a second: a bar on a terminal, elsewhere two lines."""
+"""Progress of work that takes more than a second, on stderr: a bar on a terminal, and two lines elsewhere."""
 
 import sys
 import time
@@ -8,17 +8,17 @@ from contextlib import AbstractContextManager, contextmanager
 from runtime.shell.command import say
 from runtime.units import format_bytes
 
-PATIENCE = 1.0  # seconds of work before there is a word of it
+PATIENCE = 1.0  # seconds of work before anything is shown
 
 
 @contextmanager
 def progress(
     total: int, what: str, unit: str, done: int = 0, form: Callable[[int], str] = "{:,}".format
 ) -> Iterator[Callable[[int], None]]:
-    """Show how far work has come. Gives the function to call with each increment, in one thread at a time.
+    """Show how far work has come. Yields the function to call with each increment, in one thread at a time.
 
-    `what` names the work, `unit` what is counted, `form` writes a count down where there is no bar; `done` of
-    the total was done before.
+    `what` names the work, and `unit` what is counted. `form` writes a count where there is no bar. `done` of
+    the `total` is done before the work begins.
     """
     report = bar if sys.stderr.isatty() else two_lines
     with report(total, what, unit, done, form) as advance:
@@ -29,8 +29,8 @@ def progress(
 def bar(
     total: int, what: str, unit: str, done: int, form: Callable[[int], str]
 ) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left, which goes when the work is done."""
-    from tqdm import tqdm  # here, because it takes as long as all flags
+    """Show a bar with rate and remaining time. It disappears when the work is done."""
+    from tqdm import tqdm  # here, since it takes as long as all the flags
 
     with tqdm(
         total=total, initial=done, desc=what, unit=unit, unit_scale=True, delay=PATIENCE, leave=False
@@ -46,7 +46,7 @@ def bar(
 def two_lines(
     total: int, what: str, unit: str, done: int, form: Callable[[int], str]
 ) -> Iterator[Callable[[int], None]]:
-    """A line when the work has taken a second, and one at its end: for a log."""
+    """Print a line when the work has taken a second and one at its end, for a log."""
     began, said = time.monotonic(), False
 
     def advance(count: int) -> None:
@@ -62,15 +62,15 @@ def two_lines(
 
 
 def byte_progress(total: int, what: str, done: int = 0) -> AbstractContextManager[Callable[[int], None]]:
-    """Progress in bytes."""
+    """Show progress in bytes."""
     return progress(total, what, "", done, format_bytes)
 
 
 def byte_bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Progress of loading: what `Engine.load` takes as its `progress`."""
+    """Show the progress of loading. `Engine.load` takes this as its `progress`."""
     return byte_progress(total, "loading")
 
 
 def kernel_bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Progress of compiling a GPU's kernels, in steps; it takes seconds where they never were compiled."""
-    return progress(total, "compiling kernels", " steps")
+    """Show the progress of compiling a GPU's kernels. The first time on a machine takes seconds."""
+    return progress(total, "compiling kernels", " stages")

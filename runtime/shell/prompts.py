@@ -1,8 +1,8 @@
 """Prompts from files, pipes and terminals, as text.
 
-A text file is UTF-8, with a byte order mark in front or not. One line end at its very end is dropped, that of
-any system (`\\n`, `\\r\\n` or `\\r`): the editor or the shell put it there, and a model would take it for the
-end of a line. All other line ends are the text's, and stay as they are.
+A text file is UTF-8, with or without a byte order mark. One line end at its very end is dropped, of any
+system (`\\n`, `\\r\\n` or `\\r`). An editor or a shell has put it there, and a model would take it for the
+end of a line. All other line ends belong to the text, and stay unchanged.
 """
 
 import codecs
@@ -15,9 +15,9 @@ from runtime.shell.command import say
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:
-    """The prompt: `text` as it stands, or what `file` or else stdin holds.
+    """Return the prompt: `text` unchanged, or the contents of `file`, or of stdin.
 
-    Raises `RequestError` if that is empty or no text, `OSError` if it cannot be read.
+    Raises `RequestError` if a file or stdin is empty or holds no text, and `OSError` if it cannot be read.
     """
     if text is not None:
         return text
@@ -31,7 +31,9 @@ def read_prompt(text: str | None, file: Path | None) -> str:
 
 
 def decode(data: bytes, source: str) -> str:
-    """Text that was typed, piped in or read. `source` is what to call it in a message.
+    """Decode text that was typed, piped in or read. `source` names it in messages.
+
+    Raises `RequestError` if it is not UTF-8.
 
     >>> decode(b"\\xef\\xbb\\xbfone\\r\\ntwo\\r\\n", "stdin")
     'one\\r\\ntwo'
