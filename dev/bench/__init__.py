@@ -1,1 +1,1 @@
-"""Measurements behind the project's own choices: one file per subcommand of `python -m dev.bench`."""
+"""Measurements that the project's own choices rest on: one file per subcommand of `python -m dev.bench`."""

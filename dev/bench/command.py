@@ -1,9 +1,11 @@
-"""Measurements behind the project's own choices, one per subcommand:
+"""Measurements that the project's own choices rest on, one per subcommand:
 
-python -m dev.bench load MODEL | --bytes 2GB    seconds per GB, and peak memory over the model's size
-python -m dev.bench memory                      resident memory over many prompts, against the plan
-python -m dev.bench solver                      seconds per matrix, against hqq on the whole matrix
-python -m dev.bench quality                     size and held-out perplexity in 21 pairs of formats
+    python -m dev.bench load MODEL | --bytes 2GB    seconds per GB, and peak memory over the model's size
+    python -m dev.bench memory                      resident memory over many prompts, against the plan
+    python -m dev.bench solver                      seconds per matrix, against hqq on the whole matrix
+    python -m dev.bench quality                     size and held-out perplexity in 21 pairs of formats
+
+The report goes to stdout, with the machine, as text or as JSON with --json.
 """
 
 from dev.bench import load, memory, quality, solver

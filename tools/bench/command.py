@@ -24,6 +24,7 @@ from tools.bench import decode, gpu, link, offload, prefill
 from tools.bench.machine import machine
 from tools.text import as_text
 
+AS_WRITTEN = argparse.RawDescriptionHelpFormatter
 SUBCOMMANDS: dict[str, Any] = {
     "decode": decode,
     "prefill": prefill,
@@ -57,7 +58,9 @@ def make_parser(command: str, description: str | None, benchmarks: dict[str, Any
     parser = new_parser(command, description)
     choices = parser.add_subparsers(dest="subcommand", required=True)
     for name, module in benchmarks.items():
-        subparser = help_by_put(choices.add_parser(name, description=module.__doc__))
+        subparser = help_by_put(
+            choices.add_parser(name, description=module.__doc__, formatter_class=AS_WRITTEN)
+        )
         module.add_arguments(subparser)
         subparser.set_defaults(benchmark=module)
         subparser.add_argument("--json", action="store_true", help="print JSON")

@@ -43,7 +43,7 @@ def test_layers_of_both_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["measured_ms_per_token"] == pytest.approx(rest + kept + 3 * moved)
     assert found["ms_per_token"] == pytest.approx(rest + 2 * kept + 4 * moved)
     assert found["tokens_per_s"] == pytest.approx(1000 / found["ms_per_token"])
-    head_and_norm = EMBEDDINGS + 2 * 64  # behind the layers that no longer fit
+    head_and_norm = EMBEDDINGS + 2 * 64  # after the layers that no longer fit
     assert found["bytes_moved_per_token"] == 4 * LAYER + head_and_norm
     assert found["device"].startswith("cpu, where nothing is moved")
     assert found["cudnn_attention"] is False and torch.backends.cuda.cudnn_sdp_enabled() is before

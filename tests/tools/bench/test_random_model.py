@@ -61,7 +61,7 @@ def test_ordinary_weights_too() -> None:
 def test_everything_is_filled(
     attention: str, experts: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory that nobody fills is NaN here: in float32 and in bfloat16 four or two bytes of 0xFF are."""
+    """Uninitialized memory is NaN here: four bytes of 0xFF in float32, two in bfloat16."""
     empty = torch.empty
 
     def spoilt(*args: object, **options: object) -> torch.Tensor:

@@ -92,7 +92,7 @@ def test_the_simulation_repeats_a_long_run(policy: str) -> None:
 
 
 def fewest_misses(needs: list[tuple[int, ...]], slots: int) -> int:
-    """By trying all that could be kept behind each step."""
+    """By trying every choice of what to keep after each step."""
     states: dict[frozenset[int], int] = {frozenset(): 0}
     for need in needs:
         following: dict[frozenset[int], int] = {}
@@ -153,7 +153,7 @@ def test_sums_are_those_of_a_worked_example() -> None:
     }
     assert report["replay_agrees"] is True
     assert report["replay"]["lru"][1] == 5 / 8
-    # With all in slots, only the first use of 3 and of 4 miss behind the prompt.
+    # With all in slots, only the first uses of 3 and of 4 miss after the prompt.
     assert all(ratios[E - 1] == 6 / 8 and len(ratios) == E for ratios in report["replay"].values())
     # Among the first 1, 2, 3: of (1, 2) 1, 2, 2; of (1, 3) 1, 1, 2; of (3, 4) none; of (1, 3) 1, 2, 2.
     assert report["recall"] == {1: [3 / 8, 5 / 8, 6 / 8]}
