@@ -76,19 +76,14 @@ class Router(nn.Module):
         if self.gates is not None:
             self.prepare_step()
 
-    def logits(self, x: Tensor) -> Tensor:  # [N, D] -> [N, E] float32
-        return F.linear(x.float(), self.weight)
-
     def forward(self, x: Tensor) -> Choice:  # [N, D]
         wide = x.float()
-        logits, ids = self.logits(wide).topk(self.experts_per_token)  # [N, A]
-        return Choice(ids, logits.softmax(-1), self.rank(wide))
+        logits, ids = F.linear(wide, self.weight).topk(self.experts_per_token)  # [N, A]
+        return Choice(ids, logits.softmax(-1), None if self.ahead is None else self.rank(wide, self.ahead))
 
-    def rank(self, x: Tensor) -> Tensor | None:  # [N, D] -> [d, E]
+    def rank(self, x: Tensor, ahead: Tensor) -> Tensor:  # [N, D], [d E, D] -> [d, E]
         """A ranking of each later layer's experts. It adds up the probabilities of several tokens."""
-        if self.ahead is None:
-            return None
-        logits = F.linear(x, self.ahead).view(x.shape[0], -1, self.experts)  # [N, d, E]
+        logits = F.linear(x, ahead).view(x.shape[0], -1, self.experts)  # [N, d, E]
         return logits.softmax(-1).sum(0).argsort(dim=-1, descending=True)
 
     def prepare_step(self) -> None:

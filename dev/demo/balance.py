@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.mixtral import Mixtral
@@ -26,7 +27,7 @@ class Balance:
         """Add the Switch Transformer's loss (arXiv 2101.03961, eq. 4): E times the sum of each expert's load
         times its mean probability, which is 1 if all are alike."""
         E = router.weight.shape[0]
-        probability = router.logits(inputs[0]).softmax(-1).mean(0)  # [E]
+        probability = F.linear(inputs[0].float(), router.weight).softmax(-1).mean(0)  # [E]
         load = torch.bincount(choice.ids.flatten(), minlength=E)  # [E]
         self.losses.append(E * (load / load.sum() * probability).sum())
         self.loads[layer] += load.cpu()

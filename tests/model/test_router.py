@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model.mixtral import Mixtral
 from model.router import Router, seen_from
@@ -33,7 +34,7 @@ def test_a_ranking_is_the_later_layers_norm_and_gate_on_this_layers_stream(dista
         assert (ranking is None) == (not later)
         for row, other in zip(ranking if ranking is not None else (), later, strict=True):
             x = other.post_attention_layernorm(stream)
-            likely = other.block_sparse_moe.gate.logits(x).softmax(-1).sum(0)
+            likely = F.linear(x, other.block_sparse_moe.gate.weight).softmax(-1).sum(0)
             assert torch.equal(row, likely.argsort(descending=True))
 
 
@@ -63,7 +64,7 @@ def test_a_ranking_of_several_tokens_adds_probabilities() -> None:
     router.look_ahead([torch.eye(CONFIG.experts, CONFIG.hidden)])
     x = torch.zeros(3, CONFIG.hidden)
     x[0, 3], x[1, 2], x[2, 2] = 100.0, 3.0, 3.0
-    ranking = router.rank(x)
+    ranking = router(x).ranking
     assert ranking is not None and ranking[0, :2].tolist() == [2, 3]
 
 
