@@ -1,1 +1,1 @@
-"""Experts that do not all fit the device: which are on it, which go, which come, and a record of it all."""
+"""Experts that do not all fit the device: slots, eviction, copies, guesses, and a record of them all."""

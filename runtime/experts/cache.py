@@ -23,8 +23,9 @@ from model.router import Choice
 from runtime.experts import trace
 from runtime.experts.arena import Arena, unlocked_remedy
 from runtime.experts.choices import Needs, added_up, by_last_use, to_host
-from runtime.experts.copying import CopyEngine, HostLink, Link
+from runtime.experts.copying import CopyEngine
 from runtime.experts.cuda_link import CudaLink
+from runtime.experts.link import HostLink, Link
 from runtime.experts.policy import PolicyMaker, make_policy
 from runtime.experts.residency import Arrival, Residency
 from runtime.experts.slots import SlotTable, Spares
@@ -95,10 +96,10 @@ class ExpertCache:
         on_gpu = device.type == "cuda"
         arena = Arena(len(plan.slots_per_layer), experts, form.blob_bytes, on_gpu, device if on_gpu else None)
         if on_gpu and not arena.pinned:
+            locked, total = format_bytes(arena.locked_bytes), format_bytes(arena.total_bytes)
             warnings.warn(
-                f"the driver locks {format_bytes(arena.locked_bytes)} of the {format_bytes(arena.bytes)} of "
-                "host memory that hold experts: those in the rest are copied by way of small buffers, which "
-                f"is slower; {unlocked_remedy()}",
+                f"the driver locks {locked} of the {total} of host memory that hold experts; the others "
+                f"are copied through small buffers, which is slower; {unlocked_remedy()}",
                 RuntimeWarning,
                 stacklevel=4,  # where Engine.load was called
             )

@@ -1,4 +1,4 @@
-"""The link to a CUDA device: a stream of its own, and events both ways."""
+"""The link to a CUDA device: a stream of its own, with events in both directions."""
 
 from collections import deque
 from collections.abc import Callable
@@ -12,17 +12,17 @@ PIECE = 8 << 20  # bytes: 0.3 ms at 25 GB/s
 
 
 class CudaLink:
-    """Copies pieces on a stream of their own, from page-locked memory, or by way of page-locked buffers.
+    """Copies pieces on a stream of their own, from page-locked memory or through page-locked buffers.
 
-    From page-locked memory what is needed is put on the stream at once, by the thread that needs it. Of
-    guesses two pieces are, so that the link does not idle between them: the one before these has to end
-    before another is put there, so a needed expert never waits for more than two.
+    From page-locked memory, the computing thread puts all pieces of a demanded expert on the stream at once.
+    The copy thread keeps two pieces of guesses there, so that the link does not idle between them. It puts
+    another there only after the earlier of the two has ended. So a demanded expert waits for two at most.
     """
 
     piece = PIECE
 
     def __init__(self, device: torch.device, locked: Callable[[Tensor], bool] | None = None) -> None:
-        """`locked` says of a source whether it is page-locked; None if all are."""
+        """`locked` says whether a source is page-locked. None means that all are."""
         self.device, self.locked = device, locked
         self.stream = same(streams(device).copies)
         self.staging = (
@@ -30,10 +30,10 @@ class CudaLink:
             if locked
             else []
         )
-        self.before: list[torch.cuda.Event | None] = [None, None]  # behind each staging buffer's last use
-        self.guesses: list[torch.cuda.Event | None] = [None, None]  # behind the last two pieces of guesses
+        self.before: list[torch.cuda.Event | None] = [None, None]  # after each staging buffer's last use
+        self.guesses: list[torch.cuda.Event | None] = [None, None]  # after the last two pieces of guesses
         self.waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # around each wait for a copy
-        self.waited = 0.0  # seconds, of those that are over and taken from `waits`
+        self.waited = 0.0  # seconds of the waits that are over and no longer in `waits`
 
     def blocks(self, source: Tensor) -> bool:
         return self.locked is not None and not self.locked(source)
@@ -42,26 +42,26 @@ class CudaLink:
         if free is not None:
             self.stream.wait_event(free)
 
-    def prepare(self, source: Tensor, urgent: bool) -> Tensor:
-        if not urgent and (earlier := self.guesses[0]) is not None:
+    def prepare(self, source: Tensor, demand: bool) -> Tensor:
+        if not demand and (earlier := self.guesses[0]) is not None:
             earlier.synchronize()
         return self.stage(source) if self.blocks(source) else source
 
-    def move(self, source: Tensor, target: Tensor, urgent: bool) -> torch.cuda.Event:
-        # The object itself, and not `torch.cuda.stream`: this is C code throughout, so an interrupt cannot
-        # leave the thread that computes on this stream.
+    def move(self, source: Tensor, target: Tensor, demand: bool) -> torch.cuda.Event:
+        # Entering the stream itself, unlike `torch.cuda.stream`, is C code throughout. So an interrupt cannot
+        # leave the computing thread on this stream.
         with self.stream:
             target.copy_(source, non_blocking=True)
             mark = torch.cuda.Event()
             mark.record(self.stream)
         if self.staging and source.data_ptr() == self.staging[0].data_ptr():
             self.before[0] = mark
-        if not urgent:
+        if not demand:
             self.guesses = [self.guesses[1], mark]
         return mark
 
     def stage(self, source: Tensor) -> Tensor:
-        """Through the buffer that has been idle for longer."""
+        """Copy a piece to the buffer that has been idle for longer, and return it there."""
         self.staging.reverse()
         self.before.reverse()
         if (busy := self.before[0]) is not None:
@@ -75,7 +75,7 @@ class CudaLink:
         stream.wait_event(mark)
         end.record(stream)
         self.waits.append((begin, end))
-        while self.waits[0][1].query() and len(self.waits) > 1:  # so that only what is not over yet is kept
+        while self.waits[0][1].query() and len(self.waits) > 1:  # keep what is not over
             begin, end = self.waits.popleft()
             self.waited += begin.elapsed_time(end) / 1e3
 

@@ -1,7 +1,7 @@
-"""Which expert leaves when another needs its slot: eviction policies, one object per layer.
+"""Eviction policies: which expert leaves when another needs its slot. Each layer has a policy object.
 
-A policy sees only numbers of experts, so it can be tested, replayed and replaced without a device. All are
-deterministic: the same accesses give the same victims, on every machine.
+A policy sees only the numbers of experts, so it can be tested, replayed and replaced without a device. All
+policies are deterministic: the same accesses give the same victims on every machine.
 """
 
 import random
@@ -13,13 +13,13 @@ from runtime.errors import OptionError
 
 
 class Policy(Protocol):
-    """Chooses victims among the experts of one layer that are in slots.
+    """Picks victims among one layer's experts that are in slots.
 
-    A policy of one's own is such a class. `EngineOptions(policy=...)` takes a function that makes one from a
-    seed and a layer's number. A line in `POLICIES` gives that function a name for the command line.
+    To add a policy, write such a class. `EngineOptions(policy=...)` takes a function that makes an object of
+    it from a seed and a layer's number. A line in `POLICIES` gives that function a name for the command line.
 
     >>> class MostRecent:
-    ...     "Evicts what was used last: best for a loop that is longer than the slots."
+    ...     "Evicts the expert that was used last: best for a cycle of more experts than slots."
     ...     def __init__(self):
     ...         self.order = []
     ...     def used(self, expert):
@@ -36,15 +36,15 @@ class Policy(Protocol):
     """
 
     def used(self, expert: int) -> None:
-        """A forward needs the expert, which is in a slot by now: it was before, or it has just got one."""
+        """A forward needs the expert. It is in a slot: it was there before, or has just been given one."""
         ...
 
     def victim(self, candidates: Collection[int]) -> int:
-        """Which of these goes. They are in slots and have been used; there is at least one."""
+        """Which of these experts leaves. There is at least one. All are in slots and have been used."""
         ...
 
     def evicted(self, expert: int) -> None:
-        """The expert is in no slot any more: it was the victim, or its copy failed."""
+        """The expert has left its slot: it was the victim."""
         ...
 
 
@@ -73,11 +73,12 @@ class LRU:
 
 
 class LFU:
-    """Evicts the expert that was used least often; of equals, the least recent.
+    """Evicts the expert that was used least often. Of experts used equally often, the least recent leaves.
 
-    Counts outlive eviction, else a newcomer could never stay. They are halved at every `half_life`-th access
-    of the layer: without decay, what an earlier text needed would hold its slots through all of the next. Of
-    4, 8, 16, ... 512 accesses, 16 and 32 had the most hits on the demo model; 32 are 16 tokens of 2 experts.
+    Counts outlive eviction, or else a newcomer could never stay. They are halved at every `half_life`-th
+    access of the layer. Without decay, the experts of an earlier text would hold their slots through all of
+    the next text. Of 4, 8, 16, ... 512 accesses, 16 and 32 had the most hits on the demo model. 32 accesses
+    are 16 tokens of 2 experts.
 
     >>> policy = LFU(half_life=4)
     >>> for expert in (3, 3, 1):
@@ -109,10 +110,10 @@ class LFU:
 
 
 class Random:
-    """Evicts any expert, all being equally likely: what a policy has to beat.
+    """Evicts any expert with equal probability. It is the baseline that other policies have to beat.
 
-    The generator is Python's `random.Random("SEED LAYER")`, and one `randrange` is drawn for each victim, an
-    index into the candidates in ascending order: enough for anybody to replay a trace.
+    The generator is Python's `random.Random("SEED LAYER")`. Each victim takes one `randrange`, an index into
+    the candidates in ascending order. That is all one needs to know to replay a trace.
 
     >>> [Random(seed=1, layer=0).victim({2, 5, 6}) for _ in range(3)]
     [2, 2, 2]
@@ -132,8 +133,8 @@ class Random:
 
 
 class Static:
-    """Keeps the experts that came first: the victim is the newest arrival. What another policy gains over
-    this is what following the text is worth.
+    """Keeps the experts that came first: the newest arrival leaves. The gain of another policy over this one
+    shows what it is worth to follow the text.
 
     >>> policy = Static()
     >>> for expert in (3, 1, 4, 3):
@@ -166,7 +167,7 @@ POLICIES: dict[str, PolicyMaker] = {
 
 
 def make_policy(policy: str | PolicyMaker, seed: int, layer: int) -> Policy:
-    """The policy of one layer. Raises `OptionError` for a name that is not in `POLICIES`.
+    """A policy for one layer. Raises `OptionError` if `POLICIES` has no such name.
 
     >>> make_policy("fifo", seed=0, layer=0)
     Traceback (most recent call last):
@@ -181,7 +182,7 @@ def make_policy(policy: str | PolicyMaker, seed: int, layer: int) -> Policy:
 
 
 def policy_name(policy: str | PolicyMaker) -> str:
-    """What traces call a policy.
+    """The name of a policy in traces.
 
     >>> policy_name("lru"), policy_name(Random)
     ('lru', 'Random')

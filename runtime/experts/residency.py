@@ -176,7 +176,7 @@ class Residency:
             self.copies.promote(self.tickets[slot])
         else:
             slot, evicted = table.place(expert)
-            self.submit(layer, expert, slot, urgent=True)
+            self.submit(layer, expert, slot, demand=True)
         self.ledger.miss(layer, expert, evicted, guessed=guess is not None)
         return Arrival(layer, expert, slot, self.tickets[slot])
 
@@ -198,13 +198,13 @@ class Residency:
             for rank, e in absent[: min(self.prefetch, room) if one else room]:
                 guess = self.spares.take(layer, e)
                 assert guess is not None
-                self.submit(layer, e, guess.slot, urgent=False)
+                self.submit(layer, e, guess.slot, demand=False)
                 self.ledger.guess(layer, e, distance, rank)
 
-    def submit(self, layer: int, expert: int, slot: int, urgent: bool) -> None:
-        label = (self.ledger.forward, layer, expert, "demand" if urgent else "guess")
+    def submit(self, layer: int, expert: int, slot: int, demand: bool) -> None:
+        label = (self.ledger.forward, layer, expert, "demand" if demand else "guess")
         source, target = self.arena.blob(layer, expert), self.pool[slot]
-        self.tickets[slot] = self.copies.submit(source, target, urgent, self.last_use[slot], label)
+        self.tickets[slot] = self.copies.submit(source, target, demand, self.last_use[slot], label)
 
     def drop(self, guess: Guess) -> None:
         """Forget a guess that has not come true."""

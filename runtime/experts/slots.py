@@ -1,13 +1,13 @@
 """Which expert is in which slot: bookkeeping in plain Python, without a device.
 
-A slot is a buffer on the device with room for one expert's blob, and has a number that is its own on that
-device. Each layer owns a `SlotTable` of them; the number of its slots never changes, though which ones they
-are may. A few more are `Spares`, owned by no layer: experts that are only guessed to be needed are copied to
-spares. A guess that comes true is adopted, and the layer gives the slot of its victim in return; no byte
-moves. So a wrong guess evicts nothing, and a layer's hits, misses and victims are those of its policy alone,
-whatever was guessed and however long copies took.
+A slot is a buffer on the device with room for one expert's blob. It has a number of its own on that device.
+Each layer owns a `SlotTable` with a fixed number of slots, though which ones they are may change. A few more
+slots are `Spares`, which no layer owns: experts that are only guessed to be needed are copied there. When a
+guess comes true, the layer adopts its slot and gives up its victim's slot in return, and no byte moves. So a
+wrong guess evicts nothing. A layer's hits, misses and victims are those of its policy alone, whatever was
+guessed and however long copies took.
 
-Nothing here waits, copies or locks: one thread does the bookkeeping, and asks its copies how they fare.
+Nothing here waits, copies or locks. One thread keeps the books, and tells them how its copies fare.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from runtime.experts.policy import Policy
 
 
 class State(Enum):
-    """What a slot holds. EMPTY -> LOADING -> READY; a victim's goes to LOADING at once."""
+    """What a slot holds: EMPTY, then LOADING, then READY. A victim's slot goes back to LOADING at once."""
 
     EMPTY = "empty"
     LOADING = "loading"
@@ -29,16 +29,16 @@ class State(Enum):
 class Slot:
     state: State = State.EMPTY
     expert: int | None = None  # None exactly when EMPTY
-    pins: int = 0  # accesses that are not computed yet
+    pins: int = 0  # accesses that have not been computed yet
 
 
 class SlotTable:
     """One layer's slots.
 
-    In each forward, `hit` the needed experts that are here, then `place` (or `adopt`) the others; compute;
-    `release` each. Each of the first three pins the slot, and `release` unpins it: a pinned slot is not
-    given away. Victims are then the same however copies and computing overlap, if nothing is released before
-    the last access but what `has_room` asks for.
+    In each forward, `hit` the needed experts that are here, then `place` or `adopt` the others, compute, and
+    `release` each. The first three pin the slot, and `release` unpins it. A pinned slot is not given away.
+    Before the last access, release only when `has_room` is False. Then the victims are the same however
+    copies and computing overlap.
 
     >>> from runtime.experts.policy import LRU
     >>> table = SlotTable([10, 11, 12], LRU())
@@ -52,7 +52,7 @@ class SlotTable:
     11    2       ready    0
     12    -       empty    0
 
-    A forward needs 5, 7 and 3. 5 is here; 7 takes the empty slot; for 3, the only candidate is 2.
+    A forward needs 5, 7 and 3. 5 is here. 7 takes the empty slot. For 3, the only candidate is 2.
 
     >>> table.find(7), table.find(5), table.hit(5)
     (None, 10, 10)
@@ -78,29 +78,29 @@ class SlotTable:
         return slot in self.slots
 
     def hit(self, expert: int) -> int:
-        """The expert, which `find` finds, is needed. Returns its slot, pinned; it may still be loading."""
+        """Pin an expert that is here, and return its slot, which may still be loading."""
         slot = self.where[expert]
         self.slots[slot].pins += 1
         self.policy.used(expert)
         return slot
 
     def place(self, expert: int) -> tuple[int, int | None]:
-        """The expert, which `find` does not find, is needed, and its copy begins.
+        """Give an expert that is not here a slot, pinned and loading. The caller begins its copy.
 
-        Returns its slot, loading and pinned, and the expert that was evicted for it, if any. Raises
-        `RuntimeError` if there is no room (see `has_room`).
+        Returns the slot, and the expert that was evicted for it, if any. Raises `RuntimeError` if there is no
+        room (see `has_room`).
         """
         slot, evicted = self.vacate(expert)
         self.fill(slot, expert)
         return slot, evicted
 
     def adopt(self, expert: int, slot: int) -> tuple[int, int | None]:
-        """The expert, which `find` does not find, is needed, and a spare `slot` holds it already, or receives
-        it. (LOADING in either case: computing has not come after its copy yet.)
+        """Take over the spare `slot` that an expert, which is not here, was guessed into.
 
-        That slot, pinned, is the layer's from now on. Returns the slot that the layer gives up for it, whose
-        bytes are worthless, and the expert that was evicted, if any: the same that `place` would evict.
-        Raises `RuntimeError` if there is no room.
+        The slot is the layer's from now on, pinned, and loading until computing has waited for its copy.
+        Returns the slot that the layer gives up for it, whose bytes are worthless, and the expert that was
+        evicted, if any. That is the expert that `place` would evict. Raises `RuntimeError` if there is no
+        room.
         """
         assert slot not in self.slots, slot
         given, evicted = self.vacate(expert)
@@ -111,7 +111,7 @@ class SlotTable:
     @property
     def has_room(self) -> bool:
         """Whether `place` and `adopt` will find a slot. If not, the forward needs more experts than there are
-        slots: compute the one that it accessed first, release it, and go on."""
+        slots: compute the expert that it accessed first, release it, and go on."""
         return any(slot.pins == 0 and slot.state is not State.LOADING for slot in self.slots.values())
 
     def ready(self, slot: int) -> None:
@@ -120,12 +120,13 @@ class SlotTable:
         self.slots[slot].state = State.READY
 
     def release(self, slot: int) -> None:
-        """An access to the slot is computed, or given up."""
+        """Unpin a slot once: an access to it has been computed."""
         assert self.slots[slot].pins > 0, (slot, self.slots[slot])
         self.slots[slot].pins -= 1
 
     def vacate(self, expert: int) -> tuple[int, int | None]:
-        """A slot for the expert: an empty one, else that of the policy's victim, which is forgotten."""
+        """A slot for the expert: an empty one if there is one, else that of the policy's victim, which
+        leaves."""
         assert expert not in self.where, (expert, self.where)
         candidates = set()
         for number, slot in self.slots.items():
@@ -160,7 +161,7 @@ class SlotTable:
 
 @dataclass
 class Guess:
-    """A spare slot's expert, which may come to be needed."""
+    """An expert in a spare slot, or on its way there, that a layer will probably need."""
 
     slot: int
     layer: int
@@ -168,14 +169,14 @@ class Guess:
 
 
 class Spares:
-    """Slots of no layer, for experts that are guessed to be needed.
+    """Slots that no layer owns, for guessed experts.
 
     >>> spares = Spares([20, 21])
     >>> first = spares.take(layer=1, expert=6)
     >>> first.slot, spares.find(1, 6) is first
     (20, True)
 
-    Layer 1 does need expert 6. It adopts slot 20, and gives up slot 11, which can take the next guess:
+    Layer 1 does need expert 6. It adopts slot 20 and gives up slot 11, which then takes a later guess:
 
     >>> from runtime.experts.policy import LRU
     >>> table = SlotTable([11], LRU())
@@ -186,7 +187,7 @@ class Spares:
     """
 
     def __init__(self, slots: Iterable[int]) -> None:
-        self.free = list(slots)  # longest free first: its last use is likeliest to be over
+        self.free = list(slots)  # the longest free first: its last use is most likely over
         self.guesses: dict[tuple[int, int], Guess] = {}  # by layer and expert, oldest first
 
     def find(self, layer: int, expert: int) -> Guess | None:
@@ -194,7 +195,7 @@ class Spares:
         return self.guesses.get((layer, expert))
 
     def take(self, layer: int, expert: int) -> Guess | None:
-        """A free slot for a new guess, whose copy begins; None if none is free."""
+        """A new guess in a free slot, or None if no slot is free. The caller begins its copy."""
         assert (layer, expert) not in self.guesses, (layer, expert)
         if not self.free:
             return None
@@ -202,15 +203,15 @@ class Spares:
         return guess
 
     def drop(self, slot: int) -> Guess:
-        """Forget the guess in the slot, which is free then. Its copy is complete, failed or cancelled.
-        Returns it."""
+        """Forget the guess in a slot, and return it. The slot is free again. The guess's copy must be
+        complete, failed or cancelled."""
         guess = self.of(slot)
         del self.guesses[guess.layer, guess.expert]
         self.free.append(slot)
         return guess
 
     def exchange(self, slot: int, given: int) -> None:
-        """A layer has adopted the guess in `slot`, and gave up the slot `given` for it."""
+        """A layer has adopted the guess in `slot` and gave up the slot `given` for it, which is free now."""
         assert given not in self, given
         guess = self.of(slot)
         del self.guesses[guess.layer, guess.expert]

@@ -1,18 +1,16 @@
 """A record of what became of each expert that was needed or guessed: typed events, one line of JSON each.
 
-The first line describes the model and the cache (`Header`), every other line is one event:
+The first line describes the model and the cache (`Header`). Every other line is one event:
 
     {"format": "mixtral-trace", "version": 1, "layers": 32, "experts": 8, "experts_per_token": 2, ...}
     {"event": "routing", "step": 7, "layer": 0, "tokens": 1, "experts": [1, 6], "weights": [0.4, 0.6]}
     {"event": "hit", "step": 7, "layer": 0, "expert": 6}
     {"event": "miss", "step": 7, "layer": 0, "expert": 1, "evicted": 4}
 
-A step is one forward, counted from 0 by the engine over all its sessions: one token when decoding, a chunk of
-a prompt otherwise. In each layer of a step there is one `Routing`, and then a `Hit` or `Miss` for each of its
-experts, in the order in which the slot table is asked: hits first, misses behind them, both in `Routing`'s
-order. A guess that comes true is a `Miss` (the policy's accounts do not depend on guesses) and a `UsedGuess`.
-
-Whoever may be traced has a `Recorder | None`, and does nothing but test it where it is None.
+In a trace, a step is one forward: a decoded token, or a chunk of a prompt. The engine counts them from 0 over
+all its sessions. Each layer of a step has one `Routing`, then a `Hit` or `Miss` for each of its experts:
+first the hits, then the misses, both in the order of `Routing`. A guess that comes true is a `Miss` and a
+`UsedGuess`, because the policy's accounts do not depend on guesses.
 """
 
 import dataclasses
@@ -35,7 +33,7 @@ class TraceError(MixtralError):
 
 @dataclass(frozen=True)
 class Header:
-    """What the events are about."""
+    """The model and the cache that the events are about."""
 
     layers: int
     experts: int  # in each layer
@@ -45,14 +43,14 @@ class Header:
     policy: str
     seed: int  # of the policy
     expert_bytes: int  # one expert's blob
-    options: Mapping[str, Any] = field(default_factory=dict)  # whatever else was set, as JSON has it
+    options: Mapping[str, Any] = field(default_factory=dict)  # other settings, as JSON
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts the layer needs, each once, in order of preference (ascending, if there is none).
+    """Which experts the layer needs, each once, in the order in which it asks for them.
 
-    `weights`, if known: the gate's weight of each, summed over the tokens.
+    `weights`, if known, holds each expert's routing weights, added up over the tokens.
     """
 
     step: int
@@ -64,8 +62,8 @@ class Routing:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What the lookahead gate thought, `distance` layers before `layer`, that `layer` would need: experts,
-    likeliest first. It need not be all; how far it goes is how many guesses can be studied."""
+    """Which experts the router `distance` layers before `layer` expected it to need, likeliest first. The
+    ranking may be cut short. Its length limits how many guesses can be studied."""
 
     step: int
     layer: int
@@ -84,7 +82,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Miss:
-    """A needed expert was not, and took the place of `evicted`, or an empty slot."""
+    """A needed expert was in none of them. It took the slot of `evicted`, or an empty slot."""
 
     step: int
     layer: int
@@ -94,8 +92,8 @@ class Miss:
 
 @dataclass(frozen=True)
 class Guess:
-    """A copy to a spare slot begins: `distance` layers before, the lookahead gate ranked the expert as number
-    `rank`, from 0."""
+    """A copy to a spare slot began. The router `distance` layers before `layer` had ranked the expert number
+    `rank`, counted from 0."""
 
     step: int
     layer: int
@@ -106,7 +104,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class UsedGuess:
-    """The missing expert was in a spare slot, or on its way there."""
+    """A missing expert was in a spare slot, or on its way there."""
 
     step: int
     layer: int
@@ -115,7 +113,7 @@ class UsedGuess:
 
 @dataclass(frozen=True)
 class WastedGuess:
-    """A guess was dropped unused, after `bytes` had been copied for it."""
+    """A guess was dropped unused, after `bytes` of it had been copied."""
 
     step: int
     layer: int
@@ -125,7 +123,7 @@ class WastedGuess:
 
 @dataclass(frozen=True)
 class Copy:
-    """An expert's bytes crossed the link. `kind` is what the copy began as."""
+    """An expert crossed the link. `kind` says what the copy began as: "demand" or "guess"."""
 
     step: int
     layer: int
@@ -161,7 +159,7 @@ NAMES: dict[type, str] = {
 
 
 class Recorder(Protocol):
-    """Takes events, from any thread."""
+    """Takes events from any thread."""
 
     def add(self, event: Event) -> None: ...
 
@@ -169,14 +167,14 @@ class Recorder(Protocol):
 class TraceWriter:
     """Writes events to a file as they come.
 
-    All of a step is in the file once the next one begins, so a process that dies loses one step at most. A
-    file that takes no more (a full disk) ends the recording, not the request: `close` raises what happened.
+    A step is in the file when the next one begins, so a process that dies loses one step at most. A full disk
+    ends the recording and not the request. `close` then raises what happened.
     """
 
     def __init__(self, file: TextIO, header: Header) -> None:
         self.file: TextIO | None = file
         self.name = str(getattr(file, "name", "trace"))
-        self.lock = threading.RLock()  # a finaliser may call `close` in the midst of `add`
+        self.lock = threading.RLock()  # a finaliser may call `close` in the middle of `add`
         self.step = 0
         self.error: OSError | None = None
         file.write(json.dumps({"format": FORMAT, "version": VERSION} | dataclasses.asdict(header)) + "\n")
@@ -184,7 +182,7 @@ class TraceWriter:
 
     @staticmethod
     def open(path: str | PathLike[str], header: Header) -> "TraceWriter":
-        """A new file, or an old one overwritten. Raises `TraceError` if that cannot be."""
+        """Create the file or overwrite it. Raises `TraceError` if it cannot be opened."""
         try:
             return TraceWriter(open(path, "w", encoding="utf-8"), header)
         except OSError as error:
@@ -193,7 +191,7 @@ class TraceWriter:
             raise TraceError(f"{quoted(path)}: {error}") from error
 
     def add(self, event: Event) -> None:
-        """An event behind `close`, from a copy that was still under way, is dropped."""
+        """Write an event. After `close` it is dropped: a copy may still have been under way."""
         line = json.dumps({"event": NAMES[type(event)]} | vars(event)) + "\n"
         with self.lock:
             if self.file is None or self.error:
@@ -205,12 +203,12 @@ class TraceWriter:
                     self.step = event.step
                 file.write(line)
             except ValueError:
-                assert file.closed  # by such a finaliser, just now
+                assert file.closed  # a finaliser closed it just now
             except OSError as error:
                 self.error = error
 
     def close(self) -> None:
-        """Raises `TraceError` if not all could be written."""
+        """Close the file. Raises `TraceError` if not all events could be written."""
         with self.lock:
             file, self.file = self.file, None
             if file is None:

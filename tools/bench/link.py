@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from runtime.experts.arena import Arena, unlocked_remedy
-from runtime.experts.copying import HostLink, Link
 from runtime.experts.cuda_link import CudaLink
+from runtime.experts.link import HostLink, Link
 from runtime.planning.device import pick_device
 from runtime.shell.arguments import at_least_one
 from runtime.units import format_bytes
@@ -127,7 +127,7 @@ def in_pieces(link: Link) -> Copy:
         link.begin(None)
         for start in range(0, source.numel(), link.piece):
             piece = slice(start, start + link.piece)
-            link.move(link.prepare(source[piece], urgent=True), target[piece], urgent=True)
+            link.move(link.prepare(source[piece], demand=True), target[piece], demand=True)
 
     return copy
 

@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from runtime.errors import OptionError
-from runtime.experts.copying import HostLink
+from runtime.experts.link import HostLink
 from runtime.process.threads import pick_threads, using_threads
 from runtime.shell.arguments import at_least_one
 from runtime.stats import Stats

@@ -137,7 +137,7 @@ class WholeLayers:
     def bring(self, layer: int) -> None:
         copies, arena = self.inner.copies, self.inner.arena
         tickets = [
-            copies.submit(arena.blob(layer, e), blob, urgent=True, free=self.computed)
+            copies.submit(arena.blob(layer, e), blob, demand=True, free=self.computed)
             for e, blob in enumerate(self.place.blobs)
         ]
         for ticket in tickets:

@@ -17,7 +17,7 @@ from dev.harness.outcome import Verdict, Wrong
 from dev.harness.part import Case
 from dev.harness.subject import OFFLOADED, RESIDENT, Subject
 from runtime import Engine, RequestError, SamplingParams
-from runtime.experts.copying import HostLink
+from runtime.experts.link import HostLink
 
 COUNT = 8
 EVERY = 0.003  # seconds between signals
@@ -36,10 +36,10 @@ class FlakyLink(HostLink):
         super().__init__()
         self.chance, self.share = chance, 0.0
 
-    def move(self, source: Tensor, target: Tensor, urgent: bool) -> None:
+    def move(self, source: Tensor, target: Tensor, demand: bool) -> None:
         if self.share and self.chance.random() < self.share:
             raise OSError("the bus is on strike")
-        super().move(source, target, urgent)
+        super().move(source, target, demand)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from model.target import Target
 from runtime import Engine, EngineOptions, SamplingParams
 from runtime.experts.arena import Arena
 from runtime.experts.cache import ExpertCache
-from runtime.experts.copying import CopyEngine, HostLink, Link
+from runtime.experts.copying import CopyEngine
+from runtime.experts.link import HostLink, Link
 from runtime.experts.policy import make_policy
 from runtime.experts.slots import SlotTable, Spares
 from runtime.experts.trace import Event
@@ -44,26 +45,26 @@ class JitterLink(HostLink):
     @piece.setter
     def piece(self, value: int) -> None: ...
 
-    def move(self, source: Tensor, target: Tensor, urgent: bool) -> None:
+    def move(self, source: Tensor, target: Tensor, demand: bool) -> None:
         if self.random.random() < 0.1:
             time.sleep(self.random.random() * 1e-3)
-        super().move(source, target, urgent)
+        super().move(source, target, demand)
 
 
 class FaultyLink(HostLink):
-    """Raises where `fails(n, urgent)`, n being how many pieces it was asked for before. Notes them all."""
+    """Raises where `fails(n, demand)`, n being how many pieces it was asked for before. Notes them all."""
 
     def __init__(self, fails: Callable[[int, bool], bool], piece: int) -> None:
         super().__init__()
         self.fails, self.piece = fails, piece
-        self.pieces: list[tuple[int, bool]] = []  # (bytes, urgent)
+        self.pieces: list[tuple[int, bool]] = []  # (bytes, demand)
 
-    def move(self, source: Tensor, target: Tensor, urgent: bool) -> None:
-        self.pieces.append((source.numel(), urgent))
-        if self.fails(len(self.pieces) - 1, urgent):
+    def move(self, source: Tensor, target: Tensor, demand: bool) -> None:
+        self.pieces.append((source.numel(), demand))
+        if self.fails(len(self.pieces) - 1, demand):
             target[: source.numel() // 2].fill_(255)  # what got there is no use
             raise OSError("the bus\nis on strike")
-        super().move(source, target, urgent)
+        super().move(source, target, demand)
 
 
 class Events(list[Event]):

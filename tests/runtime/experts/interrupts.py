@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from runtime import Engine, EngineOptions, SamplingParams
-from runtime.experts.copying import CopyEngine, HostLink
+from runtime.experts.copying import CopyEngine
+from runtime.experts.link import HostLink
 
 SIZE, SLOTS = 4096, 4
 
@@ -76,7 +77,7 @@ def hammer_copies(count: int, link: HostLink, seed: int = 0) -> int:
         slot, source = chance.randrange(SLOTS), chance.choice(sources)
         if slot in asked:
             copies.cancel(asked.pop(slot))
-        ticket = asked[slot] = copies.submit(source, slots[slot], urgent=chance.random() < 0.5)
+        ticket = asked[slot] = copies.submit(source, slots[slot], demand=chance.random() < 0.5)
         if chance.random() < 0.5:
             copies.promote(ticket)
         if chance.random() < 0.7:
@@ -89,7 +90,7 @@ def hammer_copies(count: int, link: HostLink, seed: int = 0) -> int:
         asked.clear()
         copies.cancel_all()
         wanted = [(chance.randrange(5), slot) for slot in range(SLOTS)]
-        tickets = [copies.submit(sources[n], slots[slot], urgent=slot % 2 == 0) for n, slot in wanted]
+        tickets = [copies.submit(sources[n], slots[slot], demand=slot % 2 == 0) for n, slot in wanted]
         for (n, slot), ticket in zip(wanted, tickets, strict=True):
             copies.wait(ticket)
             assert torch.equal(slots[slot], sources[n]), (thrown.count, slot)

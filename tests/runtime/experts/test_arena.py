@@ -49,7 +49,7 @@ def drive(monkeypatch: pytest.MonkeyPatch) -> Any:
     def drive(refused: int | None = None) -> Driver:
         driver = Driver(refused)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-        monkeypatch.setattr(module, "PIN_PIECE", 8192)
+        monkeypatch.setattr(module, "PIN_BYTES", 8192)
         monkeypatch.setattr(
             module, "clear_last_error", lambda: setattr(driver, "cleared", driver.cleared + 1)
         )
@@ -84,7 +84,7 @@ def test_every_blob_lies_in_one_registration(layers: int, experts: int, size: in
     with pytest.MonkeyPatch.context() as patch:
         driver = Driver()
         patch.setattr(torch.cuda, "cudart", lambda: driver)
-        patch.setattr(module, "PIN_PIECE", piece)
+        patch.setattr(module, "PIN_BYTES", piece)
         arena = Arena(layers, experts, size, pin=True)
         places = []
         for layer in range(layers):
@@ -195,7 +195,7 @@ def test_what_is_not_locked_is_said_with_a_remedy(
     with pytest.warns(RuntimeWarning) as caught:
         made: Any = ExpertCache.make(plan, form, torch.device("cuda", 0), 5)
     [message] = [str(warning.message) for warning in caught]
-    assert message.startswith("the driver locks 24.0 KiB of the 40.0 KiB of host memory that hold experts")
+    assert message.startswith("the driver locks 24.0 KiB of the 40.0 KiB of host memory that hold experts; ")
     assert ("`memory` under [wsl2] in .wslconfig" in message) == ("WSL2" in release)
     assert "ulimit" not in message and "\n" not in message
     made[0].close()

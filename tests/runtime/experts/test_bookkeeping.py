@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.experts.copying import HostLink
+from runtime.experts.link import HostLink
 from runtime.experts.trace import (
     Copy,
     Event,
@@ -185,7 +185,7 @@ def test_bytes_are_misses_and_guesses_times_the_blob(rig: Any, events: Any, samp
 
 
 def test_bytes_are_the_sum_of_pieces(rig: Any, faulty: Any, sample: Any) -> None:
-    link = faulty(lambda n, urgent: False, piece=rig.form.blob_bytes // 7)
+    link = faulty(lambda n, demand: False, piece=rig.form.blob_bytes // 7)
     with rig.cached(2, prefetch=3, lookahead=2, link=link) as cache:
         sample(rig.engine, rig.ids(9), 40)
         cache.copies.close()
@@ -223,7 +223,7 @@ def test_decoding_finds_the_last_tokens_experts(rig: Any, events: Any) -> None:
 
 
 def test_statistics_add_up_over_a_reset_by_an_error(rig: Any, faulty: Any, events: Any, sample: Any) -> None:
-    link = faulty(lambda n, urgent: n == 60, piece=rig.form.blob_bytes // 3)
+    link = faulty(lambda n, demand: n == 60, piece=rig.form.blob_bytes // 3)
     with rig.cached(3, prefetch=2, link=link) as cache:
         cache.record(events)
         with pytest.raises(Exception, match="could not be copied"):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from model.router import Choice
-from runtime.experts.copying import HostLink, Ticket
+from runtime.experts.copying import Ticket
+from runtime.experts.link import HostLink
 from runtime.experts.trace import Guess, Hit, Miss, Routing
 
 
@@ -117,10 +118,10 @@ def test_a_slot_is_overwritten_behind_its_last_use(rig: Any) -> None:
         marks: list[bool] = []
         submit = cache.copies.submit
 
-        def noted(source: Any, target: Any, urgent: bool, free: Any, label: Any) -> Ticket:
+        def noted(source: Any, target: Any, demand: bool, free: Any, label: Any) -> Ticket:
             slot = (target.data_ptr() - cache.pool.data_ptr()) // rig.form.blob_bytes
             marks.append(free == cache.residency.last_use[slot] and free is not None)
-            return submit(source, target, urgent, free, label)
+            return submit(source, target, demand, free, label)
 
         cache.copies.submit = noted
         rig.engine.logits(rig.ids(50))

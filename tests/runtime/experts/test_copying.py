@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from runtime.errors import RequestError
-from runtime.experts.copying import CopyEngine, HostLink, TransferError
+from runtime.experts.copying import CopyEngine, TransferError
+from runtime.experts.link import HostLink
 
 SIZE, STEP = 40, 10
 
@@ -26,14 +27,14 @@ class SteppedLink(HostLink):
         self.fails: Callable[[int], bool] = lambda name: False
         self.closed = False
 
-    def move(self, source: Tensor, target: Tensor, urgent: bool) -> int:  # type: ignore[override]
+    def move(self, source: Tensor, target: Tensor, demand: bool) -> int:  # type: ignore[override]
         name = int(source[0])
-        self.log.append((name, urgent))
+        self.log.append((name, demand))
         self.asked.release()
         assert self.may.acquire(timeout=30)
         if self.fails(name):
             raise OSError(f"no {name}\ntoday")
-        super().move(source, target, urgent)
+        super().move(source, target, demand)
         return len(self.log)
 
     def step(self, count: int) -> None:
@@ -55,9 +56,9 @@ class Bench:
         self.engine.start()
         self.targets: dict[int, Tensor] = {}
 
-    def submit(self, name: int, urgent: bool) -> Any:
+    def submit(self, name: int, demand: bool) -> Any:
         self.targets[name] = torch.zeros(SIZE, dtype=torch.uint8)
-        return self.engine.submit(torch.full((SIZE,), name, dtype=torch.uint8), self.targets[name], urgent)
+        return self.engine.submit(torch.full((SIZE,), name, dtype=torch.uint8), self.targets[name], demand)
 
     def under_way(self) -> None:
         """Wait until the link has been asked for a piece."""
@@ -78,7 +79,7 @@ def bench() -> Iterator[Bench]:
 
 
 def test_what_is_needed_goes_before_what_is_guessed(bench: Bench) -> None:
-    bench.submit(1, urgent=False)
+    bench.submit(1, demand=False)
     bench.under_way()
     guess, first, second = bench.submit(2, False), bench.submit(3, True), bench.submit(4, True)
     bench.link.may.release(16)
@@ -91,9 +92,9 @@ def test_what_is_needed_goes_before_what_is_guessed(bench: Bench) -> None:
 
 
 def test_a_guess_that_comes_true_keeps_what_has_been_moved(bench: Bench) -> None:
-    ticket = bench.submit(1, urgent=False)
+    ticket = bench.submit(1, demand=False)
     bench.under_way()
-    other = bench.submit(2, urgent=False)
+    other = bench.submit(2, demand=False)
     bench.link.step(2)
     bench.engine.promote(other)
     bench.engine.promote(ticket)
@@ -102,19 +103,19 @@ def test_a_guess_that_comes_true_keeps_what_has_been_moved(bench: Bench) -> None
     bench.engine.wait(ticket)
     # its third piece was under way; then those promoted, in that order
     assert bench.order() == [1, 1, 1, 2, 2, 2, 2, 1]
-    assert [urgent for _, urgent in bench.link.log] == [False] * 3 + [True] * 5
+    assert [demand for _, demand in bench.link.log] == [False] * 3 + [True] * 5
     assert bench.engine.moved == 2 * SIZE
     bench.engine.promote(ticket)  # nor when it is complete
-    assert not bench.engine.urgent and not bench.engine.guesses
+    assert not bench.engine.demands and not bench.engine.guesses
 
 
 def test_a_cancelled_copy_moves_no_more_than_the_piece_under_way(bench: Bench) -> None:
-    ticket = bench.submit(1, urgent=False)
+    ticket = bench.submit(1, demand=False)
     bench.under_way()
     bench.link.step(1)
     bench.engine.cancel(ticket)
     target = bench.targets[1]
-    after = bench.engine.submit(torch.full((SIZE,), 9, dtype=torch.uint8), target, urgent=True)
+    after = bench.engine.submit(torch.full((SIZE,), 9, dtype=torch.uint8), target, demand=True)
     bench.link.may.release(16)
     bench.engine.wait(after)
     assert bench.order() == [1, 1, 9, 9, 9, 9] and torch.all(target == 9)
@@ -124,7 +125,7 @@ def test_a_cancelled_copy_moves_no_more_than_the_piece_under_way(bench: Bench) -
 
 
 def test_cancelling_what_is_complete_or_has_not_begun(bench: Bench) -> None:
-    done = bench.submit(1, urgent=False)
+    done = bench.submit(1, demand=False)
     bench.link.may.release(16)
     bench.engine.wait(done)
     bench.engine.cancel(done)
@@ -132,7 +133,7 @@ def test_cancelling_what_is_complete_or_has_not_begun(bench: Bench) -> None:
 
 
 def test_computing_can_begin_with_the_first_bytes(bench: Bench) -> None:
-    ticket = bench.submit(1, urgent=True)
+    ticket = bench.submit(1, demand=True)
     marks: list[Any] = []
     bench.link.reached = marks.append  # type: ignore[method-assign]
     bench.link.may.release(2)
@@ -146,7 +147,7 @@ def test_computing_can_begin_with_the_first_bytes(bench: Bench) -> None:
 
 def test_an_error_reaches_whoever_waits_for_that_copy_alone(bench: Bench) -> None:
     bench.link.fails = lambda name: name == 1
-    bad, good = bench.submit(1, urgent=True), bench.submit(2, urgent=True)
+    bad, good = bench.submit(1, demand=True), bench.submit(2, demand=True)
     bench.link.may.release(16)
     with pytest.raises(TransferError) as caught:
         bench.engine.wait(bad)
@@ -157,13 +158,13 @@ def test_an_error_reaches_whoever_waits_for_that_copy_alone(bench: Bench) -> Non
     with pytest.raises(TransferError):
         bench.engine.wait(bad)  # still
     bench.link.fails = lambda name: False
-    bench.engine.wait(bench.submit(1, urgent=True))
+    bench.engine.wait(bench.submit(1, demand=True))
     assert torch.all(bench.targets[1] == 1)
 
 
 def test_an_error_behind_the_first_bytes_leaves_those_usable(bench: Bench) -> None:
     bench.link.fails = lambda name: len(bench.link.log) > 1
-    ticket = bench.submit(1, urgent=True)
+    ticket = bench.submit(1, demand=True)
     bench.link.may.release(16)
     bench.engine.wait(ticket, STEP)
     with pytest.raises(TransferError):
@@ -172,7 +173,7 @@ def test_an_error_behind_the_first_bytes_leaves_those_usable(bench: Bench) -> No
 
 
 def test_closing_wakes_those_who_wait(bench: Bench) -> None:
-    ticket, raised = bench.submit(1, urgent=True), list[str]()
+    ticket, raised = bench.submit(1, demand=True), list[str]()
 
     def wait() -> None:
         try:
@@ -183,7 +184,7 @@ def test_closing_wakes_those_who_wait(bench: Bench) -> None:
     waiter = threading.Thread(target=wait)
     waiter.start()
     bench.under_way()
-    bench.submit(2, urgent=True)
+    bench.submit(2, demand=True)
     closer = threading.Thread(target=bench.engine.close)
     closer.start()
     waiter.join(30)
@@ -193,7 +194,7 @@ def test_closing_wakes_those_who_wait(bench: Bench) -> None:
     closer.join(30)
     assert bench.order() == [1] and not bench.engine.thread.is_alive()
     with pytest.raises(TransferError, match="closed"):
-        bench.submit(3, urgent=False)
+        bench.submit(3, demand=False)
     bench.engine.close()
 
 
@@ -204,8 +205,8 @@ def test_a_recorder_that_raises_leaves_nobody_waiting(bench: Bench, monkeypatch:
         raise ValueError
 
     bench.engine.finished = finished
-    bench.submit(1, urgent=True)
-    after = bench.submit(2, urgent=True)
+    bench.submit(1, demand=True)
+    after = bench.submit(2, demand=True)
     bench.link.may.release(16)
     with pytest.raises(TransferError, match="closed"):
         bench.engine.wait(after)
@@ -219,7 +220,7 @@ def test_who_finds_the_bytes_there_finds_their_mark(bench: Bench) -> None:
             time.sleep(0.05)
             super().append(item)
 
-    ticket = bench.submit(1, urgent=True)
+    ticket = bench.submit(1, demand=True)
     ticket.marks = Slow()
     bench.link.may.release(16)
     while ticket.moved < STEP:

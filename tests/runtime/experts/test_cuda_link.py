@@ -86,8 +86,8 @@ def test_from_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     link.begin(free)
     assert cuda.take() == ["copies waits for e0"]
 
-    def move(urgent: bool) -> Any:
-        return link.move(link.prepare(source, urgent), target, urgent)
+    def move(demand: bool) -> Any:
+        return link.move(link.prepare(source, demand), target, demand)
 
     marks = [move(True) for _ in (0, 1)]  # what is needed queues up at once
     assert cuda.take() == pieces("e1", "e2")
@@ -154,17 +154,17 @@ def test_the_thread_that_computes_puts_what_it_needs_on_the_stream_itself(
     link.piece = 4
     move = link.move
 
-    def noted(source: torch.Tensor, target: torch.Tensor, urgent: bool) -> Any:
-        movers.append((threading.current_thread().name, int(source[0]), urgent))
-        return move(source, target, urgent)
+    def noted(source: torch.Tensor, target: torch.Tensor, demand: bool) -> Any:
+        movers.append((threading.current_thread().name, int(source[0]), demand))
+        return move(source, target, demand)
 
     monkeypatch.setattr(link, "move", noted)
     gate = threading.Event()
     prepare = link.prepare
 
-    def held(source: torch.Tensor, urgent: bool) -> torch.Tensor:
-        assert urgent or len(movers) < 2 or gate.wait(30)  # the first pieces of guesses travel
-        return prepare(source, urgent)
+    def held(source: torch.Tensor, demand: bool) -> torch.Tensor:
+        assert demand or len(movers) < 2 or gate.wait(30)  # the first pieces of guesses travel
+        return prepare(source, demand)
 
     monkeypatch.setattr(link, "prepare", held)
     copies = CopyEngine(link)
@@ -177,11 +177,11 @@ def test_the_thread_that_computes_puts_what_it_needs_on_the_stream_itself(
 
     here = threading.current_thread().name
     guess, other, needed = blob(1), blob(2), blob(3)
-    first = copies.submit(guess.source, guess.target, urgent=False)
-    second = copies.submit(other.source, other.target, urgent=False)
+    first = copies.submit(guess.source, guess.target, demand=False)
+    second = copies.submit(other.source, other.target, demand=False)
     while len(movers) < 2:
         pass
-    ticket = copies.submit(needed.source, needed.target, urgent=True, free=link.used())
+    ticket = copies.submit(needed.source, needed.target, demand=True, free=link.used())
     assert ticket.complete and [movers[n:] for n in (2,)] == [[(here, 3, True)] * 3]
     assert "copies waits for" in " ".join(cuda.take())
     assert copies.wait(ticket) == 0.0 and torch.equal(needed.source, needed.target)
@@ -203,7 +203,7 @@ def test_what_is_cancelled_does_not_overwrite_what_comes_after(monkeypatch: pyte
     for unknown in (False, True):  # whether an interrupt kept the guess from becoming known
         link, about, gate = CudaLink(CPU), threading.Event(), threading.Event()
 
-        def prepare(source: Any, urgent: bool, about: Any = about, gate: Any = gate) -> Any:
+        def prepare(source: Any, demand: bool, about: Any = about, gate: Any = gate) -> Any:
             about.set()
             assert gate.wait(30)
             return source
@@ -212,10 +212,10 @@ def test_what_is_cancelled_does_not_overwrite_what_comes_after(monkeypatch: pyte
         copies = CopyEngine(link)
         copies.start()
         slot = torch.zeros(10, dtype=torch.uint8)
-        guess = copies.submit(torch.full_like(slot, 1), slot, urgent=False)
+        guess = copies.submit(torch.full_like(slot, 1), slot, demand=False)
         assert about.wait(30)
         copies.cancel_all() if unknown else copies.cancel(guess)
-        needed = copies.submit(torch.full_like(slot, 2), slot, urgent=True)
+        needed = copies.submit(torch.full_like(slot, 2), slot, demand=True)
         gate.set()
         copies.wait(needed)
         assert copies.close() and torch.all(slot == 2)
@@ -229,7 +229,7 @@ def test_an_error_on_the_stream_reaches_the_one_who_waits(monkeypatch: pytest.Mo
     copies = CopyEngine(link)
     copies.start()
     slot = torch.zeros(10, dtype=torch.uint8)
-    ticket = copies.submit(torch.ones_like(slot), slot, urgent=True)
+    ticket = copies.submit(torch.ones_like(slot), slot, demand=True)
     with pytest.raises(TransferError, match=r"could not be copied to the device \(CUDA error: gone\)"):
         copies.wait(ticket)
     assert copies.close()
@@ -251,7 +251,7 @@ def test_closed_in_the_midst_of_what_is_needed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(link, "move", ending)
     copies.start()
     slot = torch.zeros(10, dtype=torch.uint8)
-    ticket = copies.submit(torch.ones_like(slot), slot, urgent=True)
+    ticket = copies.submit(torch.ones_like(slot), slot, demand=True)
     assert ticket.moved == 4
     with pytest.raises(TransferError, match="the engine is closed; load it again"):
         copies.wait(ticket)

@@ -22,7 +22,8 @@ import torch
 from runtime import Engine, EngineOptions, LoadError, RequestError, SamplingParams
 from runtime.errors import DeviceError
 from runtime.experts import copying
-from runtime.experts.copying import HostLink, TransferError
+from runtime.experts.copying import TransferError
+from runtime.experts.link import HostLink
 
 COUNT = 12
 
@@ -47,7 +48,7 @@ def fails_cleanly(rig: Any, prompt: list[int], link: Any) -> bool:
     """A request that may fail, and then one that may not. Says whether the first did."""
     expected = rig.tokens(prompt, COUNT)
     got, error = taken(rig.engine, prompt, COUNT)
-    link.fails = lambda n, urgent: False
+    link.fails = lambda n, demand: False
     assert got == expected[: len(got)]
     if error is None:
         assert len(got) == COUNT
@@ -62,14 +63,14 @@ def fails_cleanly(rig: Any, prompt: list[int], link: Any) -> bool:
 def test_every_piece_may_be_the_one_that_fails(rig: Any, faulty: Any, lookahead: int) -> None:
     prompt, piece, failed = rig.ids(3), rig.form.blob_bytes // 2, 0
     for k in (*range(12), *range(12, 130, 9)):
-        link = faulty(lambda n, urgent, k=k: n == k, piece)
+        link = faulty(lambda n, demand, k=k: n == k, piece)
         with rig.cached(3, lookahead=lookahead, prefetch=2, link=link):
             failed += fails_cleanly(rig, prompt, link)  # not if it was that of a wrong guess
     assert failed > 5
 
 
 def test_only_guesses_fail(rig: Any, faulty: Any) -> None:
-    link = faulty(lambda n, urgent: not urgent, rig.form.blob_bytes // 3)
+    link = faulty(lambda n, demand: not demand, rig.form.blob_bytes // 3)
     prompt = rig.ids(7)
     with rig.cached(2, lookahead=2, prefetch=2, link=link) as cache:
         for _ in range(20):
@@ -80,7 +81,7 @@ def test_only_guesses_fail(rig: Any, faulty: Any) -> None:
 
 
 def test_a_failed_guess_that_comes_true_is_copied_anew(rig: Any, faulty: Any) -> None:
-    link = faulty(lambda n, urgent: not urgent, rig.form.blob_bytes)
+    link = faulty(lambda n, demand: not demand, rig.form.blob_bytes)
     prompt = rig.ids(7)
     with rig.cached(2, lookahead=1, prefetch=2, link=link) as cache:
         guess = cache.residency.guess
@@ -99,7 +100,7 @@ def test_a_failed_guess_that_comes_true_is_copied_anew(rig: Any, faulty: Any) ->
 def test_half_of_all_pieces_fail(rig: Any, faulty: Any) -> None:
     chance, prompt = random.Random(0), rig.ids(2)
     rate = [0.0]
-    link = faulty(lambda n, urgent: chance.random() < rate[0], rig.form.blob_bytes // 2)
+    link = faulty(lambda n, demand: chance.random() < rate[0], rig.form.blob_bytes // 2)
     with rig.cached(3, lookahead=2, prefetch=3, link=link):
         outcomes = []
         for turn in range(60):
@@ -119,7 +120,7 @@ def test_a_very_slow_link_changes_nothing(rig: Any) -> None:
 def test_a_failed_turn_of_a_session(rig: Any, faulty: Any) -> None:
     """The session goes on where the failed request left it: its KV cache holds nothing of the failed step."""
     fail = [False]
-    link = faulty(lambda n, urgent: fail[0] and urgent, rig.form.blob_bytes)
+    link = faulty(lambda n, demand: fail[0] and demand, rig.form.blob_bytes)
     params = SamplingParams(max_new_tokens=6, temperature=1, seed=1, ignore_eos=True)
     prompt = rig.ids(20)
     expected = [token.id for token in rig.resident.generate(prompt, params)]
@@ -181,7 +182,7 @@ def test_closing_does_not_wait_for_ever_and_memory_stays_until_the_piece_has_pas
     engine = Engine.load(variant(), EngineOptions(device="cpu", dtype="float32", offload="always", slots=2))
     assert engine.runner.cache
     engine.runner.cache.copies.link = gate = Gate()
-    engine.runner.cache.residency.submit(0, 0, 0, urgent=True)
+    engine.runner.cache.residency.submit(0, 0, 0, demand=True)
     assert gate.reached_it.wait(60)
     copies, arena = engine.runner.cache.copies, weakref.ref(engine.runner.cache.arena)
     engine.close()
@@ -205,7 +206,7 @@ def test_no_thread_outlives_its_engine_and_no_memory(variant: Callable[..., Path
         next(tokens)
         cache = engine.runner.cache
         assert cache
-        cache.residency.submit(1, 0, 0, urgent=False)  # never waited for
+        cache.residency.submit(1, 0, 0, demand=False)  # never waited for
         thread = cache.copies.thread
         if closed:
             engine.close()
@@ -375,7 +376,7 @@ def footprint() -> tuple[int, int, int]:
 @pytest.mark.slow
 def test_thousands_of_tokens_leave_nothing_behind(rig: Any, faulty: Any) -> None:
     chance = random.Random(1)
-    link = faulty(lambda n, urgent: chance.random() < 2e-4, rig.form.blob_bytes // 2)
+    link = faulty(lambda n, demand: chance.random() < 2e-4, rig.form.blob_bytes // 2)
     marks, made = [], 0
     with rig.cached(3, lookahead=2, prefetch=2, link=link):
         while made < 4000:

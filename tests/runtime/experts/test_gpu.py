@@ -24,14 +24,14 @@ BLOB = 3 * PIECE + 4096  # bytes
 
 
 @pytest.mark.parametrize("locked", ["all", "half", "none"])
-@pytest.mark.parametrize("urgent", [True, False])
+@pytest.mark.parametrize("demand", [True, False])
 @pytest.mark.parametrize("size", [BLOB, BLOB - 4096 - 16])
 def test_what_computing_sees_behind_a_mark_has_arrived(
-    size: int, urgent: bool, locked: str, monkeypatch: pytest.MonkeyPatch
+    size: int, demand: bool, locked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slots are overwritten again and again, in the midst of computing with them. The arena is locked in many
     pieces."""
-    monkeypatch.setattr(arena_module, "PIN_PIECE", 2 * BLOB)
+    monkeypatch.setattr(arena_module, "PIN_BYTES", 2 * BLOB)
     pin = locked != "none"
     arena = Arena(1, 8, size, pin, GPU)
     middle = arena.blob(0, 4).data_ptr()
@@ -47,7 +47,7 @@ def test_what_computing_sees_behind_a_mark_has_arrived(
         free = [copies.link.used()] * 2
         for n in range(24):
             e, slot = n % 8, n % 2
-            ticket = copies.submit(arena.blob(0, e), slots[slot], urgent, free[slot])
+            ticket = copies.submit(arena.blob(0, e), slots[slot], demand, free[slot])
             copies.wait(ticket)
             busy = busy @ busy / 2048  # computing is behind, the copies could overtake it
             sums.append((slots[slot].long().sum(), (e + 1) * size))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from runtime import Engine, EngineOptions
-from runtime.experts.copying import HostLink
+from runtime.experts.link import HostLink
 from tests.runtime.experts.interrupts import AtOnce, hammer_copies, hammer_requests
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no such timer")

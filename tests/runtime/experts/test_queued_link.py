@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from runtime.experts.copying import HostLink, TransferError
+from runtime.experts.copying import TransferError
+from runtime.experts.link import HostLink
 from tests.runtime.experts.test_bookkeeping import Events, agree, recount
 
 COUNT = 12
@@ -26,7 +27,7 @@ class QueuedLink(HostLink):
         super().__init__()
         self.piece, self.random, self.staged = piece, random.Random(seed), staged
         self.work: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
-        self.log: list[tuple[str, bool, int, int]] = []  # who, urgent, the target, guesses not done by then
+        self.log: list[tuple[str, bool, int, int]] = []  # who, demand, the target, guesses not done by then
         self.guesses: list[threading.Event] = []
         self.fails: Callable[[int], bool] = lambda n: False
         self.stream = threading.Thread(target=self.run, daemon=True)
@@ -41,22 +42,22 @@ class QueuedLink(HostLink):
     def blocks(self, source: Tensor) -> bool:
         return self.staged is not None and self.staged(source)
 
-    def prepare(self, source: Tensor, urgent: bool) -> Tensor:
-        if not urgent and len(self.guesses) > 1:
+    def prepare(self, source: Tensor, demand: bool) -> Tensor:
+        if not demand and len(self.guesses) > 1:
             self.guesses[-2].wait()
         return source.clone() if self.blocks(source) else source
 
-    def move(self, source: Tensor, target: Tensor, urgent: bool) -> threading.Event:  # type: ignore[override]
+    def move(self, source: Tensor, target: Tensor, demand: bool) -> threading.Event:  # type: ignore[override]
         before = sum(not mark.is_set() for mark in self.guesses[-3:])
-        self.log.append((threading.current_thread().name, urgent, target.data_ptr(), before))
+        self.log.append((threading.current_thread().name, demand, target.data_ptr(), before))
         if self.fails(len(self.log)):
             raise OSError("the bus is on strike")
-        if urgent and self.random.random() < 0.2:
+        if demand and self.random.random() < 0.2:
             time.sleep(1e-4)  # time enough for a guess to come in between, if it may
         mark = threading.Event()
         self.work.put(partial(target.copy_, source))
         self.work.put(mark.set)
-        if not urgent:
+        if not demand:
             self.guesses.append(mark)
         return mark
 
@@ -100,9 +101,9 @@ def test_tokens_and_accounts_are_the_same(
             agree(rig, cache, events)
         if link.staged is None:
             here, late = threading.current_thread().name, 0
-            for who, urgent, _, _ in link.log:
-                late += urgent and who != here
-                assert urgent or who != here
+            for who, demand, _, _ in link.log:
+                late += demand and who != here
+                assert demand or who != here
             # A piece of a guess that came true while the copy thread was about to put it there.
             assert late <= cache.ledger.counters.used_guesses
 
@@ -114,10 +115,10 @@ def test_a_needed_expert_waits_for_two_pieces_of_guesses(
     with rig.cached(2, "lru", 2, 3, link) as cache:
         assert sample(rig.engine, rig.ids(9), 3 * COUNT) == rig.tokens(rig.ids(9), 3 * COUNT)
         assert cache.ledger.counters.used_guesses > 0
-    assert max(before for _, urgent, _, before in link.log if urgent) <= 2
-    assert max(before for _, urgent, _, before in link.log if not urgent) <= 1  # and itself
+    assert max(before for _, demand, _, before in link.log if demand) <= 2
+    assert max(before for _, demand, _, before in link.log if not demand) <= 1  # and itself
     if link.staged is None:  # the pieces of one expert follow each other: no guess comes in between
-        runs = [(target, urgent) for _, urgent, target, _ in link.log]
+        runs = [(target, demand) for _, demand, target, _ in link.log]
         between = range(1, len(runs) - 1)
         assert all(runs[n][1] or not runs[n - 1][1] or runs[n - 1] != runs[n + 1] for n in between)
 

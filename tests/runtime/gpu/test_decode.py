@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.quant.backends.blocks import Blocks
 from runtime import Engine, EngineOptions, RequestError
-from runtime.experts.copying import HostLink
+from runtime.experts.link import HostLink
 from runtime.gpu.graphs import CudaGraphs, Work
 from runtime.gpu.streams import Streams
 from tests.quantized import quantize_folder
@@ -223,11 +223,11 @@ def test_a_copy_that_fails_fails_its_request_alone(
     assert torch.equal(decoded(engine), expected)
     move, left = HostLink.move, [0]
 
-    def failing(self: HostLink, source: Tensor, target: Tensor, urgent: bool) -> None:
+    def failing(self: HostLink, source: Tensor, target: Tensor, demand: bool) -> None:
         left[0] -= 1
         if left[0] == 0:
             raise OSError("the bus is on strike")
-        move(self, source, target, urgent)
+        move(self, source, target, demand)
 
     monkeypatch.setattr(HostLink, "move", failing)
     failures = 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from runtime.experts.arena import Arena
-from runtime.experts.copying import HostLink
+from runtime.experts.link import HostLink
 from tools.bench import command as bench
 from tools.bench import link
 
@@ -64,11 +64,11 @@ class Stand:
 
     def begin(self, free: None) -> None: ...
 
-    def prepare(self, source: Tensor, urgent: bool) -> Tensor:
+    def prepare(self, source: Tensor, demand: bool) -> Tensor:
         return source
 
-    def move(self, source: Tensor, target: Tensor, urgent: bool) -> None:
-        assert urgent
+    def move(self, source: Tensor, target: Tensor, demand: bool) -> None:
+        assert demand
         self.log.append((self.pinned, source.numel()))
         target.copy_(source)
 

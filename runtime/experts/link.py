@@ -1,0 +1,105 @@
+"""The link between host memory and a device, behind a protocol.
+
+On a GPU it is a CUDA stream (`runtime.experts.cuda_link`). On a CPU it is a plain copy, as slow as asked for.
+So demand, guesses and overlap work the same on every machine, and can be studied without a GPU.
+"""
+
+import time
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+SLACK = 1e-3  # seconds that a busy link may catch up on, where sleeping took longer than asked for
+
+
+class Link(Protocol):
+    """Moves bytes from host memory to the device, a piece at a time.
+
+    Two threads use a link. The computing thread calls `blocks`, `reached` and `used`. The copy thread calls
+    `prepare`, `begin`, `move` and `close`. For a copy that does not block, the computing thread calls `begin`
+    and `move` itself. The copy engine sees to it that only one thread at a time is in `begin` or `move`.
+
+    A mark is a point in the work of a device. What it is made of is the link's own affair.
+    """
+
+    piece: int  # bytes to move at a time
+
+    def blocks(self, source: Tensor) -> bool:
+        """Whether moving these bytes keeps the calling thread waiting."""
+        ...
+
+    def begin(self, free: Any) -> None:
+        """Let the moves that follow overwrite a slot only after computing has passed the mark `free`."""
+        ...
+
+    def prepare(self, source: Tensor, demand: bool) -> Tensor:
+        """Wait until a piece may be put on the link, and return the bytes that `move` will read.
+
+        A guess waits here as long as it could delay a demanded copy that comes later.
+        """
+        ...
+
+    def move(self, source: Tensor, target: Tensor, demand: bool) -> Any:
+        """Copy one piece, or begin to. Returns the mark that `reached` takes."""
+        ...
+
+    def reached(self, mark: Any) -> None:
+        """Let all computing that is launched from now on come after the mark."""
+        ...
+
+    def used(self) -> Any:
+        """A mark after everything that has been launched so far."""
+        ...
+
+    def stalled(self) -> float:
+        """Seconds that the device has waited for copies, as far as those waits are over.
+
+        Time that the computing thread spent in `CopyEngine.wait` is not included. Any thread may call this at
+        any moment. It changes nothing.
+        """
+        ...
+
+    def close(self) -> None:
+        """Return when nothing is under way any more. No `move` follows."""
+        ...
+
+
+class HostLink:
+    """A CPU's stand-in for a link: copies within host memory, at `bytes_per_second` or as fast as it can."""
+
+    def __init__(self, bytes_per_second: float | None = None) -> None:
+        self.rate = bytes_per_second
+        # About a millisecond's worth. A shorter sleep is inaccurate, and wakes the copy thread too often.
+        self.piece = 1 << 20 if self.rate is None else min(max(int(self.rate / 1000), 1 << 14), 1 << 22)
+        self.free_at = 0.0  # when the link will have moved everything that was put on it
+
+    def blocks(self, source: Tensor) -> bool:
+        return True
+
+    def begin(self, free: Any) -> None:
+        pass
+
+    def prepare(self, source: Tensor, demand: bool) -> Tensor:
+        return source
+
+    def move(self, source: Tensor, target: Tensor, demand: bool) -> None:
+        start = time.perf_counter()
+        np.copyto(target.numpy(), source.numpy())  # releases the interpreter's lock, uses this thread alone
+        if self.rate is not None:
+            idle = start - self.free_at > SLACK
+            self.free_at = (start if idle else self.free_at) + source.numel() / self.rate
+            if (wait := self.free_at - time.perf_counter()) > 0:
+                time.sleep(wait)
+
+    def reached(self, mark: Any) -> None:
+        pass
+
+    def used(self) -> None:
+        return None
+
+    def stalled(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        pass
