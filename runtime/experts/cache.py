@@ -22,10 +22,10 @@ from model.quant.expert import ExpertFormat
 from model.router import Choice
 from runtime.experts import trace
 from runtime.experts.arena import Arena, unlocked_remedy
-from runtime.experts.choices import Needs, added_up, by_last_use, to_host
 from runtime.experts.copying import CopyEngine
 from runtime.experts.cuda_link import CudaLink
 from runtime.experts.link import HostLink, Link
+from runtime.experts.needs import Needs, added_up, by_last_use, to_host
 from runtime.experts.policy import PolicyMaker, make_policy
 from runtime.experts.residency import Arrival, Residency
 from runtime.experts.slots import SlotTable, Spares
@@ -76,6 +76,7 @@ class ExpertCache:
         # The slots of one token's experts. In `apply_step` the device copies the host's to its own.
         self.slot_ids = torch.zeros(len(tables), arena.experts, dtype=torch.int64, device=device)
         self.host_slot_ids = torch.zeros_like(self.slot_ids, device="cpu", pin_memory=device.type == "cuda")
+        self.host_slot_array = self.host_slot_ids.numpy()  # the same memory, for Python to write
         self.uncounted = Stats()  # what was before `start_over`
         # A cache that is never closed would leave its thread, and the memory that the thread holds. This is
         # registered before the thread starts, so no thread is left however making an engine fails.
@@ -172,18 +173,16 @@ class ExpertCache:
 
         Whatever it raises, be it Ctrl-C at any point, the next forward begins with empty slots.
         """
-        if layer == 0:
-            self.residency.begin_forward()
         chosen, ahead = to_host(choice.ids, choice.ranking)
         (tokens, per_token), experts = chosen.shape, self.arena.experts
         needed = by_last_use(chosen, experts)
-        self.ledger.choice(layer, tokens, needed, partial(added_up, chosen, choice.weights, needed), ahead)
+        shares = partial(added_up, chosen, choice.weights, needed)
         sums: Contributions
         if tokens == 1:
             sums = OneToken(x, choice, chosen[0].tolist())
         else:
             sums = ManyTokens(x, choice, np.bincount(chosen.ravel(), minlength=experts).tolist())
-        for arrival in self.residency.arrivals(Needs(layer, needed, tokens, per_token, ahead)):
+        for arrival in self.residency.arrivals(Needs(layer, needed, tokens, per_token, ahead, shares)):
             sums.add(arrival.expert, self.compute(arrival, sums.inputs(arrival.expert)))
         return sums.total()
 
@@ -201,13 +200,14 @@ class ExpertCache:
     ) -> Callable[[], None]:
         """Bring a token's experts into this layer's slots: see `runtime.gpu.decoder.DecoderCache`. Call it
         after the router has run, and before `apply_step` runs on the device."""
-        if layer == 0:
-            self.residency.begin_forward()
         needed = sorted(ids)
-        self.ledger.choice(layer, 1, needed, lambda: [weights.tolist()[ids.index(e)] for e in needed], ahead)
-        arrivals = self.residency.bring(Needs(layer, needed, 1, len(ids), ahead))
+
+        def shares() -> list[float]:
+            return added_up(np.array([ids]), weights[None], needed)
+
+        arrivals = self.residency.bring(Needs(layer, needed, 1, len(ids), ahead, shares))
         slots = {arrival.expert: arrival.slot for arrival in arrivals}
-        self.host_slot_ids.numpy()[layer, : len(ids)] = [slots[e] for e in ids]
+        self.host_slot_array[layer, : len(ids)] = [slots[e] for e in ids]
         return partial(self.residency.computed, arrivals)
 
     def apply_step(self, layer: int, x: Tensor, choice: Choice) -> Tensor:  # [1, D] -> [1, D]

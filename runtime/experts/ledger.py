@@ -1,20 +1,20 @@
-"""What became of the experts that were needed or guessed: counted always, and told to a trace if there is
-one."""
+"""Accounts of the experts that were needed or guessed: counters always, and a trace if one is recorded."""
 
 from collections.abc import Callable, Sequence
 
 from runtime.experts import trace
 from runtime.experts.copying import Ticket
+from runtime.experts.needs import Needs
 from runtime.stats import Stats
 
 
 class Ledger:
-    """The entries of one cache."""
+    """The accounts of one cache."""
 
     def __init__(self) -> None:
         self.counters = Stats()
-        self.forward = -1
-        self.predicted: Sequence[int] = ()  # what the layer before ranked highest for the layer at hand
+        self.forward = -1  # the number of the forward, over all sessions
+        self.predicted: Sequence[int] = ()  # how the layer before ranked the next layer's experts
         self.recorder: trace.Recorder | None = None
 
     def add(self, event: trace.Event) -> None:
@@ -25,26 +25,19 @@ class Ledger:
         self.forward += 1
         self.predicted = ()
 
-    def choice(
-        self,
-        layer: int,
-        tokens: int,
-        needed: list[int],
-        shares: Callable[[], Sequence[float]],
-        ahead: list[list[int]],
-    ) -> None:
-        """So many tokens on the whole need these experts; and the rankings for the next layers. `shares`,
-        which are the experts' weights added up over tokens, are asked for only if somebody records."""
-        if tokens == 1 and self.predicted:
+    def routing(self, needs: Needs) -> None:
+        """A layer's router has chosen, and ranked the experts of the next layers."""
+        needed = needs.experts
+        if needs.tokens == 1 and self.predicted:
             self.counters.recalled += len(set(needed) & set(self.predicted[: len(needed)]))
             self.counters.recallable += len(needed)
-        self.predicted = ahead[0] if ahead else ()
+        self.predicted = needs.ahead[0] if needs.ahead else ()
         if self.recorder is None:
             return
-        shown = tuple(round(share, 4) for share in shares())
-        self.add(trace.Routing(self.forward, layer, tokens, tuple(needed), shown))
-        for distance, ranking in enumerate(ahead, start=1):
-            self.add(trace.Ranking(self.forward, layer + distance, distance, tuple(ranking)))
+        shares = tuple(round(share, 4) for share in needs.shares())
+        self.add(trace.Routing(self.forward, needs.layer, needs.tokens, tuple(needed), shares))
+        for distance, ranking in enumerate(needs.ahead, start=1):
+            self.add(trace.Ranking(self.forward, needs.layer + distance, distance, tuple(ranking)))
 
     def hit(self, layer: int, expert: int) -> None:
         self.counters.hits += 1
@@ -62,7 +55,7 @@ class Ledger:
         self.add(trace.Guess(self.forward, layer, expert, distance, rank))
 
     def wasted(self, layer: int, expert: int, moved: int) -> None:
-        """A guess did not come true, of which so many bytes had been moved. The copy engine counts these."""
+        """A guess did not come true, after `moved` bytes of it. The copy engine counts those bytes."""
         self.add(trace.WastedGuess(self.forward, layer, expert, moved))
 
     def stall(self, layer: int, expert: int, seconds: float) -> None:
@@ -71,14 +64,14 @@ class Ledger:
             self.add(trace.Stall(self.forward, layer, expert, seconds))
 
     def copied(self) -> Callable[[Ticket], None] | None:
-        """What to tell of complete copies, whose labels are (step, layer, expert, kind); None without a
-        recorder."""
+        """A function that records a complete copy, or None without a recorder. The label of the copy's ticket
+        is (forward, layer, expert, kind)."""
         recorder = self.recorder
         if recorder is None:
             return None
 
-        def copied(ticket: Ticket) -> None:  # in the copy thread
-            step, layer, expert, kind = ticket.label
-            recorder.add(trace.Copy(step, layer, expert, kind, ticket.source.numel(), ticket.seconds))
+        def copied(ticket: Ticket) -> None:  # called in the copy thread
+            forward, layer, expert, kind = ticket.label
+            recorder.add(trace.Copy(forward, layer, expert, kind, ticket.source.numel(), ticket.seconds))
 
         return copied

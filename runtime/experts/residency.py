@@ -37,13 +37,13 @@ from typing import Any
 from torch import Tensor
 
 from runtime.experts.arena import Arena
-from runtime.experts.choices import Needs
 from runtime.experts.copying import CopyEngine, Ticket
 from runtime.experts.ledger import Ledger
+from runtime.experts.needs import Needs
 from runtime.experts.slots import Guess, SlotTable, Spares
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: a frozen one takes five times as long to make, and every layer makes some
 class Arrival:
     """An expert that a layer needs. Its slot is pinned until the arrival is released."""
 
@@ -121,7 +121,7 @@ class Residency:
             self.tables[arrival.layer].ready(arrival.slot)
 
     def begin_forward(self) -> None:
-        """Call it before the first layer. Forgets everything if the last forward was broken off."""
+        """Forget everything if the forward before was broken off."""
         if not self.complete:
             self.forget()
         self.complete = False
@@ -146,7 +146,11 @@ class Residency:
     def admit(self, needs: Needs) -> tuple[list[Arrival], deque[int]]:
         """Pin the needed experts that are in the layer's slots, send for the others while there is room, and
         then for guesses. Returns what is pinned, hits first, and the experts that there was no room for."""
-        table, layer = self.tables[needs.layer], needs.layer
+        layer = needs.layer
+        if layer == 0:
+            self.begin_forward()
+        self.ledger.routing(needs)
+        table = self.tables[layer]
         missing = deque(e for e in needs.experts if table.find(e) is None)
         pinned = [self.hit(layer, e) for e in needs.experts if table.find(e) is not None]
         for guess in list(self.spares.guesses.values()):

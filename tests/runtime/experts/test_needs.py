@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.experts.choices import added_up, by_last_use, to_host
+from runtime.experts.needs import added_up, by_last_use, to_host
 
 
 def test_what_goes_to_the_host_comes_back_apart() -> None:

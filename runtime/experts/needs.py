@@ -1,6 +1,6 @@
-"""What a layer's router chose for its tokens, as the host has to know it."""
+"""What a layer needs, known to the host: which experts, in which order, and what the next layers expect."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: a frozen one takes five times as long to make, and every layer makes one
 class Needs:
-    """What a forward needs of one layer."""
+    """The experts that one layer of a forward needs."""
 
     layer: int
-    experts: list[int]  # each once, in the order of access
+    experts: list[int]  # each once, in the order in which the slot table is asked for them
     tokens: int
-    per_token: int  # experts of each token
-    ahead: list[list[int]]  # for each of the next layers its experts, likeliest first
+    per_token: int  # experts that each token chose
+    ahead: list[list[int]]  # the experts of each of the next layers, likeliest first
+    shares: Callable[[], Sequence[float]]  # for a trace: the experts' weights, summed over the tokens
 
 
 def to_host(ids: Tensor, ranking: Tensor | None) -> tuple[np.ndarray, list[list[int]]]:
-    """ids [N, A] and ranking [d, E] on the host, in one transfer.
+    """Bring ids [N, A] and ranking [d, E] to the host in one transfer.
 
     >>> to_host(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[2, 1, 0]]))
     (array([[2, 0],
@@ -33,7 +34,7 @@ def to_host(ids: Tensor, ranking: Tensor | None) -> tuple[np.ndarray, list[list[
 
 
 def by_last_use(chosen: np.ndarray, experts: int) -> list[int]:  # [N, A]
-    """Each expert that any token chose once: those that the last tokens chose last; of one token ascending.
+    """The chosen experts, each once. Those that the last tokens chose come last. One token's ascend.
 
     >>> by_last_use(np.array([[3, 0], [1, 2], [2, 0]]), experts=5)
     [3, 1, 0, 2]
@@ -45,7 +46,7 @@ def by_last_use(chosen: np.ndarray, experts: int) -> list[int]:  # [N, A]
 
 
 def added_up(chosen: np.ndarray, weights: Tensor, needed: Sequence[int]) -> list[float]:
-    """For each needed expert, the weights [N, A] with which tokens chose it [N, A].
+    """For each needed expert, the sum of the weights [N, A] with which tokens chose it.
 
     >>> added_up(np.array([[3, 0], [1, 3]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), needed=[0, 1, 3])
     [0.25, 0.5, 1.25]
