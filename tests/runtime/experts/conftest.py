@@ -1,5 +1,5 @@
-"""Checkpoints of every width, each loaded twice: resident, and with experts in an arena that any cache can be
-put before, so that a case costs no loading."""
+"""Checkpoints of every width. Each is loaded twice: resident, and with its experts in an arena. A test puts
+any cache in front of that arena, so a case costs no loading."""
 
 import random
 import time
@@ -32,7 +32,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class JitterLink(HostLink):
-    """Sleeps at random, and copies pieces of any length up to `longest` bytes."""
+    """Sleeps at random, and copies pieces of random lengths up to `longest` bytes."""
 
     def __init__(self, seed: int, longest: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class JitterLink(HostLink):
 
 
 class FaultyLink(HostLink):
-    """Raises where `fails(n, demand)`, n being how many pieces it was asked for before. Notes them all."""
+    """Fails to move the n-th piece if `fails(n, demand)`. Keeps a list of all pieces."""
 
     def __init__(self, fails: Callable[[int, bool], bool], piece: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class FaultyLink(HostLink):
     def move(self, source: Tensor, target: Tensor, demand: bool) -> None:
         self.pieces.append((source.numel(), demand))
         if self.fails(len(self.pieces) - 1, demand):
-            target[: source.numel() // 2].fill_(255)  # what got there is no use
+            target[: source.numel() // 2].fill_(255)  # the bytes that did arrive are wrong
             raise OSError("the bus\nis on strike")
         super().move(source, target, demand)
 
@@ -78,7 +78,7 @@ class Events(list[Event]):
 
 
 class Rig:
-    """A resident engine, and one whose cache can be exchanged."""
+    """A resident engine, and one whose cache a test can replace."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
         def load(**options: Any) -> Engine:
@@ -107,7 +107,7 @@ class Rig:
         prefetch: int = 1,
         link: Link | None = None,
     ) -> Iterator[ExpertCache]:
-        """While inside, `engine` has such a cache."""
+        """Give `engine` a cache of this kind while inside."""
         counts = [slots] * self.layers if isinstance(slots, int) else slots
         numbers = iter(range(sum(counts) + lookahead * prefetch))
         tables = [
@@ -136,7 +136,7 @@ class Rig:
         return torch.randint(3, self.engine.config.vocab, (count,), generator=generator).tolist()
 
     def tokens(self, prompt: Sequence[int], count: int, seed: int = 0) -> list[tuple[int, float]]:
-        """What the resident engine makes: (id, logprob)."""
+        """The resident engine's tokens: (id, logprob)."""
         key = (tuple(prompt), seed)
         if len(self.known.get(key, ())) < count:
             self.known[key] = sampled(self.resident, prompt, count, seed)
@@ -154,7 +154,7 @@ class Rig:
 
 
 class KeptArena:
-    """The rig's, for a cache that is closed before it."""
+    """The rig's arena, for a cache that is closed before the rig is."""
 
     def __init__(self, arena: Arena) -> None:
         self.experts, self.blob = arena.experts, arena.blob
@@ -171,7 +171,8 @@ def sampled(engine: Engine, prompt: Sequence[int], count: int, seed: int = 0) ->
 def rigs(
     variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Rig]]:
-    """The rig of a width of experts (and of `source`, by default a small random model), made only once."""
+    """Makes the rig of a width of experts, and of a `source`, by default a small random model. Each is made
+    only once."""
     plain: list[Path] = []
     folder, folders, made = tmp_path_factory.mktemp("widths"), dict[Any, Path](), dict[Any, Rig]()
 

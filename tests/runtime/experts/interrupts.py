@@ -1,8 +1,8 @@
-"""Ctrl-C again and again, wherever CPython delivers it: in the midst of asking for copies and of waiting for
-them, and in the midst of requests. `python -m tests.runtime.experts.interrupts 20000` is the long version.
+"""Ctrl-C again and again, wherever CPython delivers it: while a thread orders copies or waits for them, and
+during requests. `python -m tests.runtime.experts.interrupts 20000` is the long version.
 
-Each round arms one interrupt, does what is interrupted until it comes, and then looks whether all is well:
-what is copied next arrives as it should, and a next request makes the right tokens.
+Each round arms one interrupt and works until it comes. Then it checks that nothing is broken: the next copies
+arrive intact, and the next request makes the right tokens.
 """
 
 import random
@@ -32,13 +32,13 @@ class Thrown:
         self.armed = False
 
     def handler(self, number: int, frame: Any) -> None:
-        if self.armed:  # else it is too late
+        if self.armed:  # otherwise `until` has ended
             self.armed = False
             self.count += 1
             raise KeyboardInterrupt
 
     def until(self, work: Callable[[], object]) -> None:
-        """Do that again and again until it is interrupted."""
+        """Do the work again and again until it is interrupted."""
         before = signal.signal(signal.SIGALRM, self.handler)
         try:
             self.armed = True
@@ -54,15 +54,15 @@ class Thrown:
 
 
 class AtOnce(HostLink):
-    """In for a GPU's link: a copy that nobody waits for. It is done at once, all the same."""
+    """Stands in for a GPU's link: moving blocks no thread. This one moves the bytes at once."""
 
     def blocks(self, source: Tensor) -> bool:
         return False
 
 
 def hammer_copies(count: int, link: HostLink, seed: int = 0) -> int:
-    """So many interrupts of a thread that asks for copies, waits for them and cancels them. Returns how many
-    waits ended as they should. Raises AssertionError if one did not, or if closing hangs."""
+    """Interrupt a thread `count` times while it orders copies, waits for them and cancels them. Returns how
+    many later copies arrived intact. Raises AssertionError if one did not, or if closing hangs."""
     thrown = Thrown(seed)
     chance = random.Random(seed)
     link.piece = SIZE // 3
@@ -103,8 +103,8 @@ def hammer_copies(count: int, link: HostLink, seed: int = 0) -> int:
 
 
 def hammer_requests(count: int, engine: Engine, prompt: list[int], seed: int = 0) -> None:
-    """So many interrupts of requests, behind each of which another thread has its turn, too. Raises
-    AssertionError at a wrong token."""
+    """Interrupt `count` requests. After every tenth, another request and another thread get their turn.
+    Raises AssertionError at a wrong token."""
     thrown, params = Thrown(seed, 2e-2), SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
     expected = [token.id for token in engine.generate(prompt, params)]
     got: list[int] = []

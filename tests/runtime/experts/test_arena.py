@@ -23,7 +23,7 @@ from runtime.experts.cache import ExpertCache
 
 
 class Driver:
-    """Stands in for the CUDA runtime; refuses the `refused`-th piece, from 0."""
+    """Stands in for the CUDA runtime. Refuses the run with the number `refused`, counted from 0."""
 
     def __init__(self, refused: int | None = None) -> None:
         self.refused = refused
@@ -201,7 +201,7 @@ def test_what_is_not_locked_is_said_with_a_remedy(
     made[0].close()
 
 
-def test_an_arena_that_nobody_closed_is_unlocked_before_its_memory_goes(drive: Any) -> None:
+def test_an_arena_that_is_never_closed_is_unlocked_before_its_memory_goes(drive: Any) -> None:
     driver = drive()
     arena = Arena(2, 5, 4096, pin=True)
     assert driver.locked

@@ -1,4 +1,5 @@
-"""Hits, misses, victims and bytes, recounted from the trace by a simulation that shares no code with them."""
+"""Hits, misses, victims and bytes, counted again from the trace by a simulation that shares no code with the
+runtime."""
 
 import random
 from collections import Counter, deque
@@ -76,7 +77,7 @@ class Layer:
 
 
 def recount(events: Any, slots: list[int], policy: str) -> None:
-    """Every hit, miss and victim, in the order of the trace."""
+    """Check every hit, miss and victim, in the order of the trace."""
     layers = [Layer(number, count, policy) for number, count in enumerate(slots)]
     expected, found = [], []
     for event in events:
@@ -121,7 +122,7 @@ class Events(list[Event]):
 
 
 def agree(rig: Any, cache: Any, events: Any) -> None:
-    """What the trace says is what the counters, and so the statistics, say."""
+    """Check that the statistics say what the trace says."""
     cache.copies.close()
     stats, blob = rig.engine.stats(), rig.form.blob_bytes
     count = Counter(type(event) for event in events)
@@ -132,10 +133,10 @@ def agree(rig: Any, cache: Any, events: Any) -> None:
     missed = {(e.step, e.layer, e.expert) for e in events if isinstance(e, Miss)}
     assert {(e.step, e.layer, e.expert) for e in events if isinstance(e, UsedGuess)} <= missed
     assert all(e.bytes == blob for e in events if isinstance(e, Copy))
-    # what was needed crossed whole; of the rest the wasted counter knows
+    # needed experts crossed whole, and the wasted counter has the rest
     assert stats.copied_bytes == count[Miss] * blob + stats.wasted_bytes
     wasted = sum(e.bytes for e in events if isinstance(e, WastedGuess))
-    assert wasted <= stats.wasted_bytes <= wasted + count[WastedGuess] * blob  # and pieces under way
+    assert wasted <= stats.wasted_bytes <= wasted + count[WastedGuess] * blob  # pieces under way included
     demanded = [(e.step, e.layer, e.expert) for e in events if isinstance(e, Copy) and e.kind == "demand"]
     assert len(demanded) == len(set(demanded)) == count[Miss] - count[UsedGuess]
     assert stats.hits + stats.misses == sum(len(e.experts) for e in events if isinstance(e, Routing))
@@ -165,7 +166,7 @@ class Patient(HostLink):
 
 
 def test_bytes_are_misses_and_guesses_times_the_blob(rig: Any, events: Any, sample: Any) -> None:
-    """Where every guess is copied whole before it can be dropped."""
+    """In a link that copies every guess whole before it can be dropped."""
     with rig.cached(3, prefetch=2, lookahead=2, link=Patient()) as cache:
         guess = cache.residency.guess
 

@@ -1,4 +1,4 @@
-"""What the cache promises beyond equal results: when things are sent for, and what it holds."""
+"""What the cache promises beyond equal results: when it sends for experts, and which ones it holds."""
 
 import threading
 from typing import Any
@@ -13,7 +13,7 @@ from runtime.experts.trace import Guess, Hit, Miss, Routing
 
 
 def test_one_transfer_per_layer(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the way to a token, one `cpu` in each layer, and no `item`."""
+    """A decoded token takes one `cpu` in each layer, and no `item`."""
     ids = rig.ids(4)
     with rig.cached(2, lookahead=2, prefetch=2) as cache:
         rig.engine.logits(ids)
@@ -104,8 +104,8 @@ def test_with_all_experts_in_slots_each_is_copied_once(rig: Any) -> None:
         assert cache.count().copied_bytes == cache.ledger.counters.misses * rig.form.blob_bytes
 
 
-def test_a_slot_is_overwritten_behind_its_last_use(rig: Any) -> None:
-    """Every copy is told the mark that was made when its slot was used last."""
+def test_a_slot_is_overwritten_after_its_last_use(rig: Any) -> None:
+    """Every copy gets the mark that was made after the last use of its slot."""
 
     class Marking(HostLink):
         made = 0

@@ -1,4 +1,4 @@
-"""The copy engine: what goes first, what a guess can delay, and what becomes of errors."""
+"""The copy engine: what goes first, what a guess can delay, and where errors surface."""
 
 import threading
 import time
@@ -13,15 +13,15 @@ from runtime.errors import RequestError
 from runtime.experts.copying import CopyEngine, TransferError
 from runtime.experts.link import HostLink
 
-SIZE, STEP = 40, 10
+SIZE, PIECE = 40, 10
 
 
-class SteppedLink(HostLink):
-    """Moves a piece each time it is let to, and notes whose it was by its first byte."""
+class PacedLink(HostLink):
+    """Moves a piece each time a test lets it. Keeps a log of the pieces' first bytes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.piece = STEP
+        self.piece = PIECE
         self.may, self.asked = threading.Semaphore(0), threading.Semaphore(0)
         self.log: list[tuple[int, bool]] = []
         self.fails: Callable[[int], bool] = lambda name: False
@@ -37,8 +37,8 @@ class SteppedLink(HostLink):
         super().move(source, target, demand)
         return len(self.log)
 
-    def step(self, count: int) -> None:
-        """Let so many pieces pass; return when the next one is under way."""
+    def let(self, count: int) -> None:
+        """Let `count` pieces pass. Return when the next one is under way."""
         for _ in range(count):
             self.may.release()
             assert self.asked.acquire(timeout=30)
@@ -48,10 +48,10 @@ class SteppedLink(HostLink):
 
 
 class Bench:
-    """An engine in front of a stepped link; copies are known by the byte they consist of."""
+    """A copy engine in front of a paced link. A copy's name is the byte that it consists of."""
 
     def __init__(self) -> None:
-        self.link = SteppedLink()
+        self.link = PacedLink()
         self.engine = CopyEngine(self.link)
         self.engine.start()
         self.targets: dict[int, Tensor] = {}
@@ -95,7 +95,7 @@ def test_a_guess_that_comes_true_keeps_what_has_been_moved(bench: Bench) -> None
     ticket = bench.submit(1, demand=False)
     bench.under_way()
     other = bench.submit(2, demand=False)
-    bench.link.step(2)
+    bench.link.let(2)
     bench.engine.promote(other)
     bench.engine.promote(ticket)
     bench.engine.promote(ticket)  # again changes nothing
@@ -112,16 +112,15 @@ def test_a_guess_that_comes_true_keeps_what_has_been_moved(bench: Bench) -> None
 def test_a_cancelled_copy_moves_no_more_than_the_piece_under_way(bench: Bench) -> None:
     ticket = bench.submit(1, demand=False)
     bench.under_way()
-    bench.link.step(1)
+    bench.link.let(1)
     bench.engine.cancel(ticket)
     target = bench.targets[1]
     after = bench.engine.submit(torch.full((SIZE,), 9, dtype=torch.uint8), target, demand=True)
     bench.link.may.release(16)
     bench.engine.wait(after)
     assert bench.order() == [1, 1, 9, 9, 9, 9] and torch.all(target == 9)
-    assert (
-        bench.engine.moved == SIZE + 2 * STEP and bench.engine.wasted == 2 * STEP and ticket.moved == 2 * STEP
-    )
+    assert bench.engine.moved == SIZE + 2 * PIECE
+    assert bench.engine.wasted == ticket.moved == 2 * PIECE
 
 
 def test_cancelling_what_is_complete_or_has_not_begun(bench: Bench) -> None:
@@ -137,15 +136,15 @@ def test_computing_can_begin_with_the_first_bytes(bench: Bench) -> None:
     marks: list[Any] = []
     bench.link.reached = marks.append  # type: ignore[method-assign]
     bench.link.may.release(2)
-    assert bench.engine.wait(ticket, STEP + 1) >= 0
-    assert ticket.moved == 2 * STEP and marks == [2]  # the mark behind the piece with that byte
+    assert bench.engine.wait(ticket, PIECE + 1) >= 0
+    assert ticket.moved == 2 * PIECE and marks == [2]  # the mark after the piece with that byte
     assert bench.engine.wait(ticket, 1) == 0.0 and marks == [2, 1]
     bench.link.may.release(2)
     bench.engine.wait(ticket)
     assert marks == [2, 1, 4] and ticket.complete and ticket.seconds > 0
 
 
-def test_an_error_reaches_whoever_waits_for_that_copy_alone(bench: Bench) -> None:
+def test_an_error_reaches_only_the_thread_that_waits_for_that_copy(bench: Bench) -> None:
     bench.link.fails = lambda name: name == 1
     bad, good = bench.submit(1, demand=True), bench.submit(2, demand=True)
     bench.link.may.release(16)
@@ -162,17 +161,17 @@ def test_an_error_reaches_whoever_waits_for_that_copy_alone(bench: Bench) -> Non
     assert torch.all(bench.targets[1] == 1)
 
 
-def test_an_error_behind_the_first_bytes_leaves_those_usable(bench: Bench) -> None:
+def test_an_error_after_the_first_bytes_leaves_those_usable(bench: Bench) -> None:
     bench.link.fails = lambda name: len(bench.link.log) > 1
     ticket = bench.submit(1, demand=True)
     bench.link.may.release(16)
-    bench.engine.wait(ticket, STEP)
+    bench.engine.wait(ticket, PIECE)
     with pytest.raises(TransferError):
         bench.engine.wait(ticket)
-    bench.engine.wait(ticket, STEP)
+    bench.engine.wait(ticket, PIECE)
 
 
-def test_closing_wakes_those_who_wait(bench: Bench) -> None:
+def test_closing_wakes_threads_that_wait(bench: Bench) -> None:
     ticket, raised = bench.submit(1, demand=True), list[str]()
 
     def wait() -> None:
@@ -198,7 +197,7 @@ def test_closing_wakes_those_who_wait(bench: Bench) -> None:
     bench.engine.close()
 
 
-def test_a_recorder_that_raises_leaves_nobody_waiting(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorder_that_raises_ends_all_waits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
 
     def finished(ticket: Any) -> None:
@@ -212,8 +211,8 @@ def test_a_recorder_that_raises_leaves_nobody_waiting(bench: Bench, monkeypatch:
         bench.engine.wait(after)
 
 
-def test_who_finds_the_bytes_there_finds_their_mark(bench: Bench) -> None:
-    """`wait` looks without the lock: the mark has to be there first."""
+def test_a_thread_that_sees_the_bytes_finds_their_mark(bench: Bench) -> None:
+    """`wait` looks without the lock, so the mark has to be there first."""
 
     class Slow(list[Any]):
         def append(self, item: Any) -> None:
@@ -223,7 +222,7 @@ def test_who_finds_the_bytes_there_finds_their_mark(bench: Bench) -> None:
     ticket = bench.submit(1, demand=True)
     ticket.marks = Slow()
     bench.link.may.release(16)
-    while ticket.moved < STEP:
+    while ticket.moved < PIECE:
         pass
     assert ticket.marks
 

@@ -1,4 +1,5 @@
-"""The CUDA link's side of the host: who waits for what, with stand-ins for streams and events."""
+"""The host's side of the CUDA link: which stream or thread waits for what. Streams and events are
+stand-ins."""
 
 import threading
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from runtime.gpu.streams import Streams
 
 
 class Cuda:
-    """Notes the calls, in order."""
+    """Keeps a log of the calls, in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
@@ -114,7 +115,7 @@ def test_from_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.take() == ["host waits for copies"]
 
 
-def test_by_way_of_two_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_through_two_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda(monkeypatch)
     link = CudaLink(CPU, lambda source: False)
     assert [len(buffer) for buffer in link.staging] == [PIECE, PIECE]
@@ -132,7 +133,7 @@ def test_by_way_of_two_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_some_of_the_memory_is_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is locked does not touch the buffers, though it goes between two pieces of what is not."""
+    """Locked memory does not go through the buffers, even between two pieces of memory that is not locked."""
     cuda = Cuda(monkeypatch)
     link = CudaLink(CPU, lambda source: int(source[0]) > 100)
     locked, other = torch.full((10,), 101, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)
@@ -198,7 +199,7 @@ def test_the_thread_that_computes_puts_what_it_needs_on_the_stream_itself(
 
 
 def test_what_is_cancelled_does_not_overwrite_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copy thread is about to move a piece of a guess when its slot is given to something needed."""
+    """The copy thread is about to move a piece of a guess when a needed expert gets its slot."""
     Cuda(monkeypatch)
     for unknown in (False, True):  # whether an interrupt kept the guess from becoming known
         link, about, gate = CudaLink(CPU), threading.Event(), threading.Event()
@@ -222,7 +223,7 @@ def test_what_is_cancelled_does_not_overwrite_what_comes_after(monkeypatch: pyte
         assert guess.moved == 0 and copies.moved == 10
 
 
-def test_an_error_on_the_stream_reaches_the_one_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_on_the_stream_reaches_the_thread_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     Cuda(monkeypatch)
     link = CudaLink(CPU)
     monkeypatch.setattr(link, "move", lambda *args: (_ for _ in ()).throw(RuntimeError("CUDA error: gone")))
@@ -235,8 +236,8 @@ def test_an_error_on_the_stream_reaches_the_one_who_waits(monkeypatch: pytest.Mo
     assert copies.close()
 
 
-def test_closed_in_the_midst_of_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a signal's handler: nothing is put on the stream after the copy thread has seen it empty."""
+def test_closed_in_the_middle_of_a_demanded_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler closes it: no piece is put on the stream after the copy thread has seen it empty."""
     cuda = Cuda(monkeypatch)
     link = CudaLink(CPU)
     link.piece = 4

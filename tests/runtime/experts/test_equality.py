@@ -1,5 +1,5 @@
-"""The central test: whatever the slots, policy, guesses and delays, an offloaded engine writes bit for bit
-what a resident one does."""
+"""The central test: with any slots, policy, guesses and delays, an offloaded engine writes bit for bit what a
+resident one writes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ def cases(layers: int) -> st.SearchStrategy[dict[str, Any]]:
 def check(
     rig: Any, case: dict[str, Any], prompt: int, count: int, link: Any, sample: Callable[..., Any]
 ) -> None:
-    """Logits of the prompt, and so many sampled tokens, over one cache."""
+    """Compare the logits of a prompt, and `count` sampled tokens, over one cache."""
     ids = rig.ids(prompt)
     with rig.cached(**case, link=link) as cache:
         assert torch.equal(rig.engine.logits(ids), rig.logits(ids))
@@ -89,7 +89,7 @@ def test_several_tokens_sequences_and_chunks_at_once(rigs: Any, jitter: Any, bit
 
 
 def test_a_wrong_byte_would_show(rig: Any) -> None:
-    """The comparison is able to fail: one expert's bytes differ in the arena."""
+    """The comparison can fail: here one expert's bytes in the arena differ."""
     ids = rig.ids(40)
     blob = rig.arena.blob(1, 3)
     kept = blob.clone()

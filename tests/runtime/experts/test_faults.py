@@ -1,5 +1,5 @@
-"""When copies fail, crawl or are abandoned: one clear error, no wrong token before it, and the next request
-is right."""
+"""Copies that fail, crawl or are abandoned: one clear error, no wrong token before it, and a right answer to
+the next request."""
 
 import _thread
 import contextlib
@@ -33,7 +33,7 @@ def threads() -> list[str]:
 
 
 def taken(engine: Engine, prompt: Any, count: int, seed: int = 0) -> tuple[list[Any], BaseException | None]:
-    """What comes of a request until it ends or fails."""
+    """The tokens of a request until it ends or fails, and the error."""
     params = SamplingParams(max_new_tokens=count, temperature=1, top_p=1, seed=seed, ignore_eos=True)
     got: list[Any] = []
     try:
@@ -45,7 +45,7 @@ def taken(engine: Engine, prompt: Any, count: int, seed: int = 0) -> tuple[list[
 
 
 def fails_cleanly(rig: Any, prompt: list[int], link: Any) -> bool:
-    """A request that may fail, and then one that may not. Says whether the first did."""
+    """Make a request that may fail, then one that must not. Returns whether the first failed."""
     expected = rig.tokens(prompt, COUNT)
     got, error = taken(rig.engine, prompt, COUNT)
     link.fails = lambda n, demand: False
@@ -118,7 +118,8 @@ def test_a_very_slow_link_changes_nothing(rig: Any) -> None:
 
 
 def test_a_failed_turn_of_a_session(rig: Any, faulty: Any) -> None:
-    """The session goes on where the failed request left it: its KV cache holds nothing of the failed step."""
+    """The session goes on where the failed request left it. Its KV cache holds nothing of the failed
+    forward."""
     fail = [False]
     link = faulty(lambda n, demand: fail[0] and demand, rig.form.blob_bytes)
     params = SamplingParams(max_new_tokens=6, temperature=1, seed=1, ignore_eos=True)
@@ -139,7 +140,7 @@ def test_a_failed_turn_of_a_session(rig: Any, faulty: Any) -> None:
 
 
 class Gate(HostLink):
-    """Moves nothing until it is opened."""
+    """Moves nothing until a test opens it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,7 +248,7 @@ def test_interrupted_while_waiting_for_a_copy(rig: Any) -> None:
 
 
 def test_interrupted_between_any_two_lines(rig: Any) -> None:
-    """Ctrl-C comes wherever it likes: at every n-th line of the bookkeeping in turn."""
+    """Ctrl-C comes at every 23rd line of the bookkeeping in turn."""
     files = ("cache.py", "residency.py", "slots.py", "policy.py")
     prompt, left = rig.ids(3), [0]
     main = threading.main_thread()
@@ -283,7 +284,8 @@ def test_interrupted_between_any_two_lines(rig: Any) -> None:
 
 
 def test_a_load_that_fails_anywhere_leaves_no_thread(variant: Callable[..., Path]) -> None:
-    """An error at every other line of what makes an engine and its cache, from the arena to the first use."""
+    """An error comes at every other line that makes an engine and its cache, from the arena to the first
+    use."""
     files = ("runtime/startup.py", "runtime/runner.py", "experts/cache.py", "experts/copying.py")
     ends = ("close", "end", "let_go", "drop", "in_its_thread")
     folder, before, left, failed = variant(), threads(), [0], list[str]()
@@ -319,7 +321,7 @@ def test_a_load_that_fails_anywhere_leaves_no_thread(variant: Callable[..., Path
 
 
 def await_threads(expected: list[str]) -> None:
-    """One that was told to end by a finaliser ends by itself."""
+    """Wait for threads that finalisers told to end."""
     deadline = time.monotonic() + 10
     while threads() != expected:
         assert time.monotonic() < deadline, threads()

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the way that experts take: pinned memory, the copy stream, and the budget."""
+"""What only a GPU can show: pinned memory, the copy stream, and the memory budget."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,11 +26,11 @@ BLOB = 3 * PIECE + 4096  # bytes
 @pytest.mark.parametrize("locked", ["all", "half", "none"])
 @pytest.mark.parametrize("demand", [True, False])
 @pytest.mark.parametrize("size", [BLOB, BLOB - 4096 - 16])
-def test_what_computing_sees_behind_a_mark_has_arrived(
+def test_what_computing_sees_after_a_mark_has_arrived(
     size: int, demand: bool, locked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slots are overwritten again and again, in the midst of computing with them. The arena is locked in many
-    pieces."""
+    """Copies overwrite two slots again and again while the device computes with them. The arena is locked in
+    many runs."""
     monkeypatch.setattr(arena_module, "PIN_BYTES", 2 * BLOB)
     pin = locked != "none"
     arena = Arena(1, 8, size, pin, GPU)
@@ -49,7 +49,7 @@ def test_what_computing_sees_behind_a_mark_has_arrived(
             e, slot = n % 8, n % 2
             ticket = copies.submit(arena.blob(0, e), slots[slot], demand, free[slot])
             copies.wait(ticket)
-            busy = busy @ busy / 2048  # computing is behind, the copies could overtake it
+            busy = busy @ busy / 2048  # the device lags, so copies could overtake it
             sums.append((slots[slot].long().sum(), (e + 1) * size))
             free[slot] = copies.link.used()
         assert [int(found) for found, _ in sums] == [expected for _, expected in sums]
@@ -61,8 +61,8 @@ def test_what_computing_sees_behind_a_mark_has_arrived(
 
 @pytest.fixture
 def limited() -> Iterator[Callable[[int], int]]:
-    """Let PyTorch take no more than so many bytes of the device beside what it has for good by now, for
-    cuBLAS on other streams; says how many these are."""
+    """Limits PyTorch to a number of bytes of the device, beside those that it keeps by now for cuBLAS on
+    other streams. Returns the number of those."""
     total = torch.cuda.get_device_properties(GPU).total_memory
 
     def limit(size: int) -> int:
@@ -86,8 +86,8 @@ def quantized(variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 
 def test_the_plan_is_kept_under_a_hard_limit(limited: Callable[[int], int], quantized: Path) -> None:
-    """Slots fill the budget, and PyTorch gets not a byte more than what is planned for it; nor takes much
-    less. The driver's share, which PyTorch does not see, is what the plan says or less."""
+    """Slots fill the budget. PyTorch takes no byte more than planned for it, and not much less. The driver's
+    share, which PyTorch does not see, is at most what the plan says."""
     vram = memory.overhead_bytes(Target.of(GPU)) + (720 << 20)
     before = limited(vram - memory.driver_bytes(Target.of(GPU)))
     options = EngineOptions(device="cuda:0", vram=str(vram), dtype="bfloat16", context=8192)

@@ -1,4 +1,4 @@
-"""Ctrl-C wherever it comes: a short run of `interrupts.py`, whose long one is 40 times this."""
+"""Ctrl-C at any moment: a short run of `interrupts.py`. Its long run is 40 times this."""
 
 import signal
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the host learns of a router's choice."""
+"""What the host learns from a router's choice."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Eviction policies against definitions that keep the whole history."""
+"""Eviction policies, compared with definitions that keep the whole history."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -47,7 +47,7 @@ def test_victims_are_as_defined(
     slots: int,
     data: st.DataObject,
 ) -> None:
-    """A cache of `slots` experts, of which any may be pinned and so no candidates."""
+    """A cache of `slots` experts. Any of them may be pinned, and so is no candidate."""
     chooser, history, arrivals = policy(), list[int](), dict[int, int]()
     for i, expert in enumerate(accesses):
         if expert not in arrivals and len(arrivals) == slots:
@@ -86,7 +86,7 @@ def test_random_is_even_and_repeats_only_by_seed_and_layer() -> None:
 
 
 @given(st.sampled_from(sorted(POLICIES)), ACCESSES)
-def test_an_expert_whose_copy_failed_can_come_again(name: str, accesses: list[int]) -> None:
+def test_an_expert_that_was_evicted_can_come_again(name: str, accesses: list[int]) -> None:
     policy = make_policy(name, seed=0, layer=0)
     for expert in accesses:
         policy.used(expert)

@@ -1,5 +1,5 @@
-"""A link that takes copies and does them later, as a GPU's stream does: the thread that computes puts what it
-needs there itself. Tokens, hits, misses and bytes are the same, and guesses delay little."""
+"""A link that takes copies and does them later, as a GPU's stream does, so the computing thread puts demanded
+copies there itself. Tokens, hits, misses and bytes stay the same, and guesses delay little."""
 
 import queue
 import random
@@ -20,14 +20,14 @@ COUNT = 12
 
 
 class QueuedLink(HostLink):
-    """A stream is a thread that does one copy after the other; a mark says when it has come there. Computing
-    on a CPU is over as soon as it is asked for, so nothing needs to wait for a slot to be free."""
+    """A stream is a thread that does one copy after the other. A mark is set when the thread comes to it. A
+    CPU has computed when the call returns, so no copy needs to wait for a slot to be free."""
 
     def __init__(self, piece: int, seed: int = 0, staged: Callable[[Tensor], bool] | None = None) -> None:
         super().__init__()
         self.piece, self.random, self.staged = piece, random.Random(seed), staged
         self.work: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
-        self.log: list[tuple[str, bool, int, int]] = []  # who, demand, the target, guesses not done by then
+        self.log: list[tuple[str, bool, int, int]] = []  # thread, demand, target, guesses under way
         self.guesses: list[threading.Event] = []
         self.fails: Callable[[int], bool] = lambda n: False
         self.stream = threading.Thread(target=self.run, daemon=True)
@@ -71,7 +71,7 @@ class QueuedLink(HostLink):
 
 @pytest.fixture(params=["all", "some"])
 def make_link(rigs: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., QueuedLink]]:
-    """Where `all` the arena is page-locked, and where `some` of it is."""
+    """Makes a link to an arena that is page-locked in `all` of its parts or in `some`."""
     rig = rigs(4)
     middle = rig.arena.blob(1, 4).data_ptr()
 

@@ -1,4 +1,4 @@
-"""Slot tables and spares against a naive model, in any order of events."""
+"""Slot tables and spares, compared with a naive model, in any order of events."""
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +13,8 @@ LAYERS = 2
 
 
 class Machine(RuleBasedStateMachine):
-    """Two layers' tables and their spares, driven at random; beside them, plain dictionaries that say what
-    each slot of the device must hold."""
+    """Two layers' tables and their spares, driven at random. Beside them, plain dictionaries say what each
+    slot of the device must hold."""
 
     @initialize(
         counts=st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -72,7 +72,7 @@ class Machine(RuleBasedStateMachine):
                 assert self.bytes[slot] == (layer, expert)
                 given, evicted = table.adopt(expert, slot)
                 self.spares.exchange(slot, given)
-                self.copies.add(slot)  # if it is complete, computing has yet to come after it
+                self.copies.add(slot)  # even a complete copy: computing has not waited for it yet
             else:
                 given, evicted = table.place(expert)
                 slot = given

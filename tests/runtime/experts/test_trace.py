@@ -1,4 +1,4 @@
-"""What is recorded is what is read back, whatever happens to the writer."""
+"""What was recorded is read back, whatever happens to the writer."""
 
 import io
 import json
