@@ -125,7 +125,7 @@ def load_weights(
     if plan.resident:
         return load_resident(checkpoint, form, dtype, device, progress), None
     cache = ExpertCache.make(
-        plan, form, device, checkpoint.config.experts,
+        form, device, checkpoint.config.experts, plan.slots_per_layer, plan.spares,
         options.policy, options.prefetch, options.link_gbps,
     )  # fmt: skip
     try:

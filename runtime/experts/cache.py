@@ -1,8 +1,10 @@
-"""Experts that do not all fit the device: each layer computes from its slots, and what is missing comes from
-host memory meanwhile (`runtime.experts.residency` has a drawing).
+"""The experts of a model that do not all fit the device.
 
-The result is bit for bit that of a resident model. Each expert's contribution is computed by the same calls
-on the same bytes, and contributions are added in ascending order of expert, whatever order they came in.
+Each layer computes from the experts in its slots, while the missing ones come from host memory. `residency`
+decides which expert is where, and has a drawing of it. Here is what computes.
+
+The result is bit for bit that of a resident model. The same calls compute each expert's contribution from the
+same bytes, and contributions are added in ascending order of expert, in whichever order experts arrived.
 """
 
 import warnings
@@ -29,14 +31,13 @@ from runtime.experts.needs import Needs, added_up, by_last_use, to_host
 from runtime.experts.policy import PolicyMaker, make_policy
 from runtime.experts.residency import Arrival, Residency
 from runtime.experts.slots import SlotTable, Spares
-from runtime.planning.plan import Plan
 from runtime.stats import Stats
 from runtime.units import format_bytes
 
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """One layer's experts, as a model wants them: `model.moe.StepExperts`."""
+    """One layer's experts as the model calls them: `model.moe.StepExperts`."""
 
     cache: "ExpertCache"
     layer: int
@@ -51,7 +52,7 @@ class LayerExperts:
 class ExpertCache:
     """Computes from the slots of one device, which `residency` fills.
 
-    Used by one thread at a time: the engine sees to that.
+    The engine makes sure that only one thread at a time uses it.
     """
 
     def __init__(
@@ -64,48 +65,53 @@ class ExpertCache:
         spares: Spares,
         prefetch: int = 1,
     ) -> None:
-        """The slots of `tables`, one for each layer, and of `spares` are numbered from 0. For each of the
-        layers that the router ranks the experts of, `prefetch` experts are guessed."""
+        """The slots of `tables`, one for each layer, and of `spares` are numbered from 0, together. For each
+        layer that a router ranks ahead, up to `prefetch` experts are guessed."""
         self.form, self.arena, self.copies = form, arena, copies
         self.first_bytes = form.first_bytes
         total = sum(len(table.slots) for table in tables) + len(spares.free)
         self.pool = torch.empty(total, form.blob_bytes, dtype=torch.uint8, device=device)
-        self.bound = [form.bind(blob) for blob in self.pool]  # by slot: computes whatever expert is there
+        self.bound = [form.bind(blob) for blob in self.pool]  # by slot: computes the expert that is there
         self.residency = Residency(tables, spares, arena, self.pool, copies, prefetch)
         self.ledger = self.residency.ledger
-        # The slots of one token's experts. In `apply_step` the device copies the host's to its own.
+        # The slots of one token's experts, by layer. In `apply_step` the device reads them from the host.
         self.slot_ids = torch.zeros(len(tables), arena.experts, dtype=torch.int64, device=device)
         self.host_slot_ids = torch.zeros_like(self.slot_ids, device="cpu", pin_memory=device.type == "cuda")
         self.host_slot_array = self.host_slot_ids.numpy()  # the same memory, for Python to write
-        self.uncounted = Stats()  # what was before `start_over`
-        # A cache that is never closed would leave its thread, and the memory that the thread holds. This is
-        # registered before the thread starts, so no thread is left however making an engine fails.
+        self.uncounted = Stats()  # the counters at `start_over`
+        # A cache that is never closed would leave its thread, and the memory that the thread holds. The
+        # finaliser comes before the thread, so no thread is left however the load of an engine fails.
         weakref.finalize(self, copies.end).atexit = False
         copies.start(arena, self.pool)
 
     @staticmethod
     def make(
-        plan: Plan,
         form: ExpertFormat,
         device: torch.device,
         experts: int,
+        slots_per_layer: Sequence[int],
+        spares: int,
         policy: str | PolicyMaker = "lru",
         prefetch: int = 1,
         link_gbps: float | None = None,
     ) -> "ExpertCache":
-        """With the planned slots. The caller fills the arena, and closes the cache after its last use."""
+        """A cache with slots and spares, and an arena with room for all `experts` of every layer.
+
+        The caller fills the arena, and closes the cache after its last use. Raises `DeviceError` if the host
+        cannot give that much memory.
+        """
         on_gpu = device.type == "cuda"
-        arena = Arena(len(plan.slots_per_layer), experts, form.blob_bytes, on_gpu, device if on_gpu else None)
+        arena = Arena(len(slots_per_layer), experts, form.blob_bytes, on_gpu, device if on_gpu else None)
         if on_gpu and not arena.pinned:
             locked, total = format_bytes(arena.locked_bytes), format_bytes(arena.total_bytes)
             warnings.warn(
                 f"the driver locks {locked} of the {total} of host memory that hold experts; the others "
                 f"are copied through small buffers, which is slower; {unlocked_remedy()}",
                 RuntimeWarning,
-                stacklevel=4,  # where Engine.load was called
+                stacklevel=6,  # the caller of Engine.load
             )
         try:
-            return ExpertCache.over(arena, plan, form, device, policy, prefetch, link_gbps)
+            return ExpertCache.over(arena, form, device, slots_per_layer, spares, policy, prefetch, link_gbps)
         except BaseException:
             arena.close()
             raise
@@ -113,27 +119,28 @@ class ExpertCache:
     @staticmethod
     def over(
         arena: Arena,
-        plan: Plan,
         form: ExpertFormat,
         device: torch.device,
+        slots_per_layer: Sequence[int],
+        spares: int,
         policy: str | PolicyMaker = "lru",
         prefetch: int = 1,
         link_gbps: float | None = None,
     ) -> "ExpertCache":
-        """The same over an existing arena, with a link of its own."""
+        """A cache over an existing arena, with a link of its own."""
         link: Link = HostLink(link_gbps * 1e9 if link_gbps else None)
         if device.type == "cuda":
             link = CudaLink(device, None if arena.pinned else arena.locked)
-        numbers = iter(range(sum(plan.slots_per_layer) + plan.spares))
+        numbers = iter(range(sum(slots_per_layer) + spares))
         tables = [
             SlotTable(islice(numbers, count), make_policy(policy, 0, layer))
-            for layer, count in enumerate(plan.slots_per_layer)
+            for layer, count in enumerate(slots_per_layer)
         ]
         return ExpertCache(form, arena, CopyEngine(link), device, tables, Spares(numbers), prefetch)
 
     def close(self) -> None:
-        """End the copy thread and let go of the memory, here and on the device."""
-        if self.copies.close():  # else the arena goes when the last copy has ended
+        """End the copy thread and free the memory of the host and the device."""
+        if self.copies.close():  # otherwise the copy thread frees the arena after its last piece
             self.arena.close()
         self.residency.tickets.clear()
         self.bound.clear()
@@ -141,10 +148,11 @@ class ExpertCache:
         self.residency.__dict__.pop("pool", None)
 
     def count(self) -> Stats:
-        """A copy of the counters."""
+        """The counters since the engine was loaded."""
         return self.count_all() - self.uncounted
 
     def count_all(self) -> Stats:
+        """The counters, warm-up included."""
         counters = self.ledger.counters
         return replace(
             counters,
@@ -154,24 +162,24 @@ class ExpertCache:
         )
 
     def start_over(self) -> None:
-        """Begin with empty slots, and count from here: what has been computed was for no request."""
+        """Begin with empty slots and counters at 0, after a warm-up that served no request."""
         self.residency.forget()
         self.ledger.forward = -1
         self.uncounted = self.count_all()
 
     def record(self, recorder: trace.Recorder | None) -> None:
-        """Tell `recorder` all that happens from now on; None ends that."""
+        """Tell `recorder` of everything from now on. None ends that."""
         self.ledger.recorder = recorder
         self.copies.finished = self.ledger.copied()
 
     def layer(self, number: int) -> LayerExperts:
-        """That layer's experts, as a model wants them."""
+        """That layer's experts as the model calls them."""
         return LayerExperts(self, number)
 
     def apply(self, layer: int, x: Tensor, choice: Choice) -> Tensor:  # [N, D] -> [N, D]
-        """What `model.moe.Experts` promises, of one layer. Raises `TransferError`.
+        """`model.moe.Experts` for one layer. Raises `TransferError` if an expert does not arrive.
 
-        Whatever it raises, be it Ctrl-C at any point, the next forward begins with empty slots.
+        After any error, be it Ctrl-C at any instruction, the next forward begins with empty slots.
         """
         chosen, ahead = to_host(choice.ids, choice.ranking)
         (tokens, per_token), experts = chosen.shape, self.arena.experts
@@ -187,6 +195,7 @@ class ExpertCache:
         return sums.total()
 
     def compute(self, arrival: Arrival, x: Tensor) -> Tensor:  # [n, D] -> [n, D]
+        """One expert's output. Each of its two products waits only for its own bytes."""
         expert = self.bound[arrival.slot]
         if arrival.ticket is None:
             return expert(x)
@@ -198,7 +207,7 @@ class ExpertCache:
     def provide(
         self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]
     ) -> Callable[[], None]:
-        """Bring a token's experts into this layer's slots: see `runtime.gpu.decoder.DecoderCache`. Call it
+        """Bring a token's experts into this layer's slots (see `runtime.gpu.decoder.DecoderCache`). Call it
         after the router has run, and before `apply_step` runs on the device."""
         needed = sorted(ids)
 
@@ -211,7 +220,7 @@ class ExpertCache:
         return partial(self.residency.computed, arrivals)
 
     def apply_step(self, layer: int, x: Tensor, choice: Choice) -> Tensor:  # [1, D] -> [1, D]
-        """`StepExperts.step` of one layer. The device reads from host memory which slots `provide` found."""
+        """`StepExperts.step` for one layer. The device reads from host memory which slots `provide` found."""
         ids, weights = choice.ids[0], choice.weights[0]
         slots = self.slot_ids[layer, : len(ids)]
         step.fetch(self.host_slot_ids[layer, : len(ids)], slots)

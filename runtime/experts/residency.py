@@ -1,27 +1,25 @@
-"""Which expert is where: the slots of every layer, the copies on their way to them, and who leaves for whom.
+"""Which expert is where: every layer's slots, the copies on their way to them, and who leaves for whom.
 
-Nothing here computes. `ExpertCache` asks for the experts that a layer needs, and computes each from its slot
-as it arrives. Below, a layer needs experts 2 and 5. 2 is in a slot, a hit. 5 is not, a miss:
+Nothing here computes. `ExpertCache` asks for the experts that a layer needs, and computes each one from its
+slot as it arrives.
 
-    host     route    send 5, guess
-    device      router        expert 2              w13 of 5   w2 of 5       next layer: attention
-    link                      w13 of 5   w2 of 5    guess for the next layer ...
-                                     ^          ^
-                                     computing 5 can begin     and end
+**One layer.** It needs experts 2 and 5. Expert 2 is in a slot, which is a hit. Expert 5 is not, a miss. It
+travels while expert 2 is computed. Its w13 travels first, and is computed with while its w2 travels.
 
-A miss travels while hits are computed. Its w13 is computed with while its w2 travels. A guess travels after
-the misses, while this layer's rest and the next layer's attention are computed. If the next layer then needs
-that expert, its copy is nearly complete:
+    compute   router | expert 2 |  (stall)  | w13 of 5 | (stall) | w2 of 5 | next layer: attention ...
+    link             | w13 of 5             | w2 of 5            | guess for the next layer ...
 
-    device   ... layer 7 ... | attention of 8   router   hits     the guessed expert
-    link     guess for 8 .............................. | the layer's other misses
+**Two layers.** A guess travels after the misses, while the rest of this layer and the attention of the next
+are computed. If the next layer does need the expert, most of it is there by then. With `lookahead` 2, layer 7
+guesses for layer 8 and then for layer 9. A demanded copy overtakes guesses after the piece under way.
 
-With `lookahead` 2 there are guesses for both of the next layers, the nearer layer's first.
+    compute   router 7 | experts of 7       | attention 8 | router 8 | experts of 8 .......... | attention 9
+    link               | misses of 7 | guess for 8 | guess for 9 ... | misses of 8 | guess for 9, the rest
 
 **What becomes of a guess.** It lands in a spare slot, which belongs to no layer. If its layer needs it, the
-layer adopts the slot, and the victim's slot becomes the spare: no byte moves. If not, the copy is cancelled
-and the slot is free again. So a wrong guess evicts nothing, and a layer's hits, misses and victims are its
-policy's alone.
+layer adopts the slot, and the victim's slot becomes the spare. No byte moves. If not, the copy is cancelled
+and the slot is free again. So a wrong guess evicts nothing, and a layer's hits, misses and victims depend on
+its policy alone.
 
 **A prompt** may need more experts than a layer has slots. Then each expert that was computed makes room for
 one that is still missing, and each crosses the link once. The last tokens' experts come last, so that
@@ -45,16 +43,16 @@ from runtime.experts.slots import Guess, SlotTable, Spares
 
 @dataclass  # not frozen: a frozen one takes five times as long to make, and every layer makes some
 class Arrival:
-    """An expert that a layer needs. Its slot is pinned until the arrival is released."""
+    """An expert that a layer needs. Its slot is pinned until the layer releases it."""
 
     layer: int
     expert: int
     slot: int
-    ticket: Ticket | None  # of the copy that computing has to wait for; None if the expert is there
+    ticket: Ticket | None  # the copy to wait for; None if the expert is there
 
 
 class Residency:
-    """The slots of all layers on one device. Used by one thread at a time: the engine sees to that."""
+    """The slots of all layers on one device. The engine makes sure that only one thread at a time uses it."""
 
     def __init__(
         self,
@@ -73,13 +71,13 @@ class Residency:
         self.tickets: dict[int, Ticket] = {}  # by slot: copies that computing has not waited for yet
         self.last_use: list[Any] = [copies.link.used()] * len(pool)  # by slot: the link's mark after it
         self.ledger = Ledger()
-        self.complete = True  # the forward before came to its end
+        self.complete = True  # the latest forward came to its end
 
     def arrivals(self, needs: Needs) -> Iterator[Arrival]:
         """The experts that a layer needs, in the order in which they can be computed.
 
-        When the caller comes back for the next one, it has put the last one's computing on the device. That
-        one's slot is released, and may receive an expert that there was no room for.
+        Take the next one only after the last one has been launched, or computed on a CPU. Then the last one's
+        slot is released, and may receive an expert that there was no room for.
         """
         layer = needs.layer
         pinned, missing = self.admit(needs)
@@ -93,8 +91,11 @@ class Residency:
         self.complete = layer == len(self.tables) - 1
 
     def bring(self, needs: Needs) -> list[Arrival]:
-        """A token's experts for one layer, pinned. What is put on the device from now on comes after their
-        copies. Raises `TransferError`. Hand the result to `computed` after the layer has been launched."""
+        """A token's experts for one layer, pinned. Kernels launched from now on come after their copies.
+
+        Hand the result to `computed` after the layer has been launched. Raises `TransferError` if an expert
+        does not arrive.
+        """
         arrivals, missing = self.admit(needs)
         assert not missing, needs
         for arrival in arrivals:
@@ -102,17 +103,17 @@ class Residency:
         return arrivals
 
     def computed(self, arrivals: Sequence[Arrival]) -> None:
-        """Release a layer that `bring` brought and the caller has put on the device."""
+        """Release the experts of `bring`, after the caller has launched the layer."""
         self.complete = arrivals[0].layer == len(self.tables) - 1
-        # The device will have computed an earlier layer before the host decides for the next one. So only
-        # after the last layer is there anything for a copy to wait for.
+        # The host reads the next layer's choice only after the device has computed this layer. So only after
+        # the last layer does a copy have anything to wait for.
         mark = self.copies.link.used() if self.complete else None
         for arrival in arrivals:
             self.release(arrival, mark)
 
     def wait(self, arrival: Arrival, count: int | None = None) -> None:
         """Let computing come after the first `count` bytes of an expert's copy, or after all of it. Raises
-        `TransferError` if they do not arrive."""
+        `TransferError` if the bytes do not arrive."""
         if arrival.ticket is None:
             return
         self.ledger.stall(arrival.layer, arrival.expert, self.copies.wait(arrival.ticket, count))
@@ -121,17 +122,17 @@ class Residency:
             self.tables[arrival.layer].ready(arrival.slot)
 
     def begin_forward(self) -> None:
-        """Forget everything if the forward before was broken off."""
+        """Count a forward. Forget everything if the one before was broken off."""
         if not self.complete:
             self.forget()
         self.complete = False
         self.ledger.begin_forward()
 
     def forget(self) -> None:
-        """Begin again with empty slots: a forward was broken off, perhaps between two lines that belong
+        """Begin again with empty slots, after a forward was broken off, perhaps between two lines that belong
         together.
 
-        Copies that are under way stop after the current piece. New copies to the same slots come after that.
+        Copies stop after the piece under way. New copies to the same slots come after that piece.
         """
         for guess in self.spares.guesses.values():
             if (ticket := self.tickets.get(guess.slot)) is not None:
@@ -144,8 +145,10 @@ class Residency:
         self.tickets = {}
 
     def admit(self, needs: Needs) -> tuple[list[Arrival], deque[int]]:
-        """Pin the needed experts that are in the layer's slots, send for the others while there is room, and
-        then for guesses. Returns what is pinned, hits first, and the experts that there was no room for."""
+        """Pin the needed experts that are in slots. While there is room, send for the others, then guess.
+
+        Returns the pinned experts, hits first, and the numbers of those that there was no room for.
+        """
         layer = needs.layer
         if layer == 0:
             self.begin_forward()
@@ -185,10 +188,11 @@ class Residency:
         return Arrival(layer, expert, slot, self.tickets[slot])
 
     def guess(self, needs: Needs) -> None:
-        """Send for experts that the next layers will probably need, as long as there are spares.
+        """Send for experts that the next layers will probably need, as long as there are free spares.
 
-        For one token these are up to `prefetch` of the highest ranked, as many as it will choose. A prompt
-        will need most experts, so each is worth having.
+        For one token, these are up to `prefetch` of the experts ranked highest. Only as many of the ranking
+        count as a token chooses, or `prefetch` if that is more. A prompt needs most experts, so for a prompt
+        every absent expert is worth a guess.
         """
         one = needs.tokens == 1
         for distance, ranking in enumerate(needs.ahead, start=1):

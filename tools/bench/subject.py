@@ -246,9 +246,11 @@ def make_cache(subject: Subject) -> ExpertCache:
     """A cache as it is planned, over the subject's store, which it closes. It is not installed."""
     store, options, setup = subject.store, subject.options, subject.setup
     assert store is not None
-    arena, device = cast(Arena, store), setup.device
-    policy, prefetch = options.policy, options.prefetch
-    cache = ExpertCache.over(arena, setup.plan, setup.form, device, policy, prefetch, options.link_gbps)
+    plan, device = setup.plan, setup.device
+    cache = ExpertCache.over(
+        cast(Arena, store), setup.form, device, plan.slots_per_layer, plan.spares,
+        options.policy, options.prefetch, options.link_gbps,
+    )  # fmt: skip
     for n, blob in enumerate(cache.pool):  # uninitialized memory may hold no numbers, or not be there yet
         blob.copy_(cache.pool[n % DISTINCT] if n >= DISTINCT else store.memory.blob(0, n % store.count))
     wait(device)  # later copies to the slots come from another stream

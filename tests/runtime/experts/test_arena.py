@@ -190,10 +190,9 @@ def test_what_is_not_locked_is_said_with_a_remedy(
     monkeypatch.setattr(module.platform, "release", lambda: release)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(ExpertCache, "over", lambda *args: args)
-    plan: Any = SimpleNamespace(slots_per_layer=(1, 1))
     form: Any = SimpleNamespace(blob_bytes=4096)
     with pytest.warns(RuntimeWarning) as caught:
-        made: Any = ExpertCache.make(plan, form, torch.device("cuda", 0), 5)
+        made: Any = ExpertCache.make(form, torch.device("cuda", 0), 5, slots_per_layer=(1, 1), spares=0)
     [message] = [str(warning.message) for warning in caught]
     assert message.startswith("the driver locks 24.0 KiB of the 40.0 KiB of host memory that hold experts; ")
     assert ("`memory` under [wsl2] in .wslconfig" in message) == ("WSL2" in release)
