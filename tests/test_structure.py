@@ -156,11 +156,6 @@ def circles(graph: dict[str, set[str]]) -> set[str]:
     return found
 
 
-KNOWN_LONG = {  # to be cut
-    "runtime/experts/copying.py",
-}
-
-
 def test_no_circle_of_imports() -> None:
     assert circles(import_graph(ROOT)) == set()
 
@@ -193,8 +188,7 @@ def test_a_circle_is_found_however_it_hides(tmp_path: Path) -> None:
 def test_no_file_is_long() -> None:
     files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
     long = {f.relative_to(ROOT).as_posix() for f in files if len(f.read_text("utf-8").splitlines()) > 330}
-    assert long - KNOWN_LONG == set()
-    assert KNOWN_LONG - long == set(), "cut: take it from the known ones"
+    assert long == set()
 
 
 def test_quantize_is_spelled_one_way() -> None:
