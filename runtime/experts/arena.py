@@ -63,7 +63,7 @@ class Arena:
         self.registered: list[int] = []  # addresses
         # An arena that is never closed is unlocked, too.
         weakref.finalize(self, unregister, self.registered, device, self.process).atexit = False
-        self.locked_bytes = self.register(flat[:size], pitch) if pin else 0  # the first so many
+        self.locked_bytes = self.register(flat[:size], pitch) if pin else 0  # from the start of the arena
 
     @property
     def pinned(self) -> bool:
