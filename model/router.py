@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.kernels import step as kernels
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: a frozen one takes longer to make, and every layer makes one
 class Choice:
     """What a layer's router says of N tokens.
 

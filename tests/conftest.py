@@ -1,6 +1,7 @@
 """`pytest -m gpu` is also for machines that have PyTorch, Triton and pytest, and little else."""
 
 from collections.abc import Generator
+from importlib.util import find_spec
 
 import pytest
 
@@ -12,16 +13,15 @@ EXTRA = {"accelerate", "hqq", "hypothesis", "matplotlib", "mistral_common", "tra
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """With `-m gpu`, a file that imports a package which is not installed is skipped. Without, it fails: who
-    runs all tests wants to know."""
+    """With `-m gpu`, a file that cannot be imported for want of one of these packages is skipped. Without, it
+    fails, because whoever runs all tests wants to know."""
     report = yield
     if collector.config.option.markexpr != "gpu" or not report.failed or report.call.excinfo is None:
         return report
-    cause = report.call.excinfo.value.__cause__
-    missing = (cause.name or "").partition(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
-    if missing in EXTRA:
+    missing = [name for name in sorted(EXTRA) if find_spec(name) is None]
+    if missing and isinstance(report.call.excinfo.value.__cause__, ImportError):
         report.outcome = "skipped"
-        report.longrepr = (str(collector.path), 0, f"Skipped: it needs {missing}, which is not installed")
+        report.longrepr = (str(collector.path), 0, f"Skipped: {', '.join(missing)} are not installed")
     return report
 
 
