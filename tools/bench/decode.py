@@ -11,8 +11,6 @@ tokenizer and the sampler are left out.
 
 import argparse
 import statistics
-import sys
-import time
 from typing import Any
 
 import torch
@@ -24,11 +22,11 @@ from model.moe import SparseMoE
 from model.quant.expert import BlobExperts
 from model.quant.product import QuantizedLinear
 from runtime.shell.arguments import at_least_one
-from tools.bench.figures import bound, device_memory, rates, traffic
+from runtime.shell.command import say
+from tools.bench.figures import Turn, bound, device_memory, median_seconds, rates, traffic
 from tools.bench.link import measure_memory
-from tools.bench.stage import Player, Stage, Turn, random_ids
+from tools.bench.stage import Player, Stage, random_ids, staged
 from tools.bench.subject import add_arguments as add_subject
-from tools.bench.subject import make_subject
 from tools.bench.ways import InPlace
 
 
@@ -44,46 +42,36 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises `OptionError`, `DeviceError` or `ModelError` before anything is loaded or made.
     """
-    subject = make_subject(args, args.prompt + args.tokens)
-    stage = Stage(subject, ("full", "computing"))
-    try:
-        return subject.describe() | measure(stage, args.prompt, args.tokens, args.repeats)
-    finally:
-        stage.close()
-        subject.close()
+    with staged(args, args.prompt + args.tokens) as stage:
+        return stage.subject.describe() | measure(stage, args.prompt, args.tokens, args.repeats)
 
 
 def measure(stage: Stage, prompt: int, tokens: int, repeats: int) -> dict[str, Any]:
     """Medians and bests of `repeats`, in each of which all ways take a prompt and its continuation in turn.
     On a CPU, whose speed others may share, every repeat measures the bandwidth of memory again."""
-    subject, setup = stage.subject, stage.subject.setup
-    ids = random_ids(subject.config, prompt + tokens).to(setup.device)
+    subject, plan = stage.subject, stage.subject.plan
+    ids = random_ids(subject.config, prompt + tokens).to(plan.device)
     text, continuation = ids[:, :prompt], ids[0, prompt:].tolist()
     first, *others = stage.ways
     warm_up(stage.use(first), ids, prompt)
-    memory = device_memory(setup.plan, setup.device)  # before there is more than an engine has
+    memory = device_memory(plan)  # before there is more than an engine has
     for way in others:
         warm_up(stage.use(way), ids, prompt)
-    prompts: dict[str, list[float]] = {way: [] for way in stage.ways}
+    prompts: dict[str, list[Turn]] = {way: [] for way in stage.ways}
     turns: dict[str, list[Turn]] = {way: [] for way in stage.ways}
     bandwidths = [subject.memory]
     for repeat in range(repeats):
-        if setup.device.type == "cpu":
-            bandwidths.append(measure_memory(setup.device, 1))
+        if plan.device.type == "cpu":
+            bandwidths.append(measure_memory(plan.device, 1))
         for way in stage.ways:
-
-            def before(player: Player, taken: list[float] = prompts[way]) -> None:
-                start = time.perf_counter()
-                player.prompt(text)
-                taken.append(time.perf_counter() - start)
-
-            turns[way].append(stage.turn(way, before, lambda player: player.decode(continuation)))
-        print(
-            f"{repeat + 1} of {repeats}: prompt {prompt / prompts[first][-1]:,.1f} tokens/s, "
-            f"decode {tokens / turns[first][-1].seconds:,.2f} tokens/s",
-            file=sys.stderr,
+            taken = stage.play(way, lambda p: p.prompt(text), lambda p: p.decode(continuation))
+            prompts[way].append(taken[0])
+            turns[way].append(taken[1])
+        say(
+            f"{repeat + 1} of {repeats}: prompt {prompt / prompts[first][-1].seconds:,.1f} tokens/s, "
+            f"decode {tokens / turns[first][-1].seconds:,.2f} tokens/s"
         )
-    decoding = rates(tokens, [turn.seconds for turn in turns[first]])
+    decoding = rates(tokens, turns[first])
     report = {
         "prompt": rates(prompt, prompts[first]),
         "decode": decoding,
@@ -95,14 +83,11 @@ def measure(stage: Stage, prompt: int, tokens: int, repeats: int) -> dict[str, A
 
 def offloaded(stage: Stage, turns: dict[str, list[Turn]], tokens: int) -> dict[str, Any]:
     """What crossed the link, and the bound that this sets. Every repeat has the same misses."""
-    plan = stage.subject.setup.plan
+    plan = stage.subject.plan
     moved = traffic(turns["full"][-1].counted, tokens, plan.blob_bytes)
-    full, computing = (
-        statistics.median(turn.seconds for turn in turns[way]) / tokens for way in ("full", "computing")
-    )
-    least = bound(moved["missed_bytes_per_token"], stage.subject.link, computing)
-    share = {"share_of_bound": least["bound_ms"] / (full * 1e3)}
-    return {"slots": list(plan.slots_per_layer), "experts": moved, "bound": least | share}
+    full, computing = (median_seconds(turns[way]) / tokens for way in ("full", "computing"))
+    least = bound(moved["missed_bytes_per_token"], stage.subject.link, computing, full)
+    return {"slots": list(plan.slots_per_layer), "experts": moved, "bound": least}
 
 
 def warm_up(player: Player, ids: torch.Tensor, prompt: int) -> None:  # ids [1, P + 1 or more]

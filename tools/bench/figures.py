@@ -2,6 +2,8 @@
 they need at least, and the peak of the device's memory."""
 
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,16 +12,29 @@ from runtime.planning.plan import Plan
 from runtime.stats import Stats
 
 
-def rates(tokens: int, taken: list[float]) -> dict[str, float]:
-    """Median and best tokens per second of several measurements, in seconds.
+@dataclass(frozen=True)
+class Turn:
+    """How long some work took, and what happened to experts meanwhile."""
 
-    >>> rates(10, [1.0, 2.0, 5.0])
+    seconds: float
+    counted: Stats
+
+
+def median_seconds(turns: Sequence[Turn]) -> float:
+    return statistics.median(turn.seconds for turn in turns)
+
+
+def rates(tokens: int, turns: Sequence[Turn]) -> dict[str, float]:
+    """Median and best tokens per second of several turns of `tokens` each.
+
+    >>> rates(10, [Turn(seconds, Stats()) for seconds in (1.0, 2.0, 5.0)])
     {'tokens': 10, 'tokens_per_s': 5.0, 'best_tokens_per_s': 10.0}
     """
+    best = min(turn.seconds for turn in turns)
     return {
         "tokens": tokens,
-        "tokens_per_s": tokens / statistics.median(taken),
-        "best_tokens_per_s": tokens / min(taken),
+        "tokens_per_s": tokens / median_seconds(turns),
+        "best_tokens_per_s": tokens / best,
     }
 
 
@@ -44,27 +59,26 @@ def traffic(counted: Stats, tokens: int, blob: int) -> dict[str, float]:
     }
 
 
-def bound(missed_bytes: float, link: float, computing: float) -> dict[str, float]:
+def bound(missed_bytes: float, link: float, computing: float, taken: float | None = None) -> dict[str, float]:
     """The least time of a token or a prompt: either its missed bytes at `link` bytes per second, or
-    `computing` seconds, whichever is longer.
+    `computing` seconds, whichever is longer; and its share of the `taken` seconds.
 
     >>> bound(3e9, link=1e9, computing=2.0)["bound_ms"], bound(1e9, link=1e9, computing=2.0)["bound_ms"]
     (3000.0, 2000.0)
     """
     copying = missed_bytes / link
-    return {
-        "computing_ms": computing * 1e3,
-        "copying_ms": copying * 1e3,
-        "bound_ms": max(computing, copying) * 1e3,
-    }
+    least = max(computing, copying)
+    times = {"computing_ms": computing * 1e3, "copying_ms": copying * 1e3, "bound_ms": least * 1e3}
+    return times if taken is None else times | {"share_of_bound": least / taken}
 
 
-def device_memory(plan: Plan, device: torch.device) -> dict[str, Any]:
+def device_memory(plan: Plan) -> dict[str, Any]:
     """The peak of PyTorch's memory on a GPU since the last measurement, beside the plan; nothing on a CPU.
 
     `outside_pytorch_bytes` (the driver's context, kernels, graphs) is what the device lacks beyond what
     PyTorch holds, so it includes the memory of other programs.
     """
+    device = plan.device
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)

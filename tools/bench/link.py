@@ -11,9 +11,11 @@ copies are within host memory: whole by all threads, or in pieces by the one thr
 """
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
@@ -53,11 +55,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     copies = "no GPU: copies within host memory" if device.type == "cpu" else "from host memory to the device"
     if device.type == "cuda" and "pinned" not in measured:
         copies += f"; the driver does not lock memory: {unlocked_remedy()}"
+    memory = measure_memory(device, args.repeats)
+    give_back(device)
     return {
         "device": str(device),
         "copies": copies,
         "repeats": args.repeats,
-        "memory_gb_per_s": measure_memory(device, args.repeats) / 1e9,
+        "memory_gb_per_s": memory / 1e9,
         "link_gb_per_s": [
             {"copies of": format_bytes(size)} | {kind: rates[n] / 1e9 for kind, rates in measured.items()}
             for n, size in enumerate(sizes)
@@ -65,11 +69,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measure_link(device: torch.device, repeats: int = 5) -> float:
+def measure_link(device: torch.device, repeats: int) -> float:
     """Bytes per second that reach the device in copies of about an expert's size, at best: from page-locked
     memory in one call, or staged where that is refused. On a CPU, what a `HostLink` without a limit copies.
-
-    Its buffers, of `BUFFER` bytes on either side, are freed when it returns.
     """
     [[rate]] = measure_copies(device, [min(EXPERT, BUFFER)], repeats, kinds=1).values()
     return rate
@@ -79,12 +81,8 @@ def measure_copies(
     device: torch.device, sizes: Sequence[int], repeats: int, kinds: int | None = None
 ) -> dict[str, list[float]]:
     """Bytes per second by kind of copy and by size: for all kinds of this machine, or the first `kinds`."""
-    arena = Arena(1, 1, BUFFER, device.type == "cuda", device)
-    try:
+    with closing(Arena(1, 1, BUFFER, device.type == "cuda", device)) as arena:
         return copy_rates(device, arena, sizes, repeats, kinds)
-    finally:
-        arena.close()
-        give_back(device)  # the buffers, which went with `copy_rates`
 
 
 def copy_rates(
@@ -146,19 +144,10 @@ def measure(
     return source.numel() / median_seconds(work, device, repeats)
 
 
-def measure_memory(device: torch.device, repeats: int = 5) -> float:
+def measure_memory(device: torch.device, repeats: int) -> float:
     """Bytes per second that the device reads of its own memory, at best: in sums, of integers and of float32,
     and in a copy, whose bytes are both read and written. Which is fastest differs between devices.
-
-    Its buffer, of `MEMORY` bytes, is freed when it returns.
     """
-    try:
-        return max(memory_rates(device, repeats))
-    finally:
-        give_back(device)
-
-
-def memory_rates(device: torch.device, repeats: int) -> list[float]:
     numbers = torch.ones(MEMORY // 4, device=device)  # zeros might take no memory
     integers, (first, second) = numbers.view(torch.int64), numbers.chunk(2)
     calls = CALLS if device.type == "cuda" else 1
@@ -170,7 +159,7 @@ def memory_rates(device: torch.device, repeats: int) -> list[float]:
 
         return numbers.nbytes * calls / median_seconds(many, device, repeats)
 
-    return [rate(integers.sum), rate(numbers.sum), rate(lambda: second.copy_(first))]
+    return max(rate(integers.sum), rate(numbers.sum), rate(lambda: second.copy_(first)))
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -191,6 +180,8 @@ def wait(device: torch.device) -> None:
 
 
 def give_back(device: torch.device) -> None:
-    """Return freed memory to the device, before its free memory is measured."""
+    """Return freed memory to the device, before its free memory is planned or measured."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

@@ -13,19 +13,17 @@ is left to it.
 """
 
 import argparse
-import statistics
-import sys
 from typing import Any
 
 from runtime.errors import OptionError
 from runtime.experts.link import HostLink
 from runtime.process.threads import pick_threads, using_threads
 from runtime.shell.arguments import at_least_one
+from runtime.shell.command import say
 from runtime.stats import Stats
-from tools.bench.figures import bound, device_memory, traffic
-from tools.bench.stage import Stage, Turn, random_ids
+from tools.bench.figures import Turn, bound, device_memory, median_seconds, traffic
+from tools.bench.stage import Stage, random_ids, staged
 from tools.bench.subject import add_arguments as add_subject
-from tools.bench.subject import make_subject
 from tools.bench.ways import LADDER
 
 SLOTS = 4
@@ -65,25 +63,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     defaults: dict[str, Any] = {"offload": "always"}
     if getattr(args, "vram", None) is None:
         defaults["slots"] = SLOTS
-    with using_threads(getattr(args, "threads", None) or max(pick_threads() - 1, 1)):  # one copies
-        subject = make_subject(args, args.tokens + WARM_UP, **defaults)
-        try:
-            if subject.store is None:
-                raise OptionError("all experts are resident; leave out --offload never")
-            if args.shape:
-                subject.model.embed_tokens.weight.mul_(args.steadiness * subject.config.hidden**0.5)
-            stage = Stage(subject, ("computing", *args.modes))
-            try:
-                return subject.describe() | measure(stage, args.tokens, args.repeats)
-            finally:
-                stage.close()
-        finally:
-            subject.close()
+    threads = getattr(args, "threads", None) or max(pick_threads() - 1, 1)  # one copies
+    names = ("computing", *args.modes)
+    with using_threads(threads), staged(args, args.tokens + WARM_UP, names, **defaults) as stage:
+        subject = stage.subject
+        if subject.store is None:
+            raise OptionError("all experts are resident; leave out --offload never")
+        if args.shape:
+            subject.model.embed_tokens.weight.mul_(args.steadiness * subject.config.hidden**0.5)
+        return subject.describe() | measure(stage, args.tokens, args.repeats)
 
 
 def measure(stage: Stage, tokens: int, repeats: int) -> dict[str, Any]:
     """All modes in turn, `repeats` times."""
-    subject, plan, cache = stage.subject, stage.subject.setup.plan, stage.cache
+    subject, plan, cache = stage.subject, stage.subject.plan, stage.cache
     assert cache is not None
     length = tokens + WARM_UP
     texts = [ids.tolist() for ids in random_ids(subject.config, length * repeats)[0].split(length)]
@@ -92,16 +85,16 @@ def measure(stage: Stage, tokens: int, repeats: int) -> dict[str, Any]:
         text = texts[repeat]
         # Where nothing is kept, one token leaves what sixteen would, and takes long enough.
         warm_up = text[WARM_UP - 1 if way in FORGETTING else 0 : WARM_UP]
-        return stage.turn(way, lambda player: player.decode(warm_up), lambda p: p.decode(text[WARM_UP:]))
+        return stage.play(way, lambda p: p.decode(warm_up), lambda p: p.decode(text[WARM_UP:]))[1]
 
     first = turn(list(stage.ways)[1], 0)
-    memory = device_memory(plan, subject.setup.device)  # before there is more than an engine has
+    memory = device_memory(plan)  # before there is more than an engine has
     for way in stage.ways:
         stage.use(way).decode(texts[0][:2])  # graphs are captured
     link = subject.link
-    if subject.setup.device.type == "cpu":
+    if plan.device.type == "cpu":
         if not subject.options.link_gbps and first.counted.misses:
-            alone = statistics.median(turn("computing", 0).seconds for _ in range(3))
+            alone = median_seconds([turn("computing", 0) for _ in range(3)])
             link = first.counted.misses * plan.blob_bytes / alone
         cache.copies.link = HostLink(link)  # it is idle now
     turns: dict[str, list[Turn]] = {way: [] for way in stage.ways}
@@ -109,7 +102,7 @@ def measure(stage: Stage, tokens: int, repeats: int) -> dict[str, Any]:
         for way, taken in turns.items():
             taken.append(turn(way, repeat))
         shown = ", ".join(f"{way} {tokens / taken[-1].seconds:.2f}" for way, taken in turns.items())
-        print(f"{repeat + 1} of {repeats}: {shown} tokens/s", file=sys.stderr)
+        say(f"{repeat + 1} of {repeats}: {shown} tokens/s")
     about = {"slots": list(plan.slots_per_layer), "link_gb_per_s": link / 1e9, "graphs": stage.graphs()}
     return about | report(turns, link, plan.blob_bytes, tokens) | memory
 
@@ -119,11 +112,11 @@ def report(turns: dict[str, list[Turn]], link: float, blob: int, tokens: int) ->
 
     Guesses change no misses, so those of a mode that keeps experts set the bound.
     """
-    seconds = {way: statistics.median(t.seconds for t in taken) / tokens for way, taken in turns.items()}
-    figures = {}
-    for way, taken in turns.items():
-        total = sum((t.counted for t in taken), Stats())
-        figures[way] = traffic(total, len(taken) * tokens, blob)
+    seconds = {way: median_seconds(taken) / tokens for way, taken in turns.items()}
+    figures = {
+        way: traffic(sum((t.counted for t in taken), Stats()), len(taken) * tokens, blob)
+        for way, taken in turns.items()
+    }
     missed = [figures[way]["missed_bytes_per_token"] for way in ("full", "no prefetch") if way in turns]
     least = bound(missed[0] if missed else 0.0, link, seconds["computing"])
     rows = [

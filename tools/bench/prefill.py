@@ -8,14 +8,13 @@ hold what another prompt has left in them.
 
 import argparse
 import statistics
-import sys
 from typing import Any
 
 from runtime.shell.arguments import at_least_one
-from tools.bench.figures import bound, device_memory, rates
-from tools.bench.stage import Player, Stage, Turn, random_ids
+from runtime.shell.command import say
+from tools.bench.figures import Turn, bound, device_memory, median_seconds, rates
+from tools.bench.stage import Player, Stage, random_ids, staged
 from tools.bench.subject import add_arguments as add_subject
-from tools.bench.subject import make_subject
 
 BEFORE = 64  # tokens of the prompt before
 
@@ -31,19 +30,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises `OptionError`, `DeviceError` or `ModelError` before anything is loaded or made.
     """
-    subject = make_subject(args, args.tokens)
-    stage = Stage(subject, ("full", "computing"))
-    try:
-        return subject.describe() | measure(stage, args.tokens, args.repeats)
-    finally:
-        stage.close()
-        subject.close()
+    with staged(args, args.tokens) as stage:
+        return stage.subject.describe() | measure(stage, args.tokens, args.repeats)
 
 
 def measure(stage: Stage, tokens: int, repeats: int) -> dict[str, Any]:
     """Medians and bests of `repeats`, after a first one that does not count."""
-    subject, setup, plan = stage.subject, stage.subject.setup, stage.subject.setup.plan
-    ids = random_ids(subject.config, tokens).to(setup.device)
+    subject, plan = stage.subject, stage.subject.plan
+    ids = random_ids(subject.config, tokens).to(plan.device)
     turns: dict[str, list[Turn]] = {way: [] for way in stage.ways}
     memory: dict[str, Any] = {}
 
@@ -53,26 +47,22 @@ def measure(stage: Stage, tokens: int, repeats: int) -> dict[str, Any]:
 
     for repeat in range(repeats + 1):
         for way, taken in turns.items():
-            taken.append(stage.turn(way, another, lambda player: player.prompt(ids)))
-            memory = memory or device_memory(plan, setup.device)
+            taken.append(stage.play(way, another, lambda player: player.prompt(ids))[1])
+            memory = memory or device_memory(plan)
         shown = ", ".join(f"{way} {tokens / taken[-1].seconds:,.1f} tokens/s" for way, taken in turns.items())
-        print(f"{repeat} of {repeats}: {shown}", file=sys.stderr)
+        say(f"{repeat} of {repeats}: {shown}")
     counting = {way: taken[1:] for way, taken in turns.items()}
     first = next(iter(stage.ways))
-    report = {
-        "prompt": rates(tokens, [turn.seconds for turn in counting[first]]),
-        "chunk": plan.chunk,
-    } | memory
+    report = {"prompt": rates(tokens, counting[first]), "chunk": plan.chunk} | memory
     if stage.cache is None:
         return report
-    full, computing = (statistics.median(turn.seconds for turn in counting[way]) for way in stage.ways)
+    full, computing = (median_seconds(counting[way]) for way in stage.ways)
     missing = statistics.median(turn.counted.misses for turn in counting["full"])
-    least = bound(missing * plan.blob_bytes, subject.link, computing)
     chunks = -(-tokens // plan.chunk)
     return report | {
         "slots": list(plan.slots_per_layer),
         "missing_experts_per_layer": missing / subject.config.layers / chunks,
         "missed_bytes": missing * plan.blob_bytes,
         "copied_bytes": statistics.median(turn.counted.copied_bytes for turn in counting["full"]),
-        "bound": least | {"share_of_bound": least["bound_ms"] / (full * 1e3)},
+        "bound": bound(missing * plan.blob_bytes, subject.link, computing, full),
     }

@@ -34,11 +34,10 @@ def random_model(
     experts: QuantSpec,
     dtype: torch.dtype,
     device: torch.device,
-    seed: int = 0,
     distinct: int | None = None,
     provide: Callable[[int], Experts] | None = None,
 ) -> Mixtral:
-    """A model ready to compute. The same seed gives the same weights.
+    """A model ready to compute, with the same weights in every call.
 
     Only the first `distinct` experts and quantized matrices of attention are made (default: all), and copies
     take the places of the others. For a benchmark copies are as good, because they are as many bytes to read,
@@ -48,7 +47,7 @@ def random_model(
     Warns as `runtime.loader.load_model` does. Raises `ModelError` for a format that does not fit the
     configuration.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     form = ExpertFormat.of(config, experts, dtype, Target.of(device))
     linear = quantized_linear(config, attention, dtype, device)
     resident: list[BlobExperts] = []
@@ -64,7 +63,7 @@ def random_model(
         if weight.dim() == 2:  # norms are all ones
             fill_normal(weight, generator)
     fill_attention([m for m in model.modules() if isinstance(m, QuantizedLinear)], generator, distinct)
-    random_blobs(form, [blob for layer in resident for blob in layer.blobs], seed, distinct)
+    random_blobs(form, [blob for layer in resident for blob in layer.blobs], distinct)
     pack_trunk(model)
     return model
 
@@ -94,12 +93,10 @@ def fill_attention(
         alike.append(module)
 
 
-def random_blobs(
-    form: ExpertFormat, blobs: Sequence[Tensor], seed: int = 0, distinct: int | None = None
-) -> None:
+def random_blobs(form: ExpertFormat, blobs: Sequence[Tensor], distinct: int | None) -> None:
     """Fill `blobs`, each the memory of an expert on any device: the first `distinct` ones with experts of
     their own, the others with copies in turn."""
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator().manual_seed(1)
     stored = torch.empty(form.stored[-1].end, dtype=torch.uint8)
     for n, blob in enumerate(blobs):
         if distinct is None or n < distinct:

@@ -1,8 +1,11 @@
 """Prompts and decoding as an engine does them, without the tokenizer and the sampler: ids are random."""
 
+import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +16,8 @@ from model.mixtral import Mixtral
 from runtime.gpu.decoder import Decoder, make_decoder
 from runtime.planning.memory import reserve
 from runtime.stats import Stats
-from tools.bench.subject import Subject, make_cache, no_experts
+from tools.bench.figures import Turn
+from tools.bench.subject import Subject, make_cache, make_subject, no_experts
 from tools.bench.ways import Way, make_ways
 
 
@@ -45,27 +49,19 @@ class Player:
                     int(self.decoder.step(i, self.kv).argmax())
 
 
-@dataclass(frozen=True)
-class Turn:
-    """How long some work took, and what happened to experts meanwhile."""
-
-    seconds: float
-    counted: Stats
-
-
 class Stage:
     """A subject that runs in several ways, one at a time."""
 
     def __init__(self, subject: Subject, names: Sequence[str]) -> None:
         """`names` are of `ways.py`, all over one cache. Where the subject's experts are resident, "resident"
         is the only way instead."""
-        self.subject, setup = subject, subject.setup
+        self.subject, plan = subject, subject.plan
         self.cache = make_cache(subject) if subject.store is not None else None
         self.ways: dict[str, Way | None] = {"resident": None}
         if self.cache is not None:
             self.ways = {**make_ways(self.cache, names)}
-        self.kv = KVCache.allocate(subject.config, 1, setup.plan.context, setup.dtype, setup.device)
-        reserve(setup.device, setup.plan.workspace_bytes)  # as an engine does
+        self.kv = KVCache.allocate(subject.config, 1, plan.context, plan.dtype, plan.device)
+        reserve(plan.device, plan.workspace_bytes)  # as an engine does
         self.players: dict[str, Player] = {}
 
     def use(self, name: str) -> Player:
@@ -79,16 +75,17 @@ class Stage:
         if name not in self.players:
             decoder = make_decoder(subject.model, way.cache if way else None, options.graphs)
             gates = [block.block_sparse_moe.gate.gates for block in subject.blocks]
-            self.players[name] = Player(subject.model, self.kv, subject.setup.plan.chunk, decoder, gates)
+            self.players[name] = Player(subject.model, self.kv, subject.plan.chunk, decoder, gates)
         return self.players[name]
 
-    def turn(self, way: str, before: Callable[[Player], None], work: Callable[[Player], object]) -> Turn:
-        """Do `before` and then `work` in that way. Only `work` is timed and counted."""
-        player = self.use(way)
-        before(player)
-        counted, start = self.count(), time.perf_counter()
-        work(player)
-        return Turn(time.perf_counter() - start, self.count() - counted)
+    def play(self, way: str, *works: Callable[[Player], object]) -> list[Turn]:
+        """Do one work after the other in that way. Returns a turn for each."""
+        player, turns = self.use(way), []
+        for work in works:
+            counted, start = self.count(), time.perf_counter()
+            work(player)
+            turns.append(Turn(time.perf_counter() - start, self.count() - counted))
+        return turns
 
     def graphs(self) -> bool:
         """Whether CUDA graphs were made for every way used so far. Making them may have failed."""
@@ -99,11 +96,25 @@ class Stage:
         return self.cache.count() if self.cache is not None else Stats()
 
     def close(self) -> None:
+        """Free the memory of the subject and of all that was made over it."""
         self.players.clear()
         self.ways.clear()
         if self.cache is not None:
             self.subject.provide(no_experts)  # those of the ways refer to slots
             self.cache.close()
+        self.subject.close()
+
+
+@contextmanager
+def staged(
+    args: argparse.Namespace, tokens: int, names: Sequence[str] = ("full", "computing"), **defaults: Any
+) -> Iterator[Stage]:
+    """A stage for the model that the command line describes: `make_subject`."""
+    stage = Stage(make_subject(args, tokens, **defaults), names)
+    try:
+        yield stage
+    finally:
+        stage.close()
 
 
 def random_ids(config: ModelConfig, count: int) -> Tensor:  # [1, count] int64

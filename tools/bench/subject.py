@@ -8,7 +8,6 @@ the device still come from memory.
 """
 
 import argparse
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +34,7 @@ from runtime.planning.planner import plan_model
 from runtime.planning.request import DEFAULT_CONTEXT
 from runtime.shell.arguments import add_flags, at_least_one, from_flags
 from runtime.units import format_bytes, parse_bytes
-from tools.bench.link import give_back as empty_cache
-from tools.bench.link import measure_link, measure_memory, wait
+from tools.bench.link import give_back, measure_link, measure_memory, wait
 from tools.bench.random_model import random_blobs, random_model
 
 DISTINCT = 4  # experts of a random model; the others are copies
@@ -62,32 +60,14 @@ class Store:
     """Host memory for experts, used as an arena, in which several experts of a random model share one blob:
     expert e of layer l is blob (l E + e) mod `count`."""
 
-    def __init__(
-        self, layers: int, experts: int, blob_bytes: int, count: int | None, device: torch.device
-    ) -> None:
+    def __init__(self, experts: int, blob_bytes: int, count: int, device: torch.device) -> None:
         """`device` is where blobs are to be copied."""
-        self.experts, self.count = experts, count or layers * experts
-        self.memory = Arena(1, self.count, blob_bytes, device.type == "cuda", device)
+        self.experts, self.count = experts, count
+        self.memory = Arena(1, count, blob_bytes, device.type == "cuda", device)
         self.pinned, self.locked, self.close = self.memory.pinned, self.memory.locked, self.memory.close
 
     def blob(self, layer: int, expert: int) -> Tensor:  # [blob_bytes] uint8
         return self.memory.blob(0, (layer * self.experts + expert) % self.count)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is decided before anything is allocated."""
-
-    plan: Plan
-    form: ExpertFormat
-
-    @property
-    def device(self) -> torch.device:
-        return self.plan.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.plan.dtype
 
 
 @dataclass
@@ -95,7 +75,8 @@ class Subject:
     """A model whose experts are resident or, with a `store`, provided by a cache that is made later."""
 
     model: Mixtral
-    setup: Setup
+    plan: Plan
+    form: ExpertFormat
     options: EngineOptions
     about: str
     link: float  # bytes per second from the host to the device, measured in the same run
@@ -117,11 +98,11 @@ class Subject:
 
     def describe(self) -> dict[str, Any]:
         """What a report says of the model, and of the machine's speed in this run."""
-        plan, options = self.setup.plan, self.options
+        plan, options = self.plan, self.options
         report: dict[str, Any] = {
             "model": self.about,
-            "dtype": str(self.setup.dtype).removeprefix("torch."),
-            "device": str(self.setup.device),
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "device": str(plan.device),
             "threads": torch.get_num_threads(),
             "context": plan.context,
             "link_bytes_per_s": self.link,
@@ -130,7 +111,7 @@ class Subject:
         }
         if self.store is None:
             return report
-        size = format_bytes(self.store.count * self.setup.form.blob_bytes)
+        size = format_bytes(self.store.count * self.form.blob_bytes)
         return report | {
             "policy": options.policy,
             "lookahead": options.lookahead if options.prefetch else 0,
@@ -143,7 +124,7 @@ class Subject:
     def close(self) -> None:
         """Free the device's memory; the cache, if there was one, has freed the host's."""
         self.__dict__.pop("model", None)
-        give_back(self.setup.device)
+        give_back(self.plan.device)
 
 
 def make_subject(args: argparse.Namespace, tokens: int, **defaults: Any) -> Subject:
@@ -160,13 +141,13 @@ def make_subject(args: argparse.Namespace, tokens: int, **defaults: Any) -> Subj
     if (options.context or 0) < tokens:
         raise OptionError(f"{tokens} tokens do not fit --context {options.context}")
     plan = plan_model(config, *formats, options)
-    setup = Setup(plan, ExpertFormat.of(config, formats[1], plan.dtype, Target.of(plan.device)))
-    link, memory = measure_rates(setup.device, options)
+    form = ExpertFormat.of(config, formats[1], plan.dtype, Target.of(plan.device))
+    link, memory = measure_rates(plan.device, options)
     if args.enforce:
-        enforce(setup, options)
-    model, store = make_model(checkpoint, config, formats, setup)
-    give_back(setup.device)  # what making it took
-    return Subject(model, setup, options, about, link, memory, store)
+        enforce(plan, options)
+    model, store = make_model(checkpoint, config, formats, plan, form)
+    give_back(plan.device)  # what making it took
+    return Subject(model, plan, form, options, about, link, memory, store)
 
 
 def find_model(
@@ -197,43 +178,44 @@ def measure_rates(device: torch.device, options: EngineOptions) -> tuple[float, 
     return min(link, options.link_gbps * 1e9) if options.link_gbps else link, memory
 
 
-def enforce(setup: Setup, options: EngineOptions) -> None:
+def enforce(plan: Plan, options: EngineOptions) -> None:
     """Give PyTorch --vram less what is taken outside of it: the driver's context, and perhaps other programs,
     which count for no more than the plan leaves to the driver."""
-    if options.vram is None or setup.device.type != "cuda":
+    if options.vram is None or plan.device.type != "cuda":
         raise OptionError("--enforce wants a GPU and --vram")
-    free, total = torch.cuda.mem_get_info(setup.device)
-    outside = total - free - torch.cuda.memory_reserved(setup.device)
-    share = (parse_bytes(options.vram, whole=free) - min(outside, setup.plan.driver_bytes)) / total
-    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), setup.device)
+    free, total = torch.cuda.mem_get_info(plan.device)
+    outside = total - free - torch.cuda.memory_reserved(plan.device)
+    share = (parse_bytes(options.vram, whole=free) - min(outside, plan.driver_bytes)) / total
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), plan.device)
 
 
 def make_model(
-    checkpoint: Checkpoint | None, config: ModelConfig, formats: tuple[QuantSpec, QuantSpec], setup: Setup
+    checkpoint: Checkpoint | None,
+    config: ModelConfig,
+    formats: tuple[QuantSpec, QuantSpec],
+    plan: Plan,
+    form: ExpertFormat,
 ) -> tuple[Mixtral, Store | None]:
     """The model, and the store of its experts if they are offloaded."""
-    form, dtype, device = setup.form, setup.dtype, setup.device
-    if setup.plan.resident and checkpoint:
+    dtype, device = plan.dtype, plan.device
+    store = None if plan.resident else make_store(config, form, device, shared=checkpoint is None)
+    if checkpoint is None:
+        provide = no_experts if store else None
+        return random_model(config, *formats, dtype, device, DISTINCT, provide), store
+    if store is None:
         return load_resident(checkpoint, form, dtype, device), None
-    if setup.plan.resident:
-        return random_model(config, *formats, dtype, device, distinct=DISTINCT), None
-    store = make_store(config, form, device, shared=checkpoint is None)
-    if checkpoint:
-        return load_model(checkpoint, form, dtype, device, no_experts, store.blob), store
-    return random_model(config, *formats, dtype, device, distinct=DISTINCT, provide=no_experts), store
+    return load_model(checkpoint, form, dtype, device, no_experts, store.blob), store
 
 
 def make_store(config: ModelConfig, form: ExpertFormat, device: torch.device, shared: bool) -> Store:
     """A store for all experts of a checkpoint, to be read later, or for a few random ones that are shared."""
-    every, count = config.layers * config.experts, None
-    if shared:
-        few = HOST_BYTES // form.blob_bytes // DISTINCT * DISTINCT
-        count = min(
-            every, -(-max(few, config.experts) // DISTINCT) * DISTINCT
-        )  # blob n is expert n mod DISTINCT
-    store = Store(config.layers, config.experts, form.blob_bytes, count, device)
-    if shared:
-        random_blobs(form, [store.memory.blob(0, n) for n in range(store.count)], distinct=DISTINCT)
+    every = config.layers * config.experts
+    if not shared:
+        return Store(config.experts, form.blob_bytes, every, device)
+    few = max(HOST_BYTES // form.blob_bytes // DISTINCT * DISTINCT, config.experts)
+    count = min(every, -(-few // DISTINCT) * DISTINCT)  # blob n is expert n mod DISTINCT
+    store = Store(config.experts, form.blob_bytes, count, device)
+    random_blobs(form, [store.memory.blob(0, n) for n in range(count)], DISTINCT)
     return store
 
 
@@ -244,22 +226,13 @@ def no_experts(layer: int) -> Experts:
 
 def make_cache(subject: Subject) -> ExpertCache:
     """A cache as it is planned, over the subject's store, which it closes. It is not installed."""
-    store, options, setup = subject.store, subject.options, subject.setup
+    store, options, plan = subject.store, subject.options, subject.plan
     assert store is not None
-    plan, device = setup.plan, setup.device
     cache = ExpertCache.over(
-        cast(Arena, store), setup.form, device, plan.slots_per_layer, plan.spares,
+        cast(Arena, store), subject.form, plan.device, plan.slots_per_layer, plan.spares,
         options.policy, options.prefetch, options.link_gbps,
     )  # fmt: skip
     for n, blob in enumerate(cache.pool):  # uninitialized memory may hold no numbers, or not be there yet
         blob.copy_(cache.pool[n % DISTINCT] if n >= DISTINCT else store.memory.blob(0, n % store.count))
-    wait(device)  # later copies to the slots come from another stream
+    wait(plan.device)  # later copies to the slots come from another stream
     return cache
-
-
-def give_back(device: torch.device) -> None:
-    """Return freed memory to the device, before someone plans or measures what it has."""
-    if device.type == "cuda":
-        gc.collect()
-        empty_cache(device)
-        torch.cuda.reset_peak_memory_stats(device)

@@ -15,7 +15,7 @@ from model.quant.spec import QuantSpec
 from model.quant.streams import expert_fields, matrix_fields
 from model.shapes import SHAPES
 from tools.bench import command as bench
-from tools.bench import decode, link
+from tools.bench import decode
 from tools.bench.random_model import random_model
 
 CPU = torch.device("cpu")
@@ -28,8 +28,6 @@ WORDS = ["decode", "--prompt", "20", "--tokens", "4", "--repeats", "2", "--devic
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "mixtral-8x7b", SMALL)
-    for name in ("BUFFER", "MEMORY"):
-        monkeypatch.setattr(link, name, 1 << 16)
 
 
 def round_up(size: int) -> int:

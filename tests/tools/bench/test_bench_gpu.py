@@ -12,7 +12,7 @@ import torch
 from model.config import ModelConfig
 from model.shapes import SHAPES
 from tools.bench import command as bench
-from tools.bench import gpu, link, offload
+from tools.bench import gpu, offload
 from tools.bench.gpu import Outcome, Part, run_part, run_process
 from tools.bench.ways import LADDER
 
@@ -36,8 +36,6 @@ def in_process(words: tuple[str, ...], seconds: float) -> Outcome:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "quarter", SMALL)
-    for name in ("BUFFER", "MEMORY"):
-        monkeypatch.setattr(link, name, 1 << 20)
     monkeypatch.setattr(offload, "WARM_UP", 3)
     monkeypatch.setattr(gpu, "run_process", in_process)
 

@@ -6,14 +6,12 @@ import pytest
 
 from runtime.engine import DEMO
 from tools.bench import command as bench
-from tools.bench import link, offload
+from tools.bench import offload
 from tools.bench.ways import LADDER
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("BUFFER", "MEMORY"):
-        monkeypatch.setattr(link, name, 1 << 20)
     monkeypatch.setattr(offload, "WARM_UP", 3)
 
 

@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.shapes import SHAPES
 from runtime.errors import OptionError
 from runtime.options import EngineOptions
-from tools.bench import figures, link, machine, subject
+from tools.bench import figures, machine, subject
 from tools.bench.subject import Subject, make_subject
 
 SMALL = ModelConfig(
@@ -25,8 +25,6 @@ GIB = 1 << 30
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "quarter", SMALL)
-    for name in ("BUFFER", "MEMORY"):
-        monkeypatch.setattr(link, name, 1 << 16)
 
 
 def make(tokens: int = 8, **options: Any) -> Subject:
@@ -37,11 +35,11 @@ def make(tokens: int = 8, **options: Any) -> Subject:
 def test_options_are_an_engines() -> None:
     made = make(slots=2, policy="lfu", lookahead=2, prefetch=2, link_gbps=0.001, context=16)
     about = made.describe()
-    assert made.setup.plan.slots_per_layer == (2, 2) and made.setup.plan.spares == 4
+    assert made.plan.slots_per_layer == (2, 2) and made.plan.spares == 4
     assert (about["policy"], about["lookahead"], about["prefetch"], about["context"]) == ("lfu", 2, 2, 16)
     assert about["link_bytes_per_s"] == 1e6 and about["memory_bytes_per_s"] > 0  # as slow as asked for
     assert about["host_memory"].startswith("pageable, 8 blobs") and not about["resident"]
-    assert make().describe()["resident"] and make().setup.plan.context == 64
+    assert make().describe()["resident"] and make().plan.context == 64
 
 
 def test_experts_that_share_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +51,7 @@ def test_experts_that_share_host_memory(monkeypatch: pytest.MonkeyPatch) -> None
     whole = make(layers=5)
     for layer, block in enumerate(whole.blocks):
         for e in range(4):
-            end = made.setup.form.kept[-1].end
+            end = made.form.kept[-1].end
             resident = block.block_sparse_moe.experts.blobs[e]  # type: ignore[attr-defined]
             assert torch.equal(store.blob(layer, e)[:end], resident[:end])
 
@@ -86,22 +84,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_limit_for_pytorch(gpu: list[float]) -> None:
-    setup = make().setup
-    setup = replace(setup, plan=replace(setup.plan, device=CUDA, driver_bytes=GIB // 2))
-    subject.enforce(setup, EngineOptions(vram="12GiB"))
-    setup = replace(setup, plan=replace(setup.plan, driver_bytes=2 * GIB))
-    subject.enforce(setup, EngineOptions(vram="12GiB"))
+    plan = replace(make().plan, device=CUDA, driver_bytes=GIB // 2)
+    subject.enforce(plan, EngineOptions(vram="12GiB"))
+    subject.enforce(replace(plan, driver_bytes=2 * GIB), EngineOptions(vram="12GiB"))
     assert gpu == [11.5 / 80, 11 / 80]
 
 
 def test_memory_beside_the_plan(gpu: list[float]) -> None:
-    plan = make().setup.plan
+    plan = make().plan
     rest = plan.device_bytes
     plan = replace(plan, slots_bytes=plan.slots_bytes + 12 * GIB - rest - GIB // 2, driver_bytes=GIB // 2)
-    found = figures.device_memory(plan, CUDA)["device_memory"]
+    found = figures.device_memory(replace(plan, device=CUDA))["device_memory"]
     assert found["planned_bytes"] == 12 * GIB and found["outside_pytorch_bytes"] == GIB
     assert found["peak_over_plan"] == 1.0 and found["peak_reserved_bytes"] == 11 * GIB
-    assert figures.device_memory(plan, torch.device("cpu")) == {}
+    assert figures.device_memory(plan) == {}
 
 
 def test_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,8 @@ from model.config import ModelConfig
 from model.quant.backends.blocks import Blocks
 from model.shapes import SHAPES
 from tests.runtime.gpu.plain_step import Recorded, use_plain_kernels
-from tools.bench import link, subject
-from tools.bench.decode import random_ids
-from tools.bench.stage import Stage
+from tools.bench import subject
+from tools.bench.stage import Stage, random_ids
 from tools.bench.subject import Subject, make_subject
 from tools.bench.ways import LADDER
 
@@ -31,8 +30,6 @@ IDS: list[int] = random_ids(SMALL, TOKENS)[0].tolist()
 def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Whether models have a decoder."""
     monkeypatch.setitem(SHAPES, "quarter", SMALL)
-    for name in ("BUFFER", "MEMORY"):
-        monkeypatch.setattr(link, name, 1 << 16)
     captured: bool = request.param == "captured"
     if captured:
         use_plain_kernels(monkeypatch)
@@ -81,7 +78,6 @@ def test_every_way_gives_the_resident_models_logits(
     assert logits(stage, "computing").isfinite().all()
     assert all((player.decoder is not None) == graphs for player in stage.players.values())
     stage.close()
-    offloaded.close()
 
 
 def test_guesses_are_made_in_the_full_way_alone() -> None:
@@ -101,7 +97,7 @@ def test_guesses_are_made_in_the_full_way_alone() -> None:
 
 def test_what_crosses_the_link() -> None:
     made = make(slots=3)
-    blob = made.setup.plan.blob_bytes
+    blob = made.plan.blob_bytes
     stage = Stage(made, ("computing", *LADDER))
     for way in ("no cache", "whole layers", "computing", "full"):
         player = stage.use(way)
@@ -122,7 +118,7 @@ def test_slots_are_filled_before_they_are_used() -> None:
     stage = Stage(made, ("computing",))
     assert stage.cache is not None
     pool = stage.cache.pool
-    assert pool.shape[0] == 3 * 4 + made.setup.plan.spares and not any(blob.eq(0).all() for blob in pool)
+    assert pool.shape[0] == 3 * 4 + made.plan.spares and not any(blob.eq(0).all() for blob in pool)
     stage.close()
 
 
@@ -135,7 +131,6 @@ def test_graphs_that_fail_are_reported(graphs: bool, monkeypatch: pytest.MonkeyP
             assert stage.graphs() is expected
         finally:
             stage.close()
-            subject.close()
 
     def capture(self: Recorded, work: object) -> None:
         raise RuntimeError("out of memory")

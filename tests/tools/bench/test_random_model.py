@@ -82,11 +82,9 @@ def test_everything_is_filled(
     assert len({bytes(blob.numpy().tobytes()) for blob in blobs(model)}) == SMALL.layers * SMALL.experts
 
 
-def test_a_seed_is_a_model() -> None:
-    first, same, other = make("4", "2"), make("4", "2"), make("4", "2", seed=1)
+def test_every_model_is_the_same() -> None:
     with torch.inference_mode():
-        assert torch.equal(first(IDS), same(IDS))
-        assert not torch.equal(first(IDS), other(IDS))
+        assert torch.equal(make("4", "2")(IDS), make("4", "2")(IDS))
 
 
 @pytest.mark.parametrize("distinct", [1, 3])
