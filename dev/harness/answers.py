@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dev.harness.outcome import Wrong
 from dev.harness.subject import RESIDENT
 from runtime import Engine, EngineOptions, RequestError, SamplingParams
 
@@ -19,6 +20,12 @@ def answers(folder: Path, options: EngineOptions = RESIDENT) -> list[Answer]:
     """The answers to all prompts, by a new engine."""
     with Engine.load(folder, options) as engine:
         return [answer(engine, prompt) for prompt in PROMPTS]
+
+
+def check_answers(folder: Path, known: list[Answer], harmless: str) -> None:
+    """Raises `Wrong` if a harmless change, named so, has given a checkpoint other answers."""
+    if answers(folder) != known:
+        raise Wrong(f"{folder.name}: {harmless} changed its answers")
 
 
 def use(folder: Path) -> list[Answer | str]:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,27 +26,14 @@ RESIDENT = EngineOptions(device="cpu", dtype="float32", offload="never")
 OFFLOADED = EngineOptions(device="cpu", dtype="float32", offload="always", slots=2, prefetch=2)
 
 
-@dataclass(frozen=True)
 class Subject:
     """Checkpoints in `folder`, where parts have their working folders too."""
 
-    folder: Path
-
-    @property
-    def hf(self) -> Path:
-        return self.folder / "hf"
-
-    @property
-    def sharded(self) -> Path:
-        return self.folder / "sharded"
-
-    @property
-    def mistral(self) -> Path:
-        return self.folder / "mistral"
-
-    @property
-    def native(self) -> Path:
-        return self.folder / "native"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hf, self.sharded = folder / "hf", folder / "sharded"
+        self.mistral, self.native = folder / "mistral", folder / "native"
+        self.layouts = self.hf, self.mistral, self.native
 
     def work(self, name: str) -> Path:
         """An empty folder to work in."""

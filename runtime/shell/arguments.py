@@ -38,10 +38,9 @@ def help_by_put(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def at_least_one(text: str) -> int:
     """Parse the value of a flag that counts something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}, and must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, and must be a number of at least 1")
+    return int(text)
 
 
 def add_flags(parser: argparse.ArgumentParser, *options: type) -> None:

@@ -19,7 +19,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from runtime.errors import DeviceError, MixtralError
 from runtime.planning.device import pick_device
 from runtime.process.shortage import shortage_as
 from runtime.process.threads import pick_threads, using_threads
-from runtime.shell.arguments import new_parser
+from runtime.shell.arguments import at_least_one, new_parser
 from runtime.shell.command import put, run, say
 from runtime.shell.progress import progress
 from tools.quantize.journal import Journal, settings
@@ -52,6 +52,7 @@ from tools.quantize.output import (
 )
 
 REMEDY = "free some, or use fewer --threads; the same command goes on from the last finished file"
+Value = TypeVar("Value")
 FORMAT = "16, 8, 4, 3 or 2, or with a group size, like 3g128"
 
 
@@ -97,14 +98,7 @@ def convert(argv: list[str] | None) -> None:
     threads = pick_threads(args.threads)
     try:
         with shortage_as(DeviceError, REMEDY), using_threads(1):  # the pool's workers are the threads
-            job = make_job(
-                args.source,
-                args.out,
-                args.attention,
-                args.experts,
-                args.device or pick_device(None),
-                args.tokenizer,
-            )
+            job = make_job(args)
             if not args.tokenizer and (missing := tokenizer_missing(args.source)):
                 warnings.warn(missing, RuntimeWarning, stacklevel=2)
             errors = write_output(job, args.force, threads, args.quiet)
@@ -117,12 +111,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("tools.quantize", __doc__)
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint folder, HF or Mistral layout")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, made if need be")
+    for name, about in (("--attention", f"{FORMAT} "), ("--experts", "")):
+        spec = parsed_by(QuantSpec.parse)
+        parser.add_argument(
+            name, type=spec, default=QuantSpec(4), metavar="FORMAT", help=f"{about}(default: 4)"
+        )
     parser.add_argument(
-        "--attention", type=spec, default=QuantSpec(4), metavar="FORMAT", help=f"{FORMAT} (default: 4)"
+        "--device", type=parsed_by(pick_device), help="(default: the GPU if there is one, else cpu)"
     )
-    parser.add_argument("--experts", type=spec, default=QuantSpec(4), metavar="FORMAT", help="(default: 4)")
-    parser.add_argument("--device", type=device, help="(default: the GPU if there is one, else cpu)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="(default: the processors it may use)")
+    parser.add_argument(
+        "--threads", type=at_least_one, metavar="N", help="(default: the processors it may use)"
+    )
     parser.add_argument(
         "--tokenizer",
         type=Path,
@@ -135,45 +134,31 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def spec(text: str) -> QuantSpec:
-    try:
-        return QuantSpec.parse(text)
-    except ModelError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def parsed_by(parse: Callable[[str], Value]) -> Callable[[str], Value]:
+    """The type of a flag whose value `parse` takes or refuses with a message."""
+
+    def convert(text: str) -> Value:
+        try:
+            return parse(text)
+        except (ModelError, MixtralError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
 
 
-def device(text: str) -> torch.device:
-    try:
-        return pick_device(text)
-    except MixtralError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, and must be a number of at least 1")
-    return int(text)
-
-
-def make_job(
-    source: Path,
-    out: Path,
-    attention: QuantSpec,
-    experts: QuantSpec,
-    device: torch.device,
-    tokenizer: Path | None = None,
-) -> Job:
+def make_job(args: argparse.Namespace) -> Job:
     """The job, checked as far as possible without looking at the output. Raises `ModelError`, `MixtralError`
     or `TokenizerError`."""
+    source, out, device = args.source, args.out, args.device or pick_device(None)
     checkpoint = open_checkpoint(source)
     if checkpoint.native:
         raise ModelError(f"{source}: quantized already ({checkpoint.description}); start from 16 bits")
     if out.exists() and out.samefile(source):
         raise MixtralError(f"{out}: source and output are the same folder")
-    format = NativeFormat(attention, experts, source.resolve().name)
+    format = NativeFormat(args.attention, args.experts, source.resolve().name)
     dtype = checkpoint.dtype if checkpoint.dtype.itemsize == 2 else torch.bfloat16
-    shards = native_shards(checkpoint.config, attention, experts, dtype)
-    return Job(checkpoint, out, format, dtype, device, shards, files_to_copy(source, tokenizer))
+    shards = native_shards(checkpoint.config, args.attention, args.experts, dtype)
+    return Job(checkpoint, out, format, dtype, device, shards, files_to_copy(source, args.tokenizer))
 
 
 def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, float]:
@@ -181,8 +166,7 @@ def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, 
 
     Raises `MixtralError`, `ModelError` or `OSError`. Finished files stay, and a later call goes on from them.
     """
-    folder, metadata = job.out, job.format.metadata()
-    source = job.source
+    folder, metadata, source = job.out, job.format.metadata(), job.source
     with reserved(folder):
         ours = settings(source.folder, source.config, job.format, job.device.type)
         journal = claim(folder, ours, job.files, job.matrices, force)

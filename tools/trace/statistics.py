@@ -31,7 +31,7 @@ def summarize(trace: Trace) -> dict[str, Any]:
     """All statistics, as JSON has them. A ratio of nothing is null."""
     header, events = trace.header, trace.events
     layers = routing_by_layer(trace)
-    seen = {routing.step: routing.tokens for routings in layers for routing in routings}
+    seen = step_tokens(layers)
     prompt = [tokens for tokens in seen.values() if tokens > 1]
     return {
         "trace": asdict(header) | {"truncated": trace.truncated},
@@ -85,21 +85,26 @@ def accesses_by_layer(trace: Trace) -> list[dict[int, list[Access]]]:
     return layers
 
 
+def step_tokens(layers: list[list[Routing]]) -> dict[int, int]:
+    """The number of tokens in each step."""
+    return {routing.step: routing.tokens for routings in layers for routing in routings}
+
+
 def counted(layers: list[list[Routing]]) -> set[int]:
     """The steps that ratios count: those of one token, or all if there are none."""
-    steps = {routing.step: routing.tokens for routings in layers for routing in routings}
+    steps = step_tokens(layers)
     return {step for step, tokens in steps.items() if tokens == 1} or set(steps)
 
 
 def recorded_ratios(trace: Trace) -> dict[str, Any]:
-    decode = {e.step for e in trace.events if isinstance(e, Routing) and e.tokens == 1}
+    routings = routing_by_layer(trace)
+    tokens, measured = step_tokens(routings), counted(routings)
     totals = {"decode": [0, 0], "prefill": [0, 0], "all": [0, 0]}  # hits, accesses
     layers = [[0, 0] for _ in range(trace.header.layers)]
-    measured = counted(routing_by_layer(trace))
     for event in trace.events:
         if isinstance(event, Hit | Miss):
             hit = isinstance(event, Hit)
-            kinds = [totals["all"], totals["decode" if event.step in decode else "prefill"]]
+            kinds = [totals["all"], totals["decode" if tokens.get(event.step) == 1 else "prefill"]]
             for pair in kinds + [layers[event.layer]] * (event.step in measured):
                 pair[0] += hit
                 pair[1] += 1
@@ -126,29 +131,24 @@ def replayed_ratios(layers: list[list[Routing]], experts: int, seed: int) -> dic
     """The hit ratio with 1, 2, ... slots in every layer, for each policy and the optimum. None stands for a
     number of slots that is left out."""
     steps = counted(layers)
-    ratios: dict[str, list[float | None]] = {name: [] for name in (*POLICIES, "belady")}
     accesses = sum(len(r.experts) for routings in layers for r in routings if r.step in steps)
-    for slots in range(1, experts + 1):
-        if slots not in replayed(experts):
-            for name in ratios:
-                ratios[name].append(None)
-            continue
-        hits = dict.fromkeys(ratios, 0)
-        for layer, routings in enumerate(layers):
-            if not routings:
-                continue
-            needs = [routing.experts for routing in routings]
-            by_policy = {
-                name: [sum(access.hit for access in step) for step in replay(needs, slots, name, seed, layer)]
-                for name in POLICIES
-            } | {"belady": optimum(needs, slots)}
-            for name, per_step in by_policy.items():
-                hits[name] += sum(
-                    n for n, routing in zip(per_step, routings, strict=True) if routing.step in steps
-                )
-        for name in ratios:
-            ratios[name].append(ratio(hits[name], accesses))
+    ratios: dict[str, list[float | None]] = {name: [None] * experts for name in (*POLICIES, "belady")}
+    for slots in replayed(experts):
+        for name, by_slots in ratios.items():
+            hits = 0
+            for layer, routings in enumerate(layers):
+                needs = [routing.experts for routing in routings]
+                found = replayed_hits(needs, slots, name, seed, layer)
+                hits += sum(n for n, r in zip(found, routings, strict=True) if r.step in steps)
+            by_slots[slots - 1] = ratio(hits, accesses)
     return ratios
+
+
+def replayed_hits(needs: list[tuple[int, ...]], slots: int, policy: str, seed: int, layer: int) -> list[int]:
+    """The hits of each step in one layer, by a policy or by the optimum, "belady"."""
+    if policy == "belady":
+        return optimum(needs, slots)
+    return [sum(access.hit for access in step) for step in replay(needs, slots, policy, seed, layer)]
 
 
 def replayed(experts: int) -> set[int]:

@@ -38,16 +38,11 @@ def about(report: dict[str, Any]) -> str:
 
 
 def recorded(report: dict[str, Any]) -> str:
-    rows = [
-        {
-            "steps": name,
-            "hits": str(row["hits"]),
-            "misses": str(row["misses"]),
-            "ratio": share(row["hit_ratio"]),
-        }
-        for name, row in report["recorded"].items()
-        if name != "by_layer"
-    ]
+    rows = []
+    for name in ("decode", "prefill", "all"):
+        row = report["recorded"][name]
+        counts = {"hits": str(row["hits"]), "misses": str(row["misses"])}
+        rows.append({"steps": name} | counts | {"ratio": share(row["hit_ratio"])})
     unknown = f"The policy {report['trace']['policy']} is not one that can be simulated here."
     verdict = AGREES.get(report["replay_agrees"], unknown)
     return f"Hit ratio as recorded\n{table(rows, '  ')}\n{verdict}"
@@ -55,18 +50,15 @@ def recorded(report: dict[str, Any]) -> str:
 
 def by_layer(report: dict[str, Any]) -> str:
     layers = zip(report["trace"]["slots"], report["recorded"]["by_layer"], strict=True)
-    rows = [
-        {"layer": str(layer), "slots": str(slots), "ratio": share(hits)}
-        for layer, (slots, hits) in enumerate(layers)
-    ]
+    rows = [{"layer": n, "slots": slots, "ratio": share(hits)} for n, (slots, hits) in enumerate(layers)]
     return table(rows, "  ")
 
 
 def by_slots(report: dict[str, Any]) -> str:
-    shown = sorted(replayed(report["trace"]["experts"]))
+    ratios = report["replay"].items()
     rows = [
-        {"slots": str(slots)} | {name: share(ratios[slots - 1]) for name, ratios in report["replay"].items()}
-        for slots in shown
+        {"slots": slots} | {name: share(by_slots[slots - 1]) for name, by_slots in ratios}
+        for slots in sorted(replayed(report["trace"]["experts"]))
     ]
     return table(rows, "  ")
 
@@ -74,7 +66,7 @@ def by_slots(report: dict[str, Any]) -> str:
 def by_guesses(report: dict[str, Any]) -> str:
     recalls = report["recall"]
     rows = [
-        {"guesses": str(n + 1)}
+        {"guesses": n + 1}
         | {f"{distance} ahead": share(r[n] if n < len(r) else None) for distance, r in recalls.items()}
         for n in range(max(map(len, recalls.values())))
     ]

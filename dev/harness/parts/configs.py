@@ -7,10 +7,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from dev.harness.answers import answers, use
+from dev.harness.answers import answers, check_answers, use
 from dev.harness.mutate.json_tree import as_text, mutated
 from dev.harness.mutate.values import NUMBERS, weird
-from dev.harness.outcome import Verdict, Wrong
+from dev.harness.outcome import Verdict
 from dev.harness.part import Case
 from dev.harness.subject import Subject
 
@@ -38,24 +38,20 @@ STRANGE = (
 
 @contextmanager
 def open_configs(subject: Subject) -> Iterator[Case]:
-    folders = {
-        name: subject.copy(getattr(subject, name), f"configs-{name}") for name in ("hf", "mistral", "native")
-    }
-    known = {name: answers(folder) for name, folder in folders.items()}
+    folders = [subject.copy(folder, f"configs-{folder.name}") for folder in subject.layouts]
+    known = {folder: answers(folder) for folder in folders}
 
     def case(chance: Random) -> Verdict:
-        name = chance.choice(list(folders))
-        folder = folders[name]
-        target, original = chosen(folder, name, chance)
+        folder = chance.choice(folders)
+        target, original = chosen(folder, chance)
         kept = target.read_bytes() if target.is_file() else None
         try:
             if chance.random() < 0.05 and target.name == "config.json":
                 target.write_text(json.dumps(original | HARMLESS, indent=chance.choice((None, 1))))
-                if answers(folder) != known[name]:
-                    raise Wrong(f"{name}: settings that the network does not have changed its answers")
-                return Verdict.ACCEPTED
-            target.write_bytes(as_text(changed(original, chance), chance))
-            use(folder)
+                check_answers(folder, known[folder], "settings that the network does not have")
+            else:
+                target.write_bytes(as_text(changed(original, chance), chance))
+                use(folder)
             return Verdict.ACCEPTED
         finally:
             target.unlink()
@@ -65,12 +61,12 @@ def open_configs(subject: Subject) -> Iterator[Case]:
     yield case
 
 
-def chosen(folder: Path, name: str, chance: Random) -> tuple[Path, Any]:
+def chosen(folder: Path, chance: Random) -> tuple[Path, Any]:
     """A file to damage, and its undamaged contents."""
     if chance.random() < 0.5:
         other = chance.choice(list(OTHERS))
         return folder / other, OTHERS[other]
-    target = folder / ("params.json" if name == "mistral" else "config.json")
+    target = folder / ("params.json" if folder.name == "configs-mistral" else "config.json")
     return target, json.loads(target.read_bytes())
 
 
