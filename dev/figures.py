@@ -97,7 +97,7 @@ def draw_offloading() -> Canvas:
     c = Canvas(800, 345)
     c.box(10, 10, 395, 325, fill="white")
     c.text(25, 30, "GPU", 12, weight="bold")
-    c.box(25, 48, 365, 36, "trunk: embeddings, attention, gates, KV cache", TRUNK)
+    c.box(25, 48, 365, 36, "trunk: embeddings, attention, routers; KV cache", TRUNK)
     slots = {"layer 0": "5 2 0 7", "layer 1": "1 6 3 0", "layer 2": "3 4 7 2"}
     for row, (layer, experts) in enumerate(slots.items()):
         y = 112 + 46 * row

@@ -39,7 +39,7 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).view(B, T, H + 2 * G, self.head_dim).transpose(1, 2)  # [B, H + 2G, T, K]
         qk = rope(qkv[:, : H + G])  # [B, H + G, T, K]
         q, k = qk[:, :H], qk[:, H:]  # [B, H, T, K], [B, G, T, K]
-        v = marked(qkv[:, H + G :], qk)  # [B, G, T, K]
+        v = poisoned(qkv[:, H + G :], qk)  # [B, G, T, K]
         if kv is not None:
             k, v = kv.append(k, v, past)  # [B, G, past + T, K]
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, H * self.head_dim))
@@ -51,14 +51,14 @@ class Attention(nn.Module):
         return self.o_proj(kernels.attend(q, kv.k, kv.v, position))
 
 
-def marked(v: Tensor, qk: Tensor) -> Tensor:  # [B, G, T, K], [B, H + G, T, K] -> [B, G, T, K]
+def poisoned(v: Tensor, qk: Tensor) -> Tensor:  # [B, G, T, K], [B, H + G, T, K] -> [B, G, T, K]
     """The values unchanged, or all NaN if any query or key is not finite.
 
     Attention alone can hide a number that is not finite. A CPU's kernel gives zeros where no score is finite,
     and a key that overflowed can look like one that is masked. A value of NaN reaches every token that sees
     it, at any score, and through the KV cache every later token.
     """
-    return torch.addcmul(v, *qk.detach().aminmax(), value=0)
+    return torch.addcmul(v, *qk.detach().aminmax(), value=0)  # v + 0 * least * greatest
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

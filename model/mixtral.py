@@ -1,22 +1,29 @@
 """Mixtral (arXiv 2401.04088): a decoder-only transformer whose feed-forward layers are mixtures of experts.
 
-Letters used for shapes, here and everywhere:
+Letters used for shapes, in the network:
 
     B batch   T tokens        D hidden      H query heads  G key/value heads    K head dim
     E experts A per token     F ffn         L layers       N = B * T            V vocabulary
     S tokens attended to: those in the KV cache and the T new ones
+    C capacity of a KV cache  n rows of one expert         d layers that a router looks ahead
+
+`model/quant` has letters of its own for a matrix: N x K, J groups in a row, and M rows to multiply it with.
 
 Words, each with one meaning:
 
     kv             keys and values of a text: a `KVCache` has all layers', a `LayerKV` one layer's
-    cache          experts: the device's slots and what fills them (`runtime.experts`)
+    cache          experts: the device's slots and what fills them; of keys and values we say "KV cache"
     forward        a pass of one or more tokens through all layers
-    step           the forward of one decoded token (`Mixtral.step`)
-    choose         what a router does, and nothing else does
+    step           the forward of one decoded token (on a GPU, `Mixtral.step`)
+    choose         what a router does for a token
     slot           one expert's place on the device; `slots` is a count of them
     blob           one expert as a run of bytes
     pool, arena    all slots' blobs on the device; every expert's blob in host memory
     demand, guess  the copy of an expert that is needed, or that will probably be
+    spare          a slot of no layer, for guesses
+    pin            keep a slot's expert until it has been computed
+    stall          computing waits for a copy
+    trunk          what every token needs: all but the experts and the KV cache
     resident       with all experts on the device; otherwise they are offloaded
     spec           a weight format, such as 4 or 3g128 (`QuantSpec`)
     ..._bytes      a quantity in bytes
@@ -85,7 +92,7 @@ class Block(nn.Module):
 class Mixtral(nn.Module):
     """Token ids to logits.
 
-    Parameters have their names of HF checkpoints without the leading `model.`, with two fusions: `qkv_proj`
+    Parameters are named as in HF checkpoints, without the leading `model.`, but for two fusions: `qkv_proj`
     has the rows of q, k and v, and `w13` those of w1 and w3. `model.checkpoint.pieces` holds the table.
 
     `experts(layer)` provides a layer's experts, and `linear(inputs, outputs)` makes attention's projections.
@@ -141,7 +148,7 @@ class Mixtral(nn.Module):
 
         token and position, [1] int64 each on the model's device, are the id and the number of tokens that
         `kv` holds. The caller moves `kv.length`. After each choice, the caller can bring the chosen experts
-        to the device before it asks for the next part.
+        to the device before it resumes this generator.
 
         This is a second way because a step is captured as CUDA graphs, which replay launches without Python.
         So no line here depends on the position or on a choice, nothing waits for the device, and one launch
@@ -155,7 +162,8 @@ class Mixtral(nn.Module):
             x, h = block.post_attention_layernorm.step(x, y)
             choice = block.block_sparse_moe.gate.step(h)
             yield choice
-            y = cast(StepExperts, block.block_sparse_moe.experts).step(h, choice)
+            experts = cast(StepExperts, block.block_sparse_moe.experts)  # those as parameters have no step
+            y = experts.step(h, choice)
         yield self.lm_head(self.norm.step(x, y)[1])
 
     def room(self, B: int, T: int, kv: KVCache | None) -> tuple[int, int]:

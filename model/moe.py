@@ -94,7 +94,7 @@ class Contributions(Protocol):
     """
 
     def inputs(self, expert: int) -> Tensor:  # [n, D]
-        """The rows of x that chose the expert."""
+        """The rows of x whose router chose the expert."""
         ...
 
     def add(self, expert: int, y: Tensor) -> None:  # [n, D]
@@ -127,7 +127,7 @@ class OneToken:
 
 
 class ManyTokens:
-    """Contributions to several tokens. Each is held until all of lower experts have been added.
+    """Contributions to several tokens. Each is held until those of all lower experts have been added.
 
     >>> x, ids = torch.ones(2, 4), torch.tensor([[3, 1], [1, 0]])
     >>> sums = ManyTokens(x, Choice(ids, torch.tensor([[0.75, 0.25], [0.5, 0.5]])), counts=[1, 2, 0, 1])

@@ -2,8 +2,8 @@
 
 **Lookahead** (arXiv 2312.17238, section 3.2). Each layer changes the residual stream only a little. So a
 later layer's norm and gate, applied to this layer's residual stream, often choose the experts that the later
-layer will choose. This layer's router sees x = h * v, where h is the normed stream and v the norm's weight.
-The later router will see about h * v'. So the prediction is one product of x with `gate' * (v' / v)`, which
+layer will choose. This layer's router sees x = n * v, where n is the normed stream and v the norm's weight.
+The later router will see about n * v'. So the prediction is one product of x with `gate' * (v' / v)`, which
 `seen_from` prepares.
 """
 

@@ -93,7 +93,7 @@ class Engine:
         """
         session = self.session()
         try:
-            return closing(session, session.complete(prompt, params))
+            return closing(session, session.start(prompt, params))
         except RequestError:
             session.close()
             raise

@@ -39,7 +39,8 @@ class Token:
 
 
 class Session:
-    """A conversation. It keeps its KV cache between turns and computes only the new tokens.
+    """A conversation. It keeps its KV cache between turns, and computes the tokens from the first one on that
+    differs from the last turn's, at least the last one.
 
         session = engine.session(system="Be brief.")
         session.send("What is 6 times 7?")
@@ -65,7 +66,8 @@ class Session:
     def generate(self, params: SamplingParams = DEFAULT_PARAMS) -> Iterator[Token]:
         """Answer the message that was sent.
 
-        The tokens that the caller takes become the assistant's message, even if the caller stops early.
+        The tokens that the caller takes become the assistant's message, even if the caller stops early. If it
+        takes none, the message is empty.
         Raises `RequestError`, at once or when the first token is taken, if the request cannot be served. The
         session then forgets the user's message.
         """
@@ -90,6 +92,10 @@ class Session:
         The beginning that the prompt shares with the session's last text is not computed again. Raises
         `RequestError` if the prompt is empty, is too long, or holds ids that the model does not have.
         """
+        return self.start(prompt, params)
+
+    def start(self, prompt: str | Sequence[int], params: SamplingParams) -> Iterator[Token]:
+        """`complete`, called by what the user called: a warning names the user's line."""
         if isinstance(prompt, str):
             self.warn_of_control(prompt)
         try:
@@ -108,7 +114,7 @@ class Session:
                 f"the prompt spells {names}, which is text like any other there; conversations (--chat, "
                 "Engine.session) have control tokens, and so have prompts of token ids",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def run(self, ids: list[int], params: SamplingParams, decoder: StreamDecoder) -> Iterator[Token]:
@@ -174,8 +180,8 @@ class Session:
     def prefill(self, ids: list[int]) -> Tensor:  # -> [V] float32
         """Make `kv` hold exactly `ids`, and compute those that it lacks, at least the last."""
         reused = min(common_prefix(self.ids, ids), len(ids) - 1)
+        del self.ids[reused:]  # first, so that an interrupt never leaves ids that `kv` does not hold
         self.kv.truncate(reused)
-        del self.ids[reused:]
         logits = self.forward(ids[reused:])
         self.ids = list(ids)
         self.runner.count_prompt(len(ids) - reused, reused)

@@ -85,7 +85,7 @@ def rotate_and_append(
     sin negated in its first half. k and v [1, G, C, K] or [G, C, K] are one layer's. All are in one dtype.
     position [1] int64 has to be below C, which is not checked.
 
-    Rounds where `Rope` rounds. A value is NaN where its key is not finite, as in `model.attention.marked`. A
+    Rounds where `Rope` rounds. A value is NaN where its key is not finite, as in `attention.poisoned`. A
     query that is not finite becomes NaN in `attend`.
     """
     from model.kernels import step_kernels

@@ -19,8 +19,10 @@ class QuantizedTensor:
 
         w = (q - z / 2 ** (8 - bits)) * (s * t)
 
-    A zero lies among the codes: at 4 bits it is a multiple of 1/16 of a code, at 2 bits of 1/64, and at 8
-    bits it is a code. So it needs no scale of its own, and q - zero is exact even in bfloat16.
+    The zero is the code that stands for the weight 0. It may be a fraction: its unit is 1/16 of a code at 4
+    bits, 1/64 at 2 bits, and 1 at 8 bits. So it needs no scale of its own, and q - zero is exact even in
+    bfloat16. A group costs 16 bits for s and z, and 32 / meta_group_size for its share of t: with 3g128, a
+    weight costs 3 + 16 / 128 + 32 / (128 * 128) = 3.127 bits.
 
     >>> spec = QuantSpec(4, group_size=16)
     >>> fill = lambda value, *shape: torch.full(shape, value, dtype=torch.uint8)
@@ -36,7 +38,7 @@ class QuantizedTensor:
     codes_high: Tensor | None  # [N, K / 8] uint8, at 3 bits only
     scales: Tensor  # [N, J] uint8
     zeros: Tensor  # [N, J] uint8
-    steps: Tensor  # [one for meta_group_size scales, row by row; zeros up to a multiple of 4] float32
+    steps: Tensor  # [N J / meta_group_size, rounded up, then with zeros to a multiple of 4] float32
 
     def __post_init__(self) -> None:
         expected = {f.name: (f.dtype, f.shape) for f in matrix_fields("", self.shape, self.spec)}

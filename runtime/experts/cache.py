@@ -217,7 +217,7 @@ class ExpertCache:
         arrivals = self.residency.bring(Needs(layer, needed, 1, len(ids), ahead, shares))
         slots = {arrival.expert: arrival.slot for arrival in arrivals}
         self.host_slot_array[layer, : len(ids)] = [slots[e] for e in ids]
-        return partial(self.residency.computed, arrivals)
+        return partial(self.residency.release_layer, arrivals)
 
     def apply_step(self, layer: int, x: Tensor, choice: Choice) -> Tensor:  # [1, D] -> [1, D]
         """`StepExperts.step` for one layer. The device reads from host memory which slots `provide` found."""

@@ -1,17 +1,17 @@
 """Experts cross the link piece by piece, demanded experts before guesses.
 
 The copy engine moves one piece at a time, always of the most pressing copy. So a guess delays a demanded
-expert by no more than the piece under way. Computing can begin with the first matrices of an expert while its
-last matrix travels.
+expert by no more than the pieces under way: one on a CPU, two on a GPU. Computing can begin with the first
+matrices of an expert while its last matrix travels.
 
 **Two threads.** A copy thread serves the queue. Where putting a piece on the link waits for nothing, the
 computing thread puts demanded experts there itself, and the copy thread has only the guesses: handing an
 expert over would take longer than putting it on the link.
 
 **Interrupts.** An interrupt may stop the computing thread between any two of its instructions, and a
-finaliser or a signal handler may run there. So the computing thread takes a single lock, `turn`, by a `with`
+finalizer or a signal handler may run there. So the computing thread takes a single lock, `turn`, by a `with`
 that is C code throughout. It gives its orders through a queue that is C code, and it waits in C. Neither an
-interrupt nor a finaliser that calls `end` can leave the copy thread waiting.
+interrupt nor a finalizer that calls `end` can leave the copy thread waiting.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Ticket:
     seconds: float = 0.0  # that the link took
     error: BaseException | None = None
     cancelled: bool = False
-    era: int = 0  # of the copy engine, when it took the order
+    era: int = 0  # `cancel_all` begins a new era, and drops the copies of older ones
 
     @property
     def complete(self) -> bool:
@@ -193,7 +193,7 @@ class CopyEngine:
 
     def end(self) -> None:
         """Tell the copy thread to end after the piece under way. A thread that waits for a copy gets a
-        `TransferError`. Takes no lock and does not wait, so a finaliser may call it in any thread."""
+        `TransferError`. Takes no lock and does not wait, so a finalizer may call it in any thread."""
         self.closed = True
         self.orders.put(lambda: None)
 

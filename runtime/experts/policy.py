@@ -17,6 +17,8 @@ class Policy(Protocol):
 
     To add a policy, write such a class. `EngineOptions(policy=...)` takes a function that makes an object of
     it from a seed and a layer's number. A line in `POLICIES` gives that function a name for the command line.
+    After a forward that was broken off, slots are empty again, and a copy of the new policy
+    (`copy.deepcopy`) takes its place.
 
     >>> class MostRecent:
     ...     "Evicts the expert that was used last: best for a cycle of more experts than slots."
@@ -75,7 +77,8 @@ class LRU:
 class LFU:
     """Evicts the expert that was used least often. Of experts used equally often, the least recent leaves.
 
-    Counts outlive eviction, or else a newcomer could never stay. They are halved at every `half_life`-th
+    Counts are kept after eviction. Otherwise an expert that returns would start at 1 and be the next victim.
+    They are halved at every `half_life`-th
     access of the layer. Without decay, the experts of an earlier text would hold their slots through all of
     the next text. Of 4, 8, 16, ... 512 accesses, 16 and 32 had the most hits on the demo model. 32 accesses
     are 16 tokens of 2 experts.
@@ -115,8 +118,9 @@ class Random:
     The generator is Python's `random.Random("SEED LAYER")`. Each victim takes one `randrange`, an index into
     the candidates in ascending order. That is all one needs to know to replay a trace.
 
-    >>> [Random(seed=1, layer=0).victim({2, 5, 6}) for _ in range(3)]
-    [2, 2, 2]
+    >>> policy = Random(seed=1, layer=0)
+    >>> [policy.victim({2, 5, 6}) for _ in range(6)]
+    [2, 5, 2, 2, 5, 6]
     """
 
     def __init__(self, seed: int, layer: int) -> None:

@@ -11,10 +11,12 @@ travels while expert 2 is computed. Its w13 travels first, and is computed with 
 
 **Two layers.** A guess travels after the misses, while the rest of this layer and the attention of the next
 are computed. If the next layer does need the expert, most of it is there by then. With `lookahead` 2, layer 7
-guesses for layer 8 and then for layer 9. A demanded copy overtakes guesses after the piece under way.
+guesses for layer 8 and then for layer 9. A demanded copy overtakes guesses after the pieces under way.
 
     compute   router 7 | experts of 7       | attention 8 | router 8 | experts of 8 .......... | attention 9
     link               | misses of 7 | guess for 8 | guess for 9 ... | misses of 8 | guess for 9, the rest
+
+**A token on a GPU** (`bring`) is simpler. The layer starts when its experts are all there, as one launch.
 
 **What becomes of a guess.** It lands in a spare slot, which belongs to no layer. If its layer needs it, the
 layer adopts the slot, and the victim's slot becomes the spare. No byte moves. If not, the copy is cancelled
@@ -22,8 +24,8 @@ and the slot is free again. So a wrong guess evicts nothing, and a layer's hits,
 its policy alone.
 
 **A prompt** may need more experts than a layer has slots. Then each expert that was computed makes room for
-one that is still missing, and each crosses the link once. The last tokens' experts come last, so that
-decoding finds them in their slots.
+one that is still missing, and each crosses the link once. Hits come first. Among the misses, the last tokens'
+experts come last, so that decoding finds them in their slots.
 """
 
 import copy
@@ -52,7 +54,10 @@ class Arrival:
 
 
 class Residency:
-    """The slots of all layers on one device. The engine makes sure that only one thread at a time uses it."""
+    """The slots of all layers on one device, where experts are not all resident.
+
+    The engine makes sure that only one thread at a time uses it.
+    """
 
     def __init__(
         self,
@@ -74,7 +79,8 @@ class Residency:
         self.complete = True  # the latest forward came to its end
 
     def arrivals(self, needs: Needs) -> Iterator[Arrival]:
-        """The experts that a layer needs, in the order in which they can be computed.
+        """The experts that a layer needs, in the order in which they can be computed: hits first, then
+        misses, each in the order of `needs.experts`.
 
         Take the next one only after the last one has been launched, or computed on a CPU. Then the last one's
         slot is released, and may receive an expert that there was no room for.
@@ -93,8 +99,8 @@ class Residency:
     def bring(self, needs: Needs) -> list[Arrival]:
         """A token's experts for one layer, pinned. Kernels launched from now on come after their copies.
 
-        Hand the result to `computed` after the layer has been launched. Raises `TransferError` if an expert
-        does not arrive.
+        Hand the result to `release_layer` after the layer has been launched. Raises `TransferError` if an
+        expert does not arrive.
         """
         arrivals, missing = self.admit(needs)
         assert not missing, needs
@@ -102,14 +108,15 @@ class Residency:
             self.wait(arrival)
         return arrivals
 
-    def computed(self, arrivals: Sequence[Arrival]) -> None:
+    def release_layer(self, arrivals: Sequence[Arrival]) -> None:
         """Release the experts of `bring`, after the caller has launched the layer."""
-        self.complete = arrivals[0].layer == len(self.tables) - 1
+        last = arrivals[0].layer == len(self.tables) - 1
         # The host reads the next layer's choice only after the device has computed this layer. So only after
         # the last layer does a copy have anything to wait for.
-        mark = self.copies.link.used() if self.complete else None
+        mark = self.copies.link.used() if last else None
         for arrival in arrivals:
             self.release(arrival, mark)
+        self.complete = last
 
     def wait(self, arrival: Arrival, count: int | None = None) -> None:
         """Let computing come after the first `count` bytes of an expert's copy, or after all of it. Raises
@@ -190,9 +197,9 @@ class Residency:
     def guess(self, needs: Needs) -> None:
         """Send for experts that the next layers will probably need, as long as there are free spares.
 
-        For one token, these are up to `prefetch` of the experts ranked highest. Only as many of the ranking
-        count as a token chooses, or `prefetch` if that is more. A prompt needs most experts, so for a prompt
-        every absent expert is worth a guess.
+        For one token, these are up to `prefetch` absent experts from the top of the ranking, which is as many
+        as a token chooses, or `prefetch` if that is more. A prompt needs most experts, so for a prompt every
+        absent expert is worth a guess.
         """
         one = needs.tokens == 1
         for distance, ranking in enumerate(needs.ahead, start=1):

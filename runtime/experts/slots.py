@@ -7,7 +7,7 @@ guess comes true, the layer adopts its slot and gives up its victim's slot in re
 wrong guess evicts nothing. A layer's hits, misses and victims are those of its policy alone, whatever was
 guessed and however long copies took.
 
-Nothing here waits, copies or locks. One thread keeps the books, and tells them how its copies fare.
+Nothing here waits, copies or locks. One thread calls this, and says when a copy is complete (`ready`).
 """
 
 from collections.abc import Iterable
@@ -37,8 +37,8 @@ class SlotTable:
 
     In each forward, `hit` the needed experts that are here, then `place` or `adopt` the others, compute, and
     `release` each. The first three pin the slot, and `release` unpins it. A pinned slot is not given away.
-    Before the last access, release only when `has_room` is False. Then the victims are the same however
-    copies and computing overlap.
+    Until all needed experts have been hit or placed, release only when `has_room` is False. Then the victims
+    are the same however copies and computing overlap.
 
     >>> from runtime.experts.policy import LRU
     >>> table = SlotTable([10, 11, 12], LRU())
@@ -95,7 +95,7 @@ class SlotTable:
         return slot, evicted
 
     def adopt(self, expert: int, slot: int) -> tuple[int, int | None]:
-        """Take over the spare `slot` that an expert, which is not here, was guessed into.
+        """A guess came true: take over the spare `slot` that holds or receives the expert.
 
         The slot is the layer's from now on, pinned, and loading until computing has waited for its copy.
         Returns the slot that the layer gives up for it, whose bytes are worthless, and the expert that was

@@ -174,7 +174,7 @@ class TraceWriter:
     def __init__(self, file: TextIO, header: Header) -> None:
         self.file: TextIO | None = file
         self.name = str(getattr(file, "name", "trace"))
-        self.lock = threading.RLock()  # a finaliser may call `close` in the middle of `add`
+        self.lock = threading.RLock()  # a finalizer may call `close` in the middle of `add`
         self.step = 0
         self.error: OSError | None = None
         file.write(json.dumps({"format": FORMAT, "version": VERSION} | dataclasses.asdict(header)) + "\n")
@@ -203,7 +203,7 @@ class TraceWriter:
                     self.step = event.step
                 file.write(line)
             except ValueError:
-                assert file.closed  # a finaliser closed it just now
+                assert file.closed  # a finalizer closed it just now
             except OSError as error:
                 self.error = error
 

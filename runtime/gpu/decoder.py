@@ -109,14 +109,14 @@ class Decoder:
 
     def launch(self, parts: Iterable[Work]) -> None:
         """Launch the parts of a step, and between them let the cache provide each layer's experts."""
-        layers, computed = len(self.routers), None
+        layers, release = len(self.routers), None
         for layer, part in enumerate(parts):
             part()
-            if computed is not None:
-                computed()
+            if release is not None:
+                release()
             if self.cache is not None and layer < layers:
                 self.graphs.wait()
-                computed = self.cache.provide(layer, *self.choice(layer))
+                release = self.cache.provide(layer, *self.choice(layer))
 
     def choice(self, layer: int) -> tuple[list[int], Tensor, list[list[int]]]:
         """A layer's choice as the device wrote it: ids, weights, and a ranking for each later layer."""
@@ -128,7 +128,9 @@ class Decoder:
     def parts(self, kv: KVCache) -> list[Work]:
         """The parts of one step. Each is to be called once, in order."""
         count = 1 if self.cache is None else len(self.routers) + 1
-        return [partial(next, self.launches(kv))] * count
+        return [
+            partial(next, self.launches(kv))
+        ] * count  # one generator: each call takes it to its next yield
 
     def launches(self, kv: KVCache) -> Iterator[None]:
         """Launch a step's kernels. Stops wherever a part ends."""

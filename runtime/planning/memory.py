@@ -116,7 +116,7 @@ def reserve(device: torch.device, size: int) -> None:
 def release(device: torch.device) -> None:
     """Give back the unused memory that PyTorch's allocator holds of a GPU.
 
-    This collects garbage, so the caller must hold no lock that a finaliser may take.
+    This collects garbage, so the caller must hold no lock that a finalizer may take.
     """
     if device.type == "cuda":
         gc.collect()

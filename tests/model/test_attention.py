@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import attention
-from model.attention import Attending, Attention, attend, causal_mask, marked
+from model.attention import Attending, Attention, attend, causal_mask, poisoned
 from model.linear import Linear
 from model.rope import Rope
 from model.target import Target
@@ -217,12 +217,12 @@ def test_which_way_a_device_takes() -> None:
 def test_values_are_unchanged_unless_a_query_or_key_is_not_finite(dtype: torch.dtype) -> None:
     qk, v = (like_the_model(1, heads, 5, 16) for heads in (6, 2))
     qk, v = (qk * 3e4).clamp(-6e4, 6e4).to(dtype), v.to(dtype)
-    assert torch.equal(marked(v, qk), v)
+    assert torch.equal(poisoned(v, qk), v)
     for odd in (torch.nan, torch.inf, -torch.inf):
         for place in ((0, 0, 0, 0), (0, 5, 4, 15)):
             bad = qk.clone()
             bad[place] = odd
-            assert marked(v, bad).isnan().all()
+            assert poisoned(v, bad).isnan().all()
 
 
 @pytest.mark.parametrize("by_scores", [False, True])

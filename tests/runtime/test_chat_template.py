@@ -61,8 +61,10 @@ def test_ids_of_the_model_pass_everywhere(load: Callable[..., Engine], chatml: P
 
 def test_control_tokens_in_a_prompt_are_warned_of(load: Callable[..., Engine], chatml: Path) -> None:
     engine = load(chatml)
-    with pytest.warns(RuntimeWarning, match=r"spells '<\|im_start\|>', which is text"):
+    with pytest.warns(RuntimeWarning, match=r"spells '<\|im_start\|>', which is text") as warned:
         next(engine.generate("<|im_start|>user", SamplingParams(max_new_tokens=1)))
+        next(engine.session().complete("<|im_start|>user", SamplingParams(max_new_tokens=1)))
+    assert [warning.filename for warning in warned] == [__file__] * 2
 
 
 def test_another_template(load: Callable[..., Engine], chatml: Path, tmp_path: Path) -> None:

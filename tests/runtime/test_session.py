@@ -85,6 +85,23 @@ def test_a_sessions_own_answer_is_reused(engine: Engine) -> None:
     assert engine.stats().reused_tokens - before.reused_tokens == len(ids) + 9
 
 
+def test_an_interrupt_while_the_kv_cache_is_cut_back_leaves_the_session_usable(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, ids = engine.session(), [5, 6, 7, 8, 9, 10]
+    assert ids_of(session.complete(ids, greedy())) == fresh(engine, ids)
+    truncate = session.kv.truncate
+
+    def interrupted(length: int) -> None:
+        truncate(length)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(session.kv, "truncate", interrupted)
+        next(session.complete([5, 6, 11], greedy()))
+    assert ids_of(session.complete(ids, greedy())) == fresh(engine, ids)
+
+
 def test_sessions_taken_in_turns_do_not_mix(engine: Engine) -> None:
     alone = []
     for message in ("alpha?", "beta?"):

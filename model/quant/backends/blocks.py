@@ -33,7 +33,7 @@ class Blocks:
 
     def __call__(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N]
         (N, K), M = self.matrix.shape, x.shape[0]
-        x = filled_up(x)
+        x = filled_up(x)  # see model/rows.py
         spec, scales, zeros = self.matrix.spec, self.matrix.group_scales(), self.matrix.group_zeros()
         block = min(max(block_weights(x.device) // K, 1), N)  # rows
         wide = x.new_empty(block, K, dtype=torch.float32)

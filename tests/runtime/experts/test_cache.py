@@ -128,3 +128,29 @@ def test_a_slot_is_overwritten_after_its_last_use(rig: Any) -> None:
         rig.engine.logits(rig.ids(1))
         assert len(marks) > 20 and all(marks)
         assert len(set(cache.residency.last_use)) > 6
+
+
+@pytest.mark.parametrize("released", [0, 1])
+def test_an_interrupt_while_a_layer_is_released_is_no_end_of_the_forward(
+    rig: Any, released: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots that stay pinned are forgotten when the next forward begins."""
+    with rig.cached(2, lookahead=0) as cache:
+        residency, release, left = cache.residency, cache.residency.release, [released]
+
+        def interrupted(*args: Any) -> None:
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            release(*args)
+
+        for layer in range(rig.layers):
+            done = cache.provide(layer, [0, 1], torch.tensor([0.5, 0.5]), [])
+            if layer < rig.layers - 1:
+                done()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(residency, "release", interrupted)
+            done()
+        assert not residency.complete
+        cache.provide(0, [2, 3], torch.tensor([0.5, 0.5]), [])
+        assert all(slot.pins == 0 for table in residency.tables[1:] for slot in table.slots.values())

@@ -321,7 +321,7 @@ def test_a_load_that_fails_anywhere_leaves_no_thread(variant: Callable[..., Path
 
 
 def await_threads(expected: list[str]) -> None:
-    """Wait for threads that finalisers told to end."""
+    """Wait for threads that finalizers told to end."""
     deadline = time.monotonic() + 10
     while threads() != expected:
         assert time.monotonic() < deadline, threads()
