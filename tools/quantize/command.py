@@ -111,14 +111,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("tools.quantize", __doc__)
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint folder, HF or Mistral layout")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, made if need be")
-    for name, about in (("--attention", f"{FORMAT} "), ("--experts", "")):
-        spec = parsed_by(QuantSpec.parse)
-        parser.add_argument(
-            name, type=spec, default=QuantSpec(4), metavar="FORMAT", help=f"{about}(default: 4)"
-        )
+    spec, device = parsed_by(QuantSpec.parse), parsed_by(pick_device)
     parser.add_argument(
-        "--device", type=parsed_by(pick_device), help="(default: the GPU if there is one, else cpu)"
+        "--attention", type=spec, default=QuantSpec(4), metavar="FORMAT", help=f"{FORMAT} (default: 4)"
     )
+    parser.add_argument("--experts", type=spec, default=QuantSpec(4), metavar="FORMAT", help="(default: 4)")
+    parser.add_argument("--device", type=device, help="(default: the GPU if there is one, else cpu)")
     parser.add_argument(
         "--threads", type=at_least_one, metavar="N", help="(default: the processors it may use)"
     )
