@@ -21,6 +21,7 @@ from model.checkpoint.files import weight_files
 from model.checkpoint.load import open_checkpoint
 from model.mixtral import Mixtral
 from runtime.shell.arguments import at_least_one
+from runtime.shell.command import say
 from runtime.units import parse_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -64,7 +65,7 @@ def measure_all(folder: Path, dtype: str | None, runs: int) -> dict[str, Any]:
             results.append(measure(folder, dtype))
         best = min(results, key=lambda result: result["seconds"])
         report[state] = best | {"seconds_per_gb": best["seconds"] / (checkpoint.bytes / 1e9)}
-        print(f"{state}: {describe(report[state])}", file=sys.stderr)
+        say(f"{state}: {describe(report[state])}")
     return report
 
 

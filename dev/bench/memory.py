@@ -22,6 +22,7 @@ from runtime.engine import DEMO, Engine
 from runtime.errors import DeviceError
 from runtime.options import EngineOptions, SamplingParams
 from runtime.shell.arguments import at_least_one
+from runtime.shell.command import say
 
 SETTLED = 10  # prompts, after which memory should not grow
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             words += ["--longest", str(args.longest), "--threads", str(args.threads)]
             row = json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
             rows[f"{dtype}, {row['experts']}"] = row
-            print(describe(row), file=sys.stderr, flush=True)
+            say(describe(row))
     return {"rows": rows}
 
 

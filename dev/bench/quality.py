@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from runtime.errors import MixtralError, OptionError
 from runtime.options import EngineOptions
 from runtime.process.threads import pick_threads
 from runtime.shell.arguments import at_least_one
+from runtime.shell.command import say
 from tools.perplexity import Score, score
 from tools.quantize import command as quantize
 
@@ -293,11 +293,9 @@ def measure(source: Path, wanted: Sequence[Formats], texts: Sequence[str]) -> li
             write(source, out, formats)
             results.append(judge(out, formats, texts))
         size, total = results[-1].bytes / 1e6, results[-1].score
-        print(
+        say(
             f"{number} of {len(wanted)}: {formats}, {size:.2f} MB, perplexity {total.perplexity:.4f}, "
-            f"{total.bits_per_byte:.4f} bits per byte, {total.seconds:.0f} s",
-            file=sys.stderr,
-            flush=True,
+            f"{total.bits_per_byte:.4f} bits per byte, {total.seconds:.0f} s"
         )
     return results
 

@@ -8,7 +8,6 @@ are cut from one pool of random numbers at changing places, so writing is as fas
 memory of one tensor.
 """
 
-import argparse
 import dataclasses
 import math
 import sys
@@ -20,9 +19,9 @@ from torch import Tensor
 from model.checkpoint.names import HF, StoredTensor, stored_tensors
 from model.checkpoint.save import write_hf
 from model.config import ModelConfig
-from model.errors import ModelError
 from runtime.engine import DEMO
-from runtime.errors import MixtralError
+from runtime.shell.arguments import new_parser
+from runtime.shell.command import put, run
 from runtime.units import parse_bytes
 from tools.quantize.output import copy
 
@@ -83,9 +82,12 @@ def random_checkpoint(config: ModelConfig, folder: Path, seed: int = 0) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return run(lambda: make(argv))
+
+
+def make(argv: list[str] | None) -> None:
+    """Write the checkpoint that the command line describes."""
+    parser = new_parser("dev.bench.random_checkpoint", __doc__)
     parser.add_argument("out", type=Path, help="a folder, made if it is missing")
     parser.add_argument("--bytes", help="about this size, like 2GB; the flags below change the shape")
     parser.add_argument("--seed", type=int, default=0)
@@ -94,15 +96,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--" + name.replace("_", "-"), type=int)
     args = parser.parse_args(argv)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    try:
-        shape = shape_of_size(parse_bytes(args.bytes)) if args.bytes else SMALL
-        config = dataclasses.replace(shape, **given)
-        random_checkpoint(config, args.out, args.seed)
-    except (ModelError, MixtralError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.out}: {stored_bytes(config) / 1e9:.3f} GB, {config}")
-    return 0
+    shape = shape_of_size(parse_bytes(args.bytes)) if args.bytes else SMALL
+    config = dataclasses.replace(shape, **given)
+    random_checkpoint(config, args.out, args.seed)
+    put(f"{args.out}: {stored_bytes(config) / 1e9:.3f} GB, {config}\n")
 
 
 if __name__ == "__main__":

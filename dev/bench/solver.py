@@ -6,7 +6,6 @@ those of hqq are of its own result, with scales and zeros in float32.
 
 import argparse
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
 from runtime.shell.arguments import at_least_one
+from runtime.shell.command import say
 
 STD = 0.02  # of the random weights, about a Mixtral's
 
@@ -38,11 +38,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"rows": args.rows, "columns": args.columns, "threads": torch.get_num_threads()}
     for spec in specs:
         report[str(spec)] = result = compare(weight, spec, args.runs)
-        print(
+        say(
             f"{spec}: {result['seconds']:.2f} s, hqq {result['hqq_seconds']:.2f} s, "
             f"{result['speedup']:.1f} times as long; "
-            f"error {result['error']:.4f}, hqq {result['hqq_error']:.4f}",
-            file=sys.stderr,
+            f"error {result['error']:.4f}, hqq {result['hqq_error']:.4f}"
         )
     return report
 

@@ -7,7 +7,6 @@ and compresses the same files with xz -9 for comparison. The files are those of 
 held-out files of another version than 3.11.7 are not all unseen.
 """
 
-import argparse
 import lzma
 import math
 import sys
@@ -17,8 +16,10 @@ from typing import Protocol
 from dev.demo.balance import Balance
 from dev.demo.corpus import standard_library
 from model.mixtral import Mixtral
-from runtime import Engine, EngineOptions, MixtralError
+from runtime import Engine, EngineOptions
 from runtime.engine import DEMO
+from runtime.shell.arguments import new_parser
+from runtime.shell.command import run
 from tools.perplexity import negative_log_likelihood
 
 
@@ -40,22 +41,20 @@ def judge(model: Mixtral, balance: Balance, encoder: Encoder, texts: list[str]) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return run(lambda: compare(argv))
+
+
+def compare(argv: list[str] | None) -> None:
+    """Print what xz and the model on the command line make of the held-out files."""
+    parser = new_parser("dev.demo.held_out", __doc__)
     parser.add_argument("model", type=Path, nargs="?", default=DEMO)
     args = parser.parse_args(argv)
     corpus = standard_library()
     data = corpus.held_out_bytes
     print(f"{len(corpus.held_out)} files, {len(data):,} bytes, Python {sys.version.split()[0]}")
     print(f"xz -9    {len(lzma.compress(data, preset=9)) * 8 / len(data):.4f} bits per byte", flush=True)
-    try:
-        engine = Engine.load(args.model, EngineOptions(dtype="float32"))
-    except MixtralError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    engine = Engine.load(args.model, EngineOptions(dtype="float32"))
     print(f"model    {judge(engine.model, Balance(engine.model), engine.tokenizer, corpus.held_out)}")
-    return 0
 
 
 if __name__ == "__main__":

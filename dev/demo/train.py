@@ -7,7 +7,6 @@ state of training is saved in `OUT/training.pt` every few minutes, and the same 
 prints loss, speed, how evenly the experts are used, and the held-out bits per byte.
 """
 
-import argparse
 import dataclasses
 import io
 import os
@@ -30,6 +29,7 @@ from model.checkpoint import save_hf
 from model.config import ModelConfig
 from model.mixtral import Mixtral
 from runtime.planning.device import pick_device
+from runtime.shell.arguments import new_parser
 
 DEMO = ModelConfig(
     vocab=2048, hidden=256, layers=8, heads=4, kv_heads=2, head_dim=64, ffn=128,
@@ -292,9 +292,7 @@ def train(out: Path, recipe: Recipe, corpus: Corpus) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("dev.demo.train", __doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=Recipe.minutes)
     parser.add_argument("--seed", type=int, default=Recipe.seed)

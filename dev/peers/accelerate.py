@@ -37,9 +37,10 @@ from model.shapes import SHAPES
 from runtime.errors import DeviceError, MixtralError, OptionError
 from runtime.planning.device import pick_device
 from runtime.planning.memory import free_host_bytes
-from runtime.shell.arguments import at_least_one
+from runtime.shell.arguments import at_least_one, new_parser
 from runtime.units import format_bytes, parse_bytes
 from tools.bench.machine import machine
+from tools.text import as_text
 
 POOL = 1 << 24  # random numbers to fill weights with, because drawing all would take minutes
 WARM_UP = 1  # tokens after the prompt that do not count
@@ -48,9 +49,7 @@ Place = int | str  # a device as accelerate names it: a GPU's number, or "cpu" f
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("dev.peers.accelerate", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="mixtral-8x7b")
     parser.add_argument("--layers", type=at_least_one, default=4, help="to measure (default: 4)")
     parser.add_argument("--vram", default="12GiB", help="limit for the whole model (default: 12GiB)")
@@ -68,8 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    lines = [f"{name:26} {value}" for name, value in result.items()]
-    print(json.dumps(result, indent=2) if args.json else "\n".join(lines))
+    print(json.dumps(result, indent=2) if args.json else as_text(result))
     return 0
 
 

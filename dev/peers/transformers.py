@@ -5,7 +5,6 @@
 Both decode greedily from the same prompt, in turn. The figures are medians, and include the prompt.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -18,12 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from runtime import Engine, EngineOptions, SamplingParams
 from runtime.engine import DEMO
+from runtime.shell.arguments import new_parser
+from tools.text import as_text
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("dev.peers.transformers", __doc__)
     parser.add_argument("model", type=Path, nargs="?", default=DEMO)
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--prompt", default="def ")
@@ -61,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    lines = [f"{name:26} {value}" for name, value in result.items()]
-    print(json.dumps(result) if args.json else "\n".join(lines))
+    print(json.dumps(result) if args.json else as_text(result))
     return 0
 
 

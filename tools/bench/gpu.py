@@ -26,6 +26,7 @@ from model.shapes import SHAPES
 from runtime.errors import DeviceError
 from runtime.planning.device import find_device
 from runtime.shell.arguments import at_least_one
+from runtime.shell.command import say
 from tools.text import as_text
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # where `python -m dev...` finds its module
@@ -87,8 +88,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         results[part.name] = result = run_part(part, left, args.out)
         (args.out / f"{part.name}.json").write_text(json.dumps(result, indent=2) + "\n")
         (args.out / "results.txt").write_text("\n\n".join(starmap(describe, results.items())) + "\n")
-        print(f"{part.name}: {result['seconds']:.1f} of at most {min(part.seconds, max(left, 0)):.0f} s: "
-              f"{result.get('error', 'done')}", file=sys.stderr)  # fmt: skip
+        limit = min(part.seconds, max(left, 0))
+        said = result.get("error", "done")
+        say(f"{part.name}: {result['seconds']:.1f} of at most {limit:.0f} s: {said}")
     return {
         "out": str(args.out),
         "seconds": time.perf_counter() - start,
