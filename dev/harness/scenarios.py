@@ -1,9 +1,8 @@
-"""What runs while faults come: loading and answering, quantizing, the command. Each knows its right
-result."""
+"""What runs while faults come: loading and answering, quantizing, the command. Each runs under a fault, and
+again after the fault is over, and knows its right result."""
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from dev.harness.answers import PROMPTS, answer, answers
@@ -14,26 +13,20 @@ from dev.harness.quantizing import check_left, contents, finish, quantize
 from dev.harness.subject import OFFLOADED, RESIDENT, Subject
 from runtime import Engine, EngineOptions, RequestError, generate
 
-
-@dataclass(frozen=True)
-class Scenario:
-    """`run` does it under a fault, and again after the fault is over."""
-
-    name: str
-    run: Callable[[Fault], Verdict]
+Scenario = Callable[[Fault], Verdict]
 
 
 def scenarios(subject: Subject, work: Path) -> list[Scenario]:
     return [
-        engine("resident", subject.hf, RESIDENT),
-        engine("offloaded", subject.hf, OFFLOADED),
-        engine("native", subject.native, OFFLOADED),
+        engine(subject.hf, RESIDENT),
+        engine(subject.hf, OFFLOADED),
+        engine(subject.native, OFFLOADED),
         command(subject, work),
         quantizer(subject, work),
     ]
 
 
-def engine(name: str, folder: Path, options: EngineOptions) -> Scenario:
+def engine(folder: Path, options: EngineOptions) -> Scenario:
     known = answers(folder, options)
 
     def run(fault: Fault) -> Verdict:
@@ -54,7 +47,7 @@ def engine(name: str, folder: Path, options: EngineOptions) -> Scenario:
             raise Wrong(f"{fault.fired} failed, and the answers are wrong")
         return Verdict.ACCEPTED
 
-    return Scenario(name, run)
+    return run
 
 
 def command(subject: Subject, work: Path) -> Scenario:
@@ -77,7 +70,7 @@ def command(subject: Subject, work: Path) -> Scenario:
             raise Wrong(f"after {fault.fired} failed, the next text is wrong")
         return verdict
 
-    return Scenario("command", run)
+    return run
 
 
 def quantizer(subject: Subject, work: Path) -> Scenario:
@@ -94,4 +87,4 @@ def quantizer(subject: Subject, work: Path) -> Scenario:
         finish(subject, out, expected)
         return verdict
 
-    return Scenario("quantize", run)
+    return run

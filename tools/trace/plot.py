@@ -44,7 +44,7 @@ def plot(trace: Trace, out: Path, layers: Sequence[int] | None = None, tokens: i
         ("hit_ratio", lambda figure: draw_hit_ratio(figure, trace)),
         ("recall", lambda figure: draw_recall(figure, trace)),
     ):
-        figure = Figure(layout="constrained", dpi=DPI)
+        figure = Figure(figsize=(6, 4), layout="constrained", dpi=DPI)
         if draw(figure):
             paths.append(out / f"{name}.png")
             with replacing(paths[-1]) as file:
@@ -125,35 +125,32 @@ def decoded(trace: Trace, layer: int, tokens: int) -> list[tuple[dict[int, float
 
 def draw_hit_ratio(figure: Any, trace: Trace) -> bool:
     ratios = replayed_ratios(routing_by_layer(trace), trace.header.experts, trace.header.seed)
-    figure.set_size_inches(6, 4)
     panel = figure.subplots()
     for name, style in LINES.items():
         slots = [s for s, value in enumerate(ratios[name], start=1) if value is not None]
         if not slots:
             return False
         panel.plot(slots, [value for value in ratios[name] if value is not None], **style)
-    panel.set_xlabel("slots per layer")
-    panel.set_ylabel("hit ratio")
-    finish(panel, trace.header.experts)
+    finish(panel, trace.header.experts, "slots per layer", "hit ratio")
     return True
 
 
 def draw_recall(figure: Any, trace: Trace) -> bool:
     found = recall(trace)
-    figure.set_size_inches(6, 4)
     panel = figure.subplots()
     for distance, shares in found.items():
         label = f"{distance} layer{'s' if distance > 1 else ''} ahead"
         panel.plot(range(1, len(shares) + 1), shares, marker="o", label=label)
     E = trace.header.experts
     panel.plot(range(1, E + 1), [g / E for g in range(1, E + 1)], color="tab:gray", ls=":", label="by chance")
-    panel.set_xlabel("experts guessed")
-    panel.set_ylabel("share of the chosen experts among the guesses")
-    finish(panel, E)
+    finish(panel, E, "experts guessed", "share of the chosen experts among the guesses")
     return bool(found)
 
 
-def finish(panel: Any, experts: int) -> None:
+def finish(panel: Any, experts: int, x: str, y: str) -> None:
+    """Label the axes, of which x counts experts or slots and y is a ratio."""
+    panel.set_xlabel(x)
+    panel.set_ylabel(y)
     panel.set_xticks(range(1, experts + 1) if experts <= 16 else range(0, experts + 1, 8))
     panel.set_ylim(0, 1.02)
     panel.grid(alpha=0.3)

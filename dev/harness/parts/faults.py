@@ -41,7 +41,7 @@ def open_io(subject: Subject) -> Iterator[Case]:
         lasting = chance.random() < 0.3 and make is not interrupted
         fault = Fault(chance.randint(1, calls), make, lasting)
         with faulty(fault):
-            return scenario.run(fault)
+            return scenario(fault)
 
     yield case
 
@@ -57,7 +57,7 @@ def open_allocation(subject: Subject) -> Iterator[Case]:
             return isolated(lambda: limited(scenario, room))
         fault = Fault(chance.randint(1, calls), chance.choice((no_memory, python_memory)))
         with memory(fault):
-            return scenario.run(fault)
+            return scenario(fault)
 
     yield case
 
@@ -73,7 +73,7 @@ def open_threads(subject: Subject) -> Iterator[Case]:
         lasting = chance.random() < 0.3 and not afterwards
         fault = Fault(chance.randint(1, calls), make, lasting)
         with thread_starts(fault, afterwards):
-            return scenario.run(fault)
+            return scenario(fault)
 
     yield case
 
@@ -86,7 +86,7 @@ def count_calls(
     for scenario in scenarios(subject, subject.work(name)):
         counting = Fault()
         with faulty(counting):
-            scenario.run(counting)
+            scenario(counting)
         found.append((scenario, counting.calls))
     return found
 
@@ -99,4 +99,4 @@ def limited(scenario: Scenario, room: int) -> Verdict:
     limit, none = (
         partial(resource.setrlimit, resource.RLIMIT_AS, (most, hard)) for most in (taken + room, hard)
     )
-    return scenario.run(Fault(begin=limit, end=none))
+    return scenario(Fault(begin=limit, end=none))

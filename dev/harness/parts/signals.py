@@ -57,11 +57,11 @@ class Processes:
     def generating(self, chance: Random) -> Verdict:
         self.stats.unlink(missing_ok=True)
         running = forked(generate.main, self.request, self.log)
-        time.sleep(0.001 + chance.random() * self.generate_seconds)
-        running.interrupt()
-        return self.generated(running)
+        return self.interrupted(running, 0.001 + chance.random() * self.generate_seconds)
 
-    def generated(self, running: Running) -> Verdict:
+    def interrupted(self, running: Running, seconds: float) -> Verdict:
+        time.sleep(seconds)
+        running.interrupt()
         verdict = judged(running.ended())
         if self.stats.is_file() and not self.stats.read_bytes().endswith(b"}\n"):
             raise Wrong("half a statistics file is left")
@@ -72,9 +72,7 @@ class Processes:
         if not self.shell_seconds:
             self.shell_seconds = self.seconds(started("runtime.generate", self.request, self.log))
         running = started("runtime.generate", self.request, self.log)
-        time.sleep(0.05 + chance.random() * self.shell_seconds)
-        running.interrupt()
-        return self.generated(running)
+        return self.interrupted(running, 0.05 + chance.random() * self.shell_seconds)
 
     def quantizing(self, chance: Random) -> Verdict:
         shutil.rmtree(self.out, ignore_errors=True)
