@@ -24,8 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from model.errors import ModelError
-from runtime.errors import LoadError, OptionError
+from runtime.errors import OptionError
 from runtime.options import EngineOptions, SamplingParams
 from runtime.requests import check_bias, check_room
 from runtime.shell.arguments import add_flags, from_flags, group, new_parser
@@ -98,10 +97,7 @@ def say_plan(model: Path | None, options: EngineOptions) -> None:
     from runtime.engine import DEMO
     from runtime.planning.planner import plan_checkpoint
 
-    try:
-        checkpoint = open_checkpoint(model or DEMO)
-    except ModelError as error:
-        raise LoadError(str(error)) from error
+    checkpoint = open_checkpoint(model or DEMO)
     plan = plan_checkpoint(checkpoint, options)
     for line in f"{checkpoint.description}, in {plan.where}: {plan}".splitlines():
         say(line)

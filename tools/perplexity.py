@@ -28,11 +28,10 @@ import torch
 import torch.nn.functional as F
 
 from model.checkpoint import open_checkpoint
-from model.errors import ModelError
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from runtime.engine import DEMO, Engine
-from runtime.errors import LoadError, OptionError, RequestError
+from runtime.errors import OptionError, RequestError
 from runtime.options import EngineOptions
 from runtime.planning.plan import PREFILL_CHUNK
 from runtime.shell.arguments import add_flags, from_flags, new_parser
@@ -147,7 +146,6 @@ def score(
     text: str,
     window: int,
     stride: int,
-    chunk: int = PREFILL_CHUNK,
     progress: Callable[[int], object] | None = None,
 ) -> Score:
     """How well the engine's model predicts a text after a begin id. For the other arguments see
@@ -161,7 +159,7 @@ def score(
     began = time.perf_counter()
     with engine.runner.working():
         nats = engine.runner.alone(
-            lambda: negative_log_likelihood(engine.model, ids, window, stride, chunk, progress)
+            lambda: negative_log_likelihood(engine.model, ids, window, stride, progress=progress)
         )
     return Score(nats, len(ids) - 1, len(text.encode()), time.perf_counter() - began)
 
@@ -234,10 +232,7 @@ def check_window(window: int | None, stride: int | None, context: int | None) ->
 def make_report(args: argparse.Namespace, options: EngineOptions) -> dict[str, Any]:
     """Read the texts, load the model, and score them."""
     texts = {str(path): read_text(path) for path in args.text}
-    try:
-        checkpoint = open_checkpoint(args.model)
-    except ModelError as error:
-        raise LoadError(str(error)) from error
+    checkpoint = open_checkpoint(args.model)
     if args.window is not None and args.window > checkpoint.config.context:
         raise OptionError(
             f"--window is {args.window}, and this model was made for at most {checkpoint.config.context}"

@@ -33,7 +33,7 @@ from model.errors import ModelError
 from model.quant.spec import QuantSpec
 from model.shapes import SHAPES
 from model.target import Target
-from runtime.errors import DeviceError, LoadError, OptionError
+from runtime.errors import DeviceError, OptionError
 from runtime.options import EngineOptions
 from runtime.planning.plan import Plan, describe_slots
 from runtime.planning.planner import make_plan
@@ -101,7 +101,7 @@ class Sheet:
 def make_sheet(args: argparse.Namespace) -> Sheet:
     """Plan the model for each size. A size that is too small gives a column without a plan.
 
-    Raises `LoadError` if the checkpoint cannot be used, and `OptionError` if an option makes no sense.
+    Raises `ModelError` if the checkpoint cannot be used, and `OptionError` if an option makes no sense.
     """
     on_cpu = args.device == "cpu"
     sized = "ram" if on_cpu else "vram"
@@ -127,10 +127,7 @@ def describe_model(args: argparse.Namespace) -> tuple[ModelConfig, QuantSpec, Qu
         raise OptionError(str(error)) from error
     if args.shape:
         return SHAPES[args.shape], asked[0] or QuantSpec(16), asked[1] or QuantSpec(16)
-    try:
-        checkpoint = open_checkpoint(args.model)
-    except ModelError as error:
-        raise LoadError(str(error)) from error
+    checkpoint = open_checkpoint(args.model)
     return checkpoint.config, asked[0] or checkpoint.attention, asked[1] or checkpoint.experts
 
 

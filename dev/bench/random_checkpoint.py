@@ -58,9 +58,9 @@ def shape_of_size(size: int) -> ModelConfig:
     return dataclasses.replace(shape, layers=max(layers, 1))
 
 
-def random_checkpoint(config: ModelConfig, folder: Path, seed: int = 0) -> None:
+def random_checkpoint(config: ModelConfig, folder: Path) -> None:
     """Write a checkpoint to `folder` in bfloat16, with the demo's tokenizer."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     pool = torch.randn(POOL, generator=generator)
     scaled: dict[int, Tensor] = {}  # by fan-in: a few widths occur
 
@@ -90,7 +90,6 @@ def make(argv: list[str] | None) -> None:
     parser = new_parser("dev.bench.random_checkpoint", __doc__)
     parser.add_argument("out", type=Path, help="a folder, made if it is missing")
     parser.add_argument("--bytes", help="about this size, like 2GB; the flags below change the shape")
-    parser.add_argument("--seed", type=int, default=0)
     names = ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "experts", "context")
     for name in names:
         parser.add_argument("--" + name.replace("_", "-"), type=int)
@@ -98,7 +97,7 @@ def make(argv: list[str] | None) -> None:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     shape = shape_of_size(parse_bytes(args.bytes)) if args.bytes else SMALL
     config = dataclasses.replace(shape, **given)
-    random_checkpoint(config, args.out, args.seed)
+    random_checkpoint(config, args.out)
     put(f"{args.out}: {stored_bytes(config) / 1e9:.3f} GB, {config}\n")
 
 
