@@ -40,7 +40,7 @@ Judge = Callable[[Tokenizer, Plan, ModelConfig], None]
 
 def plan_folder(folder: Path, options: EngineOptions) -> Plan:
     """Plan the checkpoint in `folder` without loading it. See `Engine.plan`."""
-    with shortage_as(DeviceError, REMEDY):
+    with restore_interrupts(), shortage_as(DeviceError, REMEDY):
         try:
             return plan_checkpoint(open_checkpoint(folder), options)
         except ModelError as error:

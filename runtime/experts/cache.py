@@ -185,12 +185,13 @@ class ExpertCache:
         (tokens, per_token), experts = chosen.shape, self.arena.experts
         needed = by_last_use(chosen, experts)
         shares = partial(added_up, chosen, choice.weights, needed)
+        arrivals = self.residency.arrivals(Needs(layer, needed, tokens, per_token, ahead, shares))
         sums: Contributions
         if tokens == 1:
             sums = OneToken(x, choice, chosen[0].tolist())
         else:
             sums = ManyTokens(x, choice, np.bincount(chosen.ravel(), minlength=experts).tolist())
-        for arrival in self.residency.arrivals(Needs(layer, needed, tokens, per_token, ahead, shares)):
+        for arrival in arrivals:
             sums.add(arrival.expert, self.compute(arrival, sums.inputs(arrival.expert)))
         return sums.total()
 

@@ -171,7 +171,10 @@ POLICIES: dict[str, PolicyMaker] = {
 
 
 def make_policy(policy: str | PolicyMaker, seed: int, layer: int) -> Policy:
-    """A policy for one layer. Raises `OptionError` if `POLICIES` has no such name.
+    """A policy for one layer.
+
+    Raises `OptionError` if `POLICIES` has no such name, or if a function of the caller's does not take a seed
+    and a layer.
 
     >>> make_policy("fifo", seed=0, layer=0)
     Traceback (most recent call last):
@@ -179,7 +182,10 @@ def make_policy(policy: str | PolicyMaker, seed: int, layer: int) -> Policy:
     runtime.errors.OptionError: policy is 'fifo', and must be one of lru, lfu, random, static
     """
     if callable(policy):
-        return policy(seed, layer)
+        try:
+            return policy(seed, layer)
+        except TypeError as error:
+            raise OptionError(f"policy is {quoted(policy)}, and takes no seed and layer ({error})") from error
     if policy not in POLICIES:
         raise OptionError(f"policy is {quoted(policy)}, and must be one of {', '.join(POLICIES)}")
     return POLICIES[policy](seed, layer)

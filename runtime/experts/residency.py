@@ -80,14 +80,16 @@ class Residency:
 
     def arrivals(self, needs: Needs) -> Iterator[Arrival]:
         """The experts that a layer needs, in the order in which they can be computed: hits first, then
-        misses, each in the order of `needs.experts`.
+        misses, each in the order of `needs.experts`. Their copies are ordered at once.
 
         Take the next one only after the last one has been launched, or computed on a CPU. Then the last one's
         slot is released, and may receive an expert that there was no room for.
         """
-        layer = needs.layer
         pinned, missing = self.admit(needs)
-        waiting = deque(pinned)
+        return self.in_order(needs.layer, deque(pinned), missing)
+
+    def in_order(self, layer: int, waiting: deque[Arrival], missing: deque[int]) -> Iterator[Arrival]:
+        """`arrivals`, after copies have been ordered."""
         while waiting:
             arrival = waiting.popleft()
             yield arrival

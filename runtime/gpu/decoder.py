@@ -91,6 +91,8 @@ class Decoder:
         self.weights = [row[: config.experts_per_token].view(torch.float32) for row in self.choices]
         self.logits = torch.zeros(config.vocab, dtype=torch.float32, device=device)
         self.captured: weakref.WeakKeyDictionary[KVCache, list[Work]] = weakref.WeakKeyDictionary()
+        # What graphs read of the routers, which make new gates when they look ahead anew.
+        self.gates: weakref.WeakKeyDictionary[KVCache, list[Tensor | None]] = weakref.WeakKeyDictionary()
 
     def step(self, token: int, kv: KVCache) -> Tensor:
         """Add a token to `kv`; return the logits after it, [V] float32. The next step overwrites them.
@@ -152,6 +154,7 @@ class Decoder:
         collecting = gc.isenabled()
         gc.disable()  # a collection might free or unlock memory during the capture
         try:
+            self.gates[kv] = [router.gates for router in self.routers]
             self.captured[kv] = [self.graphs.capture(part) for part in self.parts(kv)]
         except Exception as error:  # PyTorch's, CUDA's or Triton's
             self.capturing = False

@@ -50,10 +50,18 @@ class Budgets:
 
         Raises `OptionError` if a limit is a percentage.
         """
-        host = Budget(parse_bytes(options.ram) if options.ram else None, "host memory")
+        host = Budget(limit("ram", options.ram), "host memory")
         if device.type == "cpu":
             return Budgets(host, replace(host, bytes=None))
-        return Budgets(Budget(parse_bytes(options.vram) if options.vram else None, "device memory"), host)
+        return Budgets(Budget(limit("vram", options.vram), "device memory"), host)
+
+
+def limit(option: str, wish: str | None) -> int | None:
+    """An option in bytes, of a machine that is not there. Raises `OptionError` if it is a percentage."""
+    try:
+        return parse_bytes(wish) if wish else None
+    except OptionError as error:
+        raise OptionError(f"{option}: {error}") from error
 
 
 def budget_here(device: torch.device, flag: str, wish: str | None) -> Budget:

@@ -127,7 +127,11 @@ def test_on_a_cpu_arena_and_slots_share_one_memory(run: Run) -> None:
         ((*SHEET, "--experts", "5"), 2, "5 bits per weight are not supported"),
         ((DEMO, "--experts", "4g1024"), 2, "do not divide into groups of 1024"),
         ((*SHEET, "--vram", "8GiB,much"), 2, "vram: 'much' is not a size"),
-        ((*SHEET, "--vram", "90%"), 2, "write the size in GiB"),
+        (
+            (*SHEET, "--vram", "90%"),
+            2,
+            "error: vram: '90%': how much memory there is cannot be told; write the size in GiB",
+        ),
         ((*SHEET, "--ram", "8GiB,9GiB"), 2, "one size goes with all of --vram"),
         ((*SHEET, "--device", "cpu", "--vram", "8GiB"), 2, "limit it with --ram"),
         ((*SHEET, "--context", "40000"), 2, "at most 32768"),

@@ -29,7 +29,6 @@ class Player:
     kv: KVCache
     chunk: int  # tokens of a prompt in one forward
     decoder: Decoder | None
-    gates: list[Tensor | None]  # which the decoder's graphs read: other ways replace them in the routers
 
     def prompt(self, ids: Tensor) -> int:  # [1, T]
         """Add ids to the KV cache. Returns the likeliest next id, for which it waits for the device."""
@@ -74,8 +73,7 @@ class Stage:
         self.kv.truncate(0)
         if name not in self.players:
             decoder = make_decoder(subject.model, way.cache if way else None, options.graphs)
-            gates = [block.block_sparse_moe.gate.gates for block in subject.blocks]
-            self.players[name] = Player(subject.model, self.kv, subject.plan.chunk, decoder, gates)
+            self.players[name] = Player(subject.model, self.kv, subject.plan.chunk, decoder)
         return self.players[name]
 
     def play(self, way: str, *works: Callable[[Player], object]) -> list[Turn]:

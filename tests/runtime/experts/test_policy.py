@@ -127,3 +127,8 @@ def test_a_policy_of_ones_own(load: Callable[..., Engine], tmp_path: Path) -> No
     assert read_trace(tmp_path / "trace.jsonl").header.policy == "Mine"
     with pytest.raises(OptionError, match=r"policy is 3, and must be one of lru, lfu, random, static"):
         EngineOptions(policy=3)  # type: ignore[arg-type]
+
+
+def test_a_function_that_makes_no_policy_is_an_option_error() -> None:
+    with pytest.raises(OptionError, match=r"policy is .*no seed and layer"):
+        make_policy(lambda: LRU(), 0, 0)  # type: ignore[arg-type]
