@@ -67,9 +67,8 @@ class Session:
         """Answer the message that was sent.
 
         The tokens that the caller takes become the assistant's message, even if the caller stops early. If it
-        takes none, the message is empty.
-        Raises `RequestError`, at once or when the first token is taken, if the request cannot be served. The
-        session then forgets the user's message.
+        takes none, the message is empty. Raises `RequestError`, at once or when the first token is taken, if
+        the request cannot be served. The session then forgets the user's message.
         """
         if not self.messages or self.messages[-1]["role"] != "user":
             raise RequestError("there is no message to answer; call send first")
@@ -203,9 +202,7 @@ class Session:
         """End the session, and give its KV cache back to the engine for the next one."""
         if not self.closed:
             self.closed = True
-            if (
-                not self.computing
-            ):  # otherwise a signal handler called this, and the step still writes to `kv`
+            if not self.computing:  # in a signal handler the forward may still write to `kv`
                 self.runner.give_kv(self.kv)
 
     def __enter__(self) -> "Session":

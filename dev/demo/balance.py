@@ -15,9 +15,8 @@ class Balance:
 
     def __init__(self, model: Mixtral) -> None:
         self.losses: list[Tensor] = []
-        self.loads = torch.zeros(
-            model.config.layers, model.config.experts
-        )  # assignments seen since `busiest`
+        shape = model.config.layers, model.config.experts
+        self.loads = torch.zeros(shape)  # assignments since `busiest` was last called
         routers = [module for module in model.modules() if isinstance(module, Router)]
         for layer, router in enumerate(routers):
             router.register_forward_hook(functools.partial(self.watch, layer))

@@ -1,4 +1,4 @@
-"""The kernels behind `experts.py`. They also take experts that are not quantized, as 16 bits."""
+"""The Triton code of `experts.py`. They also take experts that are not quantized, as 16 bits."""
 
 import triton
 import triton.language as tl

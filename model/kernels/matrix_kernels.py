@@ -1,4 +1,4 @@
-"""The kernels behind `matrices.py`.
+"""The Triton code of `matrices.py`.
 
 For up to 16 rows of x and for expansion, every weight is computed in float32 and rounded once to x's dtype.
 So it is bit for bit what `QuantizedTensor.dequantize` gives.

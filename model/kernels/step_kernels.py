@@ -1,4 +1,4 @@
-"""The kernels behind `step.py`: norm, rotation, attention and router of one token.
+"""The Triton code of `step.py`: norm, rotation, attention and router of one token.
 
 Each launch takes a few microseconds, so a program's time is that of its loads: all of them should be under
 way as soon as possible. Instructions hardly count.

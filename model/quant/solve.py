@@ -102,7 +102,7 @@ def solve(w: Tensor, spec: QuantSpec, name: str) -> tuple[Tensor, Tensor]:  # w 
 
     No residual exceeds the range: hqq's next zero is a mean of `code - w / scale`, which puts the lowest
     weight at code 0 or above and the highest at the last code or below. Residuals up to 1 / (beta kappa^19) =
-    0.083 are shrunk to 0 whatever the norm. So a norm of 1 gives the iterations of hqq's own 0.7, and
+    0.083 are shrunk to 0 for every norm. So a norm of 1 gives the iterations of hqq's own 0.7, and
     computes no powers.
     """
     from hqq.core.optimize import optimize_weights_proximal_legacy  # slow to import, and needed only here

@@ -1,4 +1,4 @@
-"""The link between host memory and a device, behind a protocol.
+"""The link between host memory and a device, as a protocol.
 
 On a GPU it is a CUDA stream (`runtime.experts.cuda_link`). On a CPU it is a plain copy, as slow as asked for.
 So demand, guesses and overlap work the same on every machine, and can be studied without a GPU.

@@ -4,8 +4,8 @@ A slot is a buffer on the device with room for one expert's blob. It has a numbe
 Each layer owns a `SlotTable` with a fixed number of slots, though which ones they are may change. A few more
 slots are `Spares`, which no layer owns: experts that are only guessed to be needed are copied there. When a
 guess comes true, the layer adopts its slot and gives up its victim's slot in return, and no byte moves. So a
-wrong guess evicts nothing. A layer's hits, misses and victims are those of its policy alone, whatever was
-guessed and however long copies took.
+wrong guess evicts nothing. A layer's hits, misses and victims depend on its policy alone, not on guesses,
+and not on how long copies take.
 
 Nothing here waits, copies or locks. One thread calls this, and says when a copy is complete (`ready`).
 """

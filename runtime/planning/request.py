@@ -39,10 +39,10 @@ class Budgets:
     @staticmethod
     def here(options: EngineOptions, device: torch.device) -> "Budgets":
         """What is free on this machine, or the options' limits if those are lower."""
-        host = budget_here(torch.device("cpu"), "--ram", options.ram)
+        host = budget_here(torch.device("cpu"), "ram", options.ram)
         if device.type == "cpu":
             return Budgets(host, replace(host, bytes=None))
-        return Budgets(budget_here(device, "--vram", options.vram), host)
+        return Budgets(budget_here(device, "vram", options.vram), host)
 
     @staticmethod
     def given(options: EngineOptions, device: torch.device) -> "Budgets":
@@ -56,21 +56,21 @@ class Budgets:
         return Budgets(Budget(limit("vram", options.vram), "device memory"), host)
 
 
-def limit(option: str, wish: str | None) -> int | None:
-    """An option in bytes, of a machine that is not there. Raises `OptionError` if it is a percentage."""
+def budget_here(device: torch.device, option: str, wish: str | None) -> Budget:
+    """What may be used of a device's memory: what is free, or the option's value `wish` if that is less."""
+    free = free_device_bytes(device)
+    most = limit(option, wish, free)
+    if most is not None and (free is None or most < free):
+        return Budget(most, f"memory on {device} under --{option} {wish}")
+    return Budget(free, f"memory on {device}")
+
+
+def limit(option: str, wish: str | None, free: int | None = None) -> int | None:
+    """An option's value in bytes. Raises `OptionError` for a percentage if `free` bytes are not known."""
     try:
-        return parse_bytes(wish) if wish else None
+        return parse_bytes(wish, whole=free) if wish else None
     except OptionError as error:
         raise OptionError(f"{option}: {error}") from error
-
-
-def budget_here(device: torch.device, flag: str, wish: str | None) -> Budget:
-    """What may be used of a device's memory: what is free, or the value `wish` of `flag` if that is less."""
-    free = free_device_bytes(device)
-    limit = parse_bytes(wish, whole=free) if wish else None
-    if limit is not None and (free is None or limit < free):
-        return Budget(limit, f"memory on {device} under {flag} {wish}")
-    return Budget(free, f"memory on {device}")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Request:
 
 
 def check(options: EngineOptions, config: ModelConfig, device: torch.device) -> None:
-    """Raises `OptionError` if an option makes no sense for this model or device, whatever the budgets."""
+    """Raises `OptionError` if an option makes no sense for this model or device, under any budget."""
     on_cpu, A, E, slots = device.type == "cpu", config.experts_per_token, config.experts, options.slots
     if options.context is not None and options.context > config.context:
         raise OptionError(

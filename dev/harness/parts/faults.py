@@ -1,5 +1,5 @@
 """The n-th call to the disk, for a tensor or for a thread fails, or an interrupt comes there; or the process
-has little address space. Whatever fails, the next attempt has to give the known result."""
+has little address space. After any failure, the next attempt has to give the known result."""
 
 import resource
 from collections.abc import Callable, Iterator

@@ -68,7 +68,7 @@ class Backend(Protocol):
 
     @staticmethod
     def scratch_bytes(inputs: int, dtype: torch.dtype, target: Target) -> int:
-        """What it allocates for expanded weights of a matrix with so many inputs, and frees again."""
+        """What a product with a matrix of up to `inputs` columns allocates for expanded weights."""
         ...
 
     @staticmethod
@@ -116,7 +116,7 @@ def has_fast_product(dtype: torch.dtype, target: Target) -> bool:
 
 
 def scratch_bytes(inputs: int, dtype: torch.dtype, target: Target) -> int:
-    """What products with a model's quantized matrices allocate at a time, for up to so many inputs.
+    """What a product with a quantized matrix of up to `inputs` columns allocates, at most.
 
     On a CPU formats and shapes decide, so every backend counts. On a GPU one backend takes all matrices.
     """

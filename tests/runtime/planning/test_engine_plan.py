@@ -93,6 +93,12 @@ def test_a_plan_is_refused_as_loading_is(tmp_path: Path) -> None:
         Engine.plan(tmp_path)
 
 
+def test_a_percentage_of_memory_that_is_not_known_names_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.planning.request.free_device_bytes", lambda device: None)
+    with pytest.raises(OptionError, match=r"^ram: '90%': how much memory there is cannot be told"):
+        Engine.plan(None, EngineOptions(device="cpu", ram="90%"))
+
+
 def test_the_name_is_the_method_on_the_class_alone() -> None:
     assert "reads headers only" in (Engine.plan.__doc__ or "")
     with pytest.raises(AttributeError, match="none yet"):
