@@ -18,6 +18,7 @@ from typing import Any
 from dev.demo.corpus import standard_library
 from model.checkpoint import open_checkpoint
 from model.errors import ModelError
+from model.quant.size import expert_bits
 from model.quant.spec import QuantSpec
 from runtime.engine import DEMO, Engine
 from runtime.errors import MixtralError, OptionError
@@ -57,10 +58,11 @@ class Formats:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One combination: the bytes of its tensors, and its score."""
+    """One combination: the bytes of its tensors, the bits of an expert's weight, and its score."""
 
     formats: Formats
     bytes: int
+    expert_bits: float
     score: Score
 
     def better(self, other: "Result") -> bool:
@@ -70,7 +72,8 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         formats = {"attention": str(self.formats.attention), "experts": str(self.formats.experts)}
-        return formats | {"bytes": self.bytes, "score": self.score.as_dict()}
+        sizes = {"bytes": self.bytes, "expert_bits": self.expert_bits}
+        return formats | sizes | {"score": self.score.as_dict()}
 
 
 def all_formats() -> list[Formats]:
@@ -87,7 +90,7 @@ def frontier(results: Iterable[Result]) -> list[Result]:
     """The results that no other is better than, smallest first.
 
     >>> def result(formats, size, nats):
-    ...     return Result(Formats.parse(formats), size, Score(nats, tokens=1, bytes=1))
+    ...     return Result(Formats.parse(formats), size, 4.0, Score(nats, tokens=1, bytes=1))
     >>> results = [result("4/4", 50, 1.1), result("4/2", 30, 1.9), result("3/4", 51, 1.2)]
     >>> [str(one.formats) for one in frontier(results)]
     ['4/2', '4/4']
@@ -101,8 +104,8 @@ def table(results: Sequence[Result], base: Result | None, best: Sequence[Result]
     """A Markdown table with a row for each result, in the order given. Sizes and perplexities are also
     relative to those of `base`, if there is one. Results among `best` are in bold.
 
-    >>> whole = Result(Formats.parse("16/16"), 20_000_000, Score(nats=2.0, tokens=1, bytes=1))
-    >>> small = Result(Formats.parse("4/2g32"), 5_000_000, Score(nats=2.1, tokens=1, bytes=1))
+    >>> whole = Result(Formats.parse("16/16"), 20_000_000, 16.0, Score(nats=2.0, tokens=1, bytes=1))
+    >>> small = Result(Formats.parse("4/2g32"), 5_000_000, 2.51, Score(nats=2.1, tokens=1, bytes=1))
     >>> print(table([whole, small], whole, [small]))
     | attention | experts | bits per expert weight | MB | of 16/16 | perplexity | over 16/16 | bits per byte |
     |---|---|---|---|---|---|---|---|
@@ -120,7 +123,7 @@ def table(results: Sequence[Result], base: Result | None, best: Sequence[Result]
             over = f"{one.score.perplexity / base.score.perplexity - 1:+.1%}".replace("%", " %")
         row = (
             f"{bold}{one.formats.attention}{bold}", f"{bold}{one.formats.experts}{bold}",
-            f"{one.formats.experts.bits_per_weight:.2f}", f"{one.bytes / 1e6:.2f}", size,
+            f"{one.expert_bits:.2f}", f"{one.bytes / 1e6:.2f}", size,
             f"{one.score.perplexity:.3f}", over, f"{one.score.bits_per_byte:.4f}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(row)} |")
@@ -316,4 +319,6 @@ def judge(folder: Path, formats: Formats, texts: Iterable[str]) -> Result:
     with Engine.load(folder, EngineOptions(dtype="float32", threads=pick_threads())) as engine:
         window = engine.plan.context
         scores = [score(engine, text, window, window // 2) for text in texts]
-    return Result(formats, open_checkpoint(folder).bytes, sum(scores, Score()))
+    checkpoint = open_checkpoint(folder)
+    bits = expert_bits(checkpoint.config, formats.experts)
+    return Result(formats, checkpoint.bytes, bits, sum(scores, Score()))

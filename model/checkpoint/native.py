@@ -22,7 +22,7 @@ from model.parameters import copies, instances, parameter_rows
 from model.quant.spec import MAX_GROUP, QuantSpec
 from model.quant.streams import ATTENTION, EXPERT, matrix_fields
 
-VERSION = 1
+VERSION = 2
 AGAIN = "make it again with tools.quantize"
 SIXTEEN = ("BF16", "F16")
 
@@ -91,6 +91,11 @@ def parse_format(found: Mapping[str, Any]) -> NativeFormat:
     """Check the contents of `quantization_config`."""
     where = "config.json quantization_config"
     version = Fields(where, found).int("version")
+    if version == 1:  # rows one after the other, and steps that rows shared
+        raise ModelError(
+            f"{where}: version 1, and this program reads version {VERSION}; convert it with "
+            "python -m tools.quantize FOLDER OUT"
+        )
     if version != VERSION:
         raise ModelError(
             f"{where}: version {quoted(version)}, and this program reads version {VERSION}; {AGAIN}, "

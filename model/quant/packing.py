@@ -1,16 +1,20 @@
 """Codes of 8, 4, 3 and 2 bits as bytes, without an unused bit.
 
-Codes are packed planar within a group. The group is cut into as many equal parts as a byte has room for
-codes, and byte j holds code j of each part, the first part in the lowest bits. So a kernel that loads
-consecutive bytes gets consecutive codes from one shift and one mask, and needs no shuffle to order them:
+Codes are packed in **words** of 4 bytes. A word has 32 / width consecutive codes of one row. Code i is in
+byte i % 4, and the first four codes are in the lowest bits:
 
-    4 bits, group of 64:  byte j = code j | code j + 32 << 4
-    2 bits, group of 16:  byte j = code j | code j + 4 << 2 | code j + 8 << 4 | code j + 12 << 6
+    8 bits:  byte j = code j
+    4 bits:  byte j = code j | code j + 4 << 4
+    2 bits:  byte j = code j | code j + 4 << 2 | code j + 8 << 4 | code j + 12 << 6
+    1 bit:   byte j = code j | code j + 4 << 1 | ... | code j + 28 << 7
 
-Three bits do not fill a byte evenly. They are two planes, packed by the same rule, each in a stream of its
-own: the low 2 bits, and the high bit, 8 to a byte. Eight bits are stored unchanged.
+So one shift and one mask of a word give four neighbouring codes, one in each byte, in order.
 
-Groups follow one another along a row, and rows follow one another. A stream is a matrix [N, K * bits / 8].
+Rows are interleaved by 16, which makes a **block**: word 0 of each of its rows, then word 1 of each, and so
+on. A plane of codes of one width is a tensor [N / 16, words of a row, 16, 4].
+
+Three bits do not fill a byte evenly. They are two planes: the low 2 bits, and the high bit. A word of the
+high plane belongs to two words of the low one.
 """
 
 from collections.abc import Sequence
@@ -18,81 +22,90 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+from model.quant.spec import ROWS
+
+WORD = 4  # bytes
 PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}  # widths of the planes, the lowest bits first
 
 
-def pack(codes: Tensor, bits: int, group_size: int) -> list[Tensor]:
-    """Pack codes [N, K] uint8, all below 2 ** bits, into one stream [N, K * width / 8] for each plane.
+def plane_shape(N: int, K: int, width: int) -> tuple[int, int, int, int]:
+    """Bytes of the plane that has `width` bits of each code of a matrix [N, K].
 
-    A group of sixteen 2-bit codes. Byte 0 holds codes 0, 4, 8 and 12, which are 0, 1, 2 and 3:
-
-    >>> codes = torch.tensor([[0, 0, 0, 3, 1, 1, 1, 3, 2, 2, 2, 3, 3, 0, 1, 3]], dtype=torch.uint8)
-    >>> (packed,) = pack(codes, bits=2, group_size=16)
-    >>> [f"{byte:08b}" for byte in packed[0].tolist()]
-    ['11100100', '00100100', '01100100', '11111111']
-
-    Sixteen 4-bit codes. Byte 0 holds code 0 in its low and code 8 in its high nibble:
-
-    >>> (packed,) = pack(torch.arange(16, dtype=torch.uint8)[None], bits=4, group_size=16)
-    >>> packed[0].numpy().tobytes().hex(" ")
-    '80 91 a2 b3 c4 d5 e6 f7'
-
-    Sixteen 3-bit codes, 0 to 7 twice. Byte 0 of the low plane holds the low two bits of codes 0, 4, 8 and 12,
-    all 00. Byte 0 of the high plane holds the high bits of codes 0, 2, ... 14, which 4, 6, 12 and 14 have
-    set:
-
-    >>> low, high = pack(torch.arange(16, dtype=torch.uint8)[None] % 8, bits=3, group_size=16)
-    >>> [f"{byte:08b}" for byte in low[0].tolist()], [f"{byte:08b}" for byte in high[0].tolist()]
-    (['00000000', '01010101', '10101010', '11111111'], ['11001100', '11001100'])
+    >>> plane_shape(32, 64, width=4)
+    (2, 8, 16, 4)
     """
-    streams, shift = [], 0
+    return N // ROWS, K * width // 8 // WORD, ROWS, WORD
+
+
+def pack(codes: Tensor, bits: int) -> list[Tensor]:
+    """Pack codes [N, K] uint8, all below 2 ** bits, into a plane [N / 16, K * width / 32, 16, 4] uint8 for
+    each width. N has to be a multiple of 16, and K of 32.
+
+    Row 0 of a block of sixteen, with 32 codes of 4 bits, which are 0 to 15 twice. Byte 0 of word 0 holds code
+    0 in its low and code 4 in its high nibble:
+
+    >>> row = torch.arange(32, dtype=torch.uint8) % 16
+    >>> codes = torch.stack([row, *torch.zeros(15, 32, dtype=torch.uint8)])
+    >>> (plane,) = pack(codes, bits=4)
+    >>> tuple(plane.shape), [word.numpy().tobytes().hex(" ") for word in plane[0, :, 0]]
+    ((1, 4, 16, 4), ['40 51 62 73', 'c8 d9 ea fb', '40 51 62 73', 'c8 d9 ea fb'])
+
+    The same row at 3 bits, where codes are 0 to 7 four times. A word of the low plane has 16 codes, and its
+    byte 0 holds the low two bits of codes 0, 4, 8 and 12. The high plane is a single word. Its byte 0 holds
+    the high bits of codes 0, 4, ... 28, every other one of which is set:
+
+    >>> low, high = pack(codes % 8, bits=3)
+    >>> [[f"{byte:08b}" for byte in word.tolist()] for word in (low[0, 0, 0], high[0, 0, 0])]
+    [['00000000', '01010101', '10101010', '11111111'], ['10101010', '10101010', '10101010', '10101010']]
+    """
+    planes, shift = [], 0
     for width in PLANES[bits]:
-        streams.append(pack_plane(codes >> shift & mask(width), width, group_size))
+        planes.append(pack_plane(codes >> shift & mask(width), width))
         shift += width
-    return streams
+    return planes
 
 
-def unpack(streams: Sequence[Tensor], bits: int, group_size: int) -> Tensor:
-    """Codes [N, K] uint8 from the streams that `pack` returned.
+def unpack(planes: Sequence[Tensor], bits: int) -> Tensor:
+    """Codes [N, K] uint8 from the planes that `pack` returned, or from some blocks of each.
 
-    >>> codes = torch.randint(8, (2, 64), dtype=torch.uint8)
-    >>> torch.equal(unpack(pack(codes, bits=3, group_size=32), bits=3, group_size=32), codes)
+    >>> codes = torch.randint(8, (32, 64), dtype=torch.uint8)
+    >>> low, high = pack(codes, bits=3)
+    >>> torch.equal(unpack([low, high], bits=3), codes)
+    True
+    >>> torch.equal(unpack([low[1:], high[1:]], bits=3), codes[16:])
     True
     """
     first, *others = PLANES[bits]
-    codes, shift = unpack_plane(streams[0], first, group_size), first
-    for width, stream in zip(others, streams[1:], strict=True):
-        codes |= unpack_plane(stream, width, group_size) << shift
+    codes, shift = unpack_plane(planes[0], first), first
+    for width, plane in zip(others, planes[1:], strict=True):
+        codes |= unpack_plane(plane, width) << shift
         shift += width
     return codes
 
 
-def pack_plane(codes: Tensor, width: int, group_size: int) -> Tensor:  # [N, K] -> [N, K * width / 8]
-    """Put the `8 / width` parts of each group into the same bytes."""
-    N, K = codes.shape
-    parts = 8 // width
-    assert codes.dtype == torch.uint8 and K % group_size == 0 and group_size % parts == 0
-    grouped = codes.reshape(N, K // group_size, parts, group_size // parts)
-    packed = grouped[:, :, 0].clone()  # [N, K / group_size, group_size / parts]
+def pack_plane(codes: Tensor, width: int) -> Tensor:  # [N, K] -> [N / 16, K * width / 32, 16, 4]
+    """Four neighbouring codes, one to a byte, are taken as one number. A word is `8 / width` of these,
+    shifted. No bit leaves its byte."""
+    (N, K), parts = codes.shape, 8 // width
+    blocks, words, _, _ = plane_shape(N, K, width)
+    assert codes.dtype == torch.uint8 and N % ROWS == 0 and K % (WORD * parts) == 0, (codes.shape, width)
+    fours = codes.contiguous().view(torch.int32).view(blocks, ROWS, words, parts)
+    packed = fours[..., 0].clone()
     for part in range(1, parts):
-        packed |= grouped[:, :, part] << part * width
-    return packed.view(N, K // parts)
+        packed |= fours[..., part] << part * width
+    return packed.transpose(1, 2).contiguous().view(torch.uint8).view(blocks, words, ROWS, WORD)
 
 
-def unpack_plane(packed: Tensor, width: int, group_size: int) -> Tensor:  # [N, K * width / 8] -> [N, K]
-    """The inverse of `pack_plane`. Up to 8 bytes of a part are taken as one word, which makes loops
-    shorter."""
-    N, K = packed.shape[0], packed.shape[1] * 8 // width
-    parts = 8 // width
-    assert packed.dtype == torch.uint8 and K % group_size == 0 and group_size % parts == 0
-    word = WORDS[min(group_size // parts, 8)]
-    masks = int.from_bytes(bytes([mask(width)]) * word.itemsize, "little", signed=True)  # one in every byte
-    grouped = packed.contiguous().view(word).view(N, K // group_size, -1)
-    codes = packed.new_empty(N, K).view(word).view(N, K // group_size, parts, -1)
+def unpack_plane(plane: Tensor, width: int) -> Tensor:  # [N / 16, K * width / 32, 16, 4] -> [N, K]
+    """The inverse of `pack_plane`."""
+    (blocks, words, _, _), parts = plane.shape, 8 // width
+    assert plane.dtype == torch.uint8 and plane.shape[2:] == (ROWS, WORD), plane.shape
+    rows = plane.contiguous().view(torch.int32).view(blocks, words, ROWS).transpose(1, 2).contiguous()
+    masks = int.from_bytes(bytes([mask(width)]) * WORD, "little", signed=True)  # one in every byte
+    codes = rows.new_empty(blocks, ROWS, words, parts)
     for part in range(parts):
-        torch.bitwise_and(grouped >> part * width, masks, out=codes[:, :, part])
-    return codes.view(N, -1).view(torch.uint8)
+        torch.bitwise_and(rows >> part * width, masks, out=codes[..., part])
+    return codes.view(blocks * ROWS, -1).view(torch.uint8)
 
 
 def mask(width: int) -> int:

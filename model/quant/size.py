@@ -32,6 +32,16 @@ class ModelSize:
         return self.trunk + self.experts
 
 
+def expert_bits(config: ModelConfig, spec: QuantSpec) -> float:
+    """Bits of an expert for each of its weights: codes, scales, zeros and steps.
+
+    >>> from model.shapes import MIXTRAL_8X7B
+    >>> round(expert_bits(MIXTRAL_8X7B, QuantSpec(4)), 3)
+    4.256
+    """
+    return 8 * expert_fields(config, spec)[-1].end / (3 * config.ffn * config.hidden)
+
+
 def model_size(config: ModelConfig, attention: QuantSpec, experts: QuantSpec) -> ModelSize:
     """The size without the files' headers (`model.checkpoint.writer.encode_header`).
 

@@ -9,25 +9,22 @@ faster while they stay in the cache. It solves for each group by itself, except 
 error over all its rows no longer falls.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from model.errors import ModelError
-from model.quant.packing import PLANES, pack
-from model.quant.spec import QuantSpec
-from model.quant.streams import CODES, STEPS
-from model.quant.tensor import QuantizedTensor, scale_values, zero_values
+from model.quant.packing import pack
+from model.quant.spec import ROWS, QuantSpec
+from model.quant.streams import CODES, matrix_fields
+from model.quant.tensor import QuantizedTensor, by_block, by_row, scale_values, zero_values
 
 CPU_SLICE = 1 << 17  # weights: with the solver's temporaries, a few megabytes
 GPU_SLICE = 1 << 24  # large enough to keep a GPU busy, small enough for any
 LEAST, MOST = 2.0**-100, 2.0**100  # a group whose range is not between these takes the plain zero
 NORM = {"lp_norm": 1, "beta": 1e1, "kappa": 1.01, "iters": 20}  # hqq's own, except lp_norm: see `solve`
-
-Result = TypeVar("Result")
 
 
 def quantize(
@@ -43,53 +40,48 @@ def quantize(
     """
     assert spec.quantized, spec
     spec.check(name, weight.shape)
-    N, K = weight.shape
-    J = K // spec.group_size
-    weight = weight.detach()
-    scales = torch.empty(N, J, dtype=torch.float32, device=weight.device)
-    zeros = torch.empty(N, J, dtype=torch.uint8, device=weight.device)
+    weight, shape = weight.detach(), (weight.shape[0], weight.shape[1])
+    fields = matrix_fields("", shape, spec)
+    made = QuantizedTensor.of(
+        spec, shape, {f.name[1:]: torch.empty(f.shape, dtype=f.dtype, device=weight.device) for f in fields}
+    )
 
-    def first(rows: slice) -> None:
-        scales[rows], zeros[rows] = solve(weight[rows].float(), spec, name)
+    def work(rows: slice) -> Tensor:  # norms of the difference and of the weights [2]
+        part, norms = quantize_rows(weight[rows].float(), spec, name)
+        part.copy_to(made.part(rows).streams())
+        return norms
 
-    every(first, slices(weight), pool)
-    scale_bytes, steps = quantize_scales(scales, spec)
-    scale, zero = scale_values(scale_bytes, steps, spec)[..., None], zero_values(zeros, spec)[..., None]
-    planes = {
-        stream: torch.empty(N, K * width // 8, dtype=torch.uint8, device=weight.device)
-        for stream, width in zip(CODES, PLANES[spec.bits], strict=False)
-    }
-
-    def second(rows: slice) -> Tensor:  # norms of the difference and of the weights [2]
-        w = weight[rows].float().view(-1, J, spec.group_size)
-        codes = nearest(w, scale[rows], zero[rows], spec)
-        packed = pack(codes.to(torch.uint8).view(-1, K), spec.bits, spec.group_size)
-        for plane, part in zip(planes.values(), packed, strict=True):
-            plane[rows] = part
-        difference = codes.sub_(zero[rows]).mul_(scale[rows]).sub_(w)
-        return torch.stack([torch.linalg.vector_norm(t) for t in (difference, w)])
-
-    norms = torch.stack(every(second, slices(weight), pool)).double()  # [slices, 2]
-    lost, whole = norms.square().sum(0).sqrt().tolist()
-    streams = {**planes, "scales": scale_bytes, "zeros": zeros, "steps": steps}
-    return QuantizedTensor.of(spec, (N, K), streams), lost / whole if whole else 0.0
-
-
-def every(work: Callable[[slice], Result], parts: Iterable[slice], pool: Executor | None) -> list[Result]:
-    """Work on all parts, and return the results in order. Each thread has to turn gradients off by itself."""
-    without_gradients = torch.no_grad()(work)
-    return list((pool.map if pool else map)(without_gradients, parts))
+    without_gradients = torch.no_grad()(work)  # each thread has to turn them off by itself
+    norms = torch.stack(list((pool.map if pool else map)(without_gradients, slices(weight)))).double()
+    lost, whole = norms.square().sum(0).sqrt().tolist()  # from [slices, 2]
+    return made, lost / whole if whole else 0.0
 
 
 def slices(weight: Tensor) -> Iterator[slice]:
-    """The rows that are solved together.
+    """The rows that are solved together, in whole blocks.
 
     >>> list(slices(torch.empty(80, 4096)))
     [slice(0, 32, None), slice(32, 64, None), slice(64, 80, None)]
     """
     N, K = weight.shape
-    rows = max((CPU_SLICE if weight.device.type == "cpu" else GPU_SLICE) // K, 1)
+    rows = max((CPU_SLICE if weight.device.type == "cpu" else GPU_SLICE) // K // ROWS, 1) * ROWS
     return (slice(start, min(start + rows, N)) for start in range(0, N, rows))
+
+
+def quantize_rows(w: Tensor, spec: QuantSpec, name: str) -> tuple[QuantizedTensor, Tensor]:
+    """Quantize `w` [n, K] float32. Returns it, and the norms of the difference and of the weights [2]."""
+    n, K = w.shape
+    scales, zeros = solve(w, spec, name)  # [n, J] each
+    scale_bytes, steps = quantize_scales(by_block(scales), spec)
+    streams = {"scales": scale_bytes, "zeros": by_block(zeros), "steps": steps}
+    scale = by_row(scale_values(scale_bytes, steps, spec))[..., None]  # [n, J, 1]
+    zero = zero_values(zeros, spec)[..., None]
+    groups = w.view(n, -1, spec.group_size)
+    codes = nearest(groups, scale, zero, spec)
+    planes = pack(codes.to(torch.uint8).view(n, K), spec.bits)
+    made = QuantizedTensor.of(spec, (n, K), streams | dict(zip(CODES, planes, strict=False)))
+    difference = codes.sub_(zero).mul_(scale).sub_(groups)
+    return made, torch.stack([torch.linalg.vector_norm(t) for t in (difference, w)])
 
 
 def solve(w: Tensor, spec: QuantSpec, name: str) -> tuple[Tensor, Tensor]:  # w [n, K] float32
@@ -139,8 +131,8 @@ def lifting(spread: Tensor) -> Tensor:
     return ((exponent + 127) << 23).view(torch.float32)  # by its bits, so that no library rounds it
 
 
-def quantize_scales(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:  # [N, J] float32
-    """Scales as multiples, bytes [N, J], of steps, one for every `meta_group_size` scales.
+def quantize_scales(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:  # [B, J, 16] float32
+    """Scales as multiples, bytes [B, J, 16], of steps, one for every `meta_group_size` scales of a row.
 
     A multiple is rounded to the nearest, at 8 bits upwards: there, clipping a group's largest weights would
     cost more than a coarser scale. Only a scale of 0 becomes 0.
@@ -148,14 +140,14 @@ def quantize_scales(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:  
     hqq itself cannot do this. Its smallest step is 1/20000, while the scales of 8-bit weights are near
     0.0004.
 
-    >>> quantize_scales(torch.tensor([[0.51, 0.1001, 0.0001, 0.0]]), QuantSpec(4, 16, 16))
-    (tensor([[255,  50,   1,   0]], dtype=torch.uint8), tensor([0.0020, 0.0000, 0.0000, 0.0000]))
+    >>> scales = torch.tensor([0.51, 0.1001, 0.0001, 0.0, 0.255]).view(1, 5, 1)
+    >>> multiples, steps = quantize_scales(scales, QuantSpec(4, 16, meta_group_size=4))
+    >>> multiples.flatten(), steps.flatten()
+    (tensor([255,  50,   1,   0, 255], dtype=torch.uint8), tensor([0.0020, 0.0010]))
     """
-    count = -(-scales.numel() // spec.meta_group_size)
-    padded = scales.new_zeros(-(-count // STEPS) * STEPS, spec.meta_group_size)
-    padded.view(-1)[: scales.numel()] = scales.flatten()
-    steps = padded.amax(dim=1) / 255  # [count rounded up]
-    each = steps.repeat_interleave(spec.meta_group_size)[: scales.numel()].view(scales.shape)
+    parts = scales.split(spec.meta_group_size, dim=1)
+    steps = torch.stack([part.amax(dim=1) for part in parts], dim=1) / 255  # [B, J / meta_group_size, 16]
+    each = scale_values(torch.ones_like(scales, dtype=torch.uint8), steps, spec)
     multiples = torch.where(each > 0, scales / each, 0)
     multiples = multiples.ceil() if spec.bits == 8 else multiples.round()
     return multiples.clamp(min=(scales > 0).float(), max=torch.full_like(scales, 255)).to(torch.uint8), steps

@@ -14,15 +14,16 @@ DEFAULTS = {  # bits: (group size, scales per step)
     2: (16, 128),
 }
 MIN_GROUP, MAX_GROUP = 16, 4096
-ROWS = 16  # a quantized matrix has a multiple of these, so its streams are multiples of 16 bytes
+ROWS = 16  # of a block: a quantized matrix is whole blocks
+COLUMNS = 32  # it has a multiple of these, so that every plane of every row is whole words
 
 
 @dataclass(frozen=True)
 class QuantSpec:
     """How a matrix [N, K] is stored: in `bits` per weight, and in groups of `group_size` weights along a row.
 
-    Each group has an 8-bit scale and an 8-bit zero. `meta_group_size` consecutive scales, counted row by row
-    through the whole matrix, share a step. The last step may serve fewer. With 16 bits there are no groups.
+    Each group has an 8-bit scale and an 8-bit zero. `meta_group_size` consecutive scales of a row share a
+    step. The last step of a row may serve fewer. With 16 bits there are no groups.
 
     A size of 0 means the default for that many bits.
 
@@ -44,14 +45,14 @@ class QuantSpec:
                 raise ModelError("16 bits are not quantized and have no groups; write 16 alone")
             return
         default_group, default_meta = DEFAULTS[self.bits]
-        for name, what, default in (
-            ("group_size", "group size", default_group),
-            ("meta_group_size", "number of scales per step", default_meta),
+        for name, what, least, default in (
+            ("group_size", "group size", MIN_GROUP, default_group),
+            ("meta_group_size", "number of scales per step", 1, default_meta),
         ):
             value = getattr(self, name) or default
-            if not MIN_GROUP <= value <= MAX_GROUP or value & (value - 1):
+            if not least <= value <= MAX_GROUP or value & (value - 1):
                 raise ModelError(
-                    f"{what} {value} is not a power of two from {MIN_GROUP} to {MAX_GROUP}; "
+                    f"{what} {value} is not a power of two from {least} to {MAX_GROUP}; "
                     f"the default for {self.bits} bits is {default}"
                 )
             object.__setattr__(self, name, value)
@@ -84,16 +85,23 @@ class QuantSpec:
     def quantized(self) -> bool:
         return self.bits < 16
 
-    @property
-    def bits_per_weight(self) -> float:
-        """The bits of a weight with its share of scale, zero and step.
+    def bits_per_weight(self, K: int) -> float:
+        """All bits that a matrix of K columns is stored in, codes, scales, zeros and steps, for each weight.
 
-        >>> QuantSpec(2, 64).bits_per_weight  # 2 + (8 + 8) / 64 + 32 / (64 * 128)
-        2.25390625
+        A row has a step of its own even if it has fewer groups than a step can serve.
+
+        >>> QuantSpec(2, 64).bits_per_weight(4096)  # 64 groups, one step: 2 + (8 + 8) / 64 + 32 / 4096
+        2.2578125
+        >>> QuantSpec(2, 64).bits_per_weight(14336)  # 224 groups, two steps: 2 + (8 + 8) / 64 + 64 / 14336
+        2.2544642857142856
         """
         if not self.quantized:
             return 16.0
-        return self.bits + 16 / self.group_size + 32 / (self.group_size * self.meta_group_size)
+        return self.bits + 16 / self.group_size + 32 * self.steps(K) / K
+
+    def steps(self, K: int) -> int:
+        """How many steps a row of K columns has."""
+        return -(-K // (self.group_size * self.meta_group_size))
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         """Raises `ModelError`, naming the tensor, if this format cannot store a matrix of this shape."""
@@ -104,7 +112,9 @@ class QuantSpec:
         N, K = shape
         if K % self.group_size:
             fits = K & -K  # the largest power of two that divides K
-            remedy = f"use {self.bits}g{min(fits, MAX_GROUP)}" if fits >= MIN_GROUP else "leave it at 16 bits"
+            remedy = f"use {self.bits}g{min(fits, MAX_GROUP)}" if fits >= COLUMNS else "leave it at 16 bits"
             raise ModelError(f"{name}: {K} inputs do not divide into groups of {self.group_size}; {remedy}")
+        if K % COLUMNS:
+            raise ModelError(f"{name}: {K} inputs are not a multiple of {COLUMNS}; leave it at 16 bits")
         if N % ROWS:
             raise ModelError(f"{name}: {N} rows are not a multiple of {ROWS}; leave it at 16 bits")

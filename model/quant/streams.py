@@ -1,20 +1,19 @@
 """Where the bytes of a quantized matrix go, of an expert, and of a whole model.
 
-A matrix `name` [N, K] is up to five streams. Each is an ordinary row-major tensor, and they follow one
-another without gaps:
+A matrix `name` [N, K] is up to five streams, which follow one another without gaps. Rows 16 b to 16 b + 15
+are block b of each stream, and in it the 16 rows lie side by side. A row has J = K / group_size groups:
 
-    name.codes       uint8    [N, K * bits / 8]         3 bits: the low plane, [N, K / 4]
-    name.codes_high  uint8    [N, K / 8]                3 bits only: the high plane
-    name.scales      uint8    [N, K / group_size]
-    name.zeros       uint8    [N, K / group_size]
-    name.steps       float32  [N * K / group_size / meta_group_size, rounded up to a multiple of 4]
+    name.codes       uint8    [N / 16, K * bits / 32, 16, 4]   3 bits: the low plane, [N / 16, K / 16, 16, 4]
+    name.codes_high  uint8    [N / 16, K / 32, 16, 4]          3 bits only: the high plane
+    name.scales      uint8    [N / 16, J, 16]
+    name.zeros       uint8    [N / 16, J, 16]
+    name.steps       float32  [N / 16, J / meta_group_size, rounded up, 16]
 
-N is a multiple of 16, and steps come by fours, with zeros at the end. So every stream is a multiple of 16
-bytes long, and all are aligned for 16-byte loads if the first one is. At 16 bits the matrix is the one stream
-`name.weight`, unchanged.
+So every stream is a multiple of 16 bytes long, and all are aligned for 16-byte loads if the first one is. At
+16 bits the matrix is the one stream `name.weight`, unchanged.
 
-Groups run along K, and none spans two rows. So matrices with the same inputs, such as q, k and v, can be
-quantized as one with the same result. Only a step may be shared across their border.
+Groups and steps run along K, and none spans two rows. So matrices with the same inputs, such as q, k and v,
+can be quantized as one with the same result.
 
 An expert is one run of bytes, its **blob**: the streams of w13 (w1 above w3), then those of w2.
 """
@@ -28,11 +27,10 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.parameters import instances, parameter_rows
-from model.quant.packing import PLANES
-from model.quant.spec import QuantSpec
+from model.quant.packing import PLANES, plane_shape
+from model.quant.spec import ROWS, QuantSpec
 
 STREAM_ALIGNMENT = 16  # bytes
-STEPS = 4  # float32 numbers in that many bytes
 CODES = ("codes", "codes_high")  # the streams of the planes, the low one first
 
 EXPERT = "layers.{n}.block_sparse_moe.experts.{e}."
@@ -68,10 +66,10 @@ def matrix_fields(
 
     >>> for field in matrix_fields("w2", (4096, 14336), QuantSpec(4)):
     ...     print(field.name, field.shape, field.offset, field.bytes)
-    w2.codes (4096, 7168) 0 29360128
-    w2.scales (4096, 224) 29360128 917504
-    w2.zeros (4096, 224) 30277632 917504
-    w2.steps (3584,) 31195136 14336
+    w2.codes (256, 1792, 16, 4) 0 29360128
+    w2.scales (256, 224, 16) 29360128 917504
+    w2.zeros (256, 224, 16) 30277632 917504
+    w2.steps (256, 1, 16) 31195136 16384
 
     Raises `ModelError` if the format does not take the shape.
     """
@@ -79,15 +77,14 @@ def matrix_fields(
     if not spec.quantized:
         return [Field(f"{name}.weight", dtype, tuple(shape), offset)]
     N, K = shape
-    groups = K // spec.group_size
-    steps = -(-N * groups // spec.meta_group_size)
-    streams = [
-        (stream, torch.uint8, (N, K * width // 8))
+    groups = (N // ROWS, K // spec.group_size, ROWS)
+    streams: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
+        (stream, torch.uint8, plane_shape(N, K, width))
         for stream, width in zip(CODES, PLANES[spec.bits], strict=False)
     ]
-    streams += [("scales", torch.uint8, (N, groups)), ("zeros", torch.uint8, (N, groups))]
+    streams += [("scales", torch.uint8, groups), ("zeros", torch.uint8, groups)]
     fields = []
-    for stream, kind, size in [*streams, ("steps", torch.float32, (-(-steps // STEPS) * STEPS,))]:
+    for stream, kind, size in [*streams, ("steps", torch.float32, (N // ROWS, spec.steps(K), ROWS))]:
         field = Field(f"{name}.{stream}", kind, size, offset)
         assert field.bytes % STREAM_ALIGNMENT == 0, field
         fields.append(field)
@@ -100,12 +97,14 @@ def expert_fields(
 ) -> list[Field]:
     """The streams of one expert. Their names begin with `name`. All experts of a model are alike.
 
+    The rows of w1 and of w3 are whole blocks each, since a quantized w2 has a multiple of 32 columns.
+
     >>> tiny = ModelConfig(vocab=9, hidden=64, layers=1, heads=2, kv_heads=1, head_dim=32, ffn=128, experts=2,
     ...                    experts_per_token=1, context=8, rope_theta=1e4, norm_eps=1e-5)
     >>> [(field.name, field.shape) for field in expert_fields(tiny, QuantSpec(3))][:5]
-    [('w13.codes', (256, 16)), ('w13.codes_high', (256, 8)), ('w13.scales', (256, 1)), ('w13.zeros', (256, 1)), ('w13.steps', (4,))]
-    >>> expert_fields(tiny, QuantSpec(3))[-1]  # 128 scales share one step; three more fill 16 bytes
-    Field(name='w2.steps', dtype=torch.float32, shape=(4,), offset=10000)
+    [('w13.codes', (16, 4, 16, 4)), ('w13.codes_high', (16, 2, 16, 4)), ('w13.scales', (16, 1, 16)), ('w13.zeros', (16, 1, 16)), ('w13.steps', (16, 1, 16))]
+    >>> expert_fields(tiny, QuantSpec(3))[-1]  # a step for each of 64 rows
+    Field(name='w2.steps', dtype=torch.float32, shape=(4, 1, 16), offset=11008)
     """  # noqa: E501
     D, F = config.hidden, config.ffn
     first = matrix_fields(f"{name}w13", (2 * F, D), spec, offset, dtype)

@@ -41,8 +41,8 @@ def make_plan(request: Request) -> Plan:
     >>> print(make_plan(Request.make(*model, EngineOptions(), card)))
     19.4 GiB: trunk 1.2 GiB, experts 16.4 GiB, kv 512.0 MiB, workspace 432.5 MiB, overhead 160.0 MiB, driver 704.0 MiB; context 4096 tokens
     >>> print(make_plan(Request.make(*model, EngineOptions(vram="12GiB"), card)))
-    12.0 GiB: trunk 1.2 GiB, slots 8.9 GiB, kv 512.0 MiB, workspace 464.5 MiB, staging 77.7 MiB, overhead 160.0 MiB, driver 704.0 MiB; context 4096 tokens
-    slots: 4 in 21 layers, 5 in 11; 1 spare; 65.7 MiB an expert; arena 16.4 GiB of host memory
+    12.0 GiB: trunk 1.2 GiB, slots 8.9 GiB, kv 512.0 MiB, workspace 464.5 MiB, staging 77.8 MiB, overhead 160.0 MiB, driver 704.0 MiB; context 4096 tokens
+    slots: 4 in 21 layers, 5 in 11; 1 spare; 65.8 MiB an expert; arena 16.4 GiB of host memory
     """  # noqa: E501
     plan = best_plan(request)
     if plan is None:

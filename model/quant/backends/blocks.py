@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.linear import linear
 from model.quant.packing import unpack
-from model.quant.spec import QuantSpec
+from model.quant.spec import ROWS, QuantSpec
 from model.quant.streams import Field, matrix_fields
 from model.quant.tensor import QuantizedTensor
 from model.rows import filled_up
@@ -35,14 +35,15 @@ class Blocks:
         (N, K), M = self.matrix.shape, x.shape[0]
         x = filled_up(x)  # see model/rows.py
         spec, scales, zeros = self.matrix.spec, self.matrix.group_scales(), self.matrix.group_zeros()
-        block = min(max(block_weights(x.device) // K, 1), N)  # rows
+        block = min(max(block_weights(x.device) // K // ROWS, 1) * ROWS, N)  # rows
         wide = x.new_empty(block, K, dtype=torch.float32)
         rounded = wide if x.dtype == torch.float32 else torch.empty_like(wide, dtype=x.dtype)
         out = x.new_empty(x.shape[0], N)
         for start in range(0, N, block):
             rows = slice(start, min(start + block, N))
             n = rows.stop - start
-            codes = unpack([plane[rows] for plane in self.matrix.planes()], spec.bits, spec.group_size)
+            stored = slice(rows.start // ROWS, rows.stop // ROWS)
+            codes = unpack([plane[stored] for plane in self.matrix.planes()], spec.bits)
             groups = wide[:n].view(n, -1, spec.group_size)  # [n, J, group_size]
             groups.copy_(codes.view_as(groups)).sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
             if rounded is not wide:
@@ -56,7 +57,9 @@ class Blocks:
 
     @staticmethod
     def scratch_bytes(inputs: int, dtype: torch.dtype, target: Target) -> int:
-        return max(block_weights(target.device), inputs) * (4 + 2 + 2)  # as float32, in x's dtype, as codes
+        return max(block_weights(target.device), ROWS * inputs) * (
+            4 + 2 + 2
+        )  # as float32, in x's dtype, as codes
 
     @staticmethod
     def fields(name: str, shape: Sequence[int], spec: QuantSpec, offset: int = 0) -> list[Field]:

@@ -17,17 +17,11 @@ def random_tensor(spec: QuantSpec, N: int, groups: int, seed: int = 0) -> tuple[
         return torch.randint(limit, shape, generator=generator, dtype=torch.uint8)
 
     codes = draw(1 << spec.bits, N, groups * spec.group_size)
-    low, high = [*pack(codes, spec.bits, spec.group_size), None][:2]
+    low, high = [*pack(codes, spec.bits), None][:2]
     assert low is not None
-    steps = -(-N * groups // spec.meta_group_size)
-    numbers = torch.zeros(-(-steps // 4) * 4)
-    numbers[:steps] = torch.rand(steps, generator=generator)
-    return (
-        QuantizedTensor(
-            spec, (N, codes.shape[1]), low, high, draw(256, N, groups), draw(256, N, groups), numbers
-        ),
-        codes,
-    )
+    scales, zeros = (draw(256, N // 16, groups, 16) for _ in range(2))
+    steps = torch.rand(N // 16, -(-groups // spec.meta_group_size), 16, generator=generator)
+    return QuantizedTensor(spec, (N, codes.shape[1]), low, high, scales, zeros, steps), codes
 
 
 def make_matrix(spec: QuantSpec, N: int, K: int, seed: int = 0) -> QuantizedTensor:

@@ -101,7 +101,7 @@ def test_a_copy_of_a_blob_computes_the_same_bits(spec: QuantSpec, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ffn", [192, 208])
+@pytest.mark.parametrize("ffn", [192, 224])
 @pytest.mark.parametrize("spec", [QuantSpec(16), QuantSpec(2), QuantSpec(3, 16)], ids=str)
 def test_blobs_are_aligned_and_hold_all(spec: QuantSpec, ffn: int, dtype: torch.dtype) -> None:
     form = ExpertFormat.of(replace(CONFIG, ffn=ffn), spec, dtype, HERE)
@@ -115,9 +115,10 @@ def test_each_matrix_has_the_backend_that_suits_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(int4pack, "kernel_block", lambda: 64)
     form = ExpertFormat.of(CONFIG, QuantSpec(4), torch.bfloat16, HERE)
     assert form.backends == {"w13": Int4Pack, "w2": Int4Pack} and form.remark is None
-    mixed = replace(CONFIG, ffn=208)  # w13 has 416 rows
+    mixed = replace(CONFIG, hidden=96)  # w2 has 96 rows
     form = ExpertFormat.of(mixed, QuantSpec(4, 16), torch.bfloat16, HERE)
-    assert form.backends["w13"] is Blocks and form.remark is not None and "416 x 128" in form.remark
+    assert form.backends == {"w13": Int4Pack, "w2": Blocks}
+    assert form.remark is not None and "96 x 192" in form.remark
     assert ExpertFormat.of(mixed, QuantSpec(4, 16), torch.float32, HERE).remark is None
 
 

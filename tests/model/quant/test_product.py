@@ -28,7 +28,12 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
         ("4g512", (64, 512), BF16, None),
         ("4", (64, 64), F16, "computes in bfloat16, not float16; choose the dtype bfloat16"),
         ("4", (96, 64), BF16, "takes rows in multiples of 64 and inputs of 64, not 96 x 64; where memory"),
-        ("2", (64, 48), BF16, "takes rows in multiples of 64 and inputs of 32, not 64 x 48; where memory"),
+        (
+            "4g64",
+            (80, 128),
+            BF16,
+            "takes rows in multiples of 64 and inputs of 64, not 80 x 128; where memory",
+        ),
         ("8g16", (64, 64), BF16, "takes 8 bits in groups of 32 or more, not 16; quantize them to 8g32"),
     ],
 )
@@ -51,7 +56,7 @@ def test_a_cpu_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_float32_on_a_cpu_is_nothing_to_remark_on() -> None:
-    assert pick_backend(QuantSpec(2), (48, 80), F32, HERE) == (Blocks, None)
+    assert pick_backend(QuantSpec(2), (48, 96), F32, HERE) == (Blocks, None)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
@@ -62,10 +67,10 @@ def test_a_gpu_multiplies_from_packed_bytes_where_it_can(
     for capability, backend, remark in (((8, 0), Fused, None), ((7, 5), Blocks, "capability 8.0, and this")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         monkeypatch.setattr(launching, "uncompiled", lambda device: None)
-        chosen, said = pick_backend(QuantSpec(2), (48, 80), dtype, Target.of(torch.device("cuda")))
+        chosen, said = pick_backend(QuantSpec(2), (48, 96), dtype, Target.of(torch.device("cuda")))
         assert chosen is backend and (said is None if remark is None else said and remark in said)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    chosen, said = pick_backend(QuantSpec(2), (48, 80), dtype, Target.of(torch.device("cuda")))
+    chosen, said = pick_backend(QuantSpec(2), (48, 96), dtype, Target.of(torch.device("cuda")))
     assert chosen is Blocks and said == "needs a CUDA device, and there is none here"
 
 
@@ -92,7 +97,8 @@ def test_its_weights_are_not_parameters_and_are_as_small_as_the_format() -> None
     layer = QuantizedLinear(256, 256, QuantSpec(4), F32, CPU)
     assert not list(layer.parameters()) and not layer.state_dict()
     assert (
-        sum(tensor.nbytes for tensor in layer.memory.values()) == 256 * 256 * QuantSpec(4).bits_per_weight / 8
+        sum(tensor.nbytes for tensor in layer.memory.values())
+        == 256 * 256 * QuantSpec(4).bits_per_weight(256) / 8
     )
 
 
@@ -107,8 +113,8 @@ def test_scratch_is_what_a_product_expands() -> None:
 
 def test_a_hypothetical_gpu_is_judged_by_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "untried", lambda device: pytest.fail("it is not there"))
-    assert pick_backend(QuantSpec(2), (48, 80), BF16, Target.hypothetical((9, 0))) == (Fused, None)
-    backend, said = pick_backend(QuantSpec(2), (48, 80), F16, Target.hypothetical((7, 5)))
+    assert pick_backend(QuantSpec(2), (48, 96), BF16, Target.hypothetical((9, 0))) == (Fused, None)
+    backend, said = pick_backend(QuantSpec(2), (48, 96), F16, Target.hypothetical((7, 5)))
     assert backend is Blocks and said is not None and "8.0, and this one has 7.5" in said
     assert has_fast_product(F16, Target.hypothetical())
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from model.errors import ModelError
 from model.quant.spec import DEFAULTS, QuantSpec
 
-SIZES = st.sampled_from([0, *(1 << power for power in range(4, 13))])
-SPECS = st.builds(QuantSpec, st.sampled_from([8, 4, 3, 2]), SIZES, SIZES) | st.just(QuantSpec(16))
+GROUPS = st.sampled_from([0, *(1 << power for power in range(4, 13))])
+SCALES_PER_STEP = st.sampled_from([0, *(1 << power for power in range(13))])
+SPECS = st.builds(QuantSpec, st.sampled_from([8, 4, 3, 2]), GROUPS, SCALES_PER_STEP) | st.just(QuantSpec(16))
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,7 @@ SPECS = st.builds(QuantSpec, st.sampled_from([8, 4, 3, 2]), SIZES, SIZES) | st.j
         ("4g64", (4, 64, 256)),
         ("4g32m64", (4, 32, 64)),
         ("8m16", (8, 64, 16)),
+        ("2g32m1", (2, 32, 1)),
     ],
 )
 def test_written(text: str, expected: tuple[int, int, int]) -> None:
@@ -60,7 +62,11 @@ def test_any_text_is_a_format_or_a_model_error(text: str) -> None:
         ("4g48", "group size 48 is not a power of two from 16 to 4096; the default for 4 bits is 64"),
         ("2g8", "group size 8 is not a power of two"),
         ("4g8192", "group size 8192 is not"),
-        ("4m100", "number of scales per step 100 is not"),
+        (
+            "4m100",
+            "number of scales per step 100 is not a power of two from 1 to 4096; the default for 4 bits",
+        ),
+        ("4m8192", "number of scales per step 8192 is not"),
         ("16g64", "16 bits are not quantized and have no groups; write 16 alone"),
     ],
 )
@@ -76,6 +82,8 @@ def test_refused(text: str, message: str) -> None:
         ("4", (32, 96), "layers.0.w2: 96 inputs do not divide into groups of 64; use 4g32"),
         ("4", (32, 40), "layers.0.w2: 40 inputs do not divide into groups of 64; leave it at 16 bits"),
         ("2g128", (32, 4096 + 64), "layers.0.w2: 4160 inputs do not divide into groups of 128; use 2g64"),
+        ("4", (32, 48), "layers.0.w2: 48 inputs do not divide into groups of 64; leave it at 16 bits"),
+        ("2", (32, 48), "layers.0.w2: 48 inputs are not a multiple of 32; leave it at 16 bits"),
         ("2", (24, 64), "layers.0.w2: 24 rows are not a multiple of 16; leave it at 16 bits"),
         ("2", (64,), "layers.0.w2: shape [64] is not a matrix, and only matrices are quantized"),
         ("2", (0, 64), "layers.0.w2: shape [0, 64] is not a matrix"),
@@ -94,8 +102,20 @@ def test_shapes_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "bits"),
-    [("16", 16.0), ("8", 8.252), ("4", 4.252), ("3", 3.254), ("3g128", 3.127), ("2", 3.016), ("2g64", 2.254)],
+    ("text", "K", "bits"),
+    [
+        ("16", 4096, 16.0),
+        ("8", 4096, 8.258),
+        ("4", 4096, 4.258),
+        ("4", 14336, 4.252),
+        ("3", 4096, 3.258),
+        ("3g128", 4096, 3.133),
+        ("2", 4096, 3.016),
+        ("2g64", 4096, 2.258),
+        ("2g64", 14336, 2.254),
+        ("2g64m1", 14336, 2.75),
+        ("4", 64, 4.75),
+    ],
 )
-def test_bits_per_weight(text: str, bits: float) -> None:
-    assert QuantSpec.parse(text).bits_per_weight == pytest.approx(bits, abs=5e-4)
+def test_bits_per_weight(text: str, K: int, bits: float) -> None:
+    assert QuantSpec.parse(text).bits_per_weight(K) == pytest.approx(bits, abs=5e-4)

@@ -199,12 +199,13 @@ def test_half_of_the_experts_have_slots_where_all_would_fit_the_same_memory() ->
 
 
 def test_too_little_host_memory_is_a_refusal() -> None:
+    quantizable = dataclasses.replace(SMALL, ffn=96)
     with pytest.raises(
         DeviceError,
-        match=r"need 1\.3 MiB of the host for 5 experts in each of 3 layers, and"
+        match=r"need 1\.6 MiB of the host for 5 experts in each of 3 layers, and"
         r" the budget is 1000\.0 KiB; quantize with --experts 2$",
     ):
-        plan(SMALL, torch.float32, 100, slots=2, host_budget=1000 << 10, host_place="the host")
+        plan(quantizable, torch.float32, 100, slots=2, host_budget=1000 << 10, host_place="the host")
     with pytest.raises(
         DeviceError, match=r"^need 1\.3 MiB of host memory for .* and 1\.4 MiB of host memory to give$"
     ):
