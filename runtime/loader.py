@@ -1,4 +1,7 @@
-"""Read a checkpoint into a model, in the form that the device computes with fastest."""
+"""Bring a checkpoint into a model, in the form that the device computes with fastest: read, or mapped.
+
+On a CPU, what a model keeps exactly as files have it can be a view of the mapped files. `Costs` plans it so.
+"""
 
 import queue
 import warnings
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.attention import Attention
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, MappedFiles
 from model.config import ModelConfig
 from model.linear import pack
 from model.mixtral import Mixtral
@@ -21,9 +24,10 @@ from model.quant.spec import QuantSpec
 from model.quant.streams import EXPERT, matrix_fields
 from model.quant.tensor import QuantizedTensor
 from model.target import Target
-from runtime.planning.costs import attention_bytes, matrix_bytes
+from runtime.planning.costs import attention_shapes, maps_experts, matrix_bytes
 
 WORKERS = 2  # one reads while the other converts
+EMBEDDINGS = "embed_tokens.weight"
 
 
 def load_model(
@@ -32,13 +36,16 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     experts: Callable[[int], Experts],
-    blob: Callable[[int, int], Tensor],
+    blob: Callable[[int, int], Tensor] | None,
     progress: Callable[[int], None] | None = None,
+    files: MappedFiles | None = None,
 ) -> Mixtral:
     """The checkpoint's model, with its trunk on `device`.
 
     `experts(layer)` computes a layer's experts. `blob(layer, expert)` is the memory [uint8], on any device,
-    that an expert is read into. `progress` is called with each number of bytes read.
+    that an expert is read into; None reads no experts. With `files`, those of a mappable checkpoint, what
+    they can serve as memory is not read. `progress` is called with each number of bytes read, and once with
+    all that are mapped.
 
     Warns, once for each reason, if quantized weights cannot be multiplied by the device's fast kernels.
     Raises `ModelError` if a file cannot be read, or no longer matches its header.
@@ -47,10 +54,17 @@ def load_model(
     model = Mixtral(checkpoint.config, dtype, device, experts, linear).requires_grad_(False)
     for message in slow_products(model, form):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-    checkpoint.fill(dict(model.named_parameters()), progress)
+    parameters = dict(model.named_parameters())
+    if files:
+        map_trunk(model, checkpoint, files)
+        if model.embed_tokens.weight.dtype == checkpoint.mappable:
+            del parameters[EMBEDDINGS]
+        if progress:
+            progress(files.bytes)
+    checkpoint.fill(parameters, progress)
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="loader")
     try:
-        for size in pool.map(lambda read: read(), other_parts(checkpoint, model, form, blob)):
+        for size in pool.map(lambda read: read(), other_parts(checkpoint, model, form, blob, files)):
             if progress:
                 progress(size)
     finally:  # after an error or Ctrl-C, reads that have not begun are dropped
@@ -65,15 +79,35 @@ def load_resident(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int], None] | None = None,
+    files: MappedFiles | None = None,
 ) -> Mixtral:
     """Like `load_model`, with all experts on the device."""
-    config = checkpoint.config
-    layers = [BlobExperts(form, config.experts, device) for _ in range(config.layers)]
+    config, layers = checkpoint.config, range(checkpoint.config.layers)
+    if files and maps_experts(form, dtype, checkpoint.mappable):
+        mapped = [BlobExperts(form, map_experts(n, config.experts, form, files)) for n in layers]
+        return load_model(checkpoint, form, dtype, device, mapped.__getitem__, None, progress, files)
+    empty = [BlobExperts.empty(form, config.experts, device) for _ in layers]
 
     def blob(layer: int, e: int) -> Tensor:
-        return layers[layer].blobs[e]
+        return empty[layer].blobs[e]
 
-    return load_model(checkpoint, form, dtype, device, layers.__getitem__, blob, progress)
+    return load_model(checkpoint, form, dtype, device, empty.__getitem__, blob, progress, files)
+
+
+def map_experts(layer: int, count: int, form: ExpertFormat, files: MappedFiles) -> list[Tensor]:
+    """The blobs of a layer's experts as files have them."""
+    prefixes = [EXPERT.format(n=layer, e=e) for e in range(count)]
+    return [files.run(prefix + field.name for field in form.stored) for prefix in prefixes]
+
+
+def map_trunk(model: Mixtral, checkpoint: Checkpoint, files: MappedFiles) -> None:
+    """Have the embeddings and the quantized matrices in the files' memory where they are kept as there."""
+    weight = model.embed_tokens.weight
+    if weight.dtype == checkpoint.mappable:
+        weight.data = files.run([EMBEDDINGS]).view(weight.dtype).view(weight.shape)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and module.as_stored:
+            module.bind(files.run(f.name for f in matrix_fields(name, module.shape, module.spec)))
 
 
 def slow_products(model: Mixtral, form: ExpertFormat) -> list[str]:
@@ -108,7 +142,7 @@ def quantized_linear(
     if not spec.quantized:
         return None
     target = Target.of(device)
-    size = attention_bytes(config, spec, dtype, target)
+    size = sum(matrix_bytes(spec, shape, dtype, target) for shape in attention_shapes(config))
     free = torch.empty(config.layers * size, dtype=torch.uint8, device=device)
 
     def make(inputs: int, outputs: int) -> QuantizedLinear:
@@ -121,11 +155,15 @@ def quantized_linear(
 
 
 def other_parts(
-    checkpoint: Checkpoint, model: Mixtral, form: ExpertFormat, blob: Callable[[int, int], Tensor]
+    checkpoint: Checkpoint,
+    model: Mixtral,
+    form: ExpertFormat,
+    blob: Callable[[int, int], Tensor] | None,
+    files: MappedFiles | None,
 ) -> Iterator[Callable[[], int]]:
     """What remains to be read after the parameters. Each call reads one quantized matrix or one expert, and
     returns how many bytes of files that were."""
-    direct = form.stored == form.kept
+    direct = form.as_stored
     stagings: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
     for _ in range(0 if direct else WORKERS):
         stagings.put(torch.empty(form.stored[-1].end, dtype=torch.uint8, device="cpu"))
@@ -138,8 +176,7 @@ def other_parts(
         module.store(QuantizedTensor.of(module.spec, module.shape, by_stream))
         return bytes_in_files(checkpoint, streams)
 
-    def read_expert(layer: int, e: int) -> int:
-        target = blob(layer, e)
+    def read_expert(target: Tensor, layer: int, e: int) -> int:
         staging = target if direct else stagings.get()
         try:
             prefix = EXPERT.format(n=layer, e=e)
@@ -153,11 +190,13 @@ def other_parts(
         return bytes_in_files(checkpoint, tensors)
 
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear) and not (files and module.as_stored):
             yield partial(read_matrix, name, module)
+    if blob is None:
+        return
     for layer in range(checkpoint.config.layers):
         for e in range(checkpoint.config.experts):
-            yield partial(read_expert, layer, e)
+            yield partial(read_expert, blob(layer, e), layer, e)
 
 
 def bytes_in_files(checkpoint: Checkpoint, names: Iterable[str]) -> int:

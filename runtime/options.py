@@ -52,6 +52,10 @@ class EngineOptions:
         "most host memory to use, as 20GiB or 90%% of what is free (default: all of it)",
         metavar="SIZE",
     )
+    map: bool = option(
+        True, "on a CPU, use a quantized model's files as memory (default), or read them into memory",
+        action=argparse.BooleanOptionalAction,
+    )  # fmt: skip
     context: int | None = option(
         None, "most tokens of a text (default: 4096, or the model's limit if smaller)", int, metavar="N"
     )
@@ -108,7 +112,8 @@ class EngineOptions:
         for name, (least, most) in numbers.items():
             if name not in ("slots", "threads") or getattr(self, name) is not None:
                 settle(self, name, whole(name, getattr(self, name), least, most))
-        settle(self, "graphs", truth("graphs", self.graphs))
+        for name in ("map", "graphs"):
+            settle(self, name, truth(name, getattr(self, name)))
         if self.link_gbps is not None:
             rate = number("link_gbps", self.link_gbps, lambda g: 0 < g < math.inf, "a number above 0")
             settle(self, "link_gbps", rate)

@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from model.checkpoint import MappedFiles
+from model.errors import ModelError
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from runtime.errors import RequestError
@@ -42,11 +44,12 @@ class ModelRunner:
         options: EngineOptions,
         eos_ids: frozenset[int],
         unused: Tensor | None,
+        files: MappedFiles | None = None,
     ) -> None:
         """`cache` holds the experts unless all of them are resident. A text ends at `eos_ids`. `unused` [V]
-        bool marks the ids that no token has."""
+        bool marks the ids that no token has. `files` are those that weights are views of."""
         self.model, self.cache, self.plan, self.options = model, cache, plan, options
-        self.eos_ids, self.unused = eos_ids, unused
+        self.eos_ids, self.unused, self.files = eos_ids, unused, files
         self.config = model.config
         self.device, self.dtype = plan.device, plan.dtype
         self.decoder = make_decoder(model, cache, options.graphs)
@@ -111,8 +114,9 @@ class ModelRunner:
     def alone(self, work: Callable[[], Result]) -> Result:
         """Do `work` while no other thread computes with the model, and return its result.
 
-        Raises `RequestError` if the engine is closed before `work` or while it runs, if this process is a
-        fork of the one that loaded it, or if the calling thread is already computing with it.
+        Raises `RequestError` if the engine is closed or a mapped file changes, before `work` or while it
+        runs, if this process is a fork of the one that loaded it, or if the calling thread is already
+        computing with it.
         """
 
         def turn() -> Result:
@@ -169,10 +173,16 @@ class ModelRunner:
                 self.counters.decode_seconds += seconds
 
     def check_open(self) -> None:
-        """Raises `RequestError` if the engine is closed, or if this process is a fork."""
+        """Raises `RequestError` if the engine is closed, if this process is a fork, or if a mapped file is no
+        longer what it was."""
         self.turns.check_process()
         if self.closed:
             raise RequestError("the engine is closed; load it again")
+        if self.files:
+            try:
+                self.files.check()
+            except ModelError as error:
+                raise RequestError(str(error)) from error
 
     def close(self) -> None:
         """Release the weights and caches, after the running forward if there is one.
@@ -205,3 +215,5 @@ class ModelRunner:
         self.__dict__.pop("model", None)
         if self.cache:
             self.cache.close()
+        if self.files:
+            self.files.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, open_checkpoint
+from model.checkpoint import Checkpoint, MappedFiles, open_checkpoint
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.mixtral import Mixtral
@@ -99,16 +99,17 @@ def make_runner(
     # The caller may be in inference mode, and no other thread could fill the tensors made there.
     with default_settings(device), torch.inference_mode(False):
         with bar as advance:
-            model, cache = load_weights(checkpoint, plan, options, advance)
+            model, cache, files = load_weights(checkpoint, plan, options, advance)
         runner = None
         try:
             ends = frozenset(config.eos_ids) | {i for i in tokenizer.ends if i < config.vocab}
             unused = unused_ids(config.vocab, tokenizer.vocab_size, ends, device)
-            runner = ModelRunner(model, cache, plan, options, ends, unused)
+            runner = ModelRunner(model, cache, plan, options, ends, unused, files)
             prepare(runner, compiling)
         except BaseException:  # the caller may keep it, and with it the frames that refer to the weights
-            if made := runner or cache:
-                made.close()
+            for made in (runner or cache, files):
+                if made:
+                    made.close()
             raise
     return runner
 
@@ -118,24 +119,25 @@ def load_weights(
     plan: Plan,
     options: EngineOptions,
     progress: Callable[[int], None] | None = None,
-) -> tuple[Mixtral, ExpertCache | None]:
-    """The model, and the cache of its experts unless all of them are resident."""
+) -> tuple[Mixtral, ExpertCache | None, MappedFiles | None]:
+    """The model, the cache of its experts unless all of them are resident, and the files if it is mapped."""
     dtype, device = plan.dtype, plan.device
     form = ExpertFormat.of(checkpoint.config, checkpoint.experts, dtype, Target.of(device))
+    files = MappedFiles(checkpoint.layout) if plan.mapped_bytes else None
     if plan.resident:
-        return load_resident(checkpoint, form, dtype, device, progress), None
+        return load_resident(checkpoint, form, dtype, device, progress, files), None, files
     cache = ExpertCache.make(
         form, device, checkpoint.config.experts, plan.slots_per_layer, plan.spares,
         options.policy, options.prefetch, options.link_gbps,
     )  # fmt: skip
     try:
-        model = load_model(checkpoint, form, dtype, device, cache.layer, cache.arena.blob, progress)
+        model = load_model(checkpoint, form, dtype, device, cache.layer, cache.arena.blob, progress, files)
         if options.lookahead and options.prefetch:
             model.look_ahead(options.lookahead)
     except BaseException:
         cache.close()
         raise
-    return model, cache
+    return model, cache, files
 
 
 def unused_ids(model: int, tokenizer: int, used: Iterable[int], device: torch.device) -> Tensor | None:

@@ -36,13 +36,13 @@ from model.target import Target
 from runtime.errors import DeviceError, OptionError
 from runtime.options import EngineOptions
 from runtime.planning.plan import Plan, describe_slots
-from runtime.planning.planner import make_plan
+from runtime.planning.planner import larger_than_memory, make_plan
 from runtime.planning.request import Budgets, Request
-from runtime.planning.search import used_bytes
+from runtime.planning.search import excess_bytes, used_bytes
 from runtime.shell.arguments import add_flag, from_flags, new_parser
 from runtime.units import format_bytes
 
-ENGINE_FLAGS = ("dtype", "context", "offload", "slots", "lookahead", "prefetch")
+ENGINE_FLAGS = ("dtype", "map", "context", "offload", "slots", "lookahead", "prefetch")
 LINKS = (12, 25)  # GB/s: what PCIe 3.0 and 4.0 with 16 lanes move in practice
 TERMS = {  # labels of a plan's fields
     "trunk_bytes": "trunk",
@@ -54,6 +54,7 @@ TERMS = {  # labels of a plan's fields
     "driver_bytes": "driver",
     "device_bytes": "device, all",
     "arena_bytes": "arena, in host memory",
+    "mapped_bytes": "mapped from files",
 }
 
 
@@ -76,6 +77,11 @@ class Column:
         assert self.plan is not None
         budget = self.budget_bytes
         return None if budget is None else budget - used_bytes(self.request, self.plan)
+
+    @property
+    def remark(self) -> str | None:
+        """Why there is no plan, or that the plan's files exceed the memory."""
+        return larger_than_memory(self.request, self.plan) if self.plan else self.reason
 
 
 @dataclass(frozen=True)
@@ -107,35 +113,44 @@ def make_sheet(args: argparse.Namespace) -> Sheet:
     sized = "ram" if on_cpu else "vram"
     if not on_cpu and args.ram and "," in args.ram:
         raise OptionError(f"ram is {args.ram}; one size goes with all of --vram")
-    model = describe_model(args)
+    model, files = describe_model(args)
     target = Target.of(torch.device("cpu")) if on_cpu else Target.hypothetical()
     text = getattr(args, sized)
     sizes: list[str | None] = text.split(",") if text else [None]
     requests = []
     for size in sizes:
         options = from_flags(EngineOptions, argparse.Namespace(**vars(args) | {sized: size}))
-        requests.append(make_request(model, options, target))
+        requests.append(make_request(model, files, options, target))
     columns = [make_column(size, request) for size, request in zip(sizes, requests, strict=True)]
     return Sheet(args.shape or str(args.model), columns)
 
 
-def describe_model(args: argparse.Namespace) -> tuple[ModelConfig, QuantSpec, QuantSpec]:
-    """The configuration, and the formats of attention and experts."""
+def describe_model(
+    args: argparse.Namespace,
+) -> tuple[tuple[ModelConfig, QuantSpec, QuantSpec], torch.dtype | None]:
+    """The configuration and the formats of attention and experts, and what `Checkpoint.mappable` would be."""
     try:
         asked = [None if text is None else QuantSpec.parse(text) for text in (args.attention, args.experts)]
     except ModelError as error:
         raise OptionError(str(error)) from error
-    if args.shape:
-        return SHAPES[args.shape], asked[0] or QuantSpec(16), asked[1] or QuantSpec(16)
-    checkpoint = open_checkpoint(args.model)
-    return checkpoint.config, asked[0] or checkpoint.attention, asked[1] or checkpoint.experts
+    checkpoint = None if args.shape else open_checkpoint(args.model)
+    config = checkpoint.config if checkpoint else SHAPES[args.shape]
+    given = (checkpoint.attention, checkpoint.experts) if checkpoint else (QuantSpec(16),) * 2
+    attention, experts = asked[0] or given[0], asked[1] or given[1]
+    files = checkpoint.mappable if checkpoint else None
+    if (attention, experts) != given:  # as tools.quantize would write it
+        files = torch.bfloat16
+    return (config, attention, experts), files
 
 
 def make_request(
-    model: tuple[ModelConfig, QuantSpec, QuantSpec], options: EngineOptions, target: Target
+    model: tuple[ModelConfig, QuantSpec, QuantSpec],
+    files: torch.dtype | None,
+    options: EngineOptions,
+    target: Target,
 ) -> Request:
     try:
-        return Request.make(*model, options, target, Budgets.given(options, target.device))
+        return Request.make(*model, options, target, Budgets.given(options, target.device), files)
     except ModelError as error:  # a format that does not divide this model's matrices
         raise OptionError(str(error)) from error
 
@@ -201,7 +216,7 @@ def as_text(sheet: Sheet, markdown: bool = False) -> str:
             *layout(table_rows(sheet), markdown),
             *gap,
             f"An expert is {format_bytes(plan.blob_bytes)} ({plan.blob_bytes:,} bytes); a miss takes {at}.",
-            *(f"{column.label}: {column.reason}" for column in sheet.columns if not column.plan),
+            *(f"{column.label}: {column.remark}" for column in sheet.columns if column.remark),
         ]
     )
 
@@ -223,6 +238,7 @@ def as_json(sheet: Sheet) -> dict[str, Any]:
         if plan := column.plan:
             about |= plan.as_dict() | {"resident": plan.resident, "device_bytes": plan.device_bytes}
             about |= {"host_bytes": plan.host_bytes, "left_over_bytes": column.left_over_bytes}
+            about["excess_bytes"] = excess_bytes(column.request, plan)
             about["seconds_per_miss"] = {f"{rate} GB/s": s for rate, s in link_seconds(plan).items()}
         columns.append(about)
     return sheet.about | {"plans": columns}

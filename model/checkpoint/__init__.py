@@ -7,11 +7,13 @@ names.py        tables of what each exporter calls Mixtral's tensors
 pieces.py       compares headers with tables, and lists the byte ranges of every parameter
 native.py       does the same for our own quantized checkpoints
 load.py         reads those ranges straight into a model
+mapped.py       takes them as memory instead, without reading
 writer.py       writes a safetensors file tensor by tensor
 save.py         writes a model in HF's layout, by the same tables
 """
 
 from model.checkpoint.load import Checkpoint, open_checkpoint
+from model.checkpoint.mapped import MappedFiles
 from model.checkpoint.save import save_hf
 
-__all__ = ["Checkpoint", "open_checkpoint", "save_hf"]
+__all__ = ["Checkpoint", "MappedFiles", "open_checkpoint", "save_hf"]

@@ -1,9 +1,10 @@
 """Reads the weights of a checkpoint into a model: one pass over the files, which reads each byte once.
 
 A weight that is on the CPU in the dtype of the file is read into its own memory. Other weights go through two
-buffers of `CHUNK_BYTES`, and are converted from there. Plain reads, rather than memory maps, mean that the
-process is charged for the model and these buffers alone. There are two readers, so that one can read while
-the other converts or takes page faults.
+buffers of `CHUNK_BYTES`, and are converted from there. So the process is charged for the model and these
+buffers alone. There are two readers, so that one can read while the other converts or takes page faults.
+
+Weights that a CPU keeps as files have them need no reading: see `Checkpoint.mappable` and `mapped.py`.
 """
 
 import queue
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from model.checkpoint import foreign
 from model.checkpoint.files import check_folder, weight_files
+from model.checkpoint.mapped import in_runs
 from model.checkpoint.native import native_layout, read_format
 from model.checkpoint.pieces import Layout, Piece, match
 from model.checkpoint.safetensors import byte_view, read_header, readable
@@ -25,6 +28,7 @@ from model.config import ModelConfig
 from model.errors import ModelError, quoted
 from model.mixtral import Mixtral
 from model.quant.spec import QuantSpec
+from model.quant.streams import model_fields
 
 CHUNK_BYTES = 16 << 20
 READERS = 2
@@ -63,6 +67,17 @@ class Checkpoint:
             if not piece.exact:
                 sizes[piece.dtype] += piece.bytes
         return sizes.most_common(1)[0][0]
+
+    @cached_property
+    def mappable(self) -> torch.dtype | None:
+        """If matrices and experts lie in the files as memory would have them, the dtype of what is not
+        quantized; None for other checkpoints. Then `MappedFiles(layout)` can take the place of reading."""
+        dtype = self.dtype
+        if not self.native or not in_runs(
+            self.layout, model_fields(self.config, self.attention, self.experts, dtype)
+        ):
+            return None
+        return dtype
 
     @property
     def description(self) -> str:

@@ -63,13 +63,18 @@ class ExpertFormat:
         return ExpertFormat(spec, shapes, stored, tuple(kept), backends, remark, layout)
 
     @property
+    def as_stored(self) -> bool:
+        """Whether memory has exactly the bytes that files have."""
+        return self.stored == self.kept
+
+    @property
     def blob_bytes(self) -> int:
         """The distance from one blob in memory to the next."""
         return aligned(self.kept[-1].end)
 
     def store(self, stored: Tensor, blob: Tensor) -> None:
         """Fill a blob from an expert's bytes [uint8], as files have them."""
-        if self.stored == self.kept:
+        if self.as_stored:
             blob[: self.stored[-1].end].copy_(stored)
             return
         for name, backend in self.backends.items():
@@ -126,13 +131,19 @@ def views(fields: Sequence[Field], matrix: str, memory: Tensor) -> dict[str, Ten
 class BlobExperts:
     """All experts of a layer, each computed from its blob: `model.moe.Experts`."""
 
-    def __init__(self, form: ExpertFormat, count: int, device: torch.device) -> None:
-        self.form = form
-        self.blobs = torch.empty(count, form.blob_bytes, dtype=torch.uint8, device=device)
-        self.experts = [form.bind(blob) for blob in self.blobs]
+    def __init__(self, form: ExpertFormat, blobs: Tensor | Sequence[Tensor]) -> None:
+        """`blobs` [experts, blob_bytes] uint8 is their memory. On a CPU it may be in several tensors."""
+        self.form, self.blobs = form, blobs
+        self.experts = [form.bind(blob) for blob in blobs]
+
+    @staticmethod
+    def empty(form: ExpertFormat, count: int, device: torch.device) -> "BlobExperts":
+        """Experts to be filled, in memory of their own."""
+        return BlobExperts(form, torch.empty(count, form.blob_bytes, dtype=torch.uint8, device=device))
 
     def __call__(self, x: Tensor, choice: Choice) -> Tensor:  # [N, D] -> [N, D]
         return mix(self.experts, x, choice)
 
     def step(self, x: Tensor, choice: Choice) -> Tensor:  # [1, D] -> [1, D]
+        assert isinstance(self.blobs, Tensor)
         return self.form.step(x, self.blobs, choice.ids[0], choice.weights[0])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from model.quant.backends import pick_backend
+from model.quant.backends import keeps_as_stored, pick_backend
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantizedTensor
 from model.target import Target
@@ -31,11 +31,21 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.spec, self.shape = spec, (outputs, inputs)
         self.backend, self.remark = pick_backend(spec, self.shape, dtype, Target.of(device))
-        fields = self.backend.fields("", self.shape, spec)
         if memory is None:
-            memory = torch.empty(fields[-1].end, dtype=torch.uint8, device=device)
+            size = self.backend.fields("", self.shape, spec)[-1].end
+            memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self.bind(memory)
+
+    def bind(self, memory: Tensor) -> None:
+        """Keep W in `memory` [uint8] from now on, in place of the memory so far."""
+        fields = self.backend.fields("", self.shape, self.spec)
         self.memory = {field.name.lstrip("."): field.view(memory) for field in fields}
-        self.product = self.backend(spec, self.shape, self.memory)
+        self.product = self.backend(self.spec, self.shape, self.memory)
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether W is kept in exactly the bytes that files have of it."""
+        return keeps_as_stored(self.backend, self.spec, self.shape)
 
     def store(self, matrix: QuantizedTensor) -> None:
         self.backend.store(matrix, self.memory)

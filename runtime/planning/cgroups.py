@@ -18,21 +18,24 @@ ROOT = Path("/")
 def memory_left(root: Path = ROOT) -> int | None:
     """Bytes of memory that every control group still allows; None if no group sets a limit.
 
-    A group counts the page cache as used, but the kernel reclaims its inactive files when a process needs
-    memory. So those count as free: a checkpoint that was just read must not seem to fill the machine.
+    A group counts the page cache as used, but the kernel reclaims it when a process needs memory, as
+    `MemAvailable` says of the whole machine. So it counts as free. A checkpoint that was just read must not
+    seem to fill the machine, nor one that another process has mapped.
     """
-    names = ("memory.max", "memory.current", "inactive_file")
+    names = ("memory.max", "memory.current", "")
     left = [bytes_left(folder, *names) for folder in groups(root, None)]
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
     left += [bytes_left(folder, *names) for folder in groups(root, "memory")]
     return min((size for size in left if size is not None), default=None)
 
 
-def bytes_left(folder: Path, limit_name: str, used_name: str, cached_name: str) -> int | None:
+def bytes_left(folder: Path, limit_name: str, used_name: str, prefix: str) -> int | None:
     limit, used = read_numbers(folder / limit_name), read_numbers(folder / used_name)
     if not limit or not used:  # no such file, or no limit
         return None
-    return max(limit[0] - used[0] + read_counters(folder / "memory.stat").get(cached_name, 0), 0)
+    counters = read_counters(folder / "memory.stat")
+    cached = sum(counters.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+    return max(limit[0] - used[0] + cached, 0)
 
 
 def processors(root: Path = ROOT) -> float | None:

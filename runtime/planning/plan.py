@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from model.kv_cache import KVCache
-from runtime.planning.costs import count_weights, projections
 from runtime.planning.request import Request
 from runtime.units import format_bytes
 
@@ -38,6 +37,7 @@ class Plan:
     blob_bytes: int  # one expert in memory
     overhead_bytes: int = 0  # on the device: of PyTorch's allocator, or on a CPU of oneDNN's kernels
     driver_bytes: int = 0  # on the device, outside of PyTorch's allocator
+    mapped_bytes: int = 0  # of files that a CPU computes from; not allocated, and in none of the terms above
 
     @property
     def resident(self) -> bool:
@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def device_bytes(self) -> int:
-        """All that the device holds."""
+        """All that the device holds, without what is mapped."""
         inside = self.trunk_bytes + self.kv_bytes + self.workspace_bytes + self.staging_bytes
         return inside + self.slots_bytes + self.overhead_bytes + self.driver_bytes
 
@@ -74,12 +74,16 @@ class Plan:
         slots: 2 in 1 layer, 3 in 1; 1 spare; 1.0 MiB an expert; arena 16.0 MiB of host memory
         """  # noqa: E501
         experts = "experts" if self.resident else "slots"
-        terms = {"trunk": self.trunk_bytes, experts: self.slots_bytes, "kv": self.kv_bytes}
+        terms = {"trunk": self.trunk_bytes}
+        if self.slots_bytes:
+            terms[experts] = self.slots_bytes
+        terms["kv"] = self.kv_bytes
         terms["workspace"] = self.workspace_bytes
         rest = {name: getattr(self, f"{name}_bytes") for name in ("staging", "overhead", "driver")}
         terms |= {name: size for name, size in rest.items() if size}
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms.items())
-        line = f"{format_bytes(self.device_bytes)}: {listed}; context {self.context} tokens"
+        mapped = f"{format_bytes(self.mapped_bytes)} of files mapped; " if self.mapped_bytes else ""
+        line = f"{format_bytes(self.device_bytes)}: {listed}; {mapped}context {self.context} tokens"
         if self.resident:
             return line
         spares = f"{self.spares} spare{'s' * (self.spares != 1)}"
@@ -106,12 +110,15 @@ def describe_slots(slots_per_layer: tuple[int, ...]) -> str:
 def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool = False) -> Plan:
     """The plan with these slots, whether or not it fits."""
     r, c, costs, wide = request, request.config, request.costs, request.dtype.itemsize
-    trunk = (count_weights(c)[0] - c.layers * projections(c)) * wide + c.layers * costs.attention_bytes
+    head = c.vocab * c.hidden * wide
+    trunk = costs.embedding_bytes + head + c.layers * costs.attention_bytes
+    trunk += (1 + 2 * c.layers) * c.hidden * wide  # norms
     trunk += c.layers * c.experts * c.hidden * 4  # gates are float32
     trunk += 2 * c.context * c.head_dim * wide  # rotary tables
     chunk = chunk_tokens(r)
     attending = costs.attending.bytes(c, r.dtype, chunk, r.context)
     logits = 4 * c.vocab * 4  # of one token, and copies for the sampler
+    mapped_experts = c.layers * c.experts * costs.mapped_expert_bytes if resident else 0
     spares = 0 if resident else r.options.lookahead * r.options.prefetch
     return Plan(
         device=r.target.device,
@@ -122,13 +129,14 @@ def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool =
         kv_bytes=KVCache.bytes(c, 1, r.context, r.dtype),
         workspace_bytes=chunk * activation_bytes(r, resident) + attending + logits + costs.scratch_bytes,
         staging_bytes=spares * costs.blob_bytes + (0 if resident else gate_bytes(r)),
-        slots_bytes=sum(slots_per_layer) * costs.blob_bytes,
+        slots_bytes=0 if mapped_experts else sum(slots_per_layer) * costs.blob_bytes,
         arena_bytes=0 if resident else c.layers * c.experts * costs.blob_bytes,
         slots_per_layer=slots_per_layer,
         spares=spares,
         blob_bytes=costs.blob_bytes,
         overhead_bytes=costs.overhead_bytes,
         driver_bytes=costs.driver_bytes,
+        mapped_bytes=costs.mapped_trunk_bytes + mapped_experts,
     )
 
 

@@ -6,6 +6,10 @@ slots as fit, spare slots take experts that are only guessed to be needed, and a
 every expert.
 """
 
+import warnings
+
+import torch
+
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.quant.spec import QuantSpec
@@ -16,19 +20,47 @@ from runtime.planning.device import pick_device
 from runtime.planning.plan import Plan
 from runtime.planning.refusal import refusal
 from runtime.planning.request import Request
-from runtime.planning.search import best_plan
+from runtime.planning.search import best_plan, excess_bytes
+from runtime.units import format_bytes
 
 
 def plan_checkpoint(checkpoint: Checkpoint, options: EngineOptions) -> Plan:
     """Plan a checkpoint for this machine. Raises as `plan_model` does."""
-    return plan_model(checkpoint.config, checkpoint.attention, checkpoint.experts, options)
+    c = checkpoint
+    return plan_model(c.config, c.attention, c.experts, options, c.mappable)
 
 
-def plan_model(config: ModelConfig, attention: QuantSpec, experts: QuantSpec, options: EngineOptions) -> Plan:
-    """Plan a model in these formats for this machine. Raises as `pick_device`, `Request.make` and `make_plan`
-    do."""
+def plan_model(
+    config: ModelConfig,
+    attention: QuantSpec,
+    experts: QuantSpec,
+    options: EngineOptions,
+    files: torch.dtype | None = None,
+) -> Plan:
+    """Plan a model in these formats for this machine. `files` is `Checkpoint.mappable`; by default nothing is
+    mapped.
+
+    Warns if the model is larger than memory. Raises as `pick_device`, `Request.make` and `make_plan` do.
+    """
     target = Target.of(pick_device(options.device))
-    return make_plan(Request.make(config, attention, experts, options, target))
+    request = Request.make(config, attention, experts, options, target, files=files)
+    plan = make_plan(request)
+    if line := larger_than_memory(request, plan):
+        warnings.warn(line, RuntimeWarning, stacklevel=5)  # the caller of Engine.load or Engine.plan
+    return plan
+
+
+def larger_than_memory(request: Request, plan: Plan) -> str | None:
+    """One line if a plan's mapped files do not fit memory beside what it allocates; None if they do."""
+    budget, excess = request.budgets.device, excess_bytes(request, plan)
+    if not excess:
+        return None
+    there_is = format_bytes(budget.bytes or 0)
+    return (
+        f"the model is {format_bytes(excess)} larger than {budget.place} ({there_is}): what the system "
+        "cannot keep of its files, it reads from the disk again and again; give the model fewer bits "
+        "(python -m tools.quantize), or free some memory"
+    )
 
 
 def make_plan(request: Request) -> Plan:

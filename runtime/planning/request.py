@@ -94,11 +94,12 @@ class Request:
         options: EngineOptions,
         target: Target,
         budgets: Budgets | None = None,
+        files: torch.dtype | None = None,
     ) -> "Request":
         """Join what the caller gives with what follows from it.
 
         `attention` and `experts` are the formats of a model's weights. By default the budgets are
-        `Budgets.here`, or `Budgets.given` for a hypothetical target.
+        `Budgets.here`, or `Budgets.given` for a hypothetical target. `files` is `Checkpoint.mappable`.
 
         Raises `OptionError` if an option does not fit the model or the device, and `ModelError` if a format's
         groups do not divide the model's matrices.
@@ -106,7 +107,8 @@ class Request:
         check(options, config, target.device)
         quantized = attention.quantized or experts.quantized
         dtype = pick_dtype(options.dtype, target, sum(count_weights(config)), quantized)
-        costs = Costs.of(config, attention, experts, dtype, target)
+        maps = options.map and target.device.type == "cpu"
+        costs = Costs.of(config, attention, experts, dtype, target, files if maps else None)
         if budgets is None:
             budgets = (Budgets.here if target.present else Budgets.given)(options, target.device)
         return Request(config, attention, experts, options, target, dtype, costs, budgets)

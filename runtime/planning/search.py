@@ -54,6 +54,14 @@ def used_bytes(request: Request, plan: Plan) -> int:
     return plan.device_bytes + (plan.arena_bytes if request.shared else 0)
 
 
+def excess_bytes(request: Request, plan: Plan) -> int:
+    """By how much the mapped files and all that is allocated exceed the memory of a CPU; 0 if they fit."""
+    budget = request.budgets.device.bytes
+    if budget is None or not plan.mapped_bytes:
+        return 0
+    return max(used_bytes(request, plan) + plan.mapped_bytes - budget, 0)
+
+
 def share_out(slots: int, layers: int) -> tuple[int, ...]:
     """Share `slots` out over `layers` as evenly as possible.
 

@@ -13,7 +13,7 @@ GROUPS = {
     "model and prompt": ("chat_template",),
     "when to stop": ("max_new_tokens", "stop", "ignore_eos"),
     "sampling": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias", "seed"),
-    "memory and device": ("device", "dtype", "vram", "ram", "context", "threads", "graphs"),
+    "memory and device": ("device", "dtype", "vram", "ram", "map", "context", "threads", "graphs"),
     "experts that do not all fit": ("offload", "slots", "policy", "lookahead", "prefetch", "link_gbps"),
 }
 

@@ -28,6 +28,7 @@ from model.errors import ModelError
 from runtime.errors import MixtralError, OptionError
 from runtime.process import shortage
 from runtime.process.interrupts import restore_interrupts
+from runtime.shell.bus_errors import one_line_bus_errors
 
 TYPE_CHECKING = False  # importing `typing` for this takes milliseconds
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def launch(module: str) -> "NoReturn":
     """Import the command `module`, call its `main`, and exit the process with the status that it returns."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the caller ignores Ctrl-C
         signal.signal(signal.SIGINT, interrupt)
-    status = run(lambda: import_module(module).main())
+    with one_line_bus_errors(FAILED):
+        status = run(lambda: import_module(module).main())
     if signal.getsignal(signal.SIGINT) is interrupt:
         signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # no work is left to interrupt
     sys.exit(status)

@@ -29,7 +29,7 @@ CONFIG = ModelConfig(
 def random_network(spec: QuantSpec) -> Mixtral:
     form = ExpertFormat.of(CONFIG, spec, torch.float32, Target.of(DEVICE))
     linear = partial(QuantizedLinear, spec=QuantSpec(4), dtype=torch.float32, device=DEVICE)
-    experts = lambda layer: BlobExperts(form, CONFIG.experts, DEVICE)  # noqa: E731
+    experts = lambda layer: BlobExperts.empty(form, CONFIG.experts, DEVICE)  # noqa: E731
     model = Mixtral(CONFIG, torch.float32, DEVICE, experts, linear).requires_grad_(False)
     for seed, module in enumerate(model.modules()):
         if isinstance(module, QuantizedLinear):

@@ -2,7 +2,7 @@
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -72,25 +72,42 @@ def reference_logits(folder: Path) -> Tensor:
         return dequantized(open_checkpoint(folder))(torch.tensor([IDS]))[0]
 
 
-def held(model: Mixtral) -> tuple[int, int]:
-    """The bytes that trunk and experts really take."""
-    trunk = model.rope.cos.nbytes + model.rope.sin.nbytes
-    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
-    trunk += sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name)
+def held(engine: Engine) -> tuple[int, int, int]:
+    """The bytes that trunk and experts really take, and those that are mapped."""
+    files = engine.runner.files
+    mappings = {file.bytes.data_ptr() for file in files.files.values()} if files else set()
+    mapped, model = 0, engine.model
+
+    def allocated(tensors: Iterable[Tensor]) -> int:
+        nonlocal mapped
+        own = 0
+        for tensor in tensors:
+            if tensor.untyped_storage().data_ptr() in mappings:
+                mapped += tensor.nbytes
+            else:
+                own += tensor.nbytes
+        return own
+
+    trunk = model.rope.cos.nbytes + model.rope.sin.nbytes + allocated(model.parameters())
+    experts = 0
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            trunk += aligned(sum(tensor.nbytes for tensor in module.memory.values()))
+            trunk += aligned(allocated(module.memory.values()))
         elif isinstance(module, PackedLinear):
             trunk += module.packed.numel() * 2
         elif isinstance(module, SparseMoE) and isinstance(module.experts, BlobExperts):
-            experts += module.experts.blobs.nbytes
-    return trunk, experts
+            experts += allocated(module.experts.blobs)
+    return trunk, experts, mapped
+
+
+def planned(engine: Engine) -> tuple[int, int, int]:
+    return engine.plan.trunk_bytes, engine.plan.slots_bytes, engine.plan.mapped_bytes
 
 
 def test_quantized_attention_is_one_piece_of_memory(
     quantized: Callable[..., Path], load: Callable[..., Engine]
 ) -> None:
-    model = load(quantized(3, 4), dtype="float32").model
+    model = load(quantized(3, 4), dtype="float32", map=False).model
     memories = [list(m.memory.values()) for m in model.modules() if isinstance(m, QuantizedLinear)]
     assert len(memories) == 4
     [whole] = {stream.untyped_storage().nbytes() for memory in memories for stream in memory}
@@ -111,7 +128,7 @@ def test_every_pair_of_widths_loads_without_a_flag(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     greedy = [token.id for token in engine.generate(IDS, GREEDY)]
     assert len(greedy) == 8 and greedy[0] == int(logits[-1].argmax())
-    assert (engine.plan.trunk_bytes, engine.plan.slots_bytes) == held(engine.model)
+    assert planned(engine) == held(engine)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -127,7 +144,7 @@ def test_half_precision_is_near(
     assert distance.median() < 0.05
     one_by_one = torch.stack([token_logits(engine, IDS[: n + 1]) for n in (0, 20, len(IDS) - 1)])
     assert ((one_by_one - logits[[0, 20, -1]]).norm(dim=1) / logits[[0, 20, -1]].norm(dim=1)).median() < 0.05
-    assert (engine.plan.trunk_bytes, engine.plan.slots_bytes) == held(engine.model)
+    assert planned(engine) == held(engine)
     assert len(list(engine.generate(IDS, GREEDY))) == 8
 
 

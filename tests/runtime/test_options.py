@@ -24,6 +24,7 @@ def test_defaults() -> None:
         "dtype": None,
         "vram": None,
         "ram": None,
+        "map": True,
         "context": None,
         "offload": "auto",
         "slots": None,

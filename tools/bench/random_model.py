@@ -53,7 +53,7 @@ def random_model(
     resident: list[BlobExperts] = []
 
     def all_there(layer: int) -> BlobExperts:
-        resident.append(BlobExperts(form, config.experts, device))
+        resident.append(BlobExperts.empty(form, config.experts, device))
         return resident[-1]
 
     model = Mixtral(config, dtype, device, provide or all_there, linear).requires_grad_(False)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, open_checkpoint
+from model.checkpoint import Checkpoint, MappedFiles, open_checkpoint
 from model.config import ModelConfig
 from model.mixtral import Block, Mixtral
 from model.moe import Experts
@@ -140,7 +140,7 @@ def make_subject(args: argparse.Namespace, tokens: int, **defaults: Any) -> Subj
     options = from_flags(EngineOptions, argparse.Namespace(**defaults | vars(args)))
     if (options.context or 0) < tokens:
         raise OptionError(f"{tokens} tokens do not fit --context {options.context}")
-    plan = plan_model(config, *formats, options)
+    plan = plan_model(config, *formats, options, checkpoint.mappable if checkpoint else None)
     form = ExpertFormat.of(config, formats[1], plan.dtype, Target.of(plan.device))
     link, memory = measure_rates(plan.device, options)
     if args.enforce:
@@ -202,9 +202,10 @@ def make_model(
     if checkpoint is None:
         provide = no_experts if store else None
         return random_model(config, *formats, dtype, device, DISTINCT, provide), store
+    files = MappedFiles(checkpoint.layout) if plan.mapped_bytes else None
     if store is None:
-        return load_resident(checkpoint, form, dtype, device), None
-    return load_model(checkpoint, form, dtype, device, no_experts, store.blob), store
+        return load_resident(checkpoint, form, dtype, device, files=files), None
+    return load_model(checkpoint, form, dtype, device, no_experts, store.blob, files=files), store
 
 
 def make_store(config: ModelConfig, form: ExpertFormat, device: torch.device, shared: bool) -> Store:

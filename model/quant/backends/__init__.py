@@ -10,7 +10,7 @@ from model.quant.backends.blocks import Blocks
 from model.quant.backends.fused import Fused
 from model.quant.backends.int4pack import Int4Pack
 from model.quant.spec import QuantSpec
-from model.quant.streams import Field
+from model.quant.streams import Field, matrix_fields
 from model.quant.tensor import QuantizedTensor
 from model.target import Target
 
@@ -105,6 +105,11 @@ def pick_backend(
                 return backend, None if reference else remark
             remark = remark or reason
     raise AssertionError((spec, shape, dtype, target))
+
+
+def keeps_as_stored(backend: type[Backend], spec: QuantSpec, shape: Sequence[int]) -> bool:
+    """Whether a backend keeps exactly the bytes that files have of such a matrix."""
+    return backend.fields("", shape, spec) == matrix_fields("", shape, spec)
 
 
 EASY = QuantSpec(4), (64, 64)  # a format and a shape that every backend takes

@@ -140,7 +140,7 @@ def test_where_one_matrix_takes_the_slow_way_both_are_right() -> None:
 @pytest.mark.parametrize("N", [1, 2, 9])
 def test_a_layer_of_blobs_mixes_as_one_of_parameters(N: int, dtype: torch.dtype) -> None:
     form = ExpertFormat.of(CONFIG, QuantSpec(16), dtype, HERE)
-    layer = BlobExperts(form, CONFIG.experts, CPU)
+    layer = BlobExperts.empty(form, CONFIG.experts, CPU)
     resident = ResidentExperts(CONFIG, dtype, CPU).requires_grad_(False)
     for e, (blob, expert) in enumerate(zip(layer.blobs, resident.experts, strict=True)):
         stored, _ = make_stored(form, e)

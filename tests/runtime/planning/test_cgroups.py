@@ -33,14 +33,17 @@ def write(path: Path, text: object) -> None:
 def group2(folder: Path, limit: object, used: int = 0, cached: int = 0, cpu: str = "max 100000") -> None:
     write(folder / "memory.max", limit)
     write(folder / "memory.current", used)
-    write(folder / "memory.stat", f"anon 5\ninactive_file {cached}\nactive_file 7")
+    write(folder / "memory.stat", f"anon 5\ninactive_file {cached // 4}\nactive_file {cached - cached // 4}")
     write(folder / "cpu.max", cpu)
 
 
 def group1(folder: Path, limit: int, used: int = 0, cached: int = 0) -> None:
     write(folder / "memory.limit_in_bytes", limit)
     write(folder / "memory.usage_in_bytes", used)
-    write(folder / "memory.stat", f"inactive_file 1\ntotal_inactive_file {cached}")
+    write(
+        folder / "memory.stat",
+        f"inactive_file 1\ntotal_inactive_file {cached // 4}\ntotal_active_file {cached - cached // 4}",
+    )
 
 
 @pytest.mark.parametrize(("limits", "left"), [

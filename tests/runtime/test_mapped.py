@@ -1,0 +1,390 @@
+"""Engines whose weights are views of mapped files: the same bits as read ones, and what befalls files."""
+
+import errno
+import gc
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.checkpoint import open_checkpoint
+from model.moe import SparseMoE
+from model.quant.backends import int4pack
+from model.quant.backends.blocks import Blocks
+from model.quant.expert import BlobExperts
+from model.quant.product import QuantizedLinear
+from model.quant.spec import QuantSpec
+from model.quant.streams import Field, matrix_fields
+from runtime import Engine, EngineOptions, LoadError, RequestError, SamplingParams
+from runtime import generate as command
+from runtime.units import format_bytes
+from tools.quantize import command as quantize
+
+ROOT = Path(__file__).resolve().parents[2]
+IDS = [1, *range(30, 75), 2, 2]
+GREEDY = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
+LINUX = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+CUTTING = """
+import os, sys
+from pathlib import Path
+from model.mixtral import Mixtral
+from runtime.shell.command import launch
+
+forward = Mixtral.forward
+
+def cut(*words, **more):
+    for path in Path(sys.argv[2]).glob("*.safetensors"):
+        os.truncate(path, 0)
+    return forward(*words, **more)
+
+Mixtral.forward = cut
+launch("runtime.generate")
+"""
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[object, object], Path]:
+    """Make a checkpoint with attention and experts in the given formats, each only once."""
+    source, made = variant(hidden=128, head_dim=32, ffn=256), tmp_path_factory.mktemp("quantized")
+
+    def make(attention: object, experts: object) -> Path:
+        out = made / f"{attention}-{experts}"
+        if not out.exists():
+            words = ["--attention", str(attention), "--experts", str(experts), "--quiet", "--threads", "1"]
+            assert quantize.main([str(source), str(out), "--device", "cpu", *words]) == 0
+        return out
+
+    return make
+
+
+@pytest.fixture
+def folder(quantized: Callable[..., Path], tmp_path: Path) -> Path:
+    """A checkpoint that a test may spoil."""
+    return shutil.copytree(quantized(4, 3), tmp_path / "model")
+
+
+def answers(engine: Engine) -> tuple[Tensor, list[int]]:
+    return engine.logits(IDS), [token.id for token in engine.generate(IDS, GREEDY)]
+
+
+def weights(engine: Engine) -> Iterator[Tensor]:
+    """The tensors of quantized matrices of the trunk, and the blobs of resident experts."""
+    for module in engine.model.modules():
+        if isinstance(module, QuantizedLinear):
+            yield from module.memory.values()
+        elif isinstance(module, SparseMoE) and isinstance(module.experts, BlobExperts):
+            yield from module.experts.blobs
+
+
+def is_mapped(engine: Engine, tensor: Tensor) -> bool:
+    """Whether a tensor lies in the mapping of a file."""
+    starts = [(file.bytes.data_ptr(), len(file.bytes)) for file in engine.runner.files.files.values()]
+    return any(0 <= tensor.data_ptr() - start <= size - tensor.nbytes for start, size in starts)
+
+
+# --- the same bits, from mappings
+
+
+@pytest.mark.parametrize("options", [{}, {"offload": "always", "slots": 2}])
+@pytest.mark.parametrize(
+    ("attention", "experts"), [(16, 4), (4, 16), (4, 2), (8, 3), (3, 8), ("4g16", "2g64")]
+)
+def test_mapped_weights_give_the_bits_of_read_ones(
+    attention: object,
+    experts: object,
+    options: dict[str, object],
+    quantized: Callable[..., Path],
+    load: Callable[..., Engine],
+) -> None:
+    folder = quantized(attention, experts)
+    mapped, read = load(folder, **options), load(folder, map=False, **options)
+    for one, other in zip(answers(mapped), answers(read), strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    assert read.runner.files is None and read.plan.mapped_bytes == 0
+    resident = mapped.plan.resident
+    views = [is_mapped(mapped, tensor) for tensor in weights(mapped)] if mapped.plan.mapped_bytes else []
+    assert all(views) or (attention, experts) == (4, 16), "float32 experts are no bytes of a file"
+    assert bool(views) == (attention != 16 or resident)
+    assert mapped.plan.chunk == read.plan.chunk
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("attention", "experts"), [(4, 3), (4, 16), (16, 16)])
+def test_in_bfloat16_embeddings_and_16_bit_experts_are_mapped_too(
+    attention: int,
+    experts: int,
+    quantized: Callable[..., Path],
+    load: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(int4pack, "kernel_block", lambda: 0)  # no backend wants another order
+    folder = quantized(attention, experts)
+    mapped, read = (load(folder, dtype="bfloat16", map=wish) for wish in (True, False))
+    for one, other in zip(answers(mapped), answers(read), strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    assert all(is_mapped(mapped, tensor) for tensor in weights(mapped))
+    assert is_mapped(mapped, mapped.model.embed_tokens.weight)
+    assert mapped.plan.slots_bytes == 0
+    assert f"; {format_bytes(mapped.plan.mapped_bytes)} of files mapped; context" in str(mapped.plan)
+
+
+def test_what_a_backend_keeps_in_another_order_is_read(
+    quantized: Callable[..., Path], load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def more(name: str, shape: tuple[int, int], spec: QuantSpec, offset: int = 0) -> list[Field]:
+        """What files have, and 16 bytes."""
+        fields = matrix_fields(name, shape, spec, offset)
+        return [*fields, Field(f"{name}.more", torch.uint8, (16,), fields[-1].end)]
+
+    monkeypatch.setattr(Blocks, "fields", staticmethod(more))
+    engine = load(quantized(4, 3))
+    assert engine.runner.files is None and engine.plan.mapped_bytes == 0
+    read = engine.logits(IDS)
+    monkeypatch.undo()
+    mapped = load(quantized(4, 3))
+    assert engine.plan.slots_bytes + engine.plan.trunk_bytes > mapped.plan.mapped_bytes > 0
+    assert torch.equal(mapped.logits(IDS), read)
+
+
+def test_files_in_another_order_are_read(
+    folder: Path, quantized: Callable[..., Path], load: Callable[..., Engine]
+) -> None:
+    """Another program may have written the same tensors again."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        save_file(load_file(path), path, metadata)  # sorts them
+    assert open_checkpoint(folder).mappable is None
+    engine = load(folder)
+    assert engine.plan.mapped_bytes == 0
+    assert torch.equal(engine.logits(IDS), load(quantized(4, 3)).logits(IDS))
+
+
+def test_unquantized_checkpoints_are_read(load: Callable[..., Engine]) -> None:
+    assert load().runner.files is None
+
+
+def test_nothing_is_copied_and_nothing_warned_of(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine = Engine.load(folder, EngineOptions(device="cpu", dtype="float32"))
+    assert engine.plan.mapped_bytes == engine.runner.files.bytes
+    assert engine.plan.device_bytes < Engine.plan(
+        folder, EngineOptions(device="cpu", dtype="float32", map=False)
+    ).device_bytes  # fmt: skip
+    engine.close()
+
+
+@LINUX
+def test_the_pages_are_shared_and_given_back_with_the_engine(folder: Path) -> None:
+    engine = Engine.load(folder, EngineOptions(device="cpu", dtype="float32"))
+    engine.logits(IDS)
+    sizes = [kibibytes(part) for part in mappings(folder)]
+    assert sum(part["Rss"] for part in sizes) > 0
+    assert sum(part["Anonymous"] for part in sizes) == 0, "pages of its own"
+    modes = {part.split(maxsplit=2)[1] for part in mappings(folder)}
+    assert modes == {"r--s"}
+    descriptors = open_files(folder)
+    engine.close()
+    gc.collect()
+    assert descriptors > 0 and mappings(folder) == [] and open_files(folder) == 0
+
+
+@LINUX
+def test_an_engine_that_is_dropped_gives_them_back_too(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine = Engine.load(folder, EngineOptions(device="cpu", dtype="float32"))
+        assert mappings(folder)
+        del engine
+        gc.collect()
+    assert mappings(folder) == [] and open_files(folder) == 0
+
+
+def mappings(folder: Path) -> list[str]:
+    """What the system says about each mapping of a file in `folder`."""
+    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    return [part for part in parts if f"{folder}{os.sep}" in part]
+
+
+def kibibytes(part: str) -> dict[str, int]:
+    return {name: int(size) for name, size in re.findall(r"^(\w+): +(\d+) kB$", part, re.MULTILINE)}
+
+
+def open_files(folder: Path) -> int:
+    links = [Path(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sum(folder in Path(os.path.realpath(link)).parents for link in links)
+
+
+@contextmanager
+def counting(seen: list[int], total: int) -> Iterator[Callable[[int], None]]:
+    seen.append(total)
+    yield seen.append
+
+
+def test_what_is_mapped_counts_as_read_at_once(folder: Path) -> None:
+    seen: list[int] = []
+    options = EngineOptions(device="cpu", dtype="float32")
+    with Engine.load(folder, options, progress=lambda total: counting(seen, total)) as engine:
+        total, first, *_ = seen
+        assert total == sum(seen[1:]) == open_checkpoint(folder).bytes
+        assert first == engine.plan.mapped_bytes
+
+
+# --- files that change
+
+
+def change_size(path: Path) -> None:
+    os.truncate(path, 1000)
+
+
+def change_bytes(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+
+
+@pytest.mark.parametrize(("change", "what"), [
+    (change_size, r"had \d+ bytes and has 1000 now"), (change_bytes, "was written to"),
+])  # fmt: skip
+def test_a_file_that_changes_between_requests(
+    folder: Path, load: Callable[..., Engine], change: Callable[[Path], None], what: str
+) -> None:
+    engine = load(folder)
+    before, path = answers(engine), max(folder.glob("*.safetensors"))
+    session = engine.session()
+    change(path)
+    for ask in (
+        lambda: engine.logits(IDS),
+        lambda: next(engine.generate(IDS, GREEDY)),
+        lambda: next(session.complete(IDS, GREEDY)),
+    ):
+        with pytest.raises(RequestError, match=rf"{path.name}: {what}.* load the model again$"):
+            ask()
+    assert len(before[1]) == 8
+
+
+def test_a_file_that_changes_between_tokens_or_in_a_forward(
+    folder: Path, load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(folder)
+    tokens = engine.generate(IDS, GREEDY)
+    next(tokens)
+    compute = engine.runner.compute
+
+    def changing(ids: list[int], kv: object) -> Tensor:
+        change_bytes(max(folder.glob("*.safetensors")))
+        return compute(ids, kv)
+
+    monkeypatch.setattr(engine.runner, "compute", changing)
+    with pytest.raises(RequestError, match="was written to"):
+        next(tokens)
+
+
+def test_a_file_that_is_replaced_or_removed_stays_as_it_was(
+    folder: Path, load: Callable[..., Engine]
+) -> None:
+    engine = load(folder)
+    before = engine.logits(IDS)
+    first, *others = sorted(folder.glob("*.safetensors"))
+    first.with_name("new").write_bytes(b"x" * 5000)
+    first.with_name("new").rename(first)
+    for path in others:
+        path.unlink()
+    assert torch.equal(engine.logits(IDS), before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file that is mapped can be cut short")
+def test_a_command_whose_file_is_cut_short_in_a_forward_ends_with_a_line(folder: Path) -> None:
+    words = ["--model", str(folder), "--device", "cpu", "--dtype", "float32", "--prompt", "def", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", CUTTING, *words], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "error: a file of the model was cut short while it was in use, or its disk fails (SIGBUS); "
+        "load the model again"
+    ]
+
+
+# --- what cannot be mapped
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.ENOMEM])
+def test_a_file_that_cannot_be_mapped_is_an_error_with_the_remedy(
+    folder: Path,
+    load: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+) -> None:
+    """A file system may have no mappings, and a process too few addresses."""
+
+    real = mmap.mmap
+
+    def refuse(file: int, *words: int, **more: int) -> mmap.mmap:
+        if file == -1:  # memory, of no file
+            return real(file, *words, **more)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    reason = re.escape(os.strerror(number))
+    with pytest.raises(LoadError, match=rf"safetensors: cannot be mapped \({reason}\); --no-map reads it"):
+        load(folder)
+    words = ["--model", str(folder), "--prompt", "def", "--max-new-tokens", "2", "--device", "cpu"]
+    assert command.main([*words, "--quiet", "--dtype", "float32"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_no_map_is_a_flag(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", str(folder), "--prompt", "def", "--max-new-tokens", "2", "--device", "cpu"]
+    lines = []
+    for more in ([], ["--no-map"]):
+        assert command.main([*words, "--dtype", "float32", "--temperature", "0", *more]) == 0
+        out, err = capsys.readouterr()
+        lines.append((out, "of files mapped" in err))
+    assert lines[0][0] == lines[1][0] and (lines[0][1], lines[1][1]) == (True, False)
+
+
+def test_a_file_that_vanishes_before_it_is_mapped(folder: Path) -> None:
+    @contextmanager
+    def vanishing(total: int) -> Iterator[Callable[[int], None]]:
+        max(folder.glob("*.safetensors")).unlink()
+        yield lambda size: None
+
+    with pytest.raises(LoadError, match=r"safetensors: cannot be mapped \(No such file"):
+        Engine.load(folder, EngineOptions(device="cpu", dtype="float32"), progress=vanishing)
+
+
+def test_a_model_larger_than_memory_runs_and_says_so(
+    folder: Path, load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = load(folder).plan
+    ram = plan.device_bytes + plan.mapped_bytes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder, ram=str(ram))
+    with pytest.warns(
+        RuntimeWarning, match=r"the model is 100 B larger than memory on cpu under --ram "
+    ) as w:
+        load(folder, ram=str(ram - 100))
+    assert len(w) == 1 and w[0].filename == str(ROOT / "tests/runtime/conftest.py")
+    monkeypatch.setattr("runtime.planning.request.free_device_bytes", lambda device: plan.device_bytes + 1)
+    with pytest.warns(RuntimeWarning, match=r"larger than memory on cpu \(.*again and again") as w:
+        Engine.plan(folder, EngineOptions(device="cpu", dtype="float32"))
+    assert len(w) == 1 and w[0].filename == __file__
