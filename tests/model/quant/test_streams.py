@@ -162,5 +162,14 @@ def test_mixtral_8x7b_by_format_of_its_experts(text: str) -> None:
     assert row in (ROOT / "docs" / "formats.md").read_text("utf-8")
 
 
+def test_the_documented_tensors_of_an_expert() -> None:
+    documented = (ROOT / "docs" / "formats.md").read_text("utf-8").splitlines()
+    fields = expert_fields(MIXTRAL_8X7B, QuantSpec(4))
+    rows = [f"| `{f.name}` {list(f.shape)} | {f.offset:,} | {f.bytes:,} |" for f in fields]
+    rows.append(f"| all | | {fields[-1].end:,} |")
+    start = documented.index(rows[0])
+    assert documented[start : start + len(rows)] == rows
+
+
 def test_mixtral_8x7b_at_16_bits_is_the_published_size() -> None:
     assert model_size(MIXTRAL_8X7B, QuantSpec(16), QuantSpec(16)).total == 2 * 46_702_792_704

@@ -1,16 +1,20 @@
 """What the streams mean, by a reference that works out one weight at a time."""
 
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.quant.packing import pack
 from model.quant.spec import QuantSpec
 from model.quant.tensor import QuantizedTensor
 from tests.model.quant.matrices import random_tensor
 
+ROOT = Path(__file__).resolve().parents[3]
 WIDTHS = (8, 4, 3, 2)
 
 
@@ -64,6 +68,39 @@ def test_streams_of_another_shape_are_not_taken() -> None:
         QuantizedTensor.of(QuantSpec(4), tensor.shape, tensor.streams() | {"steps": torch.zeros(2, 2, 16)})
     with pytest.raises(AssertionError):
         QuantizedTensor.of(QuantSpec(3), tensor.shape, tensor.streams())
+
+
+def documented_bytes(plane: str) -> dict[int, list[int]]:
+    """The bytes of a worked example in docs/formats.md, by their offset in a block."""
+    text = (ROOT / "docs" / "formats.md").read_text("utf-8")
+    lines = re.findall(rf"^    {plane} +(\d+):  ((?:[0-9a-f]{{2}} ){{4}})", text, re.MULTILINE)
+    return {int(offset): [int(byte, 16) for byte in word.split()] for offset, word in lines}
+
+
+def test_the_worked_example_at_4_bits() -> None:
+    """docs/formats.md: two rows of a block, 0 to 15 twice and 15 to 0 twice."""
+    codes = torch.zeros(16, 32, dtype=torch.uint8)
+    codes[0], codes[1] = torch.arange(32) % 16, 15 - torch.arange(32) % 16
+    (plane,) = pack(codes, 4)
+    found = documented_bytes("byte")
+    assert list(found) == [0, 4, 64, 68]
+    assert all(plane.flatten()[start : start + 4].tolist() == word for start, word in found.items())
+    scales, zeros = (torch.full((1, 1, 16), byte, dtype=torch.uint8) for byte in (100, 120))
+    steps = torch.full((1, 1, 16), 0.0005)
+    tensor = QuantizedTensor(QuantSpec(4, 32), (16, 32), plane, None, scales, zeros, steps)
+    assert tensor.dequantize()[0, [0, 15]].tolist() == pytest.approx([-0.375, 0.375])
+
+
+def test_the_worked_example_at_3_bits() -> None:
+    """docs/formats.md: the codes are in the text as well."""
+    text = (ROOT / "docs" / "formats.md").read_text("utf-8")
+    (row,) = re.findall(r"^    ((?:[0-7] +){31}[0-7])$", text, re.MULTILINE)
+    codes = torch.zeros(16, 32, dtype=torch.uint8)
+    codes[0] = torch.tensor([int(code) for code in row.split()])
+    for name, plane, offsets in zip(("low", "high"), pack(codes, 3), ([0, 64], [0]), strict=True):
+        found = documented_bytes(name)
+        assert list(found) == offsets
+        assert all(plane.flatten()[start : start + 4].tolist() == word for start, word in found.items())
 
 
 def test_rows_share_nothing() -> None:
