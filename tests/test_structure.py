@@ -25,8 +25,11 @@ OTHERS = {
     "tokenizer": {"sentencepiece", "numpy", "jinja2"},
     "runtime": {"torch", "safetensors", "numpy", "tqdm"},
     "tools": {"torch", "safetensors", "numpy", "sentencepiece", "hqq", "tqdm", "matplotlib"},
-    "dev": {"torch", "numpy", "hqq", "sentencepiece", "matplotlib", "transformers", "accelerate"},
-}
+    "dev": {
+        "torch", "numpy", "numba", "hqq", "sentencepiece", "matplotlib", "transformers", "accelerate",
+        "llama_cpp", "gguf",
+    },
+}  # fmt: skip
 TRITON = "model/kernels/"
 
 

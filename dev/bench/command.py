@@ -1,7 +1,7 @@
 """Measurements that the project's own choices rest on, one per subcommand:
 
-    python -m dev.bench load MODEL | --bytes 2GB    seconds per GB, and peak memory over the model's size
-    python -m dev.bench memory                      resident memory over many prompts, against the plan
+    python -m dev.bench load MODEL | --bytes 2GB    seconds to load and to the first token, and peak memory
+    python -m dev.bench memory [MODEL]              a process's memory over many prompts, against the plan
     python -m dev.bench solver                      seconds per matrix, against hqq on the whole matrix
     python -m dev.bench quality                     size and held-out perplexity in 21 pairs of formats
 

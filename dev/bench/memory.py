@@ -1,110 +1,108 @@
-"""Whether memory stays level over many prompts of different lengths: resident memory against the plan.
+"""The memory of a process that has a model: after loading, after all experts have been used, and after many
+prompts of different lengths; and what a second process takes for the same model.
 
-Each dtype is measured twice, with all experts resident and with experts offloaded, each time in a process of
-its own. Prompts are random ids of 1 to --longest tokens, each followed by two new tokens. Figures are in
-bytes. `grown` is the peak as a share above the size after the tenth prompt. `planned` is what the plan says,
-and `taken` is the peak less the size before loading. For a small model, most of `taken` is the libraries' own
-code, which counts as memory when it is first used.
+Every way is a process of its own: each dtype with all experts resident (mapped and read, where the system
+can), and with experts offloaded. Prompts are random ids of 1 to --longest tokens, each followed by two more.
+Sizes are in MB over what the process had before loading. `anonymous` is memory of its own, and `mapped` the
+resident part of files. Of both together, `over_files` is the share of the model's files. `pss` counts what
+processes share in equal parts. `grown` is the peak as a share above the size after the tenth prompt, and
+`planned` what the plan says. `second_private` is what another process with the same model has for itself.
 """
 
 import argparse
-import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dev.bench.load import resident
-from runtime.engine import DEMO, Engine
+from dev.peers.llamacpp.sides import Side
+from dev.peers.llamacpp.ways import Way, add_peer_arguments, mapped_and_read, peer_ways
+from runtime.engine import DEMO
 from runtime.errors import DeviceError
-from runtime.options import EngineOptions, SamplingParams
 from runtime.shell.arguments import at_least_one
 from runtime.shell.command import say
 
 SETTLED = 10  # prompts, after which memory should not grow
+ALL_EXPERTS = 64  # tokens that use nearly all of them
+SIZES = ("anonymous", "mapped", "pss")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, nargs="?", default=DEMO, help="folder (default: the demo model)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="(default: these two)")
-    parser.add_argument("--prompts", type=at_least_one, default=1000, help="(default: 1000)")
+    parser.add_argument("--prompts", type=at_least_one, default=40, help="(default: 40)")
     parser.add_argument("--longest", type=at_least_one, default=600, help="tokens (default: 600)")
     parser.add_argument("--threads", type=at_least_one, default=1, help="(default: 1)")
     parser.add_argument("--offload", choices=("never", "always"), help="only so (default: both)")
-    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    add_peer_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, printing a line per combination on stderr. Returns all figures.
+    """Measure, printing a line per way on stderr. Returns all figures.
 
-    Raises `DeviceError` where the system does not tell resident memory.
+    Raises `DeviceError` where the system does not tell a process's memory.
     """
-    if args.in_process:
-        return measure(args, args.dtypes[0], args.offload)
+    if not sys.platform.startswith("linux"):
+        raise DeviceError("this system does not tell a process's memory; Linux does")
     rows = {}
+    for way in our_ways(args) + peer_ways(args):
+        rows[way.name] = row = measure(way, args)
+        last = row["moments"][-1]
+        taken = f"{last['over_files']:.2f} of the files' {row['files']:,.1f} MB"
+        say(f"{way.name}, {args.prompts} prompts: {taken}; grown {row['grown']:.1%}")
+    return {"ways": rows}
+
+
+def our_ways(args: argparse.Namespace) -> list[Way]:
+    ways = []
     for dtype in args.dtypes:
-        for offload in [args.offload] if args.offload else ["never", "always"]:
-            words = [sys.executable, "-m", "dev.bench", "memory", str(args.model), "--in-process", "--json"]
-            words += ["--dtypes", dtype, "--offload", offload, "--prompts", str(args.prompts)]
-            words += ["--longest", str(args.longest), "--threads", str(args.threads)]
-            row = json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
-            rows[f"{dtype}, {row['experts']}"] = row
-            say(describe(row))
-    return {"rows": rows}
+        if args.offload != "always":
+            ways += [
+                Way(f"{dtype}, resident, {way.name}", way.path, way.given)
+                for way in mapped_and_read(args.model, dtype=dtype, offload="never")
+            ]
+        if args.offload != "never":
+            ways.append(Way(f"{dtype}, offloaded", args.model, {"dtype": dtype, "offload": "always"}))
+    return ways
 
 
-def measure(args: argparse.Namespace, dtype: str, offload: str) -> dict[str, Any]:
-    """One dtype, and one way of holding experts, in this process."""
-    options = EngineOptions(
-        device="cpu", dtype=dtype, offload=offload, threads=torch.get_num_threads(), context=args.longest + 8
-    )
-    before = resident_bytes()
-    with Engine.load(args.model, options) as engine:
-        loaded = resident_bytes()
-        sizes = sizes_over_prompts(engine, args.prompts, args.longest)
-        plan = engine.plan
-        settled = sizes[min(SETTLED, len(sizes)) - 1]
-        return {
-            "dtype": dtype,
-            "experts": "resident" if plan.resident else "offloaded",
-            "prompts": len(sizes),
-            "loaded": loaded,
-            "settled": settled,
-            "most": max(sizes),
-            "end": sizes[-1],
-            "grown": max(sizes[SETTLED - 1 :], default=settled) / settled - 1,
-            "planned": plan.device_bytes + plan.arena_bytes,
-            "taken": max(sizes) - before,
-        }
+def measure(way: Way, args: argparse.Namespace) -> dict[str, Any]:
+    context = max(args.longest, ALL_EXPERTS) + 8
+    with way.start() as side, way.start() as second:
+        before = side.ask("memory")
+        found = way.load(side, context, args.threads)
+        moments = {"loaded": side.ask("memory")}
+        side.ask("prompt", tokens=ALL_EXPERTS)
+        moments["all experts used"] = side.ask("memory")
+        sizes = after_each_prompt(side, args.prompts, args.longest)
+        moments[f"{len(sizes)} prompts"] = sizes[-1]
+        alone = second.ask("memory")
+        way.load(second, context, args.threads)
+        second.ask("prompt", tokens=ALL_EXPERTS)
+        private = second.ask("memory")["private"] - alone["private"]
+    settled, later = sizes[:SETTLED][-1]["rss"], [size["rss"] for size in sizes[SETTLED - 1 :]]
+    return {
+        "files": way.bytes / 1e6,
+        **({"planned": found["planned"] / 1e6} if "planned" in found else {}),
+        "moments": [describe(moment, size, before, way.bytes) for moment, size in moments.items()],
+        "grown": max(later, default=settled) / settled - 1,
+        "second_private": private / 1e6,
+    }
 
 
-def sizes_over_prompts(engine: Engine, prompts: int, longest: int, seed: int = 0) -> list[int]:
-    """Bytes of resident memory after each prompt; each has 1 to `longest` tokens."""
+def after_each_prompt(side: Side, prompts: int, longest: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Memory after each prompt; each has 1 to `longest` tokens."""
     chance = random.Random(seed)
-    params = SamplingParams(max_new_tokens=2, temperature=0.7, seed=0, ignore_eos=True)
-    last = engine.tokenizer.vocab_size - 1
     sizes = []
     for _ in range(prompts):
-        ids = [chance.randint(3, last) for _ in range(chance.randint(1, longest))]
-        for _ in engine.generate(ids, params):
-            pass
-        sizes.append(resident_bytes())
+        side.ask("prompt", tokens=chance.randint(1, longest))
+        side.ask("decode", tokens=2)
+        sizes.append(side.ask("memory"))
     return sizes
 
 
-def resident_bytes() -> int:
-    size = resident("VmRSS")
-    if size is None:
-        raise DeviceError("this system does not tell resident memory; Linux does")
-    return size
-
-
-def describe(row: dict[str, Any]) -> str:
-    """A row as one line, in MiB."""
-    names = ("loaded", "settled", "most", "end", "planned", "taken")
-    sizes = ", ".join(f"{name} {row[name] / 2**20:.1f}" for name in names)
-    about = f"{row['dtype']}, {row['experts']}, {row['prompts']} prompts"
-    return f"{about}: {sizes} MiB; grown {row['grown']:.1%}"
+def describe(moment: str, size: dict[str, int], before: dict[str, int], files: int) -> dict[str, Any]:
+    """One moment as a row."""
+    taken = {name: (size[name] - before[name]) / 1e6 for name in SIZES}
+    share = (size["rss"] - before["rss"]) / files
+    return {"moment": moment, **taken, "over_files": share}

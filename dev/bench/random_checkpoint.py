@@ -2,27 +2,38 @@
 
     python -m dev.bench.random_checkpoint OUT --bytes 2GB
     python -m dev.bench.random_checkpoint OUT --layers 4 --hidden 4096 --ffn 14336 --heads 32 --kv-heads 8
+    python -m dev.bench.random_checkpoint OUT --bytes 2GB --attention-format 4 --experts-format 3g128
 
+With formats it is a native checkpoint, of the shape that has `--bytes` at 16 bits.
 Weights are normal with the usual deviations, so activations stay finite and routers have preferences. They
 are cut from one pool of random numbers at changing places, so writing is as fast as the disk, and takes the
 memory of one tensor.
 """
 
 import dataclasses
+import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model.checkpoint import open_checkpoint
 from model.checkpoint.names import HF, StoredTensor, stored_tensors
+from model.checkpoint.native import NativeFormat, StoredParameter, native_shards
 from model.checkpoint.save import write_hf
-from model.config import ModelConfig
+from model.checkpoint.writer import Writer, write_text
+from model.config import ModelConfig, to_hf
+from model.parameters import parameter_rows
+from model.quant.spec import QuantSpec
 from runtime.engine import DEMO
 from runtime.shell.arguments import new_parser
 from runtime.shell.command import put, run
 from runtime.units import parse_bytes
+from tools.bench.random_model import fill_normal, fill_stream
+from tools.quantize.names import CONFIG
 from tools.quantize.output import copy
 
 SMALL = ModelConfig(  # a quarter of Mixtral-8x7B's width, in its proportions
@@ -31,6 +42,7 @@ SMALL = ModelConfig(  # a quarter of Mixtral-8x7B's width, in its proportions
 )  # fmt: skip
 POOL = (1 << 22) + 1  # elements
 DEMO_TOKENIZER = DEMO / "tokenizer.model"
+KINDS = ("attention", "experts")  # that have a format
 
 
 def stored_bytes(config: ModelConfig) -> int:
@@ -77,8 +89,47 @@ def random_checkpoint(config: ModelConfig, folder: Path) -> None:
         return torch.cat([source[start:], *[source] * repeats])[:size].view(stored.shape)
 
     write_hf(config, folder, values)
+    add_tokenizer(folder)
+
+
+def add_tokenizer(folder: Path) -> None:
     if DEMO_TOKENIZER.is_file():
         copy(DEMO_TOKENIZER, folder / "tokenizer.model")
+
+
+def random_native(config: ModelConfig, folder: Path, formats: Mapping[str, str]) -> None:
+    """Write a native checkpoint to `folder`, with the demo's tokenizer. `formats` are those of `KINDS`, which
+    are 16 if left out. It replaces a checkpoint with the same number of layers.
+
+    Raises `ModelError` for a format that does not fit the configuration.
+    """
+    specs = {kind: QuantSpec.parse(formats.get(kind, "16")) for kind in KINDS}
+    native = NativeFormat(**specs, source="random")
+    shards = native_shards(config, **specs, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    for shard in shards:
+        with Writer(folder / shard.name, shard.tensors, native.metadata()) as writer:
+            for parameter in shard.parameters:
+                write_random(writer, config, parameter, generator)
+    add_tokenizer(folder)
+    contents = to_hf(config) | {"quantization_config": native.section()}
+    write_text(folder / CONFIG, json.dumps(contents, indent=2) + "\n")
+
+
+def write_random(
+    writer: Writer, config: ModelConfig, parameter: StoredParameter, generator: torch.Generator
+) -> None:
+    inputs = {name.split(".")[-2]: row[0] for name, (_, row) in parameter_rows(config).items() if row}
+    for tensor in parameter.tensors:
+        values = torch.ones(tensor.shape, dtype=tensor.dtype)  # norms stay so
+        if parameter.spec.quantized:
+            stream, matrix = tensor.name.rpartition(".")[2], parameter.name.split(".")[-2]
+            fill_stream(stream, values, parameter.spec, inputs[matrix], generator)
+        elif len(tensor.shape) == 2:
+            fill_normal(values, generator)
+        writer.write(tensor.name, values)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,12 +144,18 @@ def make(argv: list[str] | None) -> None:
     names = ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "experts", "context")
     for name in names:
         parser.add_argument("--" + name.replace("_", "-"), type=int)
+    for kind in KINDS:
+        parser.add_argument(f"--{kind}-format", metavar="FORMAT", help="like 3g128")
     args = parser.parse_args(argv)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     shape = shape_of_size(parse_bytes(args.bytes)) if args.bytes else SMALL
     config = dataclasses.replace(shape, **given)
-    random_checkpoint(config, args.out)
-    put(f"{args.out}: {stored_bytes(config) / 1e9:.3f} GB, {config}\n")
+    formats = {kind: getattr(args, f"{kind}_format") for kind in KINDS if getattr(args, f"{kind}_format")}
+    if formats:
+        random_native(config, args.out, formats)
+    else:
+        random_checkpoint(config, args.out)
+    put(f"{args.out}: {open_checkpoint(args.out).bytes / 1e9:.3f} GB, {config}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,3 @@
+from runtime.shell.command import launch
+
+launch("dev.peers.llamacpp.command")
