@@ -95,8 +95,9 @@ class Mixtral(nn.Module):
     Parameters are named as in HF checkpoints, without the leading `model.`, but for two fusions: `qkv_proj`
     has the rows of q, k and v, and `w13` those of w1 and w3. `model.checkpoint.pieces` holds the table.
 
-    `experts(layer)` provides a layer's experts, and `linear(inputs, outputs)` makes attention's projections.
-    By default they are parameters of this module. Weights are uninitialized. The caller fills them.
+    `experts(layer)` provides a layer's experts. `linear(inputs, outputs)` makes attention's projections, and
+    `head(inputs, outputs)` makes the head. By default they are parameters of this module. Weights are
+    uninitialized. The caller fills them.
     """
 
     def __init__(
@@ -106,19 +107,20 @@ class Mixtral(nn.Module):
         device: torch.device | str = "cpu",
         experts: Callable[[int], Experts] | None = None,
         linear: Callable[[int, int], nn.Module] | None = None,
+        head: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         device = torch.device(device)
         self.config = config
         provide = experts or (lambda layer: ResidentExperts(config, dtype, device))
-        linear = linear or partial(Linear, dtype=dtype, device=device)
+        plain = partial(Linear, dtype=dtype, device=device)
         embeddings = torch.empty(config.vocab, config.hidden, dtype=dtype, device=device)
         self.embed_tokens = nn.Embedding(config.vocab, config.hidden, _weight=embeddings)
         self.layers = nn.ModuleList(
-            Block(config, linear, provide(layer), dtype, device) for layer in range(config.layers)
+            Block(config, linear or plain, provide(layer), dtype, device) for layer in range(config.layers)
         )
         self.norm = RMSNorm(config, dtype, device)
-        self.lm_head: nn.Module = Linear(config.hidden, config.vocab, dtype, device)  # packed, perhaps
+        self.lm_head = (head or plain)(config.hidden, config.vocab)
         self.rope = Rope.table(config.context, config.head_dim, config.rope_theta, dtype, device)
 
     @property

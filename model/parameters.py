@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 from model.config import ModelConfig
 
+EXPERT = "layers.{n}.block_sparse_moe.experts.{e}."  # what the names of an expert's matrices begin with
+ATTENTION = ("layers.{n}.self_attn.qkv_proj.weight", "layers.{n}.self_attn.o_proj.weight")
+HEAD = "lm_head.weight"
+
 
 def parameter_rows(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """For each parameter, the row counts of the tensors fused in it, and the shape of a row, () in a norm."""

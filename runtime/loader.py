@@ -18,10 +18,12 @@ from model.config import ModelConfig
 from model.linear import pack
 from model.mixtral import Mixtral
 from model.moe import Experts
+from model.parameters import EXPERT, HEAD
 from model.quant.expert import BlobExperts, ExpertFormat
+from model.quant.formats import Formats
 from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
-from model.quant.streams import EXPERT, matrix_fields
+from model.quant.streams import matrix_fields
 from model.quant.tensor import QuantizedTensor
 from model.target import Target
 from runtime.planning.costs import attention_shapes, maps_experts, matrix_bytes
@@ -50,8 +52,7 @@ def load_model(
     Warns, once for each reason, if quantized weights cannot be multiplied by the device's fast kernels.
     Raises `ModelError` if a file cannot be read, or no longer matches its header.
     """
-    linear = quantized_linear(checkpoint.config, checkpoint.attention, dtype, device)
-    model = Mixtral(checkpoint.config, dtype, device, experts, linear).requires_grad_(False)
+    model = empty_model(checkpoint.config, checkpoint.formats, dtype, device, experts)
     for message in slow_products(model, form):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     parameters = dict(model.named_parameters())
@@ -110,18 +111,35 @@ def map_trunk(model: Mixtral, checkpoint: Checkpoint, files: MappedFiles) -> Non
             module.bind(files.run(f.name for f in matrix_fields(name, module.shape, module.spec)))
 
 
+def empty_model(
+    config: ModelConfig,
+    formats: Formats,
+    dtype: torch.dtype,
+    device: torch.device,
+    experts: Callable[[int], Experts],
+) -> Mixtral:
+    """A model to be filled, whose trunk has memory in these formats."""
+    linear = quantized_linear(config, formats.attention, dtype, device)
+    head = partial(QuantizedLinear, spec=formats.head, dtype=dtype, device=device)
+    model = Mixtral(config, dtype, device, experts, linear, head if formats.head.quantized else None)
+    return model.requires_grad_(False)
+
+
 def slow_products(model: Mixtral, form: ExpertFormat) -> list[str]:
     """One line for each reason that keeps weights from the fast kernels, with the names of these weights."""
     users: dict[str, dict[str, None]] = {}  # names by reason, each once and in order
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and module.remark:
-            users.setdefault(module.remark, {})[f"attention in format {module.spec}"] = None
+            kind = "head" if name == HEAD.removesuffix(".weight") else "attention"
+            users.setdefault(module.remark, {})[f"{kind} in format {module.spec}"] = None
     if form.remark:
         users.setdefault(form.remark, {})[f"experts in format {form.spec}"] = None
-    return [
-        f"{' and '.join(names)}: computed slowly, because the fast product {reason}"
-        for reason, names in users.items()
-    ]
+    lines = []
+    for reason, names in users.items():
+        *others, last = names
+        listed = f"{', '.join(others)} and {last}" if others else last
+        lines.append(f"{listed}: computed slowly, because the fast product {reason}")
+    return lines
 
 
 def pack_trunk(model: Mixtral) -> None:
@@ -142,12 +160,12 @@ def quantized_linear(
     if not spec.quantized:
         return None
     target = Target.of(device)
-    size = sum(matrix_bytes(spec, shape, dtype, target) for shape in attention_shapes(config))
+    size = sum(matrix_bytes("", spec, shape, dtype, target) for shape in attention_shapes(config).values())
     free = torch.empty(config.layers * size, dtype=torch.uint8, device=device)
 
     def make(inputs: int, outputs: int) -> QuantizedLinear:
         nonlocal free
-        taken = matrix_bytes(spec, (outputs, inputs), dtype, target)
+        taken = matrix_bytes("", spec, (outputs, inputs), dtype, target)
         memory, free = free[:taken], free[taken:]
         return QuantizedLinear(inputs, outputs, spec, dtype, device, memory)
 

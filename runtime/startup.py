@@ -122,7 +122,7 @@ def load_weights(
 ) -> tuple[Mixtral, ExpertCache | None, MappedFiles | None]:
     """The model, the cache of its experts unless all of them are resident, and the files if it is mapped."""
     dtype, device = plan.dtype, plan.device
-    form = ExpertFormat.of(checkpoint.config, checkpoint.experts, dtype, Target.of(device))
+    form = ExpertFormat.of(checkpoint.config, checkpoint.formats.experts, dtype, Target.of(device))
     files = MappedFiles(checkpoint.layout) if plan.mapped_bytes else None
     if plan.resident:
         return load_resident(checkpoint, form, dtype, device, progress, files), None, files

@@ -12,9 +12,10 @@ from tools.quantize import command as quantize
 
 
 def quantize_folder(source: Path, folder: Path, experts: str) -> Path:
-    """A checkpoint with attention at 4 bits and experts in that format. Where hqq is not installed zeros are
-    those that its solver begins with."""
-    words = ["--attention", "4", "--experts", experts, "--quiet", "--threads", "1", "--device", "cpu"]
+    """A checkpoint with attention at 4 bits, the head at 8, and experts in that format. Where hqq is not
+    installed zeros are those that its solver begins with."""
+    words = ["--attention", "4", "--experts", experts, "--head", "8"]
+    words += ["--quiet", "--threads", "1", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         if find_spec("hqq") is None:
             optimize = SimpleNamespace(optimize_weights_proximal_legacy=unsolved)

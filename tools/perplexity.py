@@ -247,8 +247,7 @@ def make_report(args: argparse.Namespace, options: EngineOptions) -> dict[str, A
         return {
             "model": str(args.model),
             "checkpoint": checkpoint.description,
-            "attention": str(checkpoint.attention),
-            "experts": str(checkpoint.experts),
+            **{kind: str(spec) for kind, spec in checkpoint.formats.by_kind().items()},
             "dtype": str(engine.dtype).removeprefix("torch."),
             "device": str(engine.device),
             "window": window,

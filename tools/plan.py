@@ -3,10 +3,10 @@
     python -m tools.plan --shape mixtral-8x7b --attention 4 --experts 2 --vram 8GiB,11GiB,24GiB
     python -m tools.plan path/to/checkpoint --vram 11GiB --ram 32GiB --context 8192
 
-Of a checkpoint only headers are read. With --attention or --experts it is planned as if it were quantized so.
-The device is a CUDA card of compute capability 8.0 or later with --vram of memory, and need not be there.
-What PyTorch takes beside tensors is counted as on the card where that is most. With --device cpu everything
-is in --ram, in the form that this machine's CPU computes with.
+Of a checkpoint only headers are read. With --attention, --experts or --head it is planned as if it were
+quantized so. The device is a CUDA card of compute capability 8.0 or later with --vram of memory, and need not
+be there. What PyTorch takes beside tensors is counted as on the card where that is most. With --device cpu
+everything is in --ram, in the form that this machine's CPU computes with.
 
 Several sizes give a table. For a size that is too small, the reason takes the place of the column. If every
 size is too small, the exit status is 1.
@@ -30,6 +30,7 @@ import torch
 from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.quant.formats import KINDS, PLAIN, Formats
 from model.quant.spec import QuantSpec
 from model.shapes import SHAPES
 from model.target import Target
@@ -100,7 +101,7 @@ class Sheet:
         """What all columns have in common."""
         r = self.columns[0].request
         dtype = str(r.dtype).removeprefix("torch.")
-        formats = {"attention": str(r.attention), "experts": str(r.experts)}
+        formats = {kind: str(spec) for kind, spec in r.formats.by_kind().items()}
         return {"model": self.model} | formats | {"dtype": dtype, "device": str(r.target.device)}
 
 
@@ -125,26 +126,24 @@ def make_sheet(args: argparse.Namespace) -> Sheet:
     return Sheet(args.shape or str(args.model), columns)
 
 
-def describe_model(
-    args: argparse.Namespace,
-) -> tuple[tuple[ModelConfig, QuantSpec, QuantSpec], torch.dtype | None]:
-    """The configuration and the formats of attention and experts, and what `Checkpoint.mappable` would be."""
+def describe_model(args: argparse.Namespace) -> tuple[tuple[ModelConfig, Formats], torch.dtype | None]:
+    """The configuration and the formats of the weights, and what `Checkpoint.mappable` would be."""
+    given = {kind: getattr(args, kind) for kind in KINDS}
     try:
-        asked = [None if text is None else QuantSpec.parse(text) for text in (args.attention, args.experts)]
+        asked = {kind: QuantSpec.parse(text) for kind, text in given.items() if text is not None}
     except ModelError as error:
         raise OptionError(str(error)) from error
     checkpoint = None if args.shape else open_checkpoint(args.model)
     config = checkpoint.config if checkpoint else SHAPES[args.shape]
-    given = (checkpoint.attention, checkpoint.experts) if checkpoint else (QuantSpec(16),) * 2
-    attention, experts = asked[0] or given[0], asked[1] or given[1]
-    files = checkpoint.mappable if checkpoint else None
-    if (attention, experts) != given:  # as tools.quantize would write it
+    stored = checkpoint.formats if checkpoint else PLAIN
+    formats, files = dataclasses.replace(stored, **asked), checkpoint.mappable if checkpoint else None
+    if formats != stored:  # as tools.quantize would write it
         files = torch.bfloat16
-    return (config, attention, experts), files
+    return (config, formats), files
 
 
 def make_request(
-    model: tuple[ModelConfig, QuantSpec, QuantSpec],
+    model: tuple[ModelConfig, Formats],
     files: torch.dtype | None,
     options: EngineOptions,
     target: Target,
@@ -206,7 +205,9 @@ def layout(table: list[list[str]], markdown: bool) -> list[str]:
 def as_text(sheet: Sheet, markdown: bool = False) -> str:
     """Title, table, what a miss costs, and a line for each size that is too small."""
     plan, gap = sheet.plans[0][1], [""] * markdown
-    title = "{model}, attention {attention}, experts {experts}, in {dtype} on {device}".format(**sheet.about)
+    title = "{model}, attention {attention}, experts {experts}, head {head}, in {dtype} on {device}".format(
+        **sheet.about
+    )
     costs = link_seconds(plan).items()
     at = ", ".join(f"{1000 * seconds:.2g} ms at {rate} GB/s" for rate, seconds in costs)
     return "\n".join(
@@ -255,6 +256,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="16, 8, 4, 3 or 2, or like 3g128 (default: the checkpoint's, or 16)",
     )
     parser.add_argument("--experts", metavar="SPEC", help="the same for experts")
+    parser.add_argument("--head", metavar="SPEC", help="the same for the head")
     parser.add_argument(
         "--vram", metavar="SIZE[,SIZE...]", help="device memory to use at most (default: no limit)"
     )

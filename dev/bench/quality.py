@@ -18,6 +18,7 @@ from typing import Any
 from dev.demo.corpus import standard_library
 from model.checkpoint import open_checkpoint
 from model.errors import ModelError
+from model.quant.formats import Formats
 from model.quant.size import expert_bits
 from model.quant.spec import QuantSpec
 from runtime.engine import DEMO, Engine
@@ -34,26 +35,28 @@ EXPERTS = ("8", "4", "4g128", "3", "3g128", "2", "2g32", "2g64")  # with attenti
 COLORS = {16: "#1b1b1b", 8: "#7f4fa8", 4: "#1f6fb4", 3: "#d9730d", 2: "#b3282d"}  # by bits of attention
 
 
-@dataclasses.dataclass(frozen=True)
-class Formats:
-    """The formats of attention and experts, written `4/3g128`.
+def parse_formats(text: str) -> Formats:
+    """Formats written attention/experts, with the head at 16 bits, or attention/experts/head.
 
-    >>> str(Formats.parse("4g64/3g128"))
-    '4/3g128'
+    >>> print(parse_formats("4g64/3g128"), parse_formats("4/3g128/8"), sep="; ")
+    attention 4, experts 3g128, head 16; attention 4, experts 3g128, head 8
     """
+    parts = text.split("/")
+    if len(parts) not in (2, 3):
+        raise ModelError(
+            f"{text!r} is not a pair of formats: write attention/experts, as in 4/3g128, or "
+            "attention/experts/head"
+        )
+    return Formats(*map(QuantSpec.parse, parts))
 
-    attention: QuantSpec
-    experts: QuantSpec
 
-    @staticmethod
-    def parse(text: str) -> "Formats":
-        attention, slash, experts = text.partition("/")
-        if not slash:
-            raise ModelError(f"{text!r} is not a pair of formats: write attention/experts, as in 4/3g128")
-        return Formats(QuantSpec.parse(attention), QuantSpec.parse(experts))
-
-    def __str__(self) -> str:
-        return f"{self.attention}/{self.experts}"
+def short(formats: Formats) -> str:
+    """
+    >>> [short(parse_formats(text)) for text in ("4g64/3g128/16", "4/3g128/8g64")]
+    ['4/3g128', '4/3g128/8']
+    """
+    parts = [formats.attention, formats.experts, *[formats.head] * formats.head.quantized]
+    return "/".join(map(str, parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Result:
         return mine != others and mine[0] <= others[0] and mine[1] <= others[1]
 
     def as_dict(self) -> dict[str, Any]:
-        formats = {"attention": str(self.formats.attention), "experts": str(self.formats.experts)}
+        formats = {kind: str(spec) for kind, spec in self.formats.by_kind().items()}
         sizes = {"bytes": self.bytes, "expert_bits": self.expert_bits}
         return formats | sizes | {"score": self.score.as_dict()}
 
@@ -79,20 +82,20 @@ class Result:
 def all_formats() -> list[Formats]:
     """The default formats: every pair of widths, then more formats of experts.
 
-    >>> [str(formats) for formats in all_formats()][14:]
+    >>> [short(formats) for formats in all_formats()][14:]
     ['2/3', '2/2', '4/8', '4/4g128', '4/3g128', '4/2g32', '4/2g64']
     """
     pairs = [*itertools.product(WIDTHS, WIDTHS), *(("4", experts) for experts in EXPERTS)]
-    return list(dict.fromkeys(Formats.parse("/".join(pair)) for pair in pairs))
+    return list(dict.fromkeys(parse_formats("/".join(pair)) for pair in pairs))
 
 
 def frontier(results: Iterable[Result]) -> list[Result]:
     """The results that no other is better than, smallest first.
 
     >>> def result(formats, size, nats):
-    ...     return Result(Formats.parse(formats), size, 4.0, Score(nats, tokens=1, bytes=1))
+    ...     return Result(parse_formats(formats), size, 4.0, Score(nats, tokens=1, bytes=1))
     >>> results = [result("4/4", 50, 1.1), result("4/2", 30, 1.9), result("3/4", 51, 1.2)]
-    >>> [str(one.formats) for one in frontier(results)]
+    >>> [short(one.formats) for one in frontier(results)]
     ['4/2', '4/4']
     """
     results = list(results)
@@ -104,16 +107,16 @@ def table(results: Sequence[Result], base: Result | None, best: Sequence[Result]
     """A Markdown table with a row for each result, in the order given. Sizes and perplexities are also
     relative to those of `base`, if there is one. Results among `best` are in bold.
 
-    >>> whole = Result(Formats.parse("16/16"), 20_000_000, 16.0, Score(nats=2.0, tokens=1, bytes=1))
-    >>> small = Result(Formats.parse("4/2g32"), 5_000_000, 2.51, Score(nats=2.1, tokens=1, bytes=1))
+    >>> whole = Result(parse_formats("16/16"), 20_000_000, 16.0, Score(nats=2.0, tokens=1, bytes=1))
+    >>> small = Result(parse_formats("4/2g32"), 5_000_000, 2.51, Score(nats=2.1, tokens=1, bytes=1))
     >>> print(table([whole, small], whole, [small]))
-    | attention | experts | bits per expert weight | MB | of 16/16 | perplexity | over 16/16 | bits per byte |
-    |---|---|---|---|---|---|---|---|
-    | 16 | 16 | 16.00 | 20.00 | 100.0 % | 7.389 | +0.0 % | 2.8854 |
-    | **4** | **2g32** | 2.51 | 5.00 | 25.0 % | 8.166 | +10.5 % | 3.0297 |
-    """
-    names = ("attention", "experts", "bits per expert weight", "MB", "of 16/16", "perplexity", "over 16/16",
-             "bits per byte")  # fmt: skip
+    | attention | experts | head | bits per expert weight | MB | of 16/16 | perplexity | over 16/16 | bits per byte |
+    |---|---|---|---|---|---|---|---|---|
+    | 16 | 16 | 16 | 16.00 | 20.00 | 100.0 % | 7.389 | +0.0 % | 2.8854 |
+    | **4** | **2g32** | **16** | 2.51 | 5.00 | 25.0 % | 8.166 | +10.5 % | 3.0297 |
+    """  # noqa: E501
+    names = ("attention", "experts", "head", "bits per expert weight", "MB", "of 16/16", "perplexity",
+             "over 16/16", "bits per byte")  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for one in results:
         bold = "**" if one in best else ""
@@ -122,7 +125,7 @@ def table(results: Sequence[Result], base: Result | None, best: Sequence[Result]
             size = f"{one.bytes / base.bytes:.1%}".replace("%", " %")
             over = f"{one.score.perplexity / base.score.perplexity - 1:+.1%}".replace("%", " %")
         row = (
-            f"{bold}{one.formats.attention}{bold}", f"{bold}{one.formats.experts}{bold}",
+            *(f"{bold}{spec}{bold}" for spec in one.formats.by_kind().values()),
             f"{one.expert_bits:.2f}", f"{one.bytes / 1e6:.2f}", size,
             f"{one.score.perplexity:.3f}", over, f"{one.score.bits_per_byte:.4f}",
         )  # fmt: skip
@@ -132,14 +135,13 @@ def table(results: Sequence[Result], base: Result | None, best: Sequence[Result]
 
 def markdown(results: Sequence[Result]) -> str:
     """Tables of all pairs of widths, of all formats of experts with attention at 4 bits, and of the rest, as
-    far as measured."""
-    base = next((one for one in results if str(one.formats) == "16/16"), None)
+    far as measured. The first two have the head at 16 bits."""
+    base = next((one for one in results if not one.formats.quantized), None)
+    plain = [one for one in results if not one.formats.head.quantized]
     best = frontier(results)
-    pairs = [
-        one for one in results if {str(one.formats.attention), str(one.formats.experts)}.issubset(WIDTHS)
-    ]
+    pairs = [one for one in plain if {str(one.formats.attention), str(one.formats.experts)}.issubset(WIDTHS)]
     others = sorted(
-        (one for one in results if str(one.formats.attention) == "4" and one.formats.experts.quantized),
+        (one for one in plain if str(one.formats.attention) == "4" and one.formats.experts.quantized),
         key=lambda one: -one.bytes,
     )
     tables = [table(pairs, base, best)] if pairs else []
@@ -187,7 +189,7 @@ def label(axes: Any, best: Sequence[Result], results: Sequence[Result]) -> None:
         ((x,), (y,)), color = coordinates([one]), COLORS[one.formats.attention.bits]
         weight = "bold" if one in best else "normal"
         text = axes.annotate(
-            str(one.formats), (x, y), (0, 0), textcoords="offset points",
+            short(one.formats), (x, y), (0, 0), textcoords="offset points",
             fontsize=8, color=color, fontweight=weight,
         )  # fmt: skip
         corners = [("right", "top"), ("left", "top"), ("right", "bottom"), ("left", "bottom")]
@@ -229,7 +231,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", type=Path, nargs="?", default=DEMO, help="checkpoint folder to quantize (default: the demo)"
     )
     parser.add_argument(
-        "--formats", nargs="+", metavar="A/E", help="formats of attention and experts (default: 21 pairs)"
+        "--formats",
+        nargs="+",
+        metavar="A/E[/H]",
+        help="of attention, experts and head (default: 21 pairs, with the head at 16 bits)",
     )
     parser.add_argument("--threads", type=at_least_one, metavar="N", help="(default: as an engine has)")
     parser.add_argument("--bytes", type=int, metavar="N", help="of the text, the first N (default: all)")
@@ -239,7 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure all, with a line for each on stderr. Writes the plot and the tables if asked."""
-    wanted = [Formats.parse(text) for text in args.formats] if args.formats else all_formats()
+    wanted = [parse_formats(text) for text in args.formats] if args.formats else all_formats()
     if args.bytes is not None and args.bytes < 1:
         raise OptionError(f"--bytes is {args.bytes}, and must be at least 1")
     if args.plot:
@@ -256,7 +261,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": str(args.model),
         "text_bytes": sum(len(text.encode()) for text in texts),
         "results": [one.as_dict() for one in results],
-        "frontier": [str(one.formats) for one in frontier(results)],
+        "frontier": [short(one.formats) for one in frontier(results)],
         "tables": tables,
     }
 
@@ -297,7 +302,7 @@ def measure(source: Path, wanted: Sequence[Formats], texts: Sequence[str]) -> li
             results.append(judge(out, formats, texts))
         size, total = results[-1].bytes / 1e6, results[-1].score
         say(
-            f"{number} of {len(wanted)}: {formats}, {size:.2f} MB, perplexity {total.perplexity:.4f}, "
+            f"{number} of {len(wanted)}: {short(formats)}, {size:.2f} MB, perplexity {total.perplexity:.4f}, "
             f"{total.bits_per_byte:.4f} bits per byte, {total.seconds:.0f} s"
         )
     return results
@@ -305,13 +310,13 @@ def measure(source: Path, wanted: Sequence[Formats], texts: Sequence[str]) -> li
 
 def write(source: Path, out: Path, formats: Formats) -> None:
     """Quantize by the command. Raises `MixtralError` if it fails, after it has said why on stderr."""
-    widths = ["--attention", str(formats.attention), "--experts", str(formats.experts)]
+    widths = [word for kind, spec in formats.by_kind().items() for word in (f"--{kind}", str(spec))]
     with contextlib.redirect_stdout(io.StringIO()):
         status = quantize.main([str(source), str(out), *widths, "--quiet"])
     if status == 130:
         raise KeyboardInterrupt
     if status:
-        raise MixtralError(f"{source} cannot be quantized to {formats}; leave that out of --formats")
+        raise MixtralError(f"{source} cannot be quantized to {short(formats)}; leave that out of --formats")
 
 
 def judge(folder: Path, formats: Formats, texts: Iterable[str]) -> Result:

@@ -21,7 +21,7 @@ CONFIG = ModelConfig(
     vocab=2048, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=64, experts=4, experts_per_token=2,
     context=256, rope_theta=1e4, norm_eps=1e-5,
 )  # fmt: skip
-FORMATS = ("--attention", "4g64", "--experts", "2g32")
+FORMATS = ("--attention", "4g64", "--experts", "2g32", "--head", "8")
 RESIDENT = EngineOptions(device="cpu", dtype="float32", offload="never")
 OFFLOADED = EngineOptions(device="cpu", dtype="float32", offload="always", slots=2, prefetch=2)
 

@@ -27,27 +27,25 @@ from model.checkpoint.safetensors import byte_view, read_header, readable
 from model.config import ModelConfig
 from model.errors import ModelError, quoted
 from model.mixtral import Mixtral
-from model.quant.spec import QuantSpec
+from model.quant.formats import PLAIN, Formats
 from model.quant.streams import model_fields
 
 CHUNK_BYTES = 16 << 20
 READERS = 2
-UNQUANTIZED = QuantSpec(16)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose headers have been read and checked, and whose weights have not been read.
 
-    `attention` and `experts` are the formats that these matrices are stored in.
+    `formats` are those that its matrices are stored in.
     """
 
     folder: Path
     config: ModelConfig
     layout: Layout
     files: int
-    attention: QuantSpec = UNQUANTIZED
-    experts: QuantSpec = UNQUANTIZED
+    formats: Formats = PLAIN
 
     @property
     def native(self) -> bool:
@@ -73,20 +71,16 @@ class Checkpoint:
         """If matrices and experts lie in the files as memory would have them, the dtype of what is not
         quantized; None for other checkpoints. Then `MappedFiles(layout)` can take the place of reading."""
         dtype = self.dtype
-        if not self.native or not in_runs(
-            self.layout, model_fields(self.config, self.attention, self.experts, dtype)
-        ):
-            return None
-        return dtype
+        if self.native and in_runs(self.layout, model_fields(self.config, self.formats, dtype)):
+            return dtype
+        return None
 
     @property
     def description(self) -> str:
-        """Like `HF, 19 files, bfloat16, 93 GB` or `native, 9 files, attention 4, experts 3, 5 MB`."""
+        """Like `HF, 19 files, bfloat16, 93 GB` or `native, 9 files, attention 4, experts 3, head 8, 5 MB`."""
         files = f"{self.files} file{'s' * (self.files > 1)}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        if self.native:
-            dtype = f"attention {self.attention}, experts {self.experts}"
-        return f"{self.layout.spelling}, {files}, {dtype}, {readable(self.bytes)}"
+        stored = str(self.formats) if self.native else str(self.dtype).removeprefix("torch.")
+        return f"{self.layout.spelling}, {files}, {stored}, {readable(self.bytes)}"
 
     def load(self, model: Mixtral, progress: Callable[[int], None] | None = None) -> None:
         """Fill every parameter of `model`, which has this configuration, in its own dtype and on its device.
@@ -187,7 +181,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         foreign.check_tensors(folder, (name for header in headers.values() for name in header.tensors))
         return Checkpoint(folder, config, match(folder, headers, config), len(files))
     layout = native_layout(folder, headers, config, native)
-    return Checkpoint(folder, config, layout, len(files), native.attention, native.experts)
+    return Checkpoint(folder, config, layout, len(files), native.formats)
 
 
 def check_tensors(folder: Path, tensors: Mapping[str, Tensor], layout: Layout) -> None:

@@ -19,8 +19,9 @@ from model.checkpoint.writer import TensorSpec
 from model.config import NATIVE, Fields, ModelConfig, read_json, section
 from model.errors import ModelError, quoted
 from model.parameters import copies, instances, parameter_rows
+from model.quant.formats import KINDS, Formats
 from model.quant.spec import MAX_GROUP, QuantSpec
-from model.quant.streams import ATTENTION, EXPERT, matrix_fields
+from model.quant.streams import matrix_fields
 
 VERSION = 2
 AGAIN = "make it again with tools.quantize"
@@ -31,8 +32,7 @@ SIXTEEN = ("BF16", "F16")
 class NativeFormat:
     """What a native checkpoint says about itself. `source` is the name of the folder it was made from."""
 
-    attention: QuantSpec
-    experts: QuantSpec
+    formats: Formats
     source: str
 
     def section(self) -> dict[str, Any]:
@@ -40,23 +40,21 @@ class NativeFormat:
         return {
             "quant_method": NATIVE,
             "version": VERSION,
-            "attention": spec_fields(self.attention),
-            "experts": spec_fields(self.experts),
+            **{kind: spec_fields(spec) for kind, spec in self.formats.by_kind().items()},
             "source": self.source,
         }
 
     def metadata(self) -> dict[str, str]:
         """The metadata of every file, whose values are strings.
 
-        >>> NativeFormat(QuantSpec(16), QuantSpec(2, 64), "Mixtral-8x7B").metadata()["experts"]
+        >>> NativeFormat(Formats(experts=QuantSpec(2, 64)), "Mixtral-8x7B").metadata()["experts"]
         '2g64m128'
         """
         return {
             "format": "pt",
             "quant_method": NATIVE,
             "version": str(VERSION),
-            "attention": in_full(self.attention),
-            "experts": in_full(self.experts),
+            **{kind: in_full(spec) for kind, spec in self.formats.by_kind().items()},
             "source": self.source,
         }
 
@@ -104,7 +102,8 @@ def parse_format(found: Mapping[str, Any]) -> NativeFormat:
     source = found.get("source")
     if not isinstance(source, str):
         raise ModelError(f"{where}: source is {quoted(source)}, and must be a text")
-    return NativeFormat(parse_spec(where, found, "attention"), parse_spec(where, found, "experts"), source)
+    specs = {kind: parse_spec(where, found, kind) for kind in KINDS}
+    return NativeFormat(Formats(**specs), source)
 
 
 def parse_spec(where: str, found: Mapping[str, Any], name: str) -> QuantSpec:
@@ -148,15 +147,13 @@ class Shard:
         return [tensor for parameter in self.parameters for tensor in parameter.tensors]
 
 
-def native_shards(
-    config: ModelConfig, attention: QuantSpec, experts: QuantSpec, dtype: torch.dtype
-) -> list[Shard]:
+def native_shards(config: ModelConfig, formats: Formats, dtype: torch.dtype) -> list[Shard]:
     """Every file of a native checkpoint, in order. Parameters that are not quantized are stored in `dtype`.
 
     Raises `ModelError`, which names the tensor, if a format does not fit it.
     """
     by_file: list[list[StoredParameter]] = [[] for _ in range(config.layers + 1)]
-    for layer, parameter in stored_parameters(config, attention, experts, dtype):
+    for layer, parameter in stored_parameters(config, formats, dtype):
         by_file[layer + 1].append(parameter)
     count = len(by_file)
     return [
@@ -166,12 +163,12 @@ def native_shards(
 
 
 def stored_parameters(
-    config: ModelConfig, attention: QuantSpec, experts: QuantSpec, dtype: torch.dtype
+    config: ModelConfig, formats: Formats, dtype: torch.dtype
 ) -> Iterator[tuple[int, StoredParameter]]:
     """Every parameter with its layer, which is -1 for those that belong to none."""
     shapes = parameter_rows(config)
     for template, n, e in instances(config):
-        spec = spec_of(template, attention, experts)
+        spec = formats.spec_of(template)
         rows, row = shapes[template]
         name = template.format(n=n, e=e)
         fields = matrix_fields(name.removesuffix(".weight"), (sum(rows), *row), spec, dtype=dtype)
@@ -179,20 +176,13 @@ def stored_parameters(
         yield n if "{n}" in template else -1, StoredParameter(name, spec, tensors)
 
 
-def spec_of(template: str, attention: QuantSpec, experts: QuantSpec) -> QuantSpec:
-    """The format of a parameter, which is 16 bits unless it belongs to attention or to an expert."""
-    if template.startswith(EXPERT):
-        return experts
-    return attention if template in ATTENTION else QuantSpec(16)
-
-
-def stream_count(config: ModelConfig, attention: QuantSpec, experts: QuantSpec) -> int:
+def stream_count(config: ModelConfig, formats: Formats) -> int:
     """Count the tensors of `stored_parameters` without going through them."""
-    return sum(
-        copies(template, config)
-        * len(matrix_fields("", (sum(rows), *row), spec_of(template, attention, experts)))
-        for template, (rows, row) in parameter_rows(config).items()
-    )
+    count = 0
+    for template, (rows, row) in parameter_rows(config).items():
+        name, spec = template.removesuffix(".weight"), formats.spec_of(template)
+        count += copies(template, config) * len(matrix_fields(name, (sum(rows), *row), spec))
+    return count
 
 
 def native_layout(
@@ -211,10 +201,10 @@ def native_layout(
                     f"{quoted(value)}; the files belong to different checkpoints, {AGAIN}"
                 )
     found = collect(folder, headers)
-    check_count(folder, config, stream_count(config, native.attention, native.experts), len(found))
+    check_count(folder, config, stream_count(config, native.formats), len(found))
     expected = {
         tensor.name: (tensor, parameter.spec)
-        for _, parameter in stored_parameters(config, native.attention, native.experts, torch.bfloat16)
+        for _, parameter in stored_parameters(config, native.formats, torch.bfloat16)
         for tensor in parameter.tensors
     }
     check_names(folder, expected, found)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from model.config import ModelConfig
+from model.parameters import EXPERT
+from model.quant.formats import Formats
 from model.quant.spec import QuantSpec
-from model.quant.streams import EXPERT, expert_fields, matrix_fields
+from model.quant.streams import expert_fields, matrix_fields
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class ModelSize:
     every published Mixtral.
     """
 
-    embeddings: int  # of tokens, and the head
+    embeddings: int
+    head: int
     norms: int
     gates: int
     attention: int
@@ -25,7 +28,7 @@ class ModelSize:
     @property
     def trunk(self) -> int:
         """What every token needs."""
-        return self.embeddings + self.norms + self.gates + self.attention
+        return self.embeddings + self.head + self.norms + self.gates + self.attention
 
     @property
     def total(self) -> int:
@@ -42,18 +45,19 @@ def expert_bits(config: ModelConfig, spec: QuantSpec) -> float:
     return 8 * expert_fields(config, spec)[-1].end / (3 * config.ffn * config.hidden)
 
 
-def model_size(config: ModelConfig, attention: QuantSpec, experts: QuantSpec) -> ModelSize:
+def model_size(config: ModelConfig, formats: Formats) -> ModelSize:
     """The size without the files' headers (`model.checkpoint.writer.encode_header`).
 
     Raises `ModelError`, naming the tensor, if a format does not fit the configuration.
     """
     D, L, V, K = config.hidden, config.layers, config.vocab, config.head_dim
     H, G = config.heads, config.kv_heads
-    qkv = matrix_fields("layers.0.self_attn.qkv_proj", ((H + 2 * G) * K, D), attention)
-    o = matrix_fields("layers.0.self_attn.o_proj", (D, H * K), attention)
-    expert = expert_fields(config, experts, EXPERT.format(n=0, e=0))[-1].end
+    qkv = matrix_fields("layers.0.self_attn.qkv_proj", ((H + 2 * G) * K, D), formats.attention)
+    o = matrix_fields("layers.0.self_attn.o_proj", (D, H * K), formats.attention)
+    expert = expert_fields(config, formats.experts, EXPERT.format(n=0, e=0))[-1].end
     return ModelSize(
-        embeddings=2 * (2 * V * D),
+        embeddings=2 * V * D,
+        head=matrix_fields("lm_head", (V, D), formats.head)[-1].end,
         norms=2 * (2 * L + 1) * D,
         gates=2 * L * config.experts * D,
         attention=L * (qkv[-1].end + o[-1].end),

@@ -27,14 +27,12 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.parameters import instances, parameter_rows
+from model.quant.formats import Formats
 from model.quant.packing import PLANES, plane_shape
 from model.quant.spec import ROWS, QuantSpec
 
 STREAM_ALIGNMENT = 16  # bytes
 CODES = ("codes", "codes_high")  # the streams of the planes, the low one first
-
-EXPERT = "layers.{n}.block_sparse_moe.experts.{e}."
-ATTENTION = ("layers.{n}.self_attn.qkv_proj.weight", "layers.{n}.self_attn.o_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -112,23 +110,17 @@ def expert_fields(
 
 
 def model_fields(
-    config: ModelConfig, attention: QuantSpec, experts: QuantSpec, dtype: torch.dtype = torch.bfloat16
+    config: ModelConfig, formats: Formats, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[Field]:
     """Every tensor of a model, in the order of its bytes, as if all were in one file.
 
-    The matrices of attention and experts are in their formats. Embeddings, head, norms and gates are in
-    `dtype`. An expert's tensors follow one another without gaps.
+    What is not quantized is in `dtype`. An expert's tensors follow one another without gaps.
     """
     shapes = parameter_rows(config)
     offset = 0
     for template, n, e in instances(config):
         rows, row = shapes[template]
         name = template.format(n=n, e=e).removesuffix(".weight")
-        spec = QuantSpec(16)
-        if template.startswith(EXPERT):
-            spec = experts
-        elif template in ATTENTION:
-            spec = attention
-        for field in matrix_fields(name, (sum(rows), *row), spec, offset, dtype):
+        for field in matrix_fields(name, (sum(rows), *row), formats.spec_of(template), offset, dtype):
             yield field
             offset = field.end

@@ -64,8 +64,9 @@ def warm_ups(runner: ModelRunner, kv: KVCache) -> list[Work]:
     """Calls after which nothing is left to compile. They add to `kv`.
 
     The router decides how many rows an expert gets, so one expert is computed by itself. So are attention's
-    projections. One layer and one expert stand for all, which are alike. Then a prompt and a token are
-    computed, after which the decoder makes its graphs.
+    projections, and the head, which has a row for each token of a text that is scored. One layer and one
+    expert stand for all, which are alike. Then a prompt and a token are computed, after which the decoder
+    makes its graphs.
     """
     model, config = runner.model, runner.config
     block = model.blocks[0]
@@ -75,6 +76,7 @@ def warm_ups(runner: ModelRunner, kv: KVCache) -> list[Work]:
         (block.self_attn.qkv_proj, config.hidden),
         (block.self_attn.o_proj, config.heads * config.head_dim),
         (experts[0], config.hidden),
+        (model.lm_head, config.hidden),
     ]
     like = model.embed_tokens.weight.detach()
     works: list[Work] = [

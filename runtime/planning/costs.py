@@ -9,6 +9,7 @@ from model.attention import Attending
 from model.config import ModelConfig
 from model.quant.backends import keeps_as_stored, pick_backend, scratch_bytes
 from model.quant.expert import ExpertFormat, aligned
+from model.quant.formats import Formats
 from model.quant.spec import QuantSpec
 from model.quant.streams import matrix_fields
 from model.rows import kernel_bytes
@@ -24,19 +25,19 @@ class Costs:
 
     embedding_bytes: int
     attention_bytes: int  # a layer's projections
+    head_bytes: int
     blob_bytes: int  # an expert
     scratch_bytes: int  # expanded weights, while a product with quantized ones lasts
     overhead_bytes: int  # of PyTorch's allocator on a GPU, of oneDNN's kernels on a CPU
     driver_bytes: int  # of a GPU, outside of PyTorch's allocator
     attending: Attending  # how attention of a prompt is computed
-    mapped_trunk_bytes: int = 0  # of files, and not counted above: embeddings and attention of all layers
+    mapped_trunk_bytes: int = 0  # of files, not counted above: embeddings, head and all attention
     mapped_expert_bytes: int = 0  # an expert's in files, if resident experts are mapped; else 0
 
     @staticmethod
     def of(
         config: ModelConfig,
-        attention: QuantSpec,
-        experts: QuantSpec,
+        formats: Formats,
         dtype: torch.dtype,
         target: Target,
         files: torch.dtype | None = None,
@@ -45,22 +46,29 @@ class Costs:
 
         Raises `ModelError` if a format's groups do not divide the model's matrices.
         """
-        quantized = attention.quantized or experts.quantized
+        widest = max(config.hidden, config.ffn)
         kernels = kernel_bytes(MATRIX_SHAPES, dtype, target.device)
-        form = ExpertFormat.of(config, experts, dtype, target)
+        form = ExpertFormat.of(config, formats.experts, dtype, target)
         embedding_bytes = config.vocab * config.hidden * dtype.itemsize
         maps_embeddings = dtype == files
-        shapes = attention_shapes(config)
-        mapped = [shape for shape in shapes if files and maps_matrix(attention, shape, dtype, target)]
-        stored = sum(matrix_fields("", shape, attention)[-1].end for shape in mapped)
-        read = sum(matrix_bytes(attention, shape, dtype, target) for shape in shapes if shape not in mapped)
+
+        def place(name: str, spec: QuantSpec, shape: tuple[int, int]) -> tuple[int, int]:
+            """The bytes of a matrix that are read into memory, and those that are mapped."""
+            if files and maps_matrix(spec, shape, dtype, target):
+                return 0, matrix_fields(name, shape, spec)[-1].end
+            return matrix_bytes(name, spec, shape, dtype, target), 0
+
+        attention = [place(name, formats.attention, it) for name, it in attention_shapes(config).items()]
+        stored = sum(mapped for _, mapped in attention)
+        head, mapped_head = place("lm_head", formats.head, (config.vocab, config.hidden))
         return Costs(
             embedding_bytes=0 if maps_embeddings else embedding_bytes,
-            attention_bytes=read,
-            mapped_trunk_bytes=config.layers * stored + maps_embeddings * embedding_bytes,
+            attention_bytes=sum(read for read, _ in attention),
+            head_bytes=head,
+            mapped_trunk_bytes=config.layers * stored + mapped_head + maps_embeddings * embedding_bytes,
             mapped_expert_bytes=form.stored[-1].end if maps_experts(form, dtype, files) else 0,
             blob_bytes=form.blob_bytes,
-            scratch_bytes=scratch_bytes(max(config.hidden, config.ffn), dtype, target) if quantized else 0,
+            scratch_bytes=scratch_bytes(widest, dtype, target) if formats.quantized else 0,
             overhead_bytes=kernels + overhead_bytes(target),
             driver_bytes=driver_bytes(target),
             attending=Attending.of(config, dtype, target),
@@ -70,15 +78,15 @@ class Costs:
 def count_weights(config: ModelConfig) -> tuple[int, int]:
     """Count the trunk's weights, without the gates, and those of all experts."""
     c = config
-    projections = sum(map(math.prod, attention_shapes(c)))
+    projections = sum(map(math.prod, attention_shapes(c).values()))
     trunk = 2 * c.vocab * c.hidden + c.hidden + c.layers * (2 * c.hidden + projections)
     return trunk, c.layers * c.experts * 3 * c.ffn * c.hidden
 
 
-def attention_shapes(config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Those of a layer's two matrices."""
+def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Those of a layer's two matrices, by name."""
     qkv, out = (config.heads + 2 * config.kv_heads) * config.head_dim, config.heads * config.head_dim
-    return (qkv, config.hidden), (config.hidden, out)
+    return {"qkv_proj": (qkv, config.hidden), "o_proj": (config.hidden, out)}
 
 
 def maps_matrix(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, target: Target) -> bool:
@@ -91,10 +99,12 @@ def maps_experts(form: ExpertFormat, dtype: torch.dtype, files: torch.dtype | No
     return files is not None and form.as_stored and (form.spec.quantized or dtype == files)
 
 
-def matrix_bytes(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, target: Target) -> int:
+def matrix_bytes(
+    name: str, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, target: Target
+) -> int:
     """What a matrix takes in memory that it is read into. A quantized one is rounded up so that another one
     can follow it."""
     if not spec.quantized:
         return math.prod(shape) * dtype.itemsize
     backend, _ = pick_backend(spec, shape, dtype, target)
-    return aligned(backend.fields("", shape, spec)[-1].end)
+    return aligned(backend.fields(name, shape, spec)[-1].end)

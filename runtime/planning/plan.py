@@ -110,8 +110,7 @@ def describe_slots(slots_per_layer: tuple[int, ...]) -> str:
 def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool = False) -> Plan:
     """The plan with these slots, whether or not it fits."""
     r, c, costs, wide = request, request.config, request.costs, request.dtype.itemsize
-    head = c.vocab * c.hidden * wide
-    trunk = costs.embedding_bytes + head + c.layers * costs.attention_bytes
+    trunk = costs.embedding_bytes + costs.head_bytes + c.layers * costs.attention_bytes
     trunk += (1 + 2 * c.layers) * c.hidden * wide  # norms
     trunk += c.layers * c.experts * c.hidden * 4  # gates are float32
     trunk += 2 * c.context * c.head_dim * wide  # rotary tables

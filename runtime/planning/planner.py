@@ -12,7 +12,7 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from model.quant.spec import QuantSpec
+from model.quant.formats import Formats
 from model.target import Target
 from runtime.errors import DeviceError
 from runtime.options import EngineOptions
@@ -27,15 +27,11 @@ from runtime.units import format_bytes
 def plan_checkpoint(checkpoint: Checkpoint, options: EngineOptions) -> Plan:
     """Plan a checkpoint for this machine. Raises as `plan_model` does."""
     c = checkpoint
-    return plan_model(c.config, c.attention, c.experts, options, c.mappable)
+    return plan_model(c.config, c.formats, options, c.mappable)
 
 
 def plan_model(
-    config: ModelConfig,
-    attention: QuantSpec,
-    experts: QuantSpec,
-    options: EngineOptions,
-    files: torch.dtype | None = None,
+    config: ModelConfig, formats: Formats, options: EngineOptions, files: torch.dtype | None = None
 ) -> Plan:
     """Plan a model in these formats for this machine. `files` is `Checkpoint.mappable`; by default nothing is
     mapped.
@@ -43,7 +39,7 @@ def plan_model(
     Warns if the model is larger than memory. Raises as `pick_device`, `Request.make` and `make_plan` do.
     """
     target = Target.of(pick_device(options.device))
-    request = Request.make(config, attention, experts, options, target, files=files)
+    request = Request.make(config, formats, options, target, files=files)
     plan = make_plan(request)
     if line := larger_than_memory(request, plan):
         warnings.warn(line, RuntimeWarning, stacklevel=5)  # the caller of Engine.load or Engine.plan
@@ -69,12 +65,13 @@ def make_plan(request: Request) -> Plan:
     Raises `DeviceError`, with numbers and what would help, if nothing fits.
 
     >>> from model.shapes import MIXTRAL_8X7B
-    >>> model, card = (MIXTRAL_8X7B, QuantSpec(4), QuantSpec(3, 128)), Target.hypothetical()
-    >>> print(make_plan(Request.make(*model, EngineOptions(), card)))
-    19.4 GiB: trunk 1.2 GiB, experts 16.4 GiB, kv 512.0 MiB, workspace 432.5 MiB, overhead 160.0 MiB, driver 704.0 MiB; context 4096 tokens
-    >>> print(make_plan(Request.make(*model, EngineOptions(vram="12GiB"), card)))
-    12.0 GiB: trunk 1.2 GiB, slots 8.9 GiB, kv 512.0 MiB, workspace 464.5 MiB, staging 77.8 MiB, overhead 160.0 MiB, driver 704.0 MiB; context 4096 tokens
-    slots: 4 in 21 layers, 5 in 11; 1 spare; 65.8 MiB an expert; arena 16.4 GiB of host memory
+    >>> from model.quant.spec import QuantSpec
+    >>> formats, card = Formats(QuantSpec(4), QuantSpec(3, 128), QuantSpec(8)), Target.hypothetical()
+    >>> print(make_plan(Request.make(MIXTRAL_8X7B, formats, EngineOptions(), card)))
+    19.3 GiB: trunk 1.1 GiB, experts 16.4 GiB, kv 512.0 MiB, workspace 432.5 MiB, overhead 160.0 MiB, driver 704.0 MiB; context 4096 tokens
+    >>> print(make_plan(Request.make(MIXTRAL_8X7B, formats, EngineOptions(vram="12GiB"), card)))
+    12.0 GiB: trunk 1.1 GiB, slots 9.1 GiB, kv 512.0 MiB, workspace 464.5 MiB, staging 77.8 MiB, overhead 160.0 MiB, driver 704.0 MiB; context 4096 tokens
+    slots: 4 in 19 layers, 5 in 13; 1 spare; 65.8 MiB an expert; arena 16.4 GiB of host memory
     """  # noqa: E501
     plan = best_plan(request)
     if plan is None:

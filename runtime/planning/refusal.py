@@ -12,7 +12,10 @@ from runtime.planning.search import best_plan, least_plan, used_bytes
 from runtime.units import format_bytes
 
 LEAST_CONTEXT = 128  # tokens: no refusal advises less
-SMALLER = ("8", "4", "3", "2", "2g32", "2g64")  # formats that a refusal may advise, largest first
+SMALLER = {  # the formats that a refusal may advise, widest first, and the cost that they lower
+    "head": (("8", "4"), "head_bytes"),
+    "experts": (("8", "4", "3", "2", "2g32", "2g64"), "blob_bytes"),
+}
 
 
 def refusal(request: Request) -> str:
@@ -55,8 +58,7 @@ def remedies(request: Request) -> list[str]:
         found.append(f"lower --context to {context}")
     if options.lookahead * options.prefetch and best_plan(r.changed(prefetch=0)):
         found.append("guess none (--prefetch 0)")
-    if spec := smaller_experts(r):
-        found.append(f"quantize with --experts {spec}")
+    found += [f"quantize with --{kind} {spec}" for kind in SMALLER if (spec := smaller_format(r, kind))]
     if not found:
         small = least_plan(r)
         offloaded = small.arena_bytes and not r.shared
@@ -76,21 +78,22 @@ def largest_context(request: Request) -> int | None:
     return low
 
 
-def smaller_experts(request: Request) -> str | None:
-    """The widest format of experts with which there is a plan.
+def smaller_format(request: Request, kind: str) -> str | None:
+    """The widest format of the head or of experts with which there is a plan.
 
-    None where memory is shared: a CPU keeps experts in another form than files do, which may be no smaller.
+    None where memory is shared: a CPU keeps weights in another form than files do, which may be no smaller.
     """
-    r = request
-    for text in () if r.shared else SMALLER:
-        spec = QuantSpec.parse(text)
+    r, (texts, cost) = request, SMALLER[kind]
+    for text in () if r.shared else texts:
+        formats = replace(r.formats, **{kind: QuantSpec.parse(text)})
         try:
-            costs = Costs.of(r.config, r.attention, spec, r.dtype, r.target)
+            costs = Costs.of(r.config, formats, r.dtype, r.target)
         except ModelError:  # its groups do not divide this model's matrices
             continue
         scratch = max(costs.scratch_bytes, r.costs.scratch_bytes)
-        changed = replace(r.costs, blob_bytes=costs.blob_bytes, scratch_bytes=scratch)
-        if costs.blob_bytes < r.costs.blob_bytes and best_plan(replace(r, experts=spec, costs=changed)):
+        changed = replace(r.costs, scratch_bytes=scratch, **{cost: getattr(costs, cost)})
+        smaller = getattr(costs, cost) < getattr(r.costs, cost)
+        if smaller and best_plan(replace(r, formats=formats, costs=changed)):
             return text
     return None
 

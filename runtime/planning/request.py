@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from model.quant.spec import QuantSpec
+from model.quant.formats import Formats
 from model.target import Target
 from runtime.errors import OptionError
 from runtime.options import EngineOptions
@@ -78,8 +78,7 @@ class Request:
     """All that a plan depends on."""
 
     config: ModelConfig
-    attention: QuantSpec
-    experts: QuantSpec
+    formats: Formats
     options: EngineOptions
     target: Target
     dtype: torch.dtype
@@ -89,8 +88,7 @@ class Request:
     @staticmethod
     def make(
         config: ModelConfig,
-        attention: QuantSpec,
-        experts: QuantSpec,
+        formats: Formats,
         options: EngineOptions,
         target: Target,
         budgets: Budgets | None = None,
@@ -98,20 +96,19 @@ class Request:
     ) -> "Request":
         """Join what the caller gives with what follows from it.
 
-        `attention` and `experts` are the formats of a model's weights. By default the budgets are
-        `Budgets.here`, or `Budgets.given` for a hypothetical target. `files` is `Checkpoint.mappable`.
+        By default the budgets are `Budgets.here`, or `Budgets.given` for a hypothetical target. `files` is
+        `Checkpoint.mappable`.
 
         Raises `OptionError` if an option does not fit the model or the device, and `ModelError` if a format's
         groups do not divide the model's matrices.
         """
         check(options, config, target.device)
-        quantized = attention.quantized or experts.quantized
-        dtype = pick_dtype(options.dtype, target, sum(count_weights(config)), quantized)
+        dtype = pick_dtype(options.dtype, target, sum(count_weights(config)), formats.quantized)
         maps = options.map and target.device.type == "cpu"
-        costs = Costs.of(config, attention, experts, dtype, target, files if maps else None)
+        costs = Costs.of(config, formats, dtype, target, files if maps else None)
         if budgets is None:
             budgets = (Budgets.here if target.present else Budgets.given)(options, target.device)
-        return Request(config, attention, experts, options, target, dtype, costs, budgets)
+        return Request(config, formats, options, target, dtype, costs, budgets)
 
     @property
     def context(self) -> int:

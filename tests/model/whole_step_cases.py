@@ -28,9 +28,11 @@ CONFIG = ModelConfig(
 
 def random_network(spec: QuantSpec) -> Mixtral:
     form = ExpertFormat.of(CONFIG, spec, torch.float32, Target.of(DEVICE))
-    linear = partial(QuantizedLinear, spec=QuantSpec(4), dtype=torch.float32, device=DEVICE)
+    linear, head = (
+        partial(QuantizedLinear, spec=QuantSpec(bits), dtype=torch.float32, device=DEVICE) for bits in (4, 8)
+    )
     experts = lambda layer: BlobExperts.empty(form, CONFIG.experts, DEVICE)  # noqa: E731
-    model = Mixtral(CONFIG, torch.float32, DEVICE, experts, linear).requires_grad_(False)
+    model = Mixtral(CONFIG, torch.float32, DEVICE, experts, linear, head).requires_grad_(False)
     for seed, module in enumerate(model.modules()):
         if isinstance(module, QuantizedLinear):
             module.store(make_matrix(module.spec, *module.shape, seed=seed))

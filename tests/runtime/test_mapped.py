@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -55,17 +56,16 @@ launch("runtime.generate")
 
 
 @pytest.fixture(scope="module")
-def quantized(
-    variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[object, object], Path]:
-    """Make a checkpoint with attention and experts in the given formats, each only once."""
+def quantized(variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a checkpoint with attention, experts and head in the given formats, each only once."""
     source, made = variant(hidden=128, head_dim=32, ffn=256), tmp_path_factory.mktemp("quantized")
 
-    def make(attention: object, experts: object) -> Path:
-        out = made / f"{attention}-{experts}"
+    def make(attention: object, experts: object, head: object = 16) -> Path:
+        out = made / f"{attention}-{experts}-{head}"
         if not out.exists():
-            words = ["--attention", str(attention), "--experts", str(experts), "--quiet", "--threads", "1"]
-            assert quantize.main([str(source), str(out), "--device", "cpu", *words]) == 0
+            words = ["--attention", str(attention), "--experts", str(experts), "--head", str(head)]
+            words += ["--device", "cpu", "--threads", "1", "--quiet"]
+            assert quantize.main([str(source), str(out), *words]) == 0
         return out
 
     return make
@@ -101,24 +101,28 @@ def is_mapped(engine: Engine, tensor: Tensor) -> bool:
 
 @pytest.mark.parametrize("options", [{}, {"offload": "always", "slots": 2}])
 @pytest.mark.parametrize(
-    ("attention", "experts"), [(16, 4), (4, 16), (4, 2), (8, 3), (3, 8), ("4g16", "2g64")]
+    ("attention", "experts", "head"),
+    [(16, 4, 16), (4, 16, 8), (4, 2, 4), (8, 3, 16), (3, 8, 3), ("4g16", "2g64", "8g16"), (16, 16, 8)],
 )
 def test_mapped_weights_give_the_bits_of_read_ones(
     attention: object,
     experts: object,
+    head: object,
     options: dict[str, object],
     quantized: Callable[..., Path],
     load: Callable[..., Engine],
 ) -> None:
-    folder = quantized(attention, experts)
+    folder = quantized(attention, experts, head)
     mapped, read = load(folder, **options), load(folder, map=False, **options)
     for one, other in zip(answers(mapped), answers(read), strict=True):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
     assert read.runner.files is None and read.plan.mapped_bytes == 0
     resident = mapped.plan.resident
     views = [is_mapped(mapped, tensor) for tensor in weights(mapped)] if mapped.plan.mapped_bytes else []
-    assert all(views) or (attention, experts) == (4, 16), "float32 experts are no bytes of a file"
-    assert bool(views) == (attention != 16 or resident)
+    assert all(views) or experts == 16, "float32 experts are no bytes of a file"
+    assert bool(views) == (attention != 16 or head != 16 or resident)
+    if head != 16:
+        assert all(is_mapped(mapped, t) for t in cast(QuantizedLinear, mapped.model.lm_head).memory.values())
     assert mapped.plan.chunk == read.plan.chunk
 
 

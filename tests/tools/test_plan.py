@@ -7,14 +7,18 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from model.quant.expert import aligned
+from model.quant.formats import Formats
 from model.quant.size import model_size
 from model.quant.spec import QuantSpec
+from model.quant.streams import matrix_fields
 from model.shapes import MIXTRAL_8X7B, SHAPES
 from runtime.engine import DEMO
 from tools import plan
 
 Run = Callable[..., tuple[int, str, str]]
-SHEET = ("--shape", "mixtral-8x7b", "--attention", 4, "--experts", 2)
+SHEET = ("--shape", "mixtral-8x7b", "--attention", 4, "--experts", 2, "--head", 8)
+FORMATS = Formats(QuantSpec(4), QuantSpec(2), QuantSpec(8))
 
 
 @pytest.fixture
@@ -36,11 +40,11 @@ def test_a_table_has_a_column_for_each_size(run: Run) -> None:
     status, out, err = run(*SHEET, "--vram", "8GiB,11GiB,12GiB,16GiB,24GiB")
     lines = [re.split(r"\s{2,}", line) for line in out.splitlines()]
     assert (status, err) == (0, "")
-    assert lines[0] == ["mixtral-8x7b, attention 4, experts 2, in bfloat16 on cuda, context 4096 tokens"]
+    assert lines[0] == [f"mixtral-8x7b, {FORMATS}, in bfloat16 on cuda, context 4096 tokens"]
     assert lines[1] == ["", "8GiB", "11GiB", "12GiB", "16GiB", "24GiB"]
     rows = {row[0]: row[1:] for row in lines[2:-1]}
     assert all(len(row) == 5 for row in rows.values())
-    assert rows["slots per layer"][0] == "2 in 16 layers, 3 in 16" and rows["slots per layer"][-1] == "all 8"
+    assert rows["slots per layer"][0] == "2 in 14 layers, 3 in 18" and rows["slots per layer"][-1] == "all 8"
     assert rows["spare slots"] == ["1", "1", "1", "1", "0"]
     used = [int(cell.replace(",", "")) for cell in rows["device, all, bytes"]]
     left = [int(cell.replace(",", "")) for cell in rows["left over, bytes"]]
@@ -55,8 +59,9 @@ def test_json_has_the_bytes_of_every_term(run: Run) -> None:
     status, out, _ = run(*SHEET, "--vram", "24GiB,8GiB,1GiB", "--json")
     sheet = json.loads(out)
     resident, offloaded, refused = sheet["plans"]
-    size = model_size(MIXTRAL_8X7B, QuantSpec(4), QuantSpec(2))
-    assert status == 0 and sheet["experts"] == "2" and sheet["device"] == "cuda"
+    size = model_size(MIXTRAL_8X7B, FORMATS)
+    assert [sheet[key] for key in ("attention", "experts", "head", "device")] == ["4", "2", "8", "cuda"]
+    assert status == 0
     assert resident["resident"] and resident["slots_bytes"] == size.experts and resident["arena_bytes"] == 0
     assert (
         resident["trunk_bytes"] == size.trunk + size.gates + 2 * 32768 * 128 * 2
@@ -86,7 +91,7 @@ def test_the_status_is_one_where_no_size_is_enough(run: Run) -> None:
     assert status == 1 and json.loads(out)["plans"][0]["error"]
     status, _, err = run(*SHEET, "--vram", "12GiB", "--ram", "12GiB")
     assert status == 1 and "need 15.8 GiB of host memory" in err and "quantize with --experts 2g64" in err
-    assert run(*SHEET[:-1], "2g64", "--vram", "12GiB", "--ram", "12GiB")[0] == 0
+    assert run(*SHEET, "--experts", "2g64", "--vram", "12GiB", "--ram", "12GiB")[0] == 0
 
 
 @pytest.mark.parametrize("shape", ["mixtral-8x7b", "mixtral-8x22b"])
@@ -105,6 +110,9 @@ def test_of_a_checkpoint_headers_say_what_it_is(run: Run) -> None:
     assert status == 0 and sheet["model"] == str(DEMO) and sheet["attention"] == "16"
     assert sheet["plans"][0]["blob_bytes"] == 3 * 256 * 128 * 4 and sheet["plans"][0]["resident"]
     assert sheet["plans"][0]["left_over_bytes"] is None
+    smaller = json.loads(run(DEMO, "--dtype", "float32", "--head", "8", "--json")[1])["plans"][0]
+    head = aligned(matrix_fields("", (2048, 256), QuantSpec(8))[-1].end)
+    assert sheet["plans"][0]["trunk_bytes"] - smaller["trunk_bytes"] == 2048 * 256 * 4 - head
     smaller = json.loads(run(DEMO, "--dtype", "float32", "--experts", "4", "--json")[1])
     assert smaller["plans"][0]["blob_bytes"] == 54272
 
@@ -125,6 +133,7 @@ def test_on_a_cpu_arena_and_slots_share_one_memory(run: Run) -> None:
         (("--shape", "mixtral-8x7b", DEMO), 2, "not allowed with"),
         (("--shape", "gpt"), 2, "invalid choice"),
         ((*SHEET, "--experts", "5"), 2, "5 bits per weight are not supported"),
+        ((DEMO, "--head", "4g1024"), 2, "lm_head: 256 inputs do not divide into groups of 1024; use 4g256"),
         ((DEMO, "--experts", "4g1024"), 2, "do not divide into groups of 1024"),
         ((*SHEET, "--vram", "8GiB,much"), 2, "vram: 'much' is not a size"),
         (

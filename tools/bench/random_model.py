@@ -15,12 +15,13 @@ from model.config import ModelConfig
 from model.mixtral import Mixtral
 from model.moe import Experts
 from model.quant.expert import BlobExperts, ExpertFormat
+from model.quant.formats import Formats
 from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
 from model.quant.streams import matrix_fields
 from model.quant.tensor import QuantizedTensor
 from model.target import Target
-from runtime.loader import pack_trunk, quantized_linear, slow_products
+from runtime.loader import empty_model, pack_trunk, slow_products
 
 POOL = 1 << 20  # random numbers that rows are cut from
 ROWS = 1024  # filled at a time
@@ -30,8 +31,7 @@ SCALES = (145, 256)  # the range of scale bytes, about 200 on average
 @torch.no_grad()
 def random_model(
     config: ModelConfig,
-    attention: QuantSpec,
-    experts: QuantSpec,
+    formats: Formats,
     dtype: torch.dtype,
     device: torch.device,
     distinct: int | None = None,
@@ -39,7 +39,7 @@ def random_model(
 ) -> Mixtral:
     """A model ready to compute, with the same weights in every call.
 
-    Only the first `distinct` experts and quantized matrices of attention are made (default: all), and copies
+    Only the first `distinct` experts and quantized matrices of each shape are made (default: all), and copies
     take the places of the others. For a benchmark copies are as good, because they are as many bytes to read,
     and on a GPU they take no time to make. Where `provide(layer)` gives a layer's experts, none are made;
     `random_blobs` makes the same ones.
@@ -48,21 +48,20 @@ def random_model(
     configuration.
     """
     generator = torch.Generator().manual_seed(0)
-    form = ExpertFormat.of(config, experts, dtype, Target.of(device))
-    linear = quantized_linear(config, attention, dtype, device)
+    form = ExpertFormat.of(config, formats.experts, dtype, Target.of(device))
     resident: list[BlobExperts] = []
 
     def all_there(layer: int) -> BlobExperts:
         resident.append(BlobExperts.empty(form, config.experts, device))
         return resident[-1]
 
-    model = Mixtral(config, dtype, device, provide or all_there, linear).requires_grad_(False)
+    model = empty_model(config, formats, dtype, device, provide or all_there)
     for message in slow_products(model, form):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     for weight in model.parameters():
         if weight.dim() == 2:  # norms are all ones
             fill_normal(weight, generator)
-    fill_attention([m for m in model.modules() if isinstance(m, QuantizedLinear)], generator, distinct)
+    fill_matrices([m for m in model.modules() if isinstance(m, QuantizedLinear)], generator, distinct)
     random_blobs(form, [blob for layer in resident for blob in layer.blobs], distinct)
     pack_trunk(model)
     return model
@@ -78,7 +77,7 @@ def fill_normal(weight: Tensor, generator: torch.Generator) -> None:  # [N, K], 
         rows.copy_(pool[first + along])
 
 
-def fill_attention(
+def fill_matrices(
     modules: Sequence[QuantizedLinear], generator: torch.Generator, distinct: int | None
 ) -> None:
     """Fill quantized matrices: of each shape the first `distinct` ones, the others with copies in turn."""

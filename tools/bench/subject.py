@@ -21,6 +21,7 @@ from model.config import ModelConfig
 from model.mixtral import Block, Mixtral
 from model.moe import Experts
 from model.quant.expert import ExpertFormat
+from model.quant.formats import DEFAULT, Formats
 from model.quant.spec import QuantSpec
 from model.shapes import SHAPES
 from model.target import Target
@@ -48,8 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("model", type=Path, nargs="?", help="a checkpoint folder")
     source.add_argument("--shape", choices=SHAPES, help="a model of random weights, made in memory")
     parser.add_argument("--layers", type=at_least_one, help="of the random model (default: the shape's)")
-    parser.add_argument("--attention", metavar="FORMAT", help="of the random model, like 3g128 (default: 4)")
-    parser.add_argument("--experts", metavar="FORMAT", help="of the random model (default: 4)")
+    for kind, spec in DEFAULT.by_kind().items():
+        parser.add_argument(
+            f"--{kind}", metavar="FORMAT", help=f"of the random model, like 3g128 (default: {spec})"
+        )
     parser.add_argument(
         "--enforce", action="store_true", help="have PyTorch refuse device memory beyond --vram"
     )
@@ -140,8 +143,8 @@ def make_subject(args: argparse.Namespace, tokens: int, **defaults: Any) -> Subj
     options = from_flags(EngineOptions, argparse.Namespace(**defaults | vars(args)))
     if (options.context or 0) < tokens:
         raise OptionError(f"{tokens} tokens do not fit --context {options.context}")
-    plan = plan_model(config, *formats, options, checkpoint.mappable if checkpoint else None)
-    form = ExpertFormat.of(config, formats[1], plan.dtype, Target.of(plan.device))
+    plan = plan_model(config, formats, options, checkpoint.mappable if checkpoint else None)
+    form = ExpertFormat.of(config, formats.experts, plan.dtype, Target.of(plan.device))
     link, memory = measure_rates(plan.device, options)
     if args.enforce:
         enforce(plan, options)
@@ -152,22 +155,21 @@ def make_subject(args: argparse.Namespace, tokens: int, **defaults: Any) -> Subj
 
 def find_model(
     args: argparse.Namespace,
-) -> tuple[Checkpoint | None, ModelConfig, tuple[QuantSpec, QuantSpec], str]:
-    """A checkpoint, or None for random weights; configuration, formats of attention and experts, and what to
-    call it all in a report."""
+) -> tuple[Checkpoint | None, ModelConfig, Formats, str]:
+    """A checkpoint, or None for random weights; configuration, formats, and what to call it all in a
+    report."""
+    given = {kind: getattr(args, kind) for kind in DEFAULT.by_kind() if getattr(args, kind) is not None}
     if args.shape:
         config = SHAPES[args.shape]
         config = replace(config, layers=args.layers or config.layers)
-        formats = QuantSpec.parse(args.attention or "4"), QuantSpec.parse(args.experts or "4")
+        formats = replace(DEFAULT, **{kind: QuantSpec.parse(text) for kind, text in given.items()})
         layers = f"{config.layers} layer{'s' * (config.layers > 1)}"
-        about = f"{args.shape}, {layers}, random, attention {formats[0]}, experts {formats[1]}"
+        about = f"{args.shape}, {layers}, random, {formats}"
         return None, config, formats, about
-    for name in ("layers", "attention", "experts"):
-        if getattr(args, name) is not None:
-            raise OptionError(f"--{name} is for a random model; a checkpoint has its own")
+    for name in [*given, *["layers"] * (args.layers is not None)]:
+        raise OptionError(f"--{name} is for a random model; a checkpoint has its own")
     checkpoint = open_checkpoint(args.model)
-    formats = checkpoint.attention, checkpoint.experts
-    return checkpoint, checkpoint.config, formats, checkpoint.description
+    return checkpoint, checkpoint.config, checkpoint.formats, checkpoint.description
 
 
 def measure_rates(device: torch.device, options: EngineOptions) -> tuple[float, float]:
@@ -192,7 +194,7 @@ def enforce(plan: Plan, options: EngineOptions) -> None:
 def make_model(
     checkpoint: Checkpoint | None,
     config: ModelConfig,
-    formats: tuple[QuantSpec, QuantSpec],
+    formats: Formats,
     plan: Plan,
     form: ExpertFormat,
 ) -> tuple[Mixtral, Store | None]:
@@ -201,7 +203,7 @@ def make_model(
     store = None if plan.resident else make_store(config, form, device, shared=checkpoint is None)
     if checkpoint is None:
         provide = no_experts if store else None
-        return random_model(config, *formats, dtype, device, DISTINCT, provide), store
+        return random_model(config, formats, dtype, device, DISTINCT, provide), store
     files = MappedFiles(checkpoint.layout) if plan.mapped_bytes else None
     if store is None:
         return load_resident(checkpoint, form, dtype, device, files=files), None

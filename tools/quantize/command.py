@@ -1,7 +1,7 @@
 """Quantize a Mixtral checkpoint by HQQ. This takes the memory of a few tensors, however large the model.
 
     python -m tools.quantize path/to/Mixtral-8x7B-v0.1 OUT --attention 4 --experts 3g128
-    python -m tools.quantize path/to/Mixtral-8x7B-v0.1 OUT --experts 2g64 --json
+    python -m tools.quantize path/to/Mixtral-8x7B-v0.1 OUT --experts 2g64 --head 16 --json
 
 A format is BITS or BITSgGROUP: 4, 3g128, 2g64, or 16 to leave weights as they are. After an interrupt or a
 kill, the same command goes on from the last finished file. A summary of relative errors goes to stdout at the
@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,8 +28,9 @@ from model.checkpoint import Checkpoint, open_checkpoint
 from model.checkpoint.native import NativeFormat, Shard, StoredParameter, native_shards
 from model.checkpoint.safetensors import readable
 from model.checkpoint.writer import Writer, write_text
-from model.config import to_hf
+from model.config import ModelConfig, to_hf
 from model.errors import ModelError
+from model.quant.formats import DEFAULT, UNQUANTIZED, Formats
 from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
 from runtime.errors import DeviceError, MixtralError
@@ -53,7 +54,11 @@ from tools.quantize.output import (
 
 REMEDY = "free some, or use fewer --threads; the same command goes on from the last finished file"
 Value = TypeVar("Value")
-FORMAT = "16, 8, 4, 3 or 2, or with a group size, like 3g128"
+KINDS = {
+    "attention": "attention: 16, 8, 4, 3 or 2, or with a group size, like 3g128",
+    "experts": "experts",
+    "head": "the matrix that makes logits",
+}
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint folder, HF or Mistral layout")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, made if need be")
     spec, device = parsed_by(QuantSpec.parse), parsed_by(pick_device)
-    parser.add_argument(
-        "--attention", type=spec, default=QuantSpec(4), metavar="FORMAT", help=f"{FORMAT} (default: 4)"
-    )
-    parser.add_argument("--experts", type=spec, default=QuantSpec(4), metavar="FORMAT", help="(default: 4)")
+    for kind, default in DEFAULT.by_kind().items():
+        help = f"of {KINDS[kind]} (default: {default})"
+        parser.add_argument(f"--{kind}", type=spec, metavar="FORMAT", help=help)
     parser.add_argument("--device", type=device, help="(default: the GPU if there is one, else cpu)")
     parser.add_argument(
         "--threads", type=at_least_one, metavar="N", help="(default: the processors it may use)"
@@ -153,10 +157,26 @@ def make_job(args: argparse.Namespace) -> Job:
         raise ModelError(f"{source}: quantized already ({checkpoint.description}); start from 16 bits")
     if out.exists() and out.samefile(source):
         raise MixtralError(f"{out}: source and output are the same folder")
-    format = NativeFormat(args.attention, args.experts, source.resolve().name)
+    formats = pick_formats(args, checkpoint.config)
+    format = NativeFormat(formats, source.resolve().name)
     dtype = checkpoint.dtype if checkpoint.dtype.itemsize == 2 else torch.bfloat16
-    shards = native_shards(checkpoint.config, args.attention, args.experts, dtype)
+    shards = native_shards(checkpoint.config, formats, dtype)
     return Job(checkpoint, out, format, dtype, device, shards, files_to_copy(source, args.tokenizer))
+
+
+def pick_formats(args: argparse.Namespace, config: ModelConfig) -> Formats:
+    """The formats that were asked for, or the default ones. Warns if the head does not take its default and
+    stays at 16 bits, since a vocabulary can be of any size."""
+    asked = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}
+    formats = replace(DEFAULT, **asked)
+    if "head" not in asked:
+        try:
+            formats.head.check("lm_head", (config.vocab, config.hidden))
+        except ModelError as error:
+            reason = str(error).partition(";")[0]
+            warnings.warn(f"{reason}; it stays at 16 bits", RuntimeWarning, stacklevel=2)
+            return replace(formats, head=UNQUANTIZED)
+    return formats
 
 
 def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, float]:

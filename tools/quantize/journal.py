@@ -97,10 +97,12 @@ def settings(source: Path, config: ModelConfig, native: NativeFormat, device: st
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     """The first setting in which two runs differ, in words."""
     for key, what in (
+        ("version", "another version of this program"),
         ("source", "another source"),
         ("source_files", "other files of the source"),
         ("attention", "another --attention"),
         ("experts", "another --experts"),
+        ("head", "another --head"),
         ("device", "another --device"),
     ):
         if ours.get(key) != theirs.get(key):

@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 from dev.bench import command as bench
 from dev.bench import quality
 from dev.bench.quality import (
-    Formats,
     Result,
     all_formats,
     first_bytes,
     frontier,
     markdown,
+    parse_formats,
     plot,
+    short,
     table,
 )
 from model.checkpoint import open_checkpoint
 from model.mixtral import Mixtral
+from model.quant.formats import Formats
 from model.quant.size import expert_bits, model_size
 from model.quant.solve import quantize
 from model.shapes import MIXTRAL_8X7B
@@ -38,7 +40,7 @@ MEASURED = {  # size, nats per token
 
 
 def result(formats: str, size: int, nats: float) -> Result:
-    made = Formats.parse(formats)
+    made = parse_formats(formats)
     bits = expert_bits(MIXTRAL_8X7B, made.experts)
     return Result(made, size, bits, Score(nats * 10, tokens=10, bytes=30, seconds=1.0))
 
@@ -49,12 +51,12 @@ def results() -> list[Result]:
 
 
 def test_what_is_measured_by_default() -> None:
-    formats = [str(one) for one in all_formats()]
+    formats = [short(one) for one in all_formats()]
     assert len(formats) == len(set(formats)) == 21
     assert {f"{a}/{e}" for a in (16, 4, 3, 2) for e in (16, 4, 3, 2)} <= set(formats)
     # as users write them; what is a default group comes out without it
     wanted = ["4/2g64", "4/2g32", "4/2g16", "4/3g128", "4/3g64", "4/4g64", "4/4g128", "4/8"]
-    assert {str(Formats.parse(text)) for text in wanted} <= set(formats)
+    assert {short(parse_formats(text)) for text in wanted} <= set(formats)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=12))
@@ -74,22 +76,23 @@ def test_tables(results: list[Result]) -> None:
         [" **16** ", " **16** "], [" **16** ", " **4** "], [" **4** ", " **16** "], [" **4** ", " **4** "],
         [" **4** ", " **3** "], [" 4 ", " 2 "],
     ]  # fmt: skip
-    assert "| **4** | **4** | 4.26 | 8.00 | 40.0 % | 4.665 | +4.1 % | 0.7406 |" in first
+    assert "| **4** | **4** | **16** | 4.26 | 8.00 | 40.0 % | 4.665 | +4.1 % | 0.7406 |" in first
     assert [line.split("|")[2].strip(" *") for line in second.splitlines()[2:]] == ["4", "2", "3", "2g64"]
     assert "bold" in note
     rows = [line.count("|") for line in first.splitlines() + second.splitlines()]
-    assert set(rows) == {9}
+    assert set(rows) == {10}
 
 
 def test_tables_without_the_original(results: list[Result]) -> None:
-    some = [one for one in results if str(one.formats) in ("4/4", "3/3")]
-    assert "| **4** | **4** | 4.26 | 8.00 | - | 4.665 | - | 0.7406 |" in table(some, None, some)
+    some = [one for one in results if short(one.formats) in ("4/4", "3/3")]
+    assert "| **4** | **4** | **16** | 4.26 | 8.00 | - | 4.665 | - | 0.7406 |" in table(some, None, some)
     assert "+" not in markdown(some)
 
 
 def test_what_fits_neither_table_is_in_a_third(results: list[Result]) -> None:
-    odd = result("8/3g128", 9_500_000, 1.52)
-    assert "| **8** | **3g128** |" in markdown([*results, odd]).split("\n\n")[2]
+    odd = [result("8/3g128", 9_500_000, 1.52), result("4/4/8", 7_900_000, 1.5401)]
+    third = markdown([*results, *odd]).split("\n\n")[2].splitlines()[2:]
+    assert [line[:28] for line in third] == ["| **8** | **3g128** | **16**", "| **4** | **4** | **8** | 4."]
 
 
 def test_a_plot(results: list[Result], tmp_path: Path) -> None:
@@ -112,13 +115,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     asked: list[tuple[str, int]] = []
 
     def write(source: Path, out: Path, formats: Formats) -> None:
-        asked.append((str(formats), 0))
+        asked.append((short(formats), 0))
         out.mkdir()
 
     def judge(folder: Path, formats: Formats, texts: list[str]) -> Result:
         assert folder.is_dir()
         asked[-1] = (asked[-1][0], len("".join(texts).encode()))
-        return result(str(formats), *MEASURED[str(formats)])
+        return result(short(formats), *MEASURED[short(formats)])
 
     monkeypatch.setattr(quality, "write", write)
     monkeypatch.setattr(quality, "judge", judge)
@@ -175,14 +178,14 @@ def test_without_matplotlib(
 def test_a_quantizer_that_fails_ends_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(quantize_command, "main", lambda argv: 1)
     with pytest.raises(MixtralError, match="cannot be quantized to 4/4"):
-        quality.write(tmp_path, tmp_path / "out", Formats.parse("4/4"))
+        quality.write(tmp_path, tmp_path / "out", parse_formats("4/4"))
     monkeypatch.setattr(quantize_command, "main", lambda argv: 130)
     with pytest.raises(KeyboardInterrupt):
-        quality.write(tmp_path, tmp_path / "out", Formats.parse("4/4"))
+        quality.write(tmp_path, tmp_path / "out", parse_formats("4/4"))
 
 
 def test_a_native_checkpoint_is_as_good_as_its_dequantized_weights(tmp_path: Path) -> None:
-    formats, text = Formats.parse("4/3g128"), Path(quality.__file__).read_text()[:1500]
+    formats, text = parse_formats("4/3g128/4"), Path(quality.__file__).read_text()[:1500]
     quality.write(DEMO, tmp_path / "out", formats)
     measured = quality.judge(tmp_path / "out", formats, [text])
     checkpoint = open_checkpoint(DEMO)
@@ -191,15 +194,15 @@ def test_a_native_checkpoint_is_as_good_as_its_dequantized_weights(tmp_path: Pat
     checkpoint.load(model)
     plain = negative_log_likelihood(model, ids, 1024, 512)
     for name, weight in model.named_parameters():
-        if (
-            spec := formats.attention
-            if "self_attn" in name
-            else formats.experts
-            if ".experts." in name
-            else None
+        for word, spec in (
+            ("self_attn", formats.attention),
+            (".experts.", formats.experts),
+            ("lm_head", formats.head),
         ):
+            if word not in name:
+                continue
             weight.copy_(quantize(weight, spec, name)[0].dequantize())
     expected = negative_log_likelihood(model, ids, 1024, 512)
-    assert measured.bytes == model_size(checkpoint.config, formats.attention, formats.experts).total
+    assert measured.bytes == model_size(checkpoint.config, formats).total
     assert measured.score.nats == pytest.approx(expected, rel=1e-5)
     assert abs(expected / plain - 1) > 1e-3

@@ -22,28 +22,28 @@ from model.checkpoint.safetensors import read_header
 from model.checkpoint.writer import Writer
 from model.config import ModelConfig, to_hf
 from model.errors import ModelError
+from model.quant.formats import PLAIN, Formats
 from model.quant.size import model_size
 from model.quant.spec import QuantSpec
 from model.quant.streams import expert_fields, model_fields
 from tests.model.checkpoint.conftest import TINY, random_model, read_all
 
 SMALL = ModelConfig(
-    vocab=40, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=256, experts=3, experts_per_token=2,
+    vocab=48, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=256, experts=3, experts_per_token=2,
     context=64, rope_theta=1e4, norm_eps=1e-5,
 )  # fmt: skip
 EXPERT = "layers.1.block_sparse_moe.experts.2."
 UP = EXPERT + "w13.scales"
-MIXED = ["4 4", "16 2", "3 16", "16 16", "8 3g128", "2g64 4g32m64"]
+MIXED = ["4 4 8", "16 2 16", "3 16 4g32", "16 16 16", "16 16 8", "8 3g128 3", "2g64 4g32m64 16"]
 
 
-def write_native(folder: Path, formats: str = "4 3g128", config: ModelConfig = SMALL) -> Path:
+def write_native(folder: Path, formats: str = "4 3g128 8", config: ModelConfig = SMALL) -> Path:
     """A native checkpoint of random bytes: none of what is tested here minds what they mean."""
-    attention, experts = (QuantSpec.parse(text) for text in formats.split())
-    native = NativeFormat(attention, experts, "somewhere")
+    native = NativeFormat(Formats(*map(QuantSpec.parse, formats.split())), "somewhere")
     generator = torch.Generator().manual_seed(0)
     folder.mkdir(exist_ok=True)
     weight_map = {}
-    for shard in native_shards(config, attention, experts, torch.bfloat16):
+    for shard in native_shards(config, native.formats, torch.bfloat16):
         with Writer(folder / shard.name, shard.tensors, native.metadata()) as writer:
             for tensor in shard.tensors:
                 values = torch.randint(0, 256, (tensor.bytes,), dtype=torch.uint8, generator=generator)
@@ -66,8 +66,8 @@ def same(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("formats", MIXED)
 def test_files_are_what_the_arithmetic_says(tmp_path: Path, formats: str) -> None:
     folder = write_native(tmp_path / "native", formats)
-    attention, experts = (QuantSpec.parse(text) for text in formats.split())
-    fields = list(model_fields(SMALL, attention, experts))
+    specs = Formats(*map(QuantSpec.parse, formats.split()))
+    fields = list(model_fields(SMALL, specs))
     stored = read_all(folder)
     assert {f.name: (f.dtype, f.shape) for f in fields} == {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()
@@ -75,13 +75,14 @@ def test_files_are_what_the_arithmetic_says(tmp_path: Path, formats: str) -> Non
     headers = {path: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
     assert [name for header in headers.values() for name in header.tensors] == [f.name for f in fields]
     starts = [min(entry.offset for entry in header.tensors.values()) for header in headers.values()]
-    total = model_size(SMALL, attention, experts).total
+    total = model_size(SMALL, specs).total
     assert sum(path.stat().st_size for path in headers) == total + sum(starts)
     assert all(start % 4096 == 0 for start in starts)
     checkpoint = open_checkpoint(folder)
-    assert (checkpoint.attention, checkpoint.experts, checkpoint.native) == (attention, experts, True)
+    assert (checkpoint.formats, checkpoint.native) == (specs, True)
     assert (checkpoint.bytes, checkpoint.dtype) == (total, torch.bfloat16)
-    assert checkpoint.description.startswith(f"native, 3 files, attention {attention}, experts {experts}, ")
+    named = "attention {}, experts {}, head {}".format(*formats.split())
+    assert checkpoint.description.startswith(f"native, 3 files, {named}, ")
 
 
 @pytest.mark.parametrize("formats", MIXED)
@@ -91,7 +92,7 @@ def test_an_expert_is_one_byte_range_in_the_order_of_its_blob(tmp_path: Path, fo
     path = folder / "model-00003-of-00003.safetensors"
     entries = read_header(path).tensors
     for e in range(SMALL.experts):
-        fields = expert_fields(SMALL, checkpoint.experts, f"layers.1.block_sparse_moe.experts.{e}.")
+        fields = expert_fields(SMALL, checkpoint.formats.experts, f"layers.1.block_sparse_moe.experts.{e}.")
         start = entries[fields[0].name].offset
         assert start % 16 == 0
         for field in fields:
@@ -106,8 +107,8 @@ def test_an_expert_is_one_byte_range_in_the_order_of_its_blob(tmp_path: Path, fo
 
 def test_an_expert_of_a_plain_checkpoint_is_read_in_the_dtype_asked_for(hf: Path) -> None:
     checkpoint = open_checkpoint(hf)
-    assert (checkpoint.attention.bits, checkpoint.experts.bits, checkpoint.native) == (16, 16, False)
-    fields = expert_fields(TINY, checkpoint.experts, EXPERT)
+    assert (checkpoint.formats, checkpoint.native) == (PLAIN, False)
+    fields = expert_fields(TINY, checkpoint.formats.experts, EXPERT)
     blob = torch.zeros(fields[-1].end, dtype=torch.uint8)
     checkpoint.fill({field.name: field.view(blob) for field in fields})
     parameters = dict(random_model().named_parameters())
@@ -203,6 +204,12 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         ("attention", {"bits": 4}, "attention: group_size is None"),
         ("attention", {"bits": 5, "group_size": 64, "meta_group_size": 64}, "attention: 5 bits"),
         ("attention", {"bits": 4, "group_size": 0, "meta_group_size": 0}, "sizes are not written out"),
+        ("head", None, "head: bits is None, and must be an integer"),
+        ("head", [], "head: bits is None"),
+        ("head", "8", "head is '8', and must be an object"),
+        ("head", {"bits": 8, "group_size": 64}, "head: meta_group_size is None"),
+        ("head", {"bits": 16, "group_size": 64, "meta_group_size": 0}, "head: 16 bits are not quantized"),
+        ("head", {"bits": 4, "group_size": 64, "meta_group_size": 256}, "says head '8g64m256', and config"),
         ("experts", {"bits": 3, "group_size": 48, "meta_group_size": 128}, "48 is not a power of two"),
         ("experts", {"bits": 3, "group_size": 64, "meta_group_size": 128}, "says experts '3g128m128', and"),
         (

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.mixtral import Mixtral
+from model.parameters import EXPERT
+from model.quant.formats import PLAIN, Formats
 from model.quant.size import expert_bits, model_size
 from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
-from model.quant.streams import EXPERT, STREAM_ALIGNMENT, Field, expert_fields, matrix_fields, model_fields
+from model.quant.streams import STREAM_ALIGNMENT, Field, expert_fields, matrix_fields, model_fields
 from model.quant.tensor import QuantizedTensor
 from tests.model.quant.test_spec import SPECS
 from tests.model.reference import TINY
@@ -70,7 +72,7 @@ def test_the_layout_is_that_of_real_tensors(text: str) -> None:
         (k, t.dtype, tuple(t.shape)) for k, t in named.items()
     ]
     blob = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in named.values()])
-    assert blob.numel() == fields[-1].end == model_size(config, spec, spec).expert
+    assert blob.numel() == fields[-1].end == model_size(config, Formats(experts=spec)).expert
     for name, made in tensors.items():
         views = {
             f.name.removeprefix(f"{name}."): f.view(blob) for f in fields if f.name.startswith(name + ".")
@@ -78,20 +80,20 @@ def test_the_layout_is_that_of_real_tensors(text: str) -> None:
         assert torch.equal(QuantizedTensor.of(spec, shapes[name], views).dequantize(), made.dequantize())
 
 
-@given(st.sampled_from(FORMATS), st.sampled_from(FORMATS))
+@given(st.tuples(*[st.sampled_from(FORMATS).map(QuantSpec.parse)] * 3))
 @settings(deadline=None)
-def test_a_size_is_the_sum_of_its_tensors(attention: str, experts: str) -> None:
-    config = replace(SMALL, head_dim=32, ffn=256)
-    specs = QuantSpec.parse(attention), QuantSpec.parse(experts)
-    fields = list(model_fields(config, *specs))
+def test_a_size_is_the_sum_of_its_tensors(specs: tuple[QuantSpec, QuantSpec, QuantSpec]) -> None:
+    config = replace(SMALL, vocab=48, head_dim=32, ffn=256)
+    fields = list(model_fields(config, Formats(*specs)))
     check_contiguous(fields)
-    size = model_size(config, *specs)
+    size = model_size(config, Formats(*specs))
     assert size.total == fields[-1].end == sum(field.bytes for field in fields)
 
     def part(*words: str) -> int:
         return sum(field.bytes for field in fields if any(word in field.name for word in words))
 
-    assert size.embeddings == part("embed_tokens", "lm_head")
+    assert size.embeddings == part("embed_tokens")
+    assert size.head == part("lm_head")
     assert size.norms == part("norm.weight")
     assert size.gates == part(".gate.")
     assert size.attention == part("self_attn")
@@ -102,7 +104,7 @@ def test_a_size_is_the_sum_of_its_tensors(attention: str, experts: str) -> None:
 def test_at_16_bits_it_is_the_model() -> None:
     model = Mixtral(SMALL, device=torch.device("meta"))
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    fields = list(model_fields(SMALL, QuantSpec(16), QuantSpec(16)))
+    fields = list(model_fields(SMALL, PLAIN))
     assert {field.name: field.shape for field in fields} == parameters
     assert fields[-1].end == 2 * sum(p.numel() for p in model.parameters())
 
@@ -110,7 +112,7 @@ def test_at_16_bits_it_is_the_model() -> None:
 @pytest.mark.parametrize("spec", ["16", "4", "3"])
 def test_an_expert_is_one_run_of_bytes(spec: str) -> None:
     config = replace(SMALL, ffn=256)
-    fields = list(model_fields(config, QuantSpec(16), QuantSpec.parse(spec)))
+    fields = list(model_fields(config, Formats(experts=QuantSpec.parse(spec))))
     for n, e in itertools.product(range(config.layers), range(config.experts)):
         prefix = f"layers.{n}.block_sparse_moe.experts.{e}."
         mine = [field for field in fields if field.name.startswith(prefix)]
@@ -132,16 +134,16 @@ def test_the_tensor_at_fault_is_named() -> None:
     with pytest.raises(
         ModelError, match=r"^layers\.0\.block_sparse_moe\.experts\.0\.w2: 96 inputs do not .* 64; use 4g32"
     ):
-        model_size(config, QuantSpec(16), QuantSpec(4))
+        model_size(config, Formats(experts=QuantSpec(4)))
     with pytest.raises(ModelError, match=r"^layers\.0\.block_sparse_moe\.experts\.0\.w2: 96 inputs"):
-        list(model_fields(config, QuantSpec(16), QuantSpec(4)))
+        list(model_fields(config, Formats(experts=QuantSpec(4))))
 
 
 def test_mixtral_8x7b_against_the_paper() -> None:
     """No size is above the paper's, and docs/formats.md has them all. `pytest -s` prints the table."""
     documented = (ROOT / "docs" / "formats.md").read_text("utf-8").splitlines()
     for attention, experts in itertools.product((16, 4, 3, 2), repeat=2):
-        size = model_size(MIXTRAL_8X7B, QuantSpec(attention), QuantSpec(experts)).total / GIB
+        size = model_size(MIXTRAL_8X7B, Formats(QuantSpec(attention), QuantSpec(experts))).total / GIB
         paper = TABLE_1.get((attention, experts))
         row = f"| {attention} | {experts} | {size:.2f} | "
         row += f"{paper:.2f} | {100 * (size / paper - 1):+.1f} % |" if paper else "- | |"
@@ -154,7 +156,7 @@ def test_mixtral_8x7b_against_the_paper() -> None:
 def test_mixtral_8x7b_by_format_of_its_experts(text: str) -> None:
     """The rows of docs/formats.md: bits per weight, an expert's bytes, the model's with 4-bit attention."""
     spec = QuantSpec.parse(text)
-    size = model_size(MIXTRAL_8X7B, QuantSpec(4), spec)
+    size = model_size(MIXTRAL_8X7B, Formats(QuantSpec(4), spec))
     bits = expert_bits(MIXTRAL_8X7B, spec)
     row = f"| {spec.bits}g{spec.group_size} | {bits:.3f} | {size.expert:,} | "
     row += f"{size.total / GIB:.2f} | "
@@ -172,4 +174,4 @@ def test_the_documented_tensors_of_an_expert() -> None:
 
 
 def test_mixtral_8x7b_at_16_bits_is_the_published_size() -> None:
-    assert model_size(MIXTRAL_8X7B, QuantSpec(16), QuantSpec(16)).total == 2 * 46_702_792_704
+    assert model_size(MIXTRAL_8X7B, PLAIN).total == 2 * 46_702_792_704

@@ -7,7 +7,7 @@ import torch
 
 from model.attention import Attending
 from model.config import ModelConfig
-from model.quant.spec import QuantSpec
+from model.quant.formats import PLAIN
 from model.target import Target
 from runtime import EngineOptions
 from runtime.planning.plan import Plan
@@ -27,6 +27,7 @@ def asked(
     context: int,
     *,
     expert: int | None = None,
+    head: int | None = None,
     scratch: int = 0,
     overhead: int = 0,
     driver: int = 0,
@@ -38,14 +39,15 @@ def asked(
     shared: bool = False,
     **options: Any,
 ) -> Request:
-    """A request for a 16-bit model whose costs are these; None is an expert's plain size."""
+    """A request for a 16-bit model whose costs are these; None is the plain size of an expert or a head."""
     target = Target(CPU) if shared else CARD
     wishes = EngineOptions(dtype=str(dtype).removeprefix("torch."), context=context, **options)
     budgets = Budgets(Budget(budget, place), Budget(host_budget, host_place))
-    request = Request.make(config, QuantSpec(16), QuantSpec(16), wishes, target, budgets)
+    request = Request.make(config, PLAIN, wishes, target, budgets)
     costs = replace(
         request.costs,
         blob_bytes=3 * config.ffn * config.hidden * dtype.itemsize if expert is None else expert,
+        head_bytes=config.vocab * config.hidden * dtype.itemsize if head is None else head,
         scratch_bytes=scratch,
         overhead_bytes=overhead,
         driver_bytes=driver,

@@ -15,7 +15,7 @@ from model.attention import Attending
 from model.config import ModelConfig
 from model.quant.backends import scratch_bytes
 from model.quant.spec import QuantSpec
-from model.quant.streams import expert_fields
+from model.quant.streams import expert_fields, matrix_fields
 from model.target import Target
 from runtime import DeviceError, Engine, OptionError
 from runtime.planning.plan import Plan
@@ -40,6 +40,7 @@ requests = st.fixed_dictionaries(
         "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
         "context": st.integers(2, 4096),
         "expert": st.sampled_from([None, 99_968, 1 << 26]),  # next to the last, chunks are long
+        "head": st.sampled_from([None, 0, 1 << 22]),
         "scratch": st.sampled_from([0, 1 << 20]),
         "overhead": st.sampled_from([0, 1 << 20]),
         "driver": st.sampled_from([0, 1 << 20]),
@@ -166,11 +167,14 @@ def test_a_refusal_is_one_line_and_its_remedies_work(
     for pattern, change in REMEDIES.items():
         if words := re.search(pattern, text):
             tried.append(try_plan(**(request | change(*words.groups()))))
-    if words := re.search(r"quantize with --experts (\S+)", text):
+    expanded = scratch_bytes(max(config.hidden, config.ffn), request["dtype"], Target.hypothetical())
+    quantized = {"scratch": max(request["scratch"], expanded)}
+    if words := re.search(r"quantize with --experts (\d\w*)", text):
         blob = expert_fields(config, QuantSpec.parse(words[1]))[-1].end + 63 & ~63
-        expanded = scratch_bytes(max(config.hidden, config.ffn), request["dtype"], Target.hypothetical())
-        scratch = max(request["scratch"], expanded)
-        tried.append(try_plan(**(request | {"expert": blob, "scratch": scratch})))
+        tried.append(try_plan(**(request | quantized | {"expert": blob})))
+    if words := re.search(r"quantize with --head (\d\w*)", text):
+        head = matrix_fields("", (config.vocab, config.hidden), QuantSpec.parse(words[1]))[-1].end
+        tried.append(try_plan(**(request | quantized | {"head": head + 255 & ~255})))
     assert tried and all(tried), text
 
 

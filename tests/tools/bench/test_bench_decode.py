@@ -11,6 +11,7 @@ from model.config import ModelConfig
 from model.mixtral import Mixtral
 from model.quant.backends.blocks import Blocks
 from model.quant.expert import BLOB_ALIGNMENT
+from model.quant.formats import DEFAULT, PLAIN, Formats
 from model.quant.spec import QuantSpec
 from model.quant.streams import expert_fields, matrix_fields
 from model.shapes import SHAPES
@@ -20,7 +21,7 @@ from tools.bench.random_model import random_model
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(
-    vocab=500, hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=192, experts=4,
+    vocab=512, hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=192, experts=4,
     experts_per_token=2, context=700, rope_theta=1e6, norm_eps=1e-5)  # fmt: skip
 WORDS = ["decode", "--prompt", "20", "--tokens", "4", "--repeats", "2", "--device", "cpu"]
 
@@ -34,35 +35,33 @@ def round_up(size: int) -> int:
     return -(-size // BLOB_ALIGNMENT) * BLOB_ALIGNMENT
 
 
-def bytes_by_hand(config: ModelConfig, attention: QuantSpec, experts: QuantSpec, wide: int) -> int:
+def bytes_by_hand(config: ModelConfig, formats: Formats, wide: int) -> int:
     """What one token reads of a model kept as files have it."""
     c, dtype = config, {2: torch.bfloat16, 4: torch.float32}[wide]
     qkv, out = (c.heads + 2 * c.kv_heads) * c.head_dim, c.heads * c.head_dim
     layer = sum(
-        matrix_fields("", shape, attention, dtype=dtype)[-1].end
+        matrix_fields("", shape, formats.attention, dtype=dtype)[-1].end
         for shape in ((qkv, c.hidden), (c.hidden, out))
     )
-    layer += c.experts_per_token * round_up(expert_fields(c, experts, dtype=dtype)[-1].end)
+    layer += c.experts_per_token * round_up(expert_fields(c, formats.experts, dtype=dtype)[-1].end)
     layer += 2 * c.hidden * wide + c.experts * c.hidden * 4  # norms and gate
-    return (
-        c.layers * layer + (c.hidden + c.hidden + c.vocab * c.hidden) * wide
-    )  # a row, the last norm, the head
+    head = matrix_fields("", (c.vocab, c.hidden), formats.head, dtype=dtype)[-1].end
+    return c.layers * layer + 2 * c.hidden * wide + head  # a row and the last norm
 
 
-@pytest.mark.parametrize("formats", [("4", "2"), ("16", "4"), ("3", "16"), ("16", "16")])
-def test_bytes_of_a_token(formats: tuple[str, str]) -> None:
-    attention, experts = map(QuantSpec.parse, formats)
-    model = random_model(SMALL, attention, experts, torch.float32, CPU)
+@pytest.mark.parametrize("text", ["4 2 8", "16 4 3", "3 16 16", "16 16 4", "16 16 16"])
+def test_bytes_of_a_token(text: str) -> None:
+    formats = Formats(*map(QuantSpec.parse, text.split()))
+    model = random_model(SMALL, formats, torch.float32, CPU)
     assert all(module.backend is Blocks for module in model.modules() if hasattr(module, "backend"))
-    assert decode.bytes_per_token(model) == bytes_by_hand(SMALL, attention, experts, 4)
+    assert decode.bytes_per_token(model) == bytes_by_hand(SMALL, formats, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_of_a_token_of_a_plain_model(dtype: torch.dtype) -> None:
-    plain = QuantSpec(16)
-    expected = bytes_by_hand(SMALL, plain, plain, dtype.itemsize)
+    expected = bytes_by_hand(SMALL, PLAIN, dtype.itemsize)
     assert decode.bytes_per_token(Mixtral(SMALL, dtype)) == expected
-    assert decode.bytes_per_token(random_model(SMALL, plain, plain, dtype, CPU)) == expected
+    assert decode.bytes_per_token(random_model(SMALL, PLAIN, dtype, CPU)) == expected
 
 
 def test_a_random_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +70,7 @@ def test_a_random_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main([*words, "--json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert report["model"] == "mixtral-8x7b, 1 layer, random, attention 4, experts 2"
+    assert report["model"] == "mixtral-8x7b, 1 layer, random, attention 4, experts 2, head 8"
     assert (report["threads"], report["device"]) == (2, "cpu")
     assert torch.get_num_threads() == threads
     for what, count in (("prompt", 20), ("decode", 4)):
@@ -166,5 +165,5 @@ def test_with_experts_that_miss(capsys: pytest.CaptureFixture[str]) -> None:
     assert bound["bound_ms"] == max(bound["copying_ms"], bound["computing_ms"])
     share = bound["bound_ms"] * report["decode"]["tokens_per_s"] / 1e3
     assert bound["share_of_bound"] == pytest.approx(share)
-    size = bytes_by_hand(SMALL, QuantSpec(4), QuantSpec(4), 4)
+    size = bytes_by_hand(SMALL, DEFAULT, 4)
     assert report["memory"]["weight_bytes_per_token"] == size

@@ -17,7 +17,7 @@ from tools.bench.gpu import Outcome, Part, run_part, run_process
 from tools.bench.ways import LADDER
 
 SMALL = ModelConfig(
-    vocab=100, hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=128, experts=4,
+    vocab=128, hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=128, experts=4,
     experts_per_token=2, context=512, rope_theta=1e6, norm_eps=1e-5)  # fmt: skip
 PARTS = ["link", "decode-4", "decode-2g64", "offload-2", "prefill", "offload-3", "memory-12GiB", "naive",
          "decode-3g128", "memory-16GiB"]  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
+from model.quant.formats import KINDS
 from model.shapes import SHAPES
 from runtime.errors import OptionError
 from runtime.options import EngineOptions
@@ -16,7 +17,7 @@ from tools.bench import figures, machine, subject
 from tools.bench.subject import Subject, make_subject
 
 SMALL = ModelConfig(
-    vocab=100, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=64, experts=4,
+    vocab=128, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=64, experts=4,
     experts_per_token=2, context=64, rope_theta=1e6, norm_eps=1e-5)  # fmt: skip
 CUDA = torch.device("cuda", 0)
 GIB = 1 << 30
@@ -28,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(tokens: int = 8, **options: Any) -> Subject:
-    args = {"shape": "quarter", "layers": None, "attention": None, "experts": None, "enforce": False}
+    args = {"shape": "quarter", "layers": None, **dict.fromkeys(KINDS), "enforce": False}
     return make_subject(argparse.Namespace(**args | {"device": "cpu"} | options), tokens)
 
 

@@ -20,7 +20,7 @@ from tools.bench.subject import Subject, make_subject
 from tools.bench.ways import LADDER
 
 SMALL = ModelConfig(
-    vocab=100, hidden=64, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=64, experts=6,
+    vocab=128, hidden=64, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=64, experts=6,
     experts_per_token=2, context=64, rope_theta=1e6, norm_eps=1e-5)  # fmt: skip
 TOKENS, START = 8, 3
 IDS: list[int] = random_ids(SMALL, TOKENS)[0].tolist()
@@ -40,7 +40,8 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def make(**options: Any) -> Subject:
-    args = {"shape": "quarter", "layers": None, "attention": "4", "experts": "4", "enforce": False}
+    formats = {"attention": "4", "experts": "4", "head": "8"}
+    args = {"shape": "quarter", "layers": None, **formats, "enforce": False}
     engine = {"device": "cpu", "dtype": "float32", "context": TOKENS}
     return make_subject(argparse.Namespace(**args | engine | options), TOKENS)
 

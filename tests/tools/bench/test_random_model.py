@@ -10,6 +10,7 @@ from model.errors import ModelError
 from model.linear import Linear, PackedLinear
 from model.mixtral import Mixtral
 from model.quant.expert import BLOB_ALIGNMENT, BlobExperts
+from model.quant.formats import Formats
 from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
 from model.shapes import SHAPES
@@ -18,15 +19,14 @@ from tools.bench.random_model import fill_normal, random_matrix, random_model
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(
-    vocab=500, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=192, experts=4,
+    vocab=512, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=192, experts=4,
     experts_per_token=2, context=64, rope_theta=1e6, norm_eps=1e-5)  # fmt: skip
 IDS = torch.arange(40).view(2, 20)
 
 
-def make(attention: str, experts: str, dtype: torch.dtype = torch.float32, **options: int) -> Mixtral:
-    return random_model(
-        SMALL, QuantSpec.parse(attention), QuantSpec.parse(experts), dtype, CPU, **options
-    ).eval()
+def make(formats: str, dtype: torch.dtype = torch.float32, **options: int) -> Mixtral:
+    """The random model with attention, experts and, if it is given, head in these formats."""
+    return random_model(SMALL, Formats(*map(QuantSpec.parse, formats.split())), dtype, CPU, **options).eval()
 
 
 def blobs(model: Mixtral) -> list[torch.Tensor]:
@@ -55,12 +55,8 @@ def test_ordinary_weights_too() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("attention", "experts"), [("4", "2"), ("16", "4"), ("3", "16"), ("16", "16"), ("8", "3g64")]
-)
-def test_everything_is_filled(
-    attention: str, experts: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("formats", ["4 2 8", "16 4 4", "3 16", "16 16", "8 3g64 16", "16 16 3"])
+def test_everything_is_filled(formats: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialized memory is NaN here: four bytes of 0xFF in float32, two in bfloat16."""
     empty = torch.empty
 
@@ -70,26 +66,27 @@ def test_everything_is_filled(
         return tensor
 
     monkeypatch.setattr(torch, "empty", spoilt)
-    model = make(attention, experts, dtype)
+    model = make(formats, dtype)
     monkeypatch.undo()
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     with torch.inference_mode():
         logits = model(IDS)
     assert logits.isfinite().all()
     assert 0.5 < logits.std() < 2  # the norm's ones by weights of 1 / sqrt(D)
-    module = model.layers[0].self_attn.qkv_proj
-    assert isinstance(module, QuantizedLinear if attention != "16" else (Linear, PackedLinear))
+    attention, _, head = [*formats.split(), "16"][:3]
+    for spec, module in ((attention, model.layers[0].self_attn.qkv_proj), (head, model.lm_head)):
+        assert isinstance(module, QuantizedLinear if spec != "16" else (Linear, PackedLinear))
     assert len({bytes(blob.numpy().tobytes()) for blob in blobs(model)}) == SMALL.layers * SMALL.experts
 
 
 def test_every_model_is_the_same() -> None:
     with torch.inference_mode():
-        assert torch.equal(make("4", "2")(IDS), make("4", "2")(IDS))
+        assert torch.equal(make("4 2")(IDS), make("4 2")(IDS))
 
 
 @pytest.mark.parametrize("distinct", [1, 3])
 def test_experts_may_be_copies(distinct: int) -> None:
-    copies, whole = blobs(make("4", "2", distinct=distinct)), blobs(make("4", "2"))
+    copies, whole = blobs(make("4 2", distinct=distinct)), blobs(make("4 2"))
     assert len(copies) == 8
     for e, blob in enumerate(copies):
         assert torch.equal(blob, copies[e % distinct])
@@ -100,14 +97,16 @@ def test_experts_may_be_copies(distinct: int) -> None:
 
 def test_a_format_that_does_not_fit() -> None:
     with pytest.raises(ModelError, match="192 inputs do not divide into groups of 128"):
-        random_model(SMALL, QuantSpec(4), QuantSpec(4, 128), torch.float32, CPU)
+        random_model(SMALL, Formats(experts=QuantSpec(4, 128)), torch.float32, CPU)
     with pytest.raises(ModelError, match="96 inputs do not divide"):
-        random_model(replace(SMALL, hidden=96), QuantSpec(4), QuantSpec(4, 32), torch.float32, CPU)
+        random_model(replace(SMALL, hidden=96), Formats(QuantSpec(4), QuantSpec(4, 32)), torch.float32, CPU)
 
 
 def test_a_slow_product_is_warned_of() -> None:
     with pytest.warns(RuntimeWarning, match="attention in format 4 and experts in format 2: computed slowly"):
-        make("4", "2", torch.float16)
+        make("4 2", torch.float16)
+    with pytest.warns(RuntimeWarning, match="^head in format 8: computed slowly"):
+        make("16 16 8", torch.float16)
 
 
 @pytest.mark.parametrize(

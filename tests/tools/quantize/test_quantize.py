@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from model.checkpoint.writer import Writer
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.mixtral import Mixtral
+from model.quant.formats import DEFAULT, KINDS, Formats
 from model.quant.size import model_size
 from model.quant.spec import QuantSpec
 from model.quant.streams import model_fields
@@ -37,9 +39,9 @@ SHAPE = ModelConfig(
 )  # fmt: skip
 
 
-def model() -> Mixtral:
+def model(config: ModelConfig = SHAPE) -> Mixtral:
     torch.manual_seed(0)
-    made = Mixtral(SHAPE)
+    made = Mixtral(config)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(std=0.05)
@@ -88,25 +90,27 @@ def one_line(result: tuple[int, str, str]) -> str:
     return err
 
 
-@pytest.mark.parametrize("formats", ["4 2g64", "16 3g128", "8 16", "16 16"])
+@pytest.mark.parametrize("formats", ["4 2g64 8", "16 3g128 16", "8 16 3", "16 16 16", "16 16 4g32"])
 def test_what_is_written(run: Run, tmp_path: Path, formats: str) -> None:
-    attention, experts = (QuantSpec.parse(text) for text in formats.split())
-    status, printed, err = run("--attention", str(attention), "--experts", str(experts), "--json")
+    specs = Formats(*map(QuantSpec.parse, formats.split()))
+    flags = [word for kind, text in zip(KINDS, formats.split(), strict=True) for word in (f"--{kind}", text)]
+    status, printed, err = run(*flags, "--json")
     assert (status, err) == (0, "")
     out = tmp_path / "out"
     report = json.loads(printed)
     assert report == json.loads((out / "quantization.json").read_text())
-    assert (report["source"], report["experts"]["bits"]) == ("a-mixtral", experts.bits)
+    assert report["source"] == "a-mixtral"
+    assert {kind: report[kind]["bits"] for kind in KINDS} == {k: s.bits for k, s in specs.by_kind().items()}
     assert sorted(report["files"]) == sorted(contents(out))
     assert {"tokenizer.model", "tokenizer_config.json", "generation_config.json"} < set(report["files"])
 
     checkpoint = open_checkpoint(out)
-    assert (checkpoint.config, checkpoint.attention, checkpoint.experts) == (SHAPE, attention, experts)
+    assert (checkpoint.config, checkpoint.formats) == (SHAPE, specs)
     stored, parameters = read_all(out), dict(model().named_parameters())
-    assert sorted(stored) == sorted(field.name for field in model_fields(SHAPE, attention, experts))
+    assert sorted(stored) == sorted(field.name for field in model_fields(SHAPE, specs))
     shards = sorted(out.glob("*.safetensors"))
     headers = [8 + int.from_bytes(path.read_bytes()[:8], "little") for path in shards]
-    total = model_size(SHAPE, attention, experts).total
+    total = model_size(SHAPE, specs).total
     assert sum(path.stat().st_size for path in shards) == total + sum(headers)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == total
@@ -118,7 +122,8 @@ def test_what_is_written(run: Run, tmp_path: Path, formats: str) -> None:
             assert torch.equal(stored[name], values)
             continue
         matrix = name.removesuffix(".weight")
-        spec = experts if "experts" in matrix else attention
+        kind = "experts" if "experts" in matrix else "head" if matrix == "lm_head" else "attention"
+        spec = specs.by_kind()[kind]
         assert relative_error(values.float(), read(stored, matrix, spec, values)) == pytest.approx(
             report["errors"].pop(matrix), rel=1e-4
         )
@@ -142,7 +147,7 @@ def test_float32_sources_float16_sources_and_the_summary(run: Run, tmp_path: Pat
         status, printed, err = run(source=folder, out=tmp_path / f"{dtype}-out")
         assert status == 0 and f"warning: {folder}: holds no tokenizer.model; " in err
         assert open_checkpoint(tmp_path / f"{dtype}-out").dtype == kept
-    assert "native, 3 files, attention 4, experts 4, " in printed
+    assert f"native, 3 files, {DEFAULT}, " in printed
     assert "experts.w13: relative error 0.08" in printed and printed.count(" at worst in layers.") == 4
 
 
@@ -152,8 +157,21 @@ def test_dimensions_that_groups_do_not_divide(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_vocabulary_that_no_block_of_rows_divides(tmp_path: Path, run: Run) -> None:
+    source = tmp_path / "source"
+    save_hf(model(replace(SHAPE, vocab=100)), source)
+    status, printed, err = run(source=source)
+    assert status == 0 and "experts 4, head 16, " in printed
+    assert "warning: lm_head: 100 rows are not a multiple of 16; it stays at 16 bits\n" in err
+    shutil.rmtree(tmp_path / "out")
+    assert "lm_head: 100 rows are not a multiple of 16; leave it at 16 bits" in one_line(
+        run("--head", "8", source=source)
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_usage(run: Run) -> None:
-    for flags in (["--experts", "5"], ["--experts", "3g100"], ["--threads", "0"], ["--device", "abacus"]):
+    for flags in (["--experts", "5"], ["--head", "3g100"], ["--threads", "0"], ["--device", "abacus"]):
         with pytest.raises(SystemExit) as ended:
             run(*flags)
         assert ended.value.code == 2
@@ -246,6 +264,7 @@ def test_another_run_does_not_go_on_with_an_unfinished_one(
         assert run("--experts", "2")[0] == 130
     begun = contents(tmp_path / "out")
     assert "unfinished run with another --experts" in one_line(run("--experts", "3"))
+    assert "unfinished run with another --head" in one_line(run("--experts", "2", "--head", "16"))
     twin = tmp_path / "twin" / source.name
     shutil.copytree(source, twin)
     weights = bytearray((twin / "model.safetensors").read_bytes())
@@ -305,7 +324,7 @@ def test_a_journal_is_believed_in_nothing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], object]
 ) -> None:
     with monkeypatch.context() as patch:
-        fail_at(40, KeyboardInterrupt(), patch)
+        fail_at(45, KeyboardInterrupt(), patch)
         assert run()[0] == 130
     path = tmp_path / "out" / JOURNAL
     journal = json.loads(path.read_text())
