@@ -2,7 +2,7 @@
 
     python -m dev.bench.random_checkpoint OUT --bytes 2GB
     python -m dev.bench.random_checkpoint OUT --layers 4 --hidden 4096 --ffn 14336 --heads 32 --kv-heads 8
-    python -m dev.bench.random_checkpoint OUT --bytes 2GB --attention-format 4 --experts-format 3g128
+    python -m dev.bench.random_checkpoint OUT --bytes 2GB --experts-format 3g128 --head-format 8
 
 With formats it is a native checkpoint, of the shape that has `--bytes` at 16 bits.
 Weights are normal with the usual deviations, so activations stay finite and routers have preferences. They
@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from model.checkpoint.save import write_hf
 from model.checkpoint.writer import Writer, write_text
 from model.config import ModelConfig, to_hf
 from model.parameters import parameter_rows
+from model.quant.formats import KINDS, Formats
 from model.quant.spec import QuantSpec
 from runtime.engine import DEMO
 from runtime.shell.arguments import new_parser
@@ -42,7 +42,6 @@ SMALL = ModelConfig(  # a quarter of Mixtral-8x7B's width, in its proportions
 )  # fmt: skip
 POOL = (1 << 22) + 1  # elements
 DEMO_TOKENIZER = DEMO / "tokenizer.model"
-KINDS = ("attention", "experts")  # that have a format
 
 
 def stored_bytes(config: ModelConfig) -> int:
@@ -97,15 +96,14 @@ def add_tokenizer(folder: Path) -> None:
         copy(DEMO_TOKENIZER, folder / "tokenizer.model")
 
 
-def random_native(config: ModelConfig, folder: Path, formats: Mapping[str, str]) -> None:
-    """Write a native checkpoint to `folder`, with the demo's tokenizer. `formats` are those of `KINDS`, which
-    are 16 if left out. It replaces a checkpoint with the same number of layers.
+def random_native(config: ModelConfig, folder: Path, formats: Formats) -> None:
+    """Write a native checkpoint to `folder`, with the demo's tokenizer. It replaces one with the same number
+    of layers.
 
     Raises `ModelError` for a format that does not fit the configuration.
     """
-    specs = {kind: QuantSpec.parse(formats.get(kind, "16")) for kind in KINDS}
-    native = NativeFormat(**specs, source="random")
-    shards = native_shards(config, **specs, dtype=torch.bfloat16)
+    native = NativeFormat(formats, source="random")
+    shards = native_shards(config, formats, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
@@ -145,14 +143,15 @@ def make(argv: list[str] | None) -> None:
     for name in names:
         parser.add_argument("--" + name.replace("_", "-"), type=int)
     for kind in KINDS:
-        parser.add_argument(f"--{kind}-format", metavar="FORMAT", help="like 3g128")
+        parser.add_argument(f"--{kind}-format", metavar="FORMAT", help="like 3g128 (default: 16)")
     args = parser.parse_args(argv)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     shape = shape_of_size(parse_bytes(args.bytes)) if args.bytes else SMALL
     config = dataclasses.replace(shape, **given)
-    formats = {kind: getattr(args, f"{kind}_format") for kind in KINDS if getattr(args, f"{kind}_format")}
-    if formats:
-        random_native(config, args.out, formats)
+    formats = {kind: getattr(args, f"{kind}_format") for kind in KINDS}
+    specs = {kind: QuantSpec.parse(text) for kind, text in formats.items() if text}
+    if specs:
+        random_native(config, args.out, Formats(**specs))
     else:
         random_checkpoint(config, args.out)
     put(f"{args.out}: {open_checkpoint(args.out).bytes / 1e9:.3f} GB, {config}\n")

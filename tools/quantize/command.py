@@ -54,7 +54,7 @@ from tools.quantize.output import (
 
 REMEDY = "free some, or use fewer --threads; the same command goes on from the last finished file"
 Value = TypeVar("Value")
-KINDS = {
+MATRICES = {
     "attention": "attention: 16, 8, 4, 3 or 2, or with a group size, like 3g128",
     "experts": "experts",
     "head": "the matrix that makes logits",
@@ -118,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, made if need be")
     spec, device = parsed_by(QuantSpec.parse), parsed_by(pick_device)
     for kind, default in DEFAULT.by_kind().items():
-        help = f"of {KINDS[kind]} (default: {default})"
+        help = f"of {MATRICES[kind]} (default: {default})"
         parser.add_argument(f"--{kind}", type=spec, metavar="FORMAT", help=help)
     parser.add_argument("--device", type=device, help="(default: the GPU if there is one, else cpu)")
     parser.add_argument(
@@ -167,7 +167,7 @@ def make_job(args: argparse.Namespace) -> Job:
 def pick_formats(args: argparse.Namespace, config: ModelConfig) -> Formats:
     """The formats that were asked for, or the default ones. Warns if the head does not take its default and
     stays at 16 bits, since a vocabulary can be of any size."""
-    asked = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}
+    asked = {kind: getattr(args, kind) for kind in MATRICES if getattr(args, kind)}
     formats = replace(DEFAULT, **asked)
     if "head" not in asked:
         try:

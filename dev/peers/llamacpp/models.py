@@ -5,8 +5,8 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dev.bench.random_checkpoint import KINDS
 from dev.peers.llamacpp.sides import Side
+from model.quant.formats import DEFAULT
 from model.shapes import SHAPES
 from runtime.process.threads import usable_processors
 from runtime.shell.arguments import at_least_one
@@ -31,8 +31,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags for what has whole models."""
     add_side_arguments(parser)
     parser.add_argument("--layers", type=at_least_one, default=4, help="(default: 4)")
-    for kind in KINDS:
-        parser.add_argument(f"--{kind}", metavar="FORMAT", default="4", help="of ours (default: 4)")
+    for kind, spec in DEFAULT.by_kind().items():
+        parser.add_argument(
+            f"--{kind}", metavar="FORMAT", default=str(spec), help=f"of ours (default: {spec})"
+        )
     parser.add_argument("--their-head", choices=HEADS, default=HEADS[0], help="(default: q6_k)")
     parser.add_argument(
         "--folder",
@@ -55,7 +57,7 @@ class Pair:
 def make_pair(ours: Side, theirs: Side, args: argparse.Namespace) -> Pair:
     """Make the models that the command line describes, where they are missing."""
     shape = asdict(replace(SHAPES[args.shape], layers=args.layers))
-    formats = {kind: getattr(args, kind) for kind in KINDS}
+    formats = {kind: getattr(args, kind) for kind in DEFAULT.by_kind()}
     name = f"{args.shape}-{args.layers}"
     native = args.folder / "-".join([name, *(f"{kind}-{spec}" for kind, spec in formats.items())])
     gguf = args.folder / f"{name}-{args.quant}-head-{args.their_head}.gguf"

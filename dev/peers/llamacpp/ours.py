@@ -11,6 +11,7 @@ from dev.peers.llamacpp.serving import serve
 from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.quant.formats import Formats
 from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
 from runtime.engine import Engine
@@ -27,7 +28,8 @@ class Ours:
         try:
             open_checkpoint(Path(folder))
         except ModelError:
-            random_native(ModelConfig(**shape), Path(folder), formats)
+            specs = {kind: QuantSpec.parse(text) for kind, text in formats.items()}
+            random_native(ModelConfig(**shape), Path(folder), Formats(**specs))
 
     def load(self, path: str, **options: Any) -> dict[str, Any]:
         warnings.filterwarnings("ignore", ".*the tokenizer lacks")  # it is the demo's

@@ -32,10 +32,10 @@ def test_random_checkpoint_is_sane_and_about_that_size(tmp_path: Path, size: int
 
 
 def test_a_native_one_has_its_formats(tmp_path: Path) -> None:
-    words = ["--bytes", "2MB", "--attention-format", "4", "--experts-format", "3g32"]
+    words = ["--bytes", "2MB", "--attention-format", "4", "--experts-format", "3g32", "--head-format", "8"]
     assert random_checkpoint.main([str(tmp_path), *words]) == 0
     about = open_checkpoint(tmp_path).description
-    assert about.startswith("native, ") and "attention 4, experts 3g32" in about
+    assert about.startswith("native, ") and "attention 4, experts 3g32, head 8, " in about
     with Engine.load(tmp_path, EngineOptions(device="cpu", dtype="float32")) as engine:
         logits = engine.logits([1, 2, 3])
     assert logits.isfinite().all() and 0.1 < logits.std() < 10
