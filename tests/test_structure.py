@@ -26,7 +26,7 @@ OTHERS = {
     "runtime": {"torch", "safetensors", "numpy", "tqdm"},
     "tools": {"torch", "safetensors", "numpy", "sentencepiece", "hqq", "tqdm", "matplotlib"},
     "dev": {
-        "torch", "numpy", "numba", "hqq", "sentencepiece", "matplotlib", "transformers", "accelerate",
+        "torch", "numpy", "hqq", "sentencepiece", "matplotlib", "transformers", "accelerate",
         "llama_cpp", "gguf",
     },
 }  # fmt: skip

@@ -32,8 +32,9 @@ class Side:
         words = [*prefix, python, "-m", module]
         try:
             self.process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-            )
+                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                start_new_session=True,  # Ctrl-C is for the command, which ends its sides
+            )  # fmt: skip
         except OSError as error:
             raise MixtralError(f"{python} cannot be started ({error.strerror})") from error
 
