@@ -1,8 +1,7 @@
 """Mixtral as a GGUF file of random weights, and single random matrices in llama.cpp's formats.
 
-Attention, embeddings and experts are in one format, except that attention and embeddings have at least 4
-bits. The head is in Q6_K by default, as llama.cpp's own quantizer leaves it. Blocks are random bytes with
-scales that give the weights a deviation of 1 / sqrt(inputs), so activations stay finite.
+Blocks are random bytes with scales that give the weights a deviation of 1 / sqrt(inputs), so activations stay
+finite.
 """
 
 import math
@@ -30,11 +29,12 @@ def kind_of(quant: str) -> Kind:
     return Kind[quant.upper()]
 
 
-def write(path: str, shape: dict[str, Any], quant: str, head: str) -> None:
-    """Write a model whose `shape` has the fields of `model.config.ModelConfig`."""
+def write(path: str, shape: dict[str, Any], quant: str, trunk: str, head: str) -> None:
+    """Write a model whose `shape` has the fields of `model.config.ModelConfig`, with experts in format
+    `quant`, and attention and embeddings in `trunk`."""
     out = gguf.GGUFWriter(path + ".part", "llama")
     add_facts(out, shape)
-    tensors = list(model_tensors(shape, kind_of(quant), kind_of(head)))
+    tensors = list(model_tensors(shape, kind_of(quant), kind_of(trunk), kind_of(head)))
     for name, dims, kind in tensors:
         dtype = np.float32 if kind is Kind.F32 else np.uint8
         stored = dims if kind is Kind.F32 else gguf.quant_shape_to_byte_shape(dims, kind)
@@ -79,11 +79,10 @@ def add_facts(out: gguf.GGUFWriter, shape: dict[str, Any]) -> None:
     out.add_token_types([unknown, control, control] + [normal] * (vocab - 3))
 
 
-def model_tensors(shape: dict[str, Any], quant: Kind, head: Kind) -> Tensors:
+def model_tensors(shape: dict[str, Any], quant: Kind, trunk: Kind, head: Kind) -> Tensors:
     """Every tensor with its dimensions, the last of which is contiguous, and its format."""
     D, F, E, V = (shape[name] for name in ("hidden", "ffn", "experts", "vocab"))
     Q, KV = (shape[name] * shape["head_dim"] for name in ("heads", "kv_heads"))
-    trunk = Kind.Q4_K if quant is Kind.Q2_K else quant
     yield "token_embd.weight", (V, D), trunk
     yield "output_norm.weight", (D,), Kind.F32
     yield "output.weight", (V, D), head

@@ -35,7 +35,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{kind}", metavar="FORMAT", default=str(spec), help=f"of ours (default: {spec})"
         )
-    parser.add_argument("--their-head", choices=HEADS, default=HEADS[0], help="(default: q6_k)")
+    parser.add_argument(
+        "--their-head", choices=HEADS, default=HEADS[0], help="(default: q6_k, as llama.cpp has it)"
+    )
     parser.add_argument(
         "--folder",
         type=Path,
@@ -58,6 +60,7 @@ def make_pair(ours: Side, theirs: Side, args: argparse.Namespace) -> Pair:
     """Make the models that the command line describes, where they are missing."""
     shape = asdict(replace(SHAPES[args.shape], layers=args.layers))
     formats = {kind: getattr(args, kind) for kind in DEFAULT.by_kind()}
+    trunk = "q4_k" if args.quant == "q2_k" else args.quant  # attention and embeddings
     name = f"{args.shape}-{args.layers}"
     native = args.folder / "-".join([name, *(f"{kind}-{spec}" for kind, spec in formats.items())])
     gguf = args.folder / f"{name}-{args.quant}-head-{args.their_head}.gguf"
@@ -65,6 +68,7 @@ def make_pair(ours: Side, theirs: Side, args: argparse.Namespace) -> Pair:
     say(f"models in {args.folder}")
     ours.ask("write", folder=str(native), shape=shape, formats=formats)
     if not gguf.exists():
-        theirs.ask("write", path=str(gguf), shape=shape, quant=args.quant, head=args.their_head)
+        kinds = {"quant": args.quant, "trunk": trunk, "head": args.their_head}
+        theirs.ask("write", path=str(gguf), shape=shape, **kinds)
     specs = ", ".join(f"{kind} {spec}" for kind, spec in formats.items())
-    return Pair(native, gguf, specs, f"{args.quant}, head {args.their_head}")
+    return Pair(native, gguf, specs, f"attention {trunk}, experts {args.quant}, head {args.their_head}")

@@ -30,9 +30,9 @@ class Theirs:
     def check(self) -> None:
         """Nothing: that this process answers says that its libraries are there."""
 
-    def write(self, path: str, shape: dict[str, Any], quant: str, head: str) -> None:
+    def write(self, path: str, shape: dict[str, Any], quant: str, trunk: str, head: str) -> None:
         """Make a GGUF file of random weights."""
-        gguf_model.write(path, shape, quant, head)
+        gguf_model.write(path, shape, quant, trunk, head)
 
     def load(self, path: str, threads: int, context: int, map: bool = True, repack: bool = True) -> None:
         """`repack` has llama.cpp reorder weights for this CPU, as it does by default. That copies them into

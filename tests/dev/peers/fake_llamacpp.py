@@ -12,7 +12,7 @@ class Fake:
     def check(self) -> None:
         print("a library's own words")
 
-    def write(self, path: str, shape: dict[str, Any], quant: str, head: str) -> None:
+    def write(self, path: str, shape: dict[str, Any], quant: str, trunk: str, head: str) -> None:
         if quant == "q2_k":
             raise ValueError("no such\nquant")
         Path(path).write_bytes(bytes(shape["layers"] * 1000))

@@ -57,7 +57,7 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert theirs["share_of_bandwidth"] == pytest.approx(500 * decode["theirs"] / 1e6)
     assert found["model"] == "quarter, 2 layers, random"
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == [
-        "quarter-2-attention-4-experts-4", "quarter-2-q4_0-head-q6_k.gguf",
+        "quarter-2-attention-4-experts-4-head-8", "quarter-2-q4_0-head-q6_k.gguf",
     ]  # fmt: skip
 
 
