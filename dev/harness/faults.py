@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 ON_DISK = ("open", "stat", "mkdir", "rmdir", "unlink", "replace", "rename", "listdir", "scandir", "statvfs")
-BY_HANDLE = ("fsync", "pread", "read", "write")
+BY_HANDLE = ("fstat", "fsync", "pread", "read", "write")
 IN_FILES = ("read", "readinto", "readline", "readlines", "write", "flush", "seek", "truncate", "tell")
 ALLOCATING = (
     "empty", "zeros", "ones", "full", "arange", "tensor", "cat", "stack", "empty_like", "zeros_like",

@@ -20,6 +20,7 @@ def scenarios(subject: Subject, work: Path) -> list[Scenario]:
     return [
         engine(subject.hf, RESIDENT),
         engine(subject.hf, OFFLOADED),
+        engine(subject.native, RESIDENT),
         engine(subject.native, OFFLOADED),
         command(subject, work),
         quantizer(subject, work),

@@ -25,6 +25,7 @@ from model.errors import ModelError, quoted
 from model.quant.streams import STREAM_ALIGNMENT, Field
 
 READ = "--no-map reads it into memory instead"
+AGAIN = "load the model again"
 
 
 class MappedFiles:
@@ -52,8 +53,14 @@ class MappedFiles:
     def check(self) -> None:
         """Raises `ModelError` if a file is no longer what it was when it was mapped."""
         for file in self.files.values():
-            if file.state() != file.mapped:
-                file.refuse()
+            try:
+                now = file.state()
+            except OSError as error:  # a network's file may be gone
+                raise ModelError(
+                    f"{file.path}: cannot be read any more ({error.strerror}); {AGAIN}"
+                ) from error
+            if now != file.mapped:
+                raise ModelError(f"{file.path}: {difference(file.mapped, now)}; {AGAIN}")
 
     def close(self) -> None:
         """Close the files. Their memory is given back with the last tensor that views it."""
@@ -95,11 +102,16 @@ class MappedFile:
                 )
         return self.bytes
 
-    def refuse(self) -> None:
-        """Raises `ModelError` with what has become of the file."""
-        (before, _), (now, _) = self.mapped, self.state()
-        what = "was written to" if now == before else f"had {before} bytes and has {now} now, which happened"
-        raise ModelError(f"{self.path}: {what} after the model was mapped from it; load the model again")
+
+def difference(before: tuple[int, int], now: tuple[int, int]) -> str:
+    """What has become of a file, from its states.
+
+    >>> print(difference((9, 1), (5, 2)), difference((9, 1), (9, 2)), sep="; ")
+    had 9 bytes when it was mapped and has 5 now; was written to after it was mapped
+    """
+    if before[0] != now[0]:
+        return f"had {before[0]} bytes when it was mapped and has {now[0]} now"
+    return "was written to after it was mapped"
 
 
 class Lent:

@@ -263,7 +263,7 @@ def change_bytes(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "what"), [
-    (change_size, r"had \d+ bytes and has 1000 now"), (change_bytes, "was written to"),
+    (change_size, r"had \d+ bytes when it was mapped and has 1000 now"), (change_bytes, "was written to"),
 ])  # fmt: skip
 def test_a_file_that_changes_between_requests(
     folder: Path, load: Callable[..., Engine], change: Callable[[Path], None], what: str
@@ -297,6 +297,24 @@ def test_a_file_that_changes_between_tokens_or_in_a_forward(
     monkeypatch.setattr(engine.runner, "compute", changing)
     with pytest.raises(RequestError, match="was written to"):
         next(tokens)
+
+
+def test_a_file_that_is_out_of_reach_fails_requests_while_it_is(
+    folder: Path, load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(folder)
+    before = engine.logits(IDS)
+
+    def gone(descriptor: int) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "fstat", gone)
+    with pytest.raises(
+        RequestError, match="cannot be read any more .*; load the model again"
+    ):
+        engine.logits(IDS)
+    monkeypatch.undo()
+    assert torch.equal(engine.logits(IDS), before)
 
 
 def test_a_file_that_is_replaced_or_removed_stays_as_it_was(
