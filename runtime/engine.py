@@ -156,7 +156,8 @@ class Engine:
 
     @property
     def model(self) -> Mixtral:
-        """The network. A closed engine has none."""
+        """The network. A closed engine has none. Do not write to its weights: a CPU's may be memory that
+        cannot be written (see `EngineOptions.map`)."""
         return self.runner.model
 
     def close(self) -> None:

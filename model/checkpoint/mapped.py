@@ -8,6 +8,7 @@ it was for those who have mapped it. `MappedFiles.check` finds a file that was w
 cannot help a thread that reads beyond the end of a file in that moment: the system ends its process (SIGBUS).
 """
 
+import errno
 import mmap
 import os
 import weakref
@@ -80,9 +81,11 @@ class MappedFile:
                 self.descriptor = file.fileno()
                 self.mapped = self.state()
                 mapping = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError, OverflowError) as error:  # an empty file, an address space too small
+            except (OSError, ValueError, OverflowError) as error:  # also an empty file, or one of 2^63 bytes
                 reason = getattr(error, "strerror", None) or error
-                raise ModelError(f"{path}: cannot be mapped ({reason}); {READ}") from error
+                no_room = getattr(error, "errno", None) == errno.ENOMEM
+                remedy = "raise the limit of address space (ulimit -v)" if no_room else READ
+                raise ModelError(f"{path}: cannot be mapped ({reason}); {remedy}") from error
             on_error.pop_all()
         self.close = weakref.finalize(self, file.close)
         self.bytes = torch.from_numpy(np.asarray(Lent(mapping)))

@@ -6,6 +6,7 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -309,9 +310,7 @@ def test_a_file_that_is_out_of_reach_fails_requests_while_it_is(
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(os, "fstat", gone)
-    with pytest.raises(
-        RequestError, match="cannot be read any more .*; load the model again"
-    ):
+    with pytest.raises(RequestError, match=r"cannot be read any more .*; load the model again"):
         engine.logits(IDS)
     monkeypatch.undo()
     assert torch.equal(engine.logits(IDS), before)
@@ -330,13 +329,9 @@ def test_a_file_that_is_replaced_or_removed_stays_as_it_was(
     assert torch.equal(engine.logits(IDS), before)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no file that is mapped can be cut short")
 def test_a_command_whose_file_is_cut_short_in_a_forward_ends_with_a_line(folder: Path) -> None:
     words = ["--model", str(folder), "--device", "cpu", "--dtype", "float32", "--prompt", "def", "--quiet"]
-    done = subprocess.run(
-        [sys.executable, "-c", CUTTING, *words], env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = python("-c", CUTTING, *words)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
         "error: a file of the model was cut short while it was in use, or its disk fails (SIGBUS); "
@@ -344,16 +339,32 @@ def test_a_command_whose_file_is_cut_short_in_a_forward_ends_with_a_line(folder:
     ]
 
 
+def test_where_the_user_asks_for_a_traceback_there_is_one(folder: Path) -> None:
+    words = ["--model", str(folder), "--device", "cpu", "--dtype", "float32", "--prompt", "def", "--quiet"]
+    done = python("-X", "faulthandler", "-c", CUTTING, *words)
+    assert done.returncode == -signal.SIGBUS and "Fatal Python error: Bus error" in done.stderr
+
+
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
 # --- what cannot be mapped
 
 
-@pytest.mark.parametrize("number", [errno.ENODEV, errno.ENOMEM])
+@pytest.mark.parametrize(("number", "remedy"), [
+    (errno.ENODEV, "--no-map reads it"), (errno.ENOMEM, "raise the limit of address space"),
+])  # fmt: skip
 def test_a_file_that_cannot_be_mapped_is_an_error_with_the_remedy(
     folder: Path,
     load: Callable[..., Engine],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     number: int,
+    remedy: str,
 ) -> None:
     """A file system may have no mappings, and a process too few addresses."""
 
@@ -366,7 +377,7 @@ def test_a_file_that_cannot_be_mapped_is_an_error_with_the_remedy(
 
     monkeypatch.setattr(mmap, "mmap", refuse)
     reason = re.escape(os.strerror(number))
-    with pytest.raises(LoadError, match=rf"safetensors: cannot be mapped \({reason}\); --no-map reads it"):
+    with pytest.raises(LoadError, match=rf"safetensors: cannot be mapped \({reason}\); {remedy}"):
         load(folder)
     words = ["--model", str(folder), "--prompt", "def", "--max-new-tokens", "2", "--device", "cpu"]
     assert command.main([*words, "--quiet", "--dtype", "float32"]) == 1
