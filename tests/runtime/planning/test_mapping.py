@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.quant.backends import Blocks
+from model.quant.formats import Formats
 from model.quant.size import model_size
 from model.quant.spec import QuantSpec
 from model.target import Target
@@ -24,12 +25,13 @@ from tests.runtime.planning.asked import CPU, SMALL
 from tools import plan as sheet
 
 GIVEN = replace(SMALL, hidden=128, heads=8, ffn=256, vocab=512, context=512)
-SPECS = [QuantSpec.parse(text) for text in ("16", "8", "4", "3g128", "2", "2g64")]
+SPECS = st.sampled_from([QuantSpec.parse(text) for text in ("16", "8", "4", "3g128", "2", "2g64")])
+FORMATS = st.builds(Formats, SPECS, SPECS, SPECS)
 FILES = [torch.bfloat16, torch.float16]
 
 
 def request(
-    formats: tuple[QuantSpec, QuantSpec],
+    formats: Formats,
     dtype: torch.dtype,
     files: torch.dtype | None,
     budget: int | None = None,
@@ -37,17 +39,17 @@ def request(
 ) -> Request:
     wishes = EngineOptions(dtype=str(dtype).removeprefix("torch."), **options)
     budgets = Budgets(Budget(budget, "memory"), Budget(None, "memory"))
-    return Request.make(GIVEN, *formats, wishes, Target(CPU), budgets, files)
+    return Request.make(GIVEN, formats, wishes, Target(CPU), budgets, files)
 
 
 @given(
-    st.tuples(st.sampled_from(SPECS), st.sampled_from(SPECS)),
+    FORMATS,
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.sampled_from(FILES),
     st.sampled_from(["auto", "always"]),
 )
 def test_what_is_mapped_is_not_allocated(
-    formats: tuple[QuantSpec, QuantSpec], dtype: torch.dtype, files: torch.dtype, offload: str
+    formats: Formats, dtype: torch.dtype, files: torch.dtype, offload: str
 ) -> None:
     mapped = make_plan(request(formats, dtype, files, offload=offload))
     read = make_plan(request(formats, dtype, files, offload=offload, map=False))
@@ -56,11 +58,11 @@ def test_what_is_mapped_is_not_allocated(
     assert all(getattr(mapped, name) == getattr(read, name) for name in same)
     assert mapped.slots_per_layer == read.slots_per_layer and read.mapped_bytes == 0
     saved = read.device_bytes - mapped.device_bytes
-    pieces = 2 * GIVEN.layers + GIVEN.layers * GIVEN.experts  # are rounded up in memory
+    pieces = 1 + 2 * GIVEN.layers + GIVEN.layers * GIVEN.experts  # are rounded up in memory
     if dtype != torch.bfloat16:  # Blocks serve these, and keep files' bytes
         assert 0 <= saved - mapped.mapped_bytes <= 256 * pieces
-        size = model_size(GIVEN, *formats)
-        expected = size.experts if mapped.resident and (formats[1].quantized or dtype == files) else 0
+        size = model_size(GIVEN, formats)
+        expected = size.experts if mapped.resident and (formats.experts.quantized or dtype == files) else 0
         assert (mapped.mapped_bytes >= expected) and (mapped.slots_bytes == 0) == (expected > 0)
     else:
         assert saved >= 0 and (mapped.mapped_bytes > 0) >= (files == dtype)
@@ -68,18 +70,16 @@ def test_what_is_mapped_is_not_allocated(
 
 def test_a_backend_that_keeps_files_bytes_is_mapped_in_any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.quant.backends.BACKENDS", (Blocks,))
-    formats = QuantSpec(4), QuantSpec(3)
-    size = model_size(GIVEN, *formats)
+    formats = Formats(QuantSpec(4), QuantSpec(3), QuantSpec(8))
+    size = model_size(GIVEN, formats)
     planned = make_plan(request(formats, torch.bfloat16, torch.bfloat16))
     attention = GIVEN.layers * 2 * (GIVEN.heads + GIVEN.kv_heads) * GIVEN.head_dim * GIVEN.hidden
-    least = size.experts + attention * 4 // 8 + GIVEN.vocab * GIVEN.hidden * 2
+    least = size.experts + attention * 4 // 8 + size.head + GIVEN.vocab * GIVEN.hidden * 2
     assert least < planned.mapped_bytes < least * 1.05 and planned.slots_bytes == 0
 
 
-@given(st.data(), st.tuples(st.sampled_from(SPECS), st.sampled_from(SPECS)), st.booleans())
-def test_only_what_is_allocated_has_to_fit(
-    data: st.DataObject, formats: tuple[QuantSpec, QuantSpec], wish: bool
-) -> None:
+@given(st.data(), FORMATS, st.booleans())
+def test_only_what_is_allocated_has_to_fit(data: st.DataObject, formats: Formats, wish: bool) -> None:
     free = make_plan(request(formats, torch.float32, torch.bfloat16, map=wish))
     everything = free.device_bytes + free.mapped_bytes
     budget = data.draw(
@@ -103,15 +103,15 @@ def test_only_what_is_allocated_has_to_fit(
 
 
 def test_on_a_gpu_nothing_is_mapped() -> None:
-    formats, options = (QuantSpec(4), QuantSpec(3)), EngineOptions()
-    asked = Request.make(GIVEN, *formats, options, Target.hypothetical(), None, torch.bfloat16)
+    formats, options = Formats(QuantSpec(4), QuantSpec(3), QuantSpec(8)), EngineOptions()
+    asked = Request.make(GIVEN, formats, options, Target.hypothetical(), None, torch.bfloat16)
     plan: Plan = make_plan(asked)
     assert plan.mapped_bytes == 0 and plan.slots_bytes > 0
 
 
 def test_the_sheet_tells_mapped_bytes_from_allocated_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--shape", "mixtral-8x7b", "--attention", "4", "--experts", "3g128", "--device", "cpu"]
-    words += ["--dtype", "float32", "--ram"]
+    words = ["--shape", "mixtral-8x7b", "--attention", "4", "--experts", "3g128", "--head", "8"]
+    words += ["--device", "cpu", "--dtype", "float32", "--ram"]
     assert sheet.main([*words, "8GiB,32GiB", "--json"]) == 0
     small, large = json.loads(capsys.readouterr().out)["plans"]
     assert small["mapped_bytes"] == large["mapped_bytes"] > 16 << 30 and small["slots_bytes"] == 0
