@@ -45,8 +45,13 @@ def launch(module: str) -> "NoReturn":
     """Import the command `module`, call its `main`, and exit the process with the status that it returns."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the caller ignores Ctrl-C
         signal.signal(signal.SIGINT, interrupt)
-    with one_line_bus_errors(FAILED):
-        status = run(lambda: import_module(module).main())
+
+    def work() -> int:
+        with one_line_bus_errors(FAILED):
+            status: int = import_module(module).main()
+        return status
+
+    status = run(work)
     if signal.getsignal(signal.SIGINT) is interrupt:
         signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # no work is left to interrupt
     sys.exit(status)
