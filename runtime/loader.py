@@ -142,6 +142,18 @@ def slow_products(model: Mixtral, form: ExpertFormat) -> list[str]:
     return lines
 
 
+def kernels_to_compile(model: Mixtral, form: ExpertFormat) -> list[Callable[[], object]]:
+    """Calls that compile what the model's quantized matrices need: see `Backend.kernels`."""
+    needed = {(module.backend, module.spec, False): None for module in quantized_modules(model)}
+    for name, backend in form.backends.items():
+        needed[backend, form.spec, name == "w13"] = None
+    return [call for backend, spec, gated in needed for call in backend.kernels(spec, gated)]
+
+
+def quantized_modules(model: Mixtral) -> Iterator[QuantizedLinear]:
+    return (module for module in model.modules() if isinstance(module, QuantizedLinear))
+
+
 def pack_trunk(model: Mixtral) -> None:
     """Reorder the 16-bit matrices of head and attention as a CPU multiplies them fastest."""
     for module in model.modules():

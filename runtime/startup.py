@@ -21,7 +21,7 @@ from model.target import Target
 from runtime.errors import DeviceError, LoadError
 from runtime.experts.cache import ExpertCache
 from runtime.gpu.warm_up import Bar, prepare
-from runtime.loader import load_model, load_resident
+from runtime.loader import kernels_to_compile, load_model, load_resident
 from runtime.options import EngineOptions
 from runtime.planning.plan import Plan
 from runtime.planning.planner import plan_checkpoint
@@ -98,13 +98,15 @@ def make_runner(
     bar = progress(checkpoint.bytes) if progress else nullcontext(None)
     # The caller may be in inference mode, and no other thread could fill the tensors made there.
     with default_settings(device), torch.inference_mode(False):
+        form = ExpertFormat.of(config, checkpoint.formats.experts, plan.dtype, Target.of(device))
         with bar as advance:
-            model, cache, files = load_weights(checkpoint, plan, options, advance)
+            model, cache, files = load_weights(checkpoint, plan, options, form, advance)
         runner = None
         try:
             ends = frozenset(config.eos_ids) | {i for i in tokenizer.ends if i < config.vocab}
             unused = unused_ids(config.vocab, tokenizer.vocab_size, ends, device)
             runner = ModelRunner(model, cache, plan, options, ends, unused, files)
+            compile_kernels(model, form, compiling)
             prepare(runner, compiling)
         except BaseException:  # the caller may keep it, and with it the frames that refer to the weights
             for made in (runner or cache, files):
@@ -118,11 +120,11 @@ def load_weights(
     checkpoint: Checkpoint,
     plan: Plan,
     options: EngineOptions,
+    form: ExpertFormat,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Mixtral, ExpertCache | None, MappedFiles | None]:
     """The model, the cache of its experts unless all of them are resident, and the files if it is mapped."""
     dtype, device = plan.dtype, plan.device
-    form = ExpertFormat.of(checkpoint.config, checkpoint.formats.experts, dtype, Target.of(device))
     files = MappedFiles(checkpoint.layout) if plan.mapped_bytes else None
     if plan.resident:
         return load_resident(checkpoint, form, dtype, device, progress, files), None, files
@@ -138,6 +140,16 @@ def load_weights(
         cache.close()
         raise
     return model, cache, files
+
+
+def compile_kernels(model: Mixtral, form: ExpertFormat, progress: Bar | None) -> None:
+    """Compile a CPU's kernels, which takes seconds the first time that a format is used on a machine."""
+    works = kernels_to_compile(model, form)
+    with progress(len(works)) if progress and works else nullcontext(None) as advance:
+        for work in works:
+            work()
+            if advance:
+                advance(1)
 
 
 def unused_ids(model: int, tokenizer: int, used: Iterable[int], device: torch.device) -> Tensor | None:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 
 # The other packages that tests import. What needs a GPU needs none of these.
-EXTRA = {"accelerate", "hqq", "hypothesis", "matplotlib", "mistral_common", "transformers"}
+EXTRA = {"accelerate", "hqq", "hypothesis", "matplotlib", "mistral_common", "numba", "transformers"}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -31,3 +31,19 @@ def patient_progress() -> Generator[None, None, None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runtime.shell.progress.PATIENCE", 1e9)
         yield
+
+
+@pytest.fixture
+def without_numba(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A machine that has no numba. Returns why its CPU has no fast product, as backends say it."""
+    from model.kernels.cpu import launching
+
+    find = launching.find_spec
+    monkeypatch.setattr(launching, "find_spec", lambda name: None if name == "numba" else find(name))
+    launching.unsupported.cache_clear()
+    reason = launching.unsupported()
+    monkeypatch.undo()
+    launching.unsupported.cache_clear()
+    assert reason is not None
+    monkeypatch.setattr(launching, "unsupported", lambda: reason)
+    return reason

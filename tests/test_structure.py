@@ -31,6 +31,7 @@ OTHERS = {
     },
 }  # fmt: skip
 TRITON = "model/kernels/"
+NUMBA = "model/kernels/cpu/"
 
 
 def imported(source: str, path: str) -> Iterator[str]:
@@ -55,7 +56,9 @@ def violations(source: str, path: str) -> list[str]:
     """What the file at `path`, relative to the root, imports and may not."""
     package = path.split("/")[0]
     allowed = OURS[package] | OTHERS[package] | sys.stdlib_module_names
-    if path.startswith(TRITON):
+    if path.startswith(NUMBA):
+        allowed = allowed | {"numba", "llvmlite"}
+    elif path.startswith(TRITON):
         allowed = allowed | {"triton"}
     return [f"{path} imports {name}" for name in imported(source, path) if name not in allowed]
 
@@ -74,6 +77,9 @@ def test_imports(package: str) -> None:
         ("model/moe.py", "from runtime.engine import Engine"),
         ("model/moe.py", "def late():\n    import tokenizer"),
         ("model/quant/packing.py", "import triton"),
+        ("model/quant/backends/lanes.py", "import numba"),
+        ("model/kernels/matrices.py", "import numba"),
+        ("model/kernels/cpu/products.py", "import triton"),
         ("model/checkpoint/load.py", "from transformers import AutoConfig"),
         ("tokenizer/chat.py", "import torch.nn"),
         ("tokenizer/chat.py", "from model import config"),
@@ -203,7 +209,7 @@ def test_quantize_is_spelled_one_way() -> None:
     ] == []
 
 
-ABSENT = "transformers accelerate hqq triton matplotlib"
+ABSENT = "transformers accelerate hqq triton matplotlib numba"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.kernels import experts as kernels
 from model.kernels import launching
 from model.linear import linear
-from model.moe import Product, gated, mix
+from model.moe import OneToken, Product, gated, mix
 from model.quant.backends import Backend, pick_backend
 from model.quant.spec import QuantSpec
 from model.quant.streams import Field, expert_fields
@@ -86,16 +86,21 @@ class ExpertFormat:
         """The bytes of w13, with which computing can begin."""
         return max(field.end for field in self.kept if field.name.startswith("w13."))
 
+    def together(self, x: Tensor, experts: Sequence["BoundExpert"]) -> Tensor | None:
+        """`Backend.together` for several experts: x [1, D] -> [A, D], or None."""
+        kinds = set(self.backends.values())
+        if len(kinds) != 1:
+            return None
+        return kinds.pop().together(x, [e.w13 for e in experts], [e.w2 for e in experts])
+
     def bind(self, blob: Tensor) -> "BoundExpert":
         """The expert in `blob` [blob_bytes] uint8: whichever one is there when it is called."""
-        products: list[Product] = []
-        for name, shape in self.shapes.items():
-            memory = views(self.kept, name, blob)
-            if self.spec.quantized:
-                products.append(self.backends[name](self.spec, shape, memory))
-            else:
-                products.append(partial(linear, weight=memory["weight"]))
-        return BoundExpert(*products)
+        memory = {name: views(self.kept, name, blob) for name in self.shapes}
+        if not self.spec.quantized:
+            w13, w2 = (partial(linear, weight=tensors["weight"]) for tensors in memory.values())
+            return BoundExpert(w13, w2, partial(gated, w13=w13))
+        first, second = (self.backends[name](self.spec, s, memory[name]) for name, s in self.shapes.items())
+        return BoundExpert(first, second, first.gated)
 
     def step(
         self, x: Tensor, pool: Tensor, slots: Tensor, weights: Tensor, ids: Tensor | None = None
@@ -117,9 +122,14 @@ class BoundExpert:
 
     w13: Product
     w2: Product
+    gated: Product  # x [N, D] -> [N, F], in x's dtype or in float32
 
     def __call__(self, x: Tensor) -> Tensor:  # [N, D] -> [N, D]
-        return self.w2(gated(x, self.w13))
+        return self.output(self.gated(x), x.dtype)
+
+    def output(self, h: Tensor, dtype: torch.dtype) -> Tensor:  # [N, F] -> [N, D]
+        """The expert's output from its inner values."""
+        return self.w2(h).to(dtype)
 
 
 def views(fields: Sequence[Field], matrix: str, memory: Tensor) -> dict[str, Tensor]:
@@ -142,7 +152,16 @@ class BlobExperts:
         return BlobExperts(form, torch.empty(count, form.blob_bytes, dtype=torch.uint8, device=device))
 
     def __call__(self, x: Tensor, choice: Choice) -> Tensor:  # [N, D] -> [N, D]
-        return mix(self.experts, x, choice)
+        if x.shape[0] > 1:
+            return mix(self.experts, x, choice)
+        ids = choice.ids.tolist()[0]
+        outputs = self.form.together(x, [self.experts[e] for e in ids])
+        if outputs is None:
+            return mix(self.experts, x, choice)
+        sums = OneToken(x, choice, ids)
+        for e, y in zip(ids, outputs.to(x.dtype).split(1), strict=True):
+            sums.add(e, y)
+        return sums.total()
 
     def step(self, x: Tensor, choice: Choice) -> Tensor:  # [1, D] -> [1, D]
         assert isinstance(self.blobs, Tensor)

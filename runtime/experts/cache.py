@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import step
-from model.moe import Contributions, ManyTokens, OneToken, gated
+from model.moe import Contributions, ManyTokens, OneToken
 from model.quant.expert import ExpertFormat
 from model.router import Choice
 from runtime.experts import trace
@@ -201,9 +201,9 @@ class ExpertCache:
         if arrival.ticket is None:
             return expert(x)
         self.residency.wait(arrival, self.first_bytes)
-        h = gated(x, expert.w13)  # [n, F], while w2 travels
+        h = expert.gated(x)  # [n, F], while w2 travels
         self.residency.wait(arrival)
-        return expert.w2(h)
+        return expert.output(h, x.dtype)
 
     def provide(
         self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]

@@ -72,5 +72,5 @@ def byte_bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
 
 
 def kernel_bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Show the progress of compiling a GPU's kernels. The first time on a machine takes seconds."""
+    """Show the progress of compiling kernels. The first time on a machine takes seconds."""
     return progress(total, "compiling kernels", " stages")

@@ -18,7 +18,6 @@ from model.linear import Linear, PackedLinear
 from model.mixtral import Mixtral
 from model.moe import SparseMoE
 from model.quant.backends import int4pack
-from model.quant.backends.int4pack import kernel_block
 from model.quant.expert import BlobExperts, aligned
 from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
@@ -165,7 +164,7 @@ def test_half_precision_is_near(
     expected, engine = reference_logits(folder), load(folder, dtype=dtype)
     logits = engine.logits(IDS)
     distance = (logits - expected).norm(dim=1) / expected.norm(dim=1)  # [T]; a routing on the edge may tip
-    assert distance.median() < 0.05
+    assert distance.median() < 0.12  # activations of 8 bits tip more of them than half precision does
     one_by_one = torch.stack([token_logits(engine, IDS[: n + 1]) for n in (0, 20, len(IDS) - 1)])
     known = one_by_one[0] > -torch.inf  # the tokenizer lacks the last ids
     one_by_one, together = one_by_one[:, known], logits[[0, 20, -1]][:, known]
@@ -200,8 +199,12 @@ def test_progress_adds_up_to_the_bytes_of_the_files(
     assert len(seen) > 4
 
 
-def test_the_dtype_of_quantized_weights_is_the_fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dtype_of_quantized_weights_is_the_fast_products(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     cpu = Target(torch.device("cpu"))
+    assert pick_dtype(None, cpu, 1000, quantized=True) == torch.bfloat16
+    request.getfixturevalue("without_numba")
     monkeypatch.setattr(int4pack, "kernel_block", lambda: 32)
     assert pick_dtype(None, cpu, 1000, quantized=True) == torch.bfloat16
     assert pick_dtype(None, cpu, 1000) == torch.float32
@@ -242,44 +245,47 @@ def caught(folder: Path, **options: str) -> list[str]:
 
 
 def test_a_slow_product_is_warned_of_once_for_each_reason(
-    quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    quantized: Callable[..., Path], without_numba: str
 ) -> None:
     assert caught(quantized(4, 2), dtype="float32") == []
-    monkeypatch.setattr(int4pack, "kernel_block", lambda: 64)
-    assert caught(quantized(4, 2), dtype="float16") == [
-        "attention in format 4 and experts in format 2: computed slowly, because the fast product "
-        "computes in bfloat16, not float16; choose the dtype bfloat16"
-    ]
+    for dtype in ("float16", "bfloat16"):
+        (warning,) = caught(quantized(4, 2), dtype=dtype)
+        assert warning == (
+            "attention in format 4 and experts in format 2: computed slowly, because the fast product "
+            + without_numba
+        )
     assert [w.split(":")[0] for w in caught(quantized(16, 4), dtype="float16")] == ["experts in format 4"]
     assert [w.split(":")[0] for w in caught(quantized(4, 16), dtype="float16")] == ["attention in format 4"]
     (warning,) = caught(quantized(4, 2, 4), dtype="float16")
     assert warning.startswith("attention in format 4, head in format 4 and experts in format 2: computed")
-    (warning,) = caught(quantized(4, "8g16"), dtype="bfloat16")
-    assert warning.startswith("experts in format 8g16: ") and warning.endswith("quantize them to 8g32")
-    monkeypatch.setattr(int4pack, "kernel_block", lambda: 0)
-    (warning,) = caught(quantized(4, 2), dtype="bfloat16")
-    assert "needs a CPU with AVX2 or AVX-512" in warning
+    assert "pip install 'numba" in without_numba
 
 
-def test_without_the_kernel_the_answer_is_the_same(
-    quantized: Callable[..., Path], load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("block", [None, 0])
+def test_without_a_kernel_the_answer_is_the_same(
+    block: int | None,
+    quantized: Callable[..., Path],
+    load: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    without_numba: str,
 ) -> None:
+    """PyTorch's kernel takes the place of numba's, and if there is none, expanding the weights does."""
     folder = quantized(4, 2)
-    monkeypatch.setattr(int4pack, "kernel_block", lambda: 0)
+    if block is not None:
+        monkeypatch.setattr(int4pack, "kernel_block", lambda: block)
     with pytest.warns(RuntimeWarning, match="computed slowly"):
         logits = load(folder, dtype="bfloat16").logits(IDS)
     expected = reference_logits(folder)
     assert ((logits - expected).norm(dim=1) / expected.norm(dim=1)).median() < 0.05
 
 
-@pytest.mark.skipif(kernel_block() == 0, reason="PyTorch has no int4 kernel for this CPU")
 def test_with_the_kernel_nothing_is_warned_of(quantized: Callable[..., Path]) -> None:
     for formats in FORMATS:
         assert caught(quantized(*formats), dtype="bfloat16") == []
 
 
 def test_the_command_line_shows_a_warning_as_one_line(
-    quantized: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+    quantized: Callable[..., Path], capfd: pytest.CaptureFixture[str], without_numba: str
 ) -> None:
     words = ["--model", str(quantized(4, 2)), "--device", "cpu", "--prompt", "def", "--max-new-tokens", "3"]
     before = warnings.showwarning

@@ -4,13 +4,14 @@ A block of rows stays in a CPU's cache from being expanded to being multiplied, 
 memory and back. On a GPU blocks are large, to keep it busy.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from model.linear import linear
+from model.moe import gated
 from model.quant.packing import unpack
 from model.quant.spec import ROWS, QuantSpec
 from model.quant.streams import Field, matrix_fields
@@ -27,6 +28,7 @@ class Blocks:
     `QuantizedTensor.dequantize` gives."""
 
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    universal: ClassVar[bool] = True
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         self.matrix = QuantizedTensor.of(spec, shape, memory)
@@ -51,9 +53,20 @@ class Blocks:
             out[:, rows] = linear(x, rounded[:n])
         return out[:M]
 
+    def gated(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N / 2]
+        return gated(x, self)
+
+    @staticmethod
+    def together(x: Tensor, w13: Sequence[Any], w2: Sequence[Any]) -> None:
+        return None
+
     @staticmethod
     def unsupported(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, target: Target) -> None:
         return None
+
+    @staticmethod
+    def kernels(spec: QuantSpec, gated: bool) -> list[Callable[[], object]]:
+        return []
 
     @staticmethod
     def scratch_bytes(inputs: int, dtype: torch.dtype, target: Target) -> int:

@@ -1,13 +1,14 @@
 """GPUs from compute capability 8.0 on: Triton's kernels multiply with the packed bytes themselves, or expand
 them in one pass. See `model.kernels.matrices`."""
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from model.kernels import launching, matrices
+from model.moe import gated
 from model.quant.spec import ROWS, QuantSpec
 from model.quant.streams import Field, matrix_fields
 from model.quant.tensor import QuantizedTensor
@@ -18,6 +19,7 @@ class Fused:
     """A matrix kept as files have it."""
 
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    universal: ClassVar[bool] = True
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         """The tensors of `memory` have to follow one another without gaps, as those of `fields` do."""
@@ -35,11 +37,22 @@ class Fused:
         multiply = matrices.multiply_few if 1 < x.shape[0] <= matrices.FEW else matrices.multiply_many
         return multiply(x, self.matrix)
 
+    def gated(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N / 2]
+        return gated(x, self)
+
+    @staticmethod
+    def together(x: Tensor, w13: Sequence[Any], w2: Sequence[Any]) -> None:
+        return None
+
     @staticmethod
     def unsupported(
         spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, target: Target
     ) -> str | None:
         return launching.unsupported(target)
+
+    @staticmethod
+    def kernels(spec: QuantSpec, gated: bool) -> list[Callable[[], object]]:
+        return []  # `runtime.gpu.warm_up` does it by computing with every number of rows
 
     @staticmethod
     def scratch_bytes(inputs: int, dtype: torch.dtype, target: Target) -> int:

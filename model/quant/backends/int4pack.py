@@ -17,13 +17,14 @@ The kernel takes longer the more rows x has. From `FEW` rows on it pays to expan
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from model.moe import gated
 from model.quant.spec import QuantSpec
 from model.quant.streams import Field
 from model.quant.tensor import QuantizedTensor
@@ -42,6 +43,7 @@ class Int4Pack:
     their sum."""
 
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    universal: ClassVar[bool] = False
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         self.spec, self.shape = spec, shape
@@ -61,6 +63,13 @@ class Int4Pack:
         return product(first, self.nibbles[0], self.group, self.pairs[0]) + product(
             second, self.nibbles[-1], self.group, self.pairs[1]
         )
+
+    def gated(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N / 2]
+        return gated(x, self)
+
+    @staticmethod
+    def together(x: Tensor, w13: Sequence[Any], w2: Sequence[Any]) -> None:
+        return None
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the two products multiply with: both all of x, or one its even and one its odd groups."""
@@ -121,6 +130,10 @@ class Int4Pack:
         if spec.bits == 8 and spec.group_size < KERNEL_GROUPS[0]:
             return f"takes 8 bits in groups of 32 or more, not {spec.group_size}; quantize them to 8g32"
         return None
+
+    @staticmethod
+    def kernels(spec: QuantSpec, gated: bool) -> list[Callable[[], object]]:
+        return []
 
     @staticmethod
     def scratch_bytes(inputs: int, dtype: torch.dtype, target: Target) -> int:

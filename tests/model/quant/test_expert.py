@@ -12,6 +12,7 @@ from model.moe import Expert, ResidentExperts, mix
 from model.quant.backends import int4pack
 from model.quant.backends.blocks import Blocks
 from model.quant.backends.int4pack import Int4Pack, kernel_block
+from model.quant.backends.lanes import Lanes
 from model.quant.expert import BlobExperts, ExpertFormat, views
 from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
@@ -111,18 +112,19 @@ def test_blobs_are_aligned_and_hold_all(spec: QuantSpec, ffn: int, dtype: torch.
         assert all(field.offset % 16 == 0 for field in fields)
 
 
-def test_each_matrix_has_the_backend_that_suits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_matrix_has_the_backend_that_suits_it(
+    monkeypatch: pytest.MonkeyPatch, without_numba: str
+) -> None:
     monkeypatch.setattr(int4pack, "kernel_block", lambda: 64)
     form = ExpertFormat.of(CONFIG, QuantSpec(4), torch.bfloat16, HERE)
-    assert form.backends == {"w13": Int4Pack, "w2": Int4Pack} and form.remark is None
+    assert form.backends == {"w13": Int4Pack, "w2": Int4Pack} and form.remark == without_numba
     mixed = replace(CONFIG, hidden=96)  # w2 has 96 rows
     form = ExpertFormat.of(mixed, QuantSpec(4, 16), torch.bfloat16, HERE)
     assert form.backends == {"w13": Int4Pack, "w2": Blocks}
-    assert form.remark is not None and "96 x 192" in form.remark
     assert ExpertFormat.of(mixed, QuantSpec(4, 16), torch.float32, HERE).remark is None
 
 
-def test_where_one_matrix_takes_the_slow_way_both_are_right() -> None:
+def test_where_one_matrix_takes_the_slow_way_both_are_right(without_numba: str) -> None:
     config = replace(CONFIG, ffn=224)  # w13 has 448 rows, which is 7 * 64; w2 has groups of 16 in pairs
     for spec in (QuantSpec(4, 32), QuantSpec(2)):
         form = ExpertFormat.of(replace(config, hidden=96), spec, torch.bfloat16, HERE)  # w2: 96 rows
@@ -134,6 +136,25 @@ def test_where_one_matrix_takes_the_slow_way_both_are_right() -> None:
         x = torch.randn(7, 96).bfloat16()
         expected = reference(x, matrices)
         assert (form.bind(blob)(x).double() - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_token_is_computed_as_a_row_among_others(spec: QuantSpec) -> None:
+    """A CPU computes a token's experts together. Offloaded ones are computed as they arrive, one by one."""
+    form = ExpertFormat.of(CONFIG, spec, torch.bfloat16, HERE)
+    layer = BlobExperts.empty(form, CONFIG.experts, CPU)
+    for e, blob in enumerate(layer.blobs):
+        form.store(make_stored(form, e)[0], blob)
+    x = torch.randn(6, CONFIG.hidden).bfloat16()
+    choice = Choice(torch.rand(6, CONFIG.experts).argsort(1)[:, :2], torch.rand(6, 2).softmax(1))
+    alone = [Choice(choice.ids[i : i + 1], choice.weights[i : i + 1]) for i in range(6)]
+    together = form.together(x[:1], layer.experts[:2])
+    assert (together is None) == (form.backends["w2"] is not Lanes)
+    expected = layer(x, choice)
+    for i in range(6):
+        assert torch.equal(layer(x[i : i + 1], alone[i]), mix(layer.experts, x[i : i + 1], alone[i]))
+        if together is not None:
+            assert torch.equal(layer(x[i : i + 1], alone[i]), expected[i : i + 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,8 @@ from model.kernels import launching
 from model.quant.backends import blocks, has_fast_product, int4pack, pick_backend, scratch_bytes
 from model.quant.backends.blocks import Blocks
 from model.quant.backends.fused import Fused
-from model.quant.backends.int4pack import Int4Pack, kernel_block
+from model.quant.backends.int4pack import Int4Pack
+from model.quant.backends.lanes import Lanes
 from model.quant.product import QuantizedLinear
 from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
@@ -18,8 +19,17 @@ HERE = Target.of(CPU)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize(
-    ("spec", "shape", "dtype", "remark"),
+    ("spec", "shape"), [("4", (64, 64)), ("3g16", (48, 96)), ("8", (16, 64)), ("2", (80, 32))]
+)
+def test_on_a_cpu_numba_takes_every_matrix(spec: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert pick_backend(QuantSpec.parse(spec), shape, dtype, HERE) == (Lanes, None)
+    assert scratch_bytes(14336, dtype, HERE) == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "dtype", "reason"),
     [
         ("4", (64, 64), BF16, None),
         ("3", (128, 192), BF16, None),
@@ -28,31 +38,34 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
         ("4g512", (64, 512), BF16, None),
         ("4", (64, 64), F16, "computes in bfloat16, not float16; choose the dtype bfloat16"),
         ("4", (96, 64), BF16, "takes rows in multiples of 64 and inputs of 64, not 96 x 64; where memory"),
-        (
-            "4g64",
-            (80, 128),
-            BF16,
-            "takes rows in multiples of 64 and inputs of 64, not 80 x 128; where memory",
-        ),
+        ("4", (80, 128), BF16, "takes rows in multiples of 64 and inputs of 64, not 80 x 128; where memory"),
         ("8g16", (64, 64), BF16, "takes 8 bits in groups of 32 or more, not 16; quantize them to 8g32"),
     ],
 )
-def test_on_a_cpu_the_kernel_is_chosen_where_it_can_be(
-    spec: str, shape: tuple[int, int], dtype: torch.dtype, remark: str | None, monkeypatch: pytest.MonkeyPatch
+def test_without_numba_the_kernel_of_pytorch_is_chosen_where_it_can_be(
+    spec: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    without_numba: str,
 ) -> None:
+    """The remark names numba in any case, which would take all of them."""
     monkeypatch.setattr(int4pack, "kernel_block", lambda: 64)
-    backend, said = pick_backend(QuantSpec.parse(spec), shape, dtype, HERE)
-    assert backend is (Blocks if remark else Int4Pack)
-    assert said is None if remark is None else said is not None and said.startswith(remark)
+    backend = Blocks if reason else Int4Pack
+    assert pick_backend(QuantSpec.parse(spec), shape, dtype, HERE) == (backend, without_numba)
+    said = Int4Pack.unsupported(QuantSpec.parse(spec), shape, dtype, HERE)
+    assert said is None if reason is None else said is not None and said.startswith(reason)
 
 
-def test_a_cpu_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_any_kernel(monkeypatch: pytest.MonkeyPatch, without_numba: str) -> None:
     monkeypatch.setattr(int4pack, "kernel_block", lambda: 0)
     for dtype in (BF16, F16):  # another dtype would not help
-        backend, remark = pick_backend(QuantSpec(4), (64, 64), dtype, HERE)
-        assert backend is Blocks and remark is not None and "AVX2" in remark and "16 bits" in remark
+        assert pick_backend(QuantSpec(4), (64, 64), dtype, HERE) == (Blocks, without_numba)
+        said = Int4Pack.unsupported(QuantSpec(4), (64, 64), dtype, HERE)
+        assert said is not None and "AVX2" in said and "16 bits" in said
     layer = QuantizedLinear(64, 64, QuantSpec(4), BF16, CPU)
-    assert layer.remark == remark and isinstance(layer.product, Blocks)
+    assert layer.remark == without_numba and isinstance(layer.product, Blocks)
 
 
 def test_float32_on_a_cpu_is_nothing_to_remark_on() -> None:
@@ -80,7 +93,7 @@ def test_leading_dimensions(bits: int, dtype: torch.dtype) -> None:
     matrix, _ = quantize(torch.randn(192, 128), QuantSpec(bits))
     layer = QuantizedLinear(128, 192, matrix.spec, dtype, CPU)
     layer.store(matrix)
-    assert isinstance(layer.product, Int4Pack) == (dtype == BF16 and kernel_block() > 0)
+    assert isinstance(layer.product, Lanes if dtype != F32 else Blocks)
     expected = matrix.dequantize(torch.float64)
     for shape in ((128,), (1, 128), (0, 128), (2, 0, 128), (2, 3, 128), (2, 2, 2, 128)):
         x = torch.randn(shape).to(dtype)
@@ -102,8 +115,9 @@ def test_its_weights_are_not_parameters_and_are_as_small_as_the_format() -> None
     )
 
 
-def test_scratch_is_what_a_product_expands() -> None:
-    assert scratch_bytes(14336, BF16, HERE) == scratch_bytes(14336, F32, HERE) == 8 * 512 * 14336
+def test_scratch_is_what_a_product_expands(without_numba: str) -> None:
+    assert scratch_bytes(14336, BF16, HERE) == 8 * 512 * 14336
+    assert scratch_bytes(14336, F32, HERE) == 8 * blocks.CPU_BLOCK
     assert scratch_bytes(64, BF16, HERE) == 8 * blocks.CPU_BLOCK, "some of a model's matrices may take it"
     gpu, old = Target.hypothetical(), Target.hypothetical((7, 5))
     assert [scratch_bytes(14336, dtype, gpu) for dtype in (BF16, F32)] == [64 << 20, 128 << 20]

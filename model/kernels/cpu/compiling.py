@@ -1,0 +1,120 @@
+"""Compiles the kernels, once for each format and processor. numba keeps what it has compiled in the user's
+cache folder (~/.cache/numba on Linux, or NUMBA_CACHE_DIR).
+
+This module imports numba. Others import it when a kernel is first needed.
+"""
+
+import contextlib
+import functools
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import caching, registry
+from numba.core.ccallback import CFunc
+
+from model.kernels.cpu import programs
+from model.kernels.cpu.dots import Way
+from model.kernels.cpu.rounding import Scheme
+
+ADDRESS, COUNT = numba.int64, numba.int64
+KERNEL = numba.void(COUNT, ADDRESS)  # program, arguments
+GRID = numba.void(ADDRESS, ADDRESS, COUNT)  # kernel, arguments, programs
+
+lock = threading.RLock()  # numba compiles in one thread at a time
+
+
+class Clock:
+    """The seconds that compiling has taken. What comes out of the cache takes none."""
+
+    seconds = 0.0
+
+
+def processor() -> Way:
+    """The way to multiply that this processor has, or as much of it as NUMBA_CPU_FEATURES leaves."""
+    features = registry.cpu_target.target_context.codegen().magic_tuple()[2]
+    return Way.of({name[1:] for name in features.split(",") if name.startswith("+")})
+
+
+@functools.cache
+def kernel(name: str, scheme: Scheme, way: Way | None = None) -> int:
+    """The address of a kernel of `programs`, compiled for a format, and for this processor unless `way` says
+    otherwise: a function of a program's number and the address of its arguments."""
+    number, bits, group = programs.NAMES.index(name), scheme.bits, scheme.group
+    chosen, version = int(processor() if way is None else way), sources()
+
+    def run(program: int, arguments: int) -> None:
+        version  # noqa: B018  # a constant of the function, so that the cache tells versions apart
+        programs.run_program(number, bits, group, chosen, program, arguments)
+
+    callback: Any = CFunc(run, (KERNEL.args, KERNEL.return_type), {}, {"nogil": True})
+    compiled(callback, run, callback.compile)
+    return int(callback.address)
+
+
+@functools.cache
+def grid(parallel: bool) -> Any:
+    """A function that calls a kernel for every program of a grid, in one thread or in numba's current
+    number."""
+    version = sources()
+
+    def run(kernel: int, arguments: int, count: int) -> None:
+        version, parallel  # noqa: B018
+        for program in numba.prange(count):
+            programs.call_program(kernel, program, arguments)
+
+    dispatcher = numba.njit(parallel=parallel, nogil=True)(run)
+    compiled(dispatcher, run, functools.partial(dispatcher.compile, GRID.args))
+    dispatcher.disable_compile()
+    return dispatcher
+
+
+def compiled(function: Any, source: Callable[..., None], compile: Callable[[], object]) -> None:
+    """Compile `function`, or find it in the cache."""
+    with lock:
+        with contextlib.suppress(RuntimeError):  # where no folder can be written to
+            function._cache = UserCache(source)
+        start = time.perf_counter()
+        compile()
+        hits = function._cache_hits
+        if not (hits if isinstance(hits, int) else sum(hits.values())):
+            Clock.seconds += time.perf_counter() - start
+
+
+class UserFolder(caching.CompileResultCacheImpl):
+    """Keeps compiled functions in the user's cache folder. numba's own choice is the folder of the source,
+    where not every user may write, and where packages are checked for files that do not belong there."""
+
+    _locator_classes = [caching.UserProvidedCacheLocator, caching.UserWideCacheLocator]  # noqa: RUF012
+
+
+class UserCache(caching.FunctionCache):
+    _impl_class = UserFolder
+
+
+@functools.cache
+def sources() -> int:
+    """A number that changes with any file of the kernels. numba itself looks at the file of a function
+    only."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest()[:7], "little")
+
+
+@contextlib.contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Inside, numba computes for this thread of the program with `count` threads."""
+    own = numba.get_num_threads()
+    if own == count:
+        yield
+        return
+    numba.set_num_threads(count)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(own)

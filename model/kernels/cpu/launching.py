@@ -1,0 +1,70 @@
+"""Launching the kernels of a CPU, and finding out whether it can run them.
+
+numba's threads compute beside PyTorch's own, in turns: while one library's work, the other's wait. Both get
+the same number, PyTorch's (`torch.set_num_threads`).
+"""
+
+import ctypes
+import functools
+import threading
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+
+from model.kernels.cpu.rounding import Scheme
+from model.quant.spec import QuantSpec
+
+NUMBA = "numba>=0.62,<0.69"  # the versions that the tests have passed on
+SMALL = 1 << 19  # products of weights and activations: below, waking other threads takes longer than the work
+
+# One grid at a time: not all of numba's threading layers take two.
+turn = threading.RLock()
+
+
+@functools.cache
+def unsupported() -> str | None:
+    """Why this process cannot compile the kernels, and the remedy. None if it can."""
+    if find_spec("numba") is None:
+        return f"needs numba, which is not installed, and is several times as fast; pip install '{NUMBA}'"
+    try:
+        compile("round_rows", QuantSpec(4))
+    except Exception as error:  # numba's, LLVM's, or that of a library that does not fit them
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return (
+            f"needs to compile kernels by numba, and that failed ({reason}); pip install 'numba>=0.62,<0.69'"
+        )
+    return None
+
+
+def compile(name: str, spec: QuantSpec) -> None:
+    """Compile a kernel of `programs` for a format, or find it compiled."""
+    from model.kernels.cpu import compiling
+
+    compiling.kernel(name, Scheme.of(spec))
+
+
+def launch(name: str, scheme: Scheme, count: int, arguments: Sequence[int], work: int) -> None:
+    """Call a kernel of `programs` for `count` programs. `work` is the number of products in all of them."""
+    from model.kernels.cpu import compiling
+
+    kernel, values = compiling.kernel(name, scheme), numbers(arguments)
+    threads = 1 if work < SMALL else min(torch.get_num_threads(), most_threads(), count)
+    if threads <= 1:
+        compiling.grid(False)(kernel, ctypes.addressof(values), count)
+        return
+    with turn, compiling.using_threads(threads):
+        compiling.grid(True)(kernel, ctypes.addressof(values), count)
+
+
+def numbers(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":
+    """An array of int64. ctypes makes a small one in a fifth of the time that NumPy takes."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+@functools.cache
+def most_threads() -> int:
+    """numba starts as many threads as there are processors, and cannot start more."""
+    from numba import config
+
+    return int(config.NUMBA_NUM_THREADS)
