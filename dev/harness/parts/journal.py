@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,6 +16,7 @@ from dev.harness.outcome import Verdict, Wrong
 from dev.harness.part import Case
 from dev.harness.quantizing import JOURNAL, check_left, contents, interrupt, quantize
 from dev.harness.subject import Subject
+from tools.quantize.journal import parse
 
 RECORD = "quantization.json"
 PRECIOUS = b"years of work"
@@ -51,7 +53,27 @@ def open_journal(subject: Subject) -> Iterator[Case]:
 
 
 def spoil(path: Path, chance: Random, key: str, names: list[str]) -> None:
-    content: Any = json.loads(path.read_bytes())
+    original = json.loads(path.read_bytes())
+    while believable(content := spoilt(deepcopy(original), chance, key, names), original):
+        pass
+    path.write_bytes(as_text(content, chance))
+
+
+def believable(content: Any, original: dict[str, Any]) -> bool:
+    """Whether this is a journal that differs from another one in errors alone. No program can see that it is
+    not true."""
+    try:
+        parse(content)
+    except (ValueError, AttributeError, TypeError):
+        return False
+    return blanked(content) == blanked(original)
+
+
+def blanked(journal: dict[str, Any]) -> dict[str, Any]:
+    return journal | {"shards": {name: set(errors) for name, errors in journal["shards"].items()}}
+
+
+def spoilt(content: Any, chance: Random, key: str, names: list[str]) -> Any:
     match chance.randrange(5):
         case 0:
             content[key] = [*content.get(key, []), chance.choice(names)]
@@ -64,7 +86,7 @@ def spoil(path: Path, chance: Random, key: str, names: list[str]) -> None:
                 errors[chance.choice(list(errors))] = weird(chance)
         case _:
             content = mutated(content, chance)
-    path.write_bytes(as_text(content, chance))
+    return content
 
 
 def plant(out: Path, outside: Path, chance: Random) -> None:

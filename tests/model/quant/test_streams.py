@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from model.mixtral import Mixtral
 from model.parameters import EXPERT
-from model.quant.formats import PLAIN, Formats
+from model.quant.formats import DEFAULT, PLAIN, Formats
 from model.quant.size import expert_bits, model_size
 from model.quant.solve import quantize
 from model.quant.spec import QuantSpec
@@ -154,9 +154,9 @@ def test_mixtral_8x7b_against_the_paper() -> None:
 
 @pytest.mark.parametrize("text", ["8", "4", "4g128", "3", "3g128", "2", "2g32", "2g64"])
 def test_mixtral_8x7b_by_format_of_its_experts(text: str) -> None:
-    """The rows of docs/formats.md: bits per weight, an expert's bytes, the model's with 4-bit attention."""
+    """The rows of docs/formats.md: bits per weight, an expert's bytes, the model's in the other defaults."""
     spec = QuantSpec.parse(text)
-    size = model_size(MIXTRAL_8X7B, Formats(QuantSpec(4), spec))
+    size = model_size(MIXTRAL_8X7B, replace(DEFAULT, experts=spec))
     bits = expert_bits(MIXTRAL_8X7B, spec)
     row = f"| {spec.bits}g{spec.group_size} | {bits:.3f} | {size.expert:,} | "
     row += f"{size.total / GIB:.2f} | "
