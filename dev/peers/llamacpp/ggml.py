@@ -58,9 +58,10 @@ class Matrices:
         self.shape, self.threads = shape, threads
         self.device = device_of(CPU)
         for layout in [*self.reordered(), plain()]:
-            self.weights = self.place(kind, len(data), layout)
+            self.weights, memory = self.place(kind, len(data), layout)
             if self.computable():
                 break
+            release(memory)
         self.layout = name_of(layout).decode()  # type: ignore[attr-defined]
         for weight, packed in zip(self.weights, data, strict=True):
             set_tensor(weight, packed.ctypes.data, 0, packed.nbytes)
@@ -77,15 +78,18 @@ class Matrices:
             layouts.append(layout)
         return [layout for layout in layouts if name_of(layout) == REPACK]
 
-    def place(self, kind: int, count: int, layout: int) -> list[int]:
+    def place(self, kind: int, count: int, layout: int) -> tuple[list[int], int]:
+        """Uninitialized matrices, and their memory."""
         N, K = self.shape
         context = init(InitParams(overhead() * (count + 1), None, True))
         weights = [new_tensor_2d(context, kind, K, N) for _ in range(count)]
-        if not allocate(context, layout):
+        memory = allocate(context, layout)
+        if not memory:
             raise MemoryError("ggml allocates no memory for weights")
-        return weights
+        return weights, memory
 
     def computable(self) -> bool:
+        """Whether the CPU multiplies this format in this layout."""
         context, _ = self.product_graph(1)
         found = supports(self.device, mul_mat(context, self.weights[0], self.x))
         free(context)
