@@ -50,6 +50,9 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["work"] for row in found["tokens_per_s"]] == ["decode", "prompt 8", "prompt 16"]
     for row in found["tokens_per_s"]:
         assert row["ours"] > 0 and 0 < row["low"] <= row["ratio"] <= row["high"]
+    ratios = [row["equal_work"] / row["ratio"] for row in found["tokens_per_s"]]
+    attention, experts = 64 * (64 + 2 * 32 + 64), 2 * 3 * 64 * 128
+    assert ratios == pytest.approx([1, *[2 * (attention + experts) / (2 * attention + experts)] * 2])
     decode, _, prompt = found["tokens_per_s"]
     assert 0 < decode["theirs"] < 1000 and 0 < prompt["theirs"] < 10_000  # since it sleeps
     ours, theirs = found["weights_of_a_token"]
