@@ -23,7 +23,7 @@ from model.kernels.cpu.rounding import Scheme
 
 ADDRESS, COUNT = numba.int64, numba.int64
 KERNEL = numba.void(COUNT, ADDRESS)  # program, arguments
-GRID = numba.void(ADDRESS, ADDRESS, COUNT)  # kernel, arguments, programs
+GRID = numba.void(ADDRESS, ADDRESS, COUNT, COUNT, COUNT, ADDRESS)  # see `grid`
 
 lock = threading.RLock()  # numba compiles in one thread at a time
 
@@ -58,14 +58,21 @@ def kernel(name: str, scheme: Scheme, way: Way | None = None) -> int:
 
 @functools.cache
 def grid(parallel: bool) -> Any:
-    """A function that calls a kernel for every program of a grid, in one thread or in numba's current
-    number."""
+    """A function that calls a kernel for every program of a grid, in this thread or in several.
+
+    `next_one` is the address of an int64 that is 0. A thread takes `share` programs at a time. Many processors
+    have slow cores beside fast ones, and a core may have other work to do.
+    """
     version = sources()
 
-    def run(kernel: int, arguments: int, count: int) -> None:
-        version, parallel  # noqa: B018
-        for program in numba.prange(count):
-            programs.call_program(kernel, program, arguments)
+    def run(kernel: int, arguments: int, count: int, threads: int, share: int, next_one: int) -> None:
+        version, parallel  # noqa: B018  # a constant of the function, so that the cache tells versions apart
+        for _ in numba.prange(threads):
+            first = programs.take(next_one, share)
+            while first < count:
+                for program in range(first, min(first + share, count)):
+                    programs.call_program(kernel, program, arguments)
+                first = programs.take(next_one, share)
 
     dispatcher = numba.njit(parallel=parallel, nogil=True)(run)
     compiled(dispatcher, run, functools.partial(dispatcher.compile, GRID.args))

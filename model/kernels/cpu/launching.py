@@ -18,6 +18,8 @@ from model.quant.spec import QuantSpec
 NUMBA = "numba>=0.62,<0.69"  # the versions that the tests have passed on
 SMALL = 1 << 19  # products of weights and activations: below, waking other threads takes longer than the work
 
+SHARES = 16  # of a thread: what it does before it looks whether others have left more
+
 # One grid at a time: not all of numba's threading layers take two.
 turn = threading.RLock()
 
@@ -48,13 +50,15 @@ def launch(name: str, scheme: Scheme, count: int, arguments: Sequence[int], work
     """Call a kernel of `programs` for `count` programs. `work` is the number of products in all of them."""
     from model.kernels.cpu import compiling
 
-    kernel, values = compiling.kernel(name, scheme), numbers(arguments)
+    kernel, values = compiling.kernel(name, scheme), numbers((0, *arguments))  # programs are taken by the 0
+    start = ctypes.addressof(values)
     threads = 1 if work < SMALL else min(torch.get_num_threads(), most_threads(), count)
     if threads <= 1:
-        compiling.grid(False)(kernel, ctypes.addressof(values), count)
+        compiling.grid(False)(kernel, start + 8, count, 1, count, start)
         return
+    share = max(count // (SHARES * threads), 1)
     with turn, compiling.using_threads(threads):
-        compiling.grid(True)(kernel, ctypes.addressof(values), count)
+        compiling.grid(True)(kernel, start + 8, count, threads, share, start)
 
 
 def numbers(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":

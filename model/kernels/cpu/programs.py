@@ -267,3 +267,14 @@ def call_program(typing_context, kernel, program, arguments):  # type: ignore[no
         return context.get_dummy_value()
 
     return types.void(kernel, program, arguments), codegen
+
+
+@intrinsic
+def take(typing_context, counter, count):  # type: ignore[no-untyped-def]
+    """Add `count` to the int64 at the address `counter`. Returns what it was, which no other thread gets."""
+
+    def codegen(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(values[0], i64.as_pointer())
+        return builder.atomic_rmw("add", pointer, values[1], "monotonic")
+
+    return types.int64(counter, count), codegen

@@ -241,3 +241,17 @@ def test_processors_with_fewer_features_compute_the_same_bits() -> None:
     oldest = run(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
     assert (here[0], older[0], oldest[0]) == (compiling.processor().name, "AVX2", "GENERIC")
     assert here[1] == older[1] == oldest[1]
+
+
+def test_a_grid_calls_each_program_once(always_parallel: None) -> None:
+    """Every block of rows is written by its own program, for every number of programs and threads."""
+    for blocks, threads in itertools.product((1, 2, 31, 32, 33, 200), (1, 2)):
+        torch.set_num_threads(threads)
+        matrix, x = random_matrix(QuantSpec(4), (16 * blocks, 64)), activations(1, 64)
+        y = products.multiply(x, packed(matrix))
+        torch.testing.assert_close(y, multiply(x, matrix), rtol=1e-5, atol=1e-5)
+
+
+def test_several_threads_compute() -> None:
+    assert "numba_parallel_for" in "".join(compiling.grid(True).inspect_llvm().values())
+    assert "numba_parallel_for" not in "".join(compiling.grid(False).inspect_llvm().values())
