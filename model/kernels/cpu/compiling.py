@@ -60,8 +60,8 @@ def kernel(name: str, scheme: Scheme, way: Way | None = None) -> int:
 def grid(parallel: bool) -> Any:
     """A function that calls a kernel for every program of a grid, in this thread or in several.
 
-    `next_one` is the address of an int64 that is 0. A thread takes `share` programs at a time. Many processors
-    have slow cores beside fast ones, and a core may have other work to do.
+    `next_one` is the address of an int64 that is 0. A thread takes `share` programs at a time: many
+    processors have slow cores beside fast ones, and a core may have other work to do.
     """
     version = sources()
 
