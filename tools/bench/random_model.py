@@ -80,10 +80,11 @@ def fill_normal(weight: Tensor, generator: torch.Generator) -> None:  # [N, K], 
 def fill_matrices(
     modules: Sequence[QuantizedLinear], generator: torch.Generator, distinct: int | None
 ) -> None:
-    """Fill quantized matrices: of each shape the first `distinct` ones, the others with copies in turn."""
-    made: dict[tuple[int, int], list[QuantizedLinear]] = {}
+    """Fill quantized matrices: of each shape and format the first `distinct` ones, the others with copies in
+    turn."""
+    made: dict[tuple[QuantSpec, tuple[int, int]], list[QuantizedLinear]] = {}
     for module in modules:
-        alike = made.setdefault(module.shape, [])
+        alike = made.setdefault((module.spec, module.shape), [])
         if distinct is None or len(alike) < distinct:
             module.store(random_matrix(module.spec, module.shape, generator))
         else:

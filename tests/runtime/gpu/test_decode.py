@@ -84,7 +84,7 @@ def folders(variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 def load(folders: Callable[[str], Path], device: str) -> Callable[..., Engine]:
     def load(experts: str = "4", **options: Any) -> Engine:
         engine = Engine.load(
-            folders(experts), EngineOptions(**{"device": device, "dtype": "float32"} | options)
+            folders(experts), EngineOptions(**{"device": device, "dtype": "float32", "map": False} | options)
         )
         assert engine.runner.decoder is not None
         return engine

@@ -78,7 +78,7 @@ def test_nothing_is_left_to_compile(
 ) -> None:
     plain = variant(hidden=64, ffn=64, layers=3, experts=5, experts_per_token=3, context=64)
     folder = quantize_folder(plain, tmp_path / experts, experts)
-    options = EngineOptions(device="cpu", dtype="float32", offload=offload, graphs=False)
+    options = EngineOptions(device="cpu", dtype="float32", offload=offload, graphs=False, map=False)
     with torch.no_grad(), Engine.load(folder, options) as engine:
         assert not launched, "on a CPU nothing is warmed up"
         warm_up(engine.runner)

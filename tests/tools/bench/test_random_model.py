@@ -102,7 +102,7 @@ def test_a_format_that_does_not_fit() -> None:
         random_model(replace(SMALL, hidden=96), Formats(QuantSpec(4), QuantSpec(4, 32)), torch.float32, CPU)
 
 
-def test_a_slow_product_is_warned_of() -> None:
+def test_a_slow_product_is_warned_of(without_numba: str) -> None:
     with pytest.warns(RuntimeWarning, match="attention in format 4 and experts in format 2: computed slowly"):
         make("4 2", torch.float16)
     with pytest.warns(RuntimeWarning, match="^head in format 8: computed slowly"):
