@@ -102,7 +102,8 @@ def map_experts(layer: int, count: int, form: ExpertFormat, files: MappedFiles) 
 
 
 def map_trunk(model: Mixtral, checkpoint: Checkpoint, files: MappedFiles) -> None:
-    """Have the embeddings and the quantized matrices in the files' memory where they are kept as there."""
+    """Have the embeddings and the quantized matrices in the files' memory where they are kept as there. The
+    memory that they were made with, and which nothing has touched, is given back."""
     weight = model.embed_tokens.weight
     if weight.dtype == checkpoint.mappable:
         weight.data = files.run([EMBEDDINGS]).view(weight.dtype).view(weight.shape)

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -47,7 +48,8 @@ from runtime.shell.command import launch
 forward = Mixtral.forward
 
 def cut(*words, **more):
-    for path in Path(sys.argv[2]).glob("*.safetensors"):
+    _, *layers = sorted(Path(sys.argv[2]).glob("*.safetensors"))  # the first has the embeddings
+    for path in layers:
         os.truncate(path, 0)
     return forward(*words, **more)
 
@@ -128,10 +130,12 @@ def test_mapped_weights_give_the_bits_of_read_ones(
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize(("attention", "experts"), [(4, 3), (4, 16), (16, 16)])
+@pytest.mark.parametrize(
+    ("attention", "experts"), [(4, 3), (4, 16), (16, 16), (8, 2), (3, 8), ("4g16", "2g64")]
+)
 def test_in_bfloat16_embeddings_and_16_bit_experts_are_mapped_too(
-    attention: int,
-    experts: int,
+    attention: object,
+    experts: object,
     quantized: Callable[..., Path],
     load: Callable[..., Engine],
     monkeypatch: pytest.MonkeyPatch,
@@ -329,8 +333,11 @@ def test_a_file_that_is_replaced_or_removed_stays_as_it_was(
     assert torch.equal(engine.logits(IDS), before)
 
 
-def test_a_command_whose_file_is_cut_short_in_a_forward_ends_with_a_line(folder: Path) -> None:
-    words = ["--model", str(folder), "--device", "cpu", "--dtype", "float32", "--prompt", "def", "--quiet"]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # with kernels of different makers
+def test_a_command_whose_file_is_cut_short_in_a_forward_ends_with_a_line(folder: Path, dtype: str) -> None:
+    if dtype == "bfloat16" and not find_spec("numba"):
+        pytest.skip("nothing that a forward reads is mapped")
+    words = ["--model", str(folder), "--device", "cpu", "--dtype", dtype, "--prompt", "def", "--quiet"]
     done = python("-c", CUTTING, *words)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
@@ -342,7 +349,7 @@ def test_a_command_whose_file_is_cut_short_in_a_forward_ends_with_a_line(folder:
 def test_where_the_user_asks_for_a_traceback_there_is_one(folder: Path) -> None:
     words = ["--model", str(folder), "--device", "cpu", "--dtype", "float32", "--prompt", "def", "--quiet"]
     done = python("-X", "faulthandler", "-c", CUTTING, *words)
-    assert done.returncode == -signal.SIGBUS and "Fatal Python error: Bus error" in done.stderr
+    assert done.returncode == -signal.SIGBUS and done.stderr.startswith("Fatal Python error")
 
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:
