@@ -1,5 +1,5 @@
 """What runs on a GPU in Triton: a token's small kernels (`step`), quantized matrices (`matrices`), and a
-token's experts (`experts`).
+token's experts (`experts`). `cpu` has what runs on a CPU in numba.
 
 The files `..._kernels.py` hold Triton's code. The functions beside them check shapes, pick tiles and launch.
 They import Triton when they are first called: a CPU has no use for it, and importing it takes long.
