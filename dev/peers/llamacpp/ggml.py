@@ -8,25 +8,34 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
 
 REPACK = b"CPU_REPACK"  # the name of the layout above
 CPU, F32 = 0, 0  # ggml's numbers of the device and of the type
-SLACK = 64 << 20  # bytes for what ggml computes with, such as rows rounded to 8 bits
+TOLERANCE = 0.1  # of a product's deviation
+SLACK = 16 << 20  # bytes for a graph, and to align tensors
 
 
 class InitParams(ctypes.Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
 
 
-def declared(library: str, name: str, result: type | None, *arguments: type) -> Callable[..., int]:
-    folder = Path(llama_cpp.__file__).parent / "lib"
-    [file] = [f for suffix in ("so", "dylib") for f in folder.glob(f"lib{library}.{suffix}")]
+class Plan(ctypes.Structure):
+    """How a graph is computed: the fields that we need, and room for the others of any version."""
+
+    _fields_ = (("work_size", c_size_t), ("work_data", c_void_p), ("others", c_int64 * 14))
+
+
+def declared(library: str, name: str, result: type | None, *arguments: type) -> Callable[..., Any]:
+    """A function of the library that llama.cpp itself has loaded. A wheel has copies under other names, which
+    would be other libraries to the system, and would not know this one's layouts."""
+    [file] = (Path(llama_cpp.__file__).parent / "lib").glob(f"lib{library}.so.[0-9]")
     function = getattr(ctypes.CDLL(str(file)), name)
     function.restype, function.argtypes = result, arguments
-    found: Callable[..., int] = function
+    found: Callable[..., Any] = function
     return found
 
 
@@ -37,7 +46,8 @@ mul_mat = declared("ggml-base", "ggml_mul_mat", c_void_p, c_void_p, c_void_p, c_
 get_data = declared("ggml-base", "ggml_get_data", c_void_p, c_void_p)
 new_graph = declared("ggml-base", "ggml_new_graph", c_void_p, c_void_p)
 expand = declared("ggml-base", "ggml_build_forward_expand", None, c_void_p, c_void_p)
-compute = declared("ggml-cpu", "ggml_graph_compute_with_ctx", c_int, c_void_p, c_void_p, c_int)
+plan_of = declared("ggml-cpu", "ggml_graph_plan", Plan, c_void_p, c_int, c_void_p)
+compute = declared("ggml-cpu", "ggml_graph_compute", c_int, c_void_p, c_void_p)
 overhead = declared("ggml-base", "ggml_tensor_overhead", c_size_t)
 device_of = declared("ggml", "ggml_backend_dev_by_type", c_void_p, c_int)
 registry_of = declared("ggml-base", "ggml_backend_dev_backend_reg", c_void_p, c_void_p)
@@ -62,7 +72,7 @@ class Matrices:
             if self.computable():
                 break
             release(memory)
-        self.layout = name_of(layout).decode()  # type: ignore[attr-defined]
+        self.layout = name_of(layout).decode()
         for weight, packed in zip(self.weights, data, strict=True):
             set_tensor(weight, packed.ctypes.data, 0, packed.nbytes)
         self.context: int | None = None
@@ -104,18 +114,38 @@ class Matrices:
         values = np.random.default_rng(0).standard_normal(rows * K, np.float32)
         ctypes.memmove(get_data(self.x), values.ctypes.data, values.nbytes)
         graph = new_graph(context)
-        for weight in self.weights:
-            expand(graph, mul_mat(context, weight, self.x))
+        results = [mul_mat(context, weight, self.x) for weight in self.weights]
+        for result in results:
+            expand(graph, result)
+        self.y = results[0]
         return context, graph
+
+    def check(self, expected: np.ndarray) -> None:
+        """Compare a product with that of `expected` [n, K], the first rows of the first matrix, dequantized.
+
+        Raises `ArithmeticError` if they differ by more than rounding to 8 bits explains.
+        """
+        self.products(1)()
+        N, K = self.shape
+        x, y = (
+            np.ctypeslib.as_array(ctypes.cast(get_data(tensor), ctypes.POINTER(ctypes.c_float)), (size,))
+            for tensor, size in ((self.x, K), (self.y, N))
+        )
+        exact = expected @ x
+        if not np.abs(y[: len(exact)] - exact).max() < TOLERANCE * exact.std():
+            raise ArithmeticError(f"ggml's product in {self.layout} differs from the dequantized matrix's")
 
     def products(self, rows: int) -> Callable[[], None]:
         """Prepare for that many rows; each call multiplies them with every matrix."""
         if self.context:
             free(self.context)
         self.context, graph = self.product_graph(rows)
+        plan = plan_of(graph, self.threads, None)
+        self.work = ctypes.create_string_buffer(plan.work_size)
+        plan.work_data = ctypes.addressof(self.work)
 
         def run() -> None:
-            if status := compute(self.context, graph, self.threads):
+            if status := compute(graph, ctypes.addressof(plan)):
                 raise ArithmeticError(f"ggml_graph_compute returned {status}")
 
         return run

@@ -80,7 +80,9 @@ class Theirs:
     def prepare(self, quant: str, outputs: int, inputs: int, copies: int, threads: int) -> dict[str, Any]:
         """Make quantized matrices for `product`."""
         data = [gguf_model.random_matrix(quant, outputs, inputs, seed) for seed in range(copies)]
-        self.matrices = ggml.Matrices(gguf_model.kind_of(quant), (outputs, inputs), data, threads)
+        kind = gguf_model.kind_of(quant)
+        self.matrices = ggml.Matrices(kind, (outputs, inputs), data, threads)
+        self.matrices.check(gguf_model.dequantize(data[0][:64], kind))
         return {"kind": self.matrices.layout, "bytes": data[0].nbytes}
 
     def batch(self, rows: int) -> None:
