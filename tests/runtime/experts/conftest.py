@@ -95,7 +95,7 @@ class Rig:
     def cache_format(self, folder: Path, dtype: str) -> ExpertFormat:
         from model.checkpoint import open_checkpoint
 
-        spec = open_checkpoint(folder).experts
+        spec = open_checkpoint(folder).formats.experts
         return ExpertFormat.of(self.engine.config, spec, getattr(torch, dtype), Target.of(CPU))
 
     @contextmanager
