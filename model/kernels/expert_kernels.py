@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from model.kernels.shared_kernels import dot_rows, rounded
+from model.kernels.shared_kernels import dot_rows, packed_blocks, rounded
 
 
 @triton.jit
@@ -19,16 +19,22 @@ def gate_up(
     META: tl.constexpr,
     BLOB: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [F / ROWS, A]
     """`silu(w1 x) * w3 x`. Every operation is rounded to h's dtype, as if it stood alone."""
     dtype = h.dtype.element_ty
     first, choice = tl.program_id(0) * ROWS, tl.program_id(1)
     w13 = pool + tl.load(slots + choice).to(tl.int64) * BLOB
-    gate = dot_rows(x, w13, first, 2 * F, D, BITS, GROUP, META, ROWS, GROUPS)
+    if BITS >= 8:
+        gate = dot_rows(x, w13, first, 2 * F, D, BITS, GROUP, META, ROWS, PIECE, PIECES)
+        up = dot_rows(x, w13, F + first, 2 * F, D, BITS, GROUP, META, ROWS, PIECE, PIECES)
+    else:  # a block of w1 and one of w3 at once, for which x is prepared once; 8 bits take too many registers
+        blocks = first // 16 + tl.arange(0, 2) * (F // 16)
+        both = packed_blocks(x, w13, blocks, 2 * F, D, BITS, GROUP, META, PIECE, PIECES)
+        gate, up = tl.split(tl.trans(both))
     gate = rounded(gate, dtype, INTERPRETED).to(tl.float32)
-    up = dot_rows(x, w13, F + first, 2 * F, D, BITS, GROUP, META, ROWS, GROUPS)
     up = rounded(up, dtype, INTERPRETED).to(tl.float32)
     silu = rounded(gate / (1.0 + tl.exp(-gate)), dtype, INTERPRETED).to(tl.float32)
     tl.store(h + choice * F + first + tl.arange(0, ROWS), rounded(silu * up, dtype, INTERPRETED))
@@ -52,7 +58,8 @@ def down(
     A: tl.constexpr,
     CHOICES: tl.constexpr,  # a power of two, at least A
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [D / ROWS]
     """The weighted sum of the experts' outputs, added in ascending order of id. Every operation is rounded to
@@ -66,7 +73,7 @@ def down(
     for place in range(A):
         choice = tl.sum(tl.where((rank == place) & (choices < A), choices, 0), axis=0)
         w2 = pool + tl.load(slots + choice).to(tl.int64) * BLOB + OFFSET
-        part = dot_rows(h + choice * F, w2, first, D, F, BITS, GROUP, META, ROWS, GROUPS)
+        part = dot_rows(h + choice * F, w2, first, D, F, BITS, GROUP, META, ROWS, PIECE, PIECES)
         part = rounded(part, dtype, INTERPRETED).to(tl.float32)
         weight = rounded(tl.load(weights + choice).to(tl.float32), dtype, INTERPRETED).to(tl.float32)
         part = rounded(part * weight, dtype, INTERPRETED).to(tl.float32)

@@ -5,15 +5,14 @@ An expert is computed alike whichever others are computed with it, and `down` ro
 them at a time, added up in ascending order of expert. `model.kernels.matrices` rounds differently.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.kernels.launching import launch, power_of_two
-from model.kernels.matrices import OneRow, constants
-from model.quant.spec import QuantSpec
+from model.kernels.matrices import OneRow, aligned, constants
+from model.quant.spec import ROWS, QuantSpec
 from model.quant.streams import matrix_fields
 
 
@@ -30,8 +29,9 @@ class BlobLayout:
         """The byte where w2 begins in a blob of a model that computes in `dtype`."""
         return matrix_fields("w13", (2 * self.ffn, self.hidden), self.spec, dtype=dtype)[-1].end
 
-    def tile(self, K: int) -> OneRow:
-        return OneRow.pick(K, self.spec.bits, max(self.spec.group_size, 1))
+    def tile(self, rows: int, K: int) -> OneRow:
+        """The tile of a program that multiplies with this many rows, or with some of them."""
+        return OneRow.pick(rows, K, self.spec.bits) if self.spec.quantized else OneRow.plain(rows)
 
 
 def experts_by_slot(
@@ -52,12 +52,12 @@ def gate_up(x: Tensor, pool: Tensor, slots: Tensor, layout: BlobLayout) -> Tenso
 
     D, F, (A,) = layout.hidden, layout.ffn, slots.shape
     check(x, (1, D), pool, layout)
-    tile = layout.tile(D)
-    rows = math.gcd(F, tile.rows)
+    # Of quantized matrices a program takes a block of w1 and a block of w3.
+    tile = layout.tile(min(F, ROWS), D)
     h = x.new_empty(A, F)
     launch(
-        expert_kernels.gate_up, (F // rows, A), x.contiguous(), pool, slots.contiguous(), h,
-        D=D, F=F, **constants(layout.spec), BLOB=pool.shape[1], ROWS=rows, GROUPS=tile.groups,
+        expert_kernels.gate_up, (F // tile.rows, A), aligned(x), pool, slots.contiguous(), h,
+        D=D, F=F, **constants(layout.spec), BLOB=pool.shape[1], **tile.constants(),
         num_warps=tile.warps,
     )  # fmt: skip
     return h
@@ -77,15 +77,14 @@ def down(
 
     D, F, (A,) = layout.hidden, layout.ffn, slots.shape
     check(h, (A, F), pool, layout)
-    tile = layout.tile(F)
-    rows = math.gcd(D, tile.rows)
+    tile = layout.tile(D, F)
     slots = slots.contiguous()
     y = h.new_empty(1, D)
     launch(
-        expert_kernels.down, (D // rows,), h.contiguous(), pool, slots,
+        expert_kernels.down, (D // tile.rows,), aligned(h), pool, slots,
         slots if ids is None else ids.contiguous(), weights.contiguous(), y,
         D=D, F=F, **constants(layout.spec), BLOB=pool.shape[1], OFFSET=layout.w2_offset(h.dtype),
-        A=A, CHOICES=power_of_two(A), ROWS=rows, GROUPS=tile.groups, num_warps=tile.warps,
+        A=A, CHOICES=power_of_two(A), **tile.constants(), num_warps=tile.warps,
     )  # fmt: skip
     return y
 

@@ -7,7 +7,7 @@ So it is bit for bit what `QuantizedTensor.dequantize` gives.
 import triton
 import triton.language as tl
 
-from model.kernels.shared_kernels import dot_rows, rounded, scales_and_zeros
+from model.kernels.shared_kernels import dot_rows, pieces_from, rounded, with_high
 
 
 @triton.jit
@@ -21,11 +21,12 @@ def multiply_one(
     GROUP: tl.constexpr,
     META: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [N / ROWS]
     first = tl.program_id(0) * ROWS
-    sums = dot_rows(x, matrix, first, N, K, BITS, GROUP, META, ROWS, GROUPS)
+    sums = dot_rows(x, matrix, first, N, K, BITS, GROUP, META, ROWS, PIECE, PIECES)
     tl.store(y + first + tl.arange(0, ROWS), rounded(sums, y.dtype.element_ty, INTERPRETED))
 
 
@@ -41,107 +42,103 @@ def multiply_few(
     GROUP: tl.constexpr,
     META: tl.constexpr,
     ROWS: tl.constexpr,
-    PIECES: tl.constexpr,
     PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     SPLITS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [N / ROWS, SPLITS]
-    """Take PIECES pieces at a time, each PIECE bytes of a group. x has 16 rows, zeros from row M on."""
-    J: tl.constexpr = K // GROUP
-    PARTS: tl.constexpr = 8 if BITS == 3 else 8 // BITS  # at 3 bits those of the high plane
-    RUN: tl.constexpr = GROUP // PARTS
-    A_GROUP: tl.constexpr = RUN // PIECE
-    ALL: tl.constexpr = J * A_GROUP
+    """Take PIECES pieces at a time, 8 codes of each after the other. So a tensor core adds up 8 codes of every
+    piece at once, and a scale serves for all codes that a thread has. x has 16 rows, zeros from row M on."""
+    ALL: tl.constexpr = K // PIECE
     EACH: tl.constexpr = (ALL + SPLITS * PIECES - 1) // (SPLITS * PIECES) * PIECES
-    WIDE: tl.constexpr = PIECES * PIECE
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m = tl.arange(0, 16)
-    wide = tl.arange(0, WIDE)
+    dtype = x.dtype.element_ty
+    blocks = tl.program_id(0) * (ROWS // 16) + tl.arange(0, ROWS // 16)
+    m, wide = tl.arange(0, 16), tl.arange(0, PIECES * 8)
     begin = tl.program_id(1) * EACH
     sums = tl.zeros([16, ROWS], tl.float32)
     for start in range(begin, tl.minimum(begin + EACH, ALL), PIECES):
-        j = (start + tl.arange(0, PIECES)) // A_GROUP
-        scale, zero = scales_and_zeros(matrix, n, j, j < J, N, K, BITS, GROUP, META)
-        scale = tl.broadcast_to(scale[:, :, None], [ROWS, PIECES, PIECE]).reshape(ROWS, WIDE)
-        zero = tl.broadcast_to(zero[:, :, None], [ROWS, PIECES, PIECE]).reshape(ROWS, WIDE)
-        piece = start + wide // PIECE
-        group = piece // A_GROUP
-        byte = piece % A_GROUP * PIECE + wide % PIECE  # of the group's part
-        there = group < J
-        if BITS == 3:
-            low = matrix + n[:, None] * (K // 4) + (group * (2 * RUN) + byte)[None, :]
-            even = tl.load(low, mask=there[None, :], other=0)
-            odd = tl.load(low + RUN, mask=there[None, :], other=0)
-            at = n[:, None] * (K // 8) + (group * RUN + byte)[None, :]
-            packed = tl.load(matrix + N * K // 4 + at, mask=there[None, :], other=0)
-        else:
-            at = n[:, None] * (K // PARTS) + (group * RUN + byte)[None, :]
-            packed = tl.load(matrix + at, mask=there[None, :], other=0)
-        for part in tl.static_range(PARTS):
-            if BITS == 3:
-                low_plane = even if part % 2 == 0 else odd  # its parts are twice as long
-                codes = ((low_plane >> (part // 2 * 2)) & 3) | (((packed >> part) & 1) << 2)
-            else:
-                codes = (packed >> (part * BITS)) & ((1 << BITS) - 1)
-            w = rounded(
-                (codes.to(tl.float32) - zero) * scale, x.dtype.element_ty, INTERPRETED
-            )  # [ROWS, WIDE]
-            inputs = m[:, None] * K + (group * GROUP + part * RUN + byte)[None, :]
-            values = tl.load(x + inputs, mask=(m < M)[:, None] & there[None, :], other=0.0)
+        piece = start + tl.arange(0, PIECES)
+        pieces = pieces_from(matrix, blocks, piece, N, K, BITS, GROUP, META, PIECE)
+        i = (start + wide // 8) * PIECE + wide % 8
+        inputs = x + m[:, None] * K + i[None, :]
+        mask = (m < M)[:, None] & (i < K)[None, :]
+        for at in tl.static_range(PIECE // 8):
+            w = rounded(eight_weights(pieces, BITS, PIECE, at), dtype, INTERPRETED)
+            w = tl.permute(w, 1, 3, 0, 2).reshape(PIECES * 8, ROWS)
+            values = tl.load(inputs + at * 8, mask=mask, other=0.0)
             if INTERPRETED:  # the interpreter multiplies bfloat16's bits; float32 holds the same numbers
                 values, w = values.to(tl.float32), w.to(tl.float32)
-            sums = tl.dot(values, tl.trans(w), sums, input_precision="ieee")
+            sums = tl.dot(values, w, sums, input_precision="ieee")
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = (tl.program_id(1) * M + m)[:, None] * N + n[None, :]
     tl.store(out + at, rounded(sums, out.dtype.element_ty, INTERPRETED), mask=(m < M)[:, None])
 
 
 @triton.jit
-def plane_codes(
-    codes: tl.tensor,  # [N, K * WIDTH / 8] *uint8
-    n: tl.tensor,  # [ROWS]
-    j: tl.tensor,  # [GROUPS]
-    there: tl.tensor,  # [GROUPS]
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # [ROWS, GROUPS, GROUP] int32
-    """The codes of one plane in the order of weights.
+def four_weights(words: tl.tensor, scale: tl.tensor, zero: tl.tensor, BITS: tl.constexpr):
+    """The weights [B, P, 16, 4] float32 of the codes in the lowest bits of the four bytes of words."""
+    a = weights_at(words, scale, zero, BITS, 0)
+    b = weights_at(words, scale, zero, BITS, 8)
+    c = weights_at(words, scale, zero, BITS, 16)
+    d = weights_at(words >> 8, scale, zero, BITS, 16)
+    w = tl.join(tl.join(a, c), tl.join(b, d))
+    return w.reshape(w.shape[0], w.shape[1], w.shape[2], 4)
 
-    So whole lines of the GPU's cache are stored. A byte is loaded once for every part, but comes from the
-    cache after the first time.
+
+@triton.jit
+def weights_at(words: tl.tensor, scale: tl.tensor, zero: tl.tensor, BITS: tl.constexpr, LOW: tl.constexpr):
+    """The weights float32 whose codes are the BITS bits from LOW on.
+
+    As in `times_codes` these bits are a float32, and 2^127 times that is 2^(LOW - 22) times the code. The
+    zero is made smaller in proportion, so the difference is exact, and the scale is made larger, which is
+    exact up to 2^105.
     """
-    PARTS: tl.constexpr = 8 // WIDTH
-    BYTES: tl.constexpr = GROUP // PARTS
-    i = tl.arange(0, GROUP)
-    at = n[:, None, None] * (K // PARTS) + j[None, :, None] * BYTES + (i % BYTES)[None, None, :]
-    packed = tl.load(codes + at, mask=there[None, :, None], other=0).to(tl.int32)
-    return (packed >> (i // BYTES * WIDTH)[None, None, :]) & ((1 << WIDTH) - 1)
+    number = (words & (((1 << BITS) - 1) << LOW)).to(tl.float32, bitcast=True)
+    return tl.fma(number, 2.0**127, zero * -(2.0 ** (LOW - 22))) * (scale * 2.0 ** (22 - LOW))
+
+
+@triton.jit
+def eight_weights(pieces: tl.tuple, BITS: tl.constexpr, PIECE: tl.constexpr, AT: tl.constexpr):
+    """The weights [BLOCKS, PIECES, 16, 8] float32 of 8 codes of each row and piece, from code 8 AT on."""
+    low, high, scale, zero, step = pieces
+    s = scale[AT * 8 * len(scale) // PIECE].to(tl.float32) * step[AT * 8 * len(step) // PIECE]
+    z = zero[AT * 8 * len(zero) // PIECE].to(tl.float32) * (1.0 / (1 << (8 - BITS)))
+    if BITS == 8:
+        a, b = low[2 * AT], low[2 * AT + 1]
+    elif BITS == 4:
+        a, b = low[AT], low[AT] >> 4
+    elif BITS == 3:
+        even, odd = with_high(low[AT // 2], high[AT // 4] >> AT // 2 % 2 * 4)
+        a, b = even >> AT % 2 * 4, odd >> AT % 2 * 4
+    else:
+        a, b = low[AT // 2] >> AT % 2 * 4, low[AT // 2] >> AT % 2 * 4 + 2
+    w = tl.join(four_weights(a, s, z, BITS), four_weights(b, s, z, BITS))
+    return tl.permute(w, 0, 1, 2, 4, 3).reshape(w.shape[0], w.shape[1], w.shape[2], 8)
 
 
 @triton.jit
 def expand(
     matrix: tl.tensor,  # *uint8
     out: tl.tensor,  # [rows, K]
-    first: tl.tensor,  # the matrix's row that goes to row 0 of out
+    first: tl.tensor,  # the row that goes to row 0 of out
     N: tl.constexpr,
     K: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     META: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     INTERPRETED: tl.constexpr,
-) -> None:  # grid [rows / ROWS, J / GROUPS, rounded up]
-    J: tl.constexpr = K // GROUP
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    j = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    n, there = first + row, j < J
-    if BITS == 3:
-        codes = plane_codes(matrix, n, j, there, K, GROUP, 2)
-        codes |= plane_codes(matrix + N * K // 4, n, j, there, K, GROUP, 1) << 2
-    else:
-        codes = plane_codes(matrix, n, j, there, K, GROUP, BITS)
-    scale, zero = scales_and_zeros(matrix, n, j, there, N, K, BITS, GROUP, META)
-    w = (codes.to(tl.float32) - zero[:, :, None]) * scale[:, :, None]
-    at = row[:, None, None] * K + (j * GROUP)[None, :, None] + tl.arange(0, GROUP)[None, None, :]
-    tl.store(out + at, rounded(w, out.dtype.element_ty, INTERPRETED), mask=there[None, :, None])
+) -> None:  # grid [rows / 16, K / PIECE / PIECES, rounded up]
+    blocks = first // 16 + tl.program_id(0) + tl.arange(0, 1)
+    start = tl.program_id(1) * PIECES
+    pieces = pieces_from(matrix, blocks, start + tl.arange(0, PIECES), N, K, BITS, GROUP, META, PIECE)
+    row, wide = tl.program_id(0) * 16 + tl.arange(0, 16), tl.arange(0, PIECES * 16)
+    for at in tl.static_range(PIECE // 16):
+        w = tl.join(
+            eight_weights(pieces, BITS, PIECE, 2 * at), eight_weights(pieces, BITS, PIECE, 2 * at + 1)
+        )
+        w = tl.permute(w, 0, 2, 1, 4, 3).reshape(16, PIECES * 16)
+        i = (start + wide // 16) * PIECE + at * 16 + wide % 16
+        w = rounded(w, out.dtype.element_ty, INTERPRETED)
+        tl.store(out + row[:, None] * K + i[None, :], w, mask=(i < K)[None, :])

@@ -1,11 +1,12 @@
 """What the kernels of matrices and of experts share: rounding, scales and zeros, and the dot products of some
 rows of a matrix with one x.
 
-A matrix is one pointer, because its streams follow one another as in `model.quant.streams`.
+A matrix is one pointer, because its streams follow one another as in `model.quant.streams`. Its rows are
+interleaved by 16, so kernels count blocks of 16 rows, and a tensor's last dimension is the rows of a block.
 
-**One row of x** is bound by memory. Its kernels read every byte of a matrix once, and sum up in float32.
-Where groups are long enough, a thread loads 16 consecutive bytes. A byte holds codes that lie a part of a
-group apart along K, so x is read once for each part. The bits of a code stay where they are in the byte.
+**One row of x** is bound by memory. Its kernels read every byte of a matrix once, and sum up in float32. A
+thread loads 16 bytes, the words of 4 rows, and goes along K through a *piece* of them. So it sums up a group,
+or a good part of one, without asking other threads. The bits of a code stay where they are in the word.
 Instead x is made smaller in proportion, by a power of two, which is exact. Codes are not converted to numbers
 either, because the bits of a small integer are those of a denormal float32. Scale and zero come in once for a
 group, since the sum of (q - z) s x is s (sum of q x - z sum of x).
@@ -33,103 +34,108 @@ def rounded(values: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr): 
 
 
 @triton.jit
-def scales_and_zeros(
-    matrix: tl.tensor,  # *uint8
-    n: tl.tensor,  # [ROWS] rows of the matrix
-    j: tl.tensor,  # [GROUPS] groups of a row
-    there: tl.tensor,  # [GROUPS] whether the row has them
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    META: tl.constexpr,
-):  # [ROWS, GROUPS] float32 each
-    J: tl.constexpr = K // GROUP
-    SCALES: tl.constexpr = N * K * BITS // 8
-    at = n[:, None] * J + j[None, :]
-    mask = there[None, :]
-    scale = tl.load(matrix + SCALES + at, mask=mask, other=0).to(tl.float32)
-    zero = tl.load(matrix + SCALES + N * J + at, mask=mask, other=0).to(tl.float32)
-    steps = (matrix + SCALES + 2 * N * J).to(tl.pointer_type(tl.float32), bitcast=True)
-    step = tl.load(steps + at // META, mask=mask, other=0.0)
-    return scale * step, zero * (1.0 / (1 << (8 - BITS)))
+def tiles(first: tl.tensor, mask: tl.tensor, COUNT: tl.constexpr):
+    """A tuple of what lies where `first` points to, 16 numbers after that, and so on."""
+    loaded = ()
+    for i in tl.static_range(COUNT):
+        loaded = loaded + (tl.load(first + i * 16, mask=mask, other=0),)  # noqa: RUF005
+    return loaded
+
+
+@triton.jit
+def with_high(low: tl.tensor, high: tl.tensor):  # int32 -> int32, twice
+    """Codes of 3 bits, with a bit between any two: code i of a low word is in byte i % 4, in the first
+    result if i // 4 is 0 or 2, in the second if it is 1 or 3, from bit i // 8 * 4 on.
+
+    The high bits are those in the lower halves of the bytes of `high`.
+    """
+    even = (low & 0x33333333) | ((high << 2) & 0x04040404) | ((high << 4) & 0x40404040)
+    odd = ((low >> 2) & 0x33333333) | ((high << 1) & 0x04040404) | ((high << 3) & 0x40404040)
+    return even, odd
+
+
+@triton.jit
+def four_inputs(x: tl.tensor, mask: tl.tensor):  # float32, four times
+    """The number that x points to and the next three, at a multiple of four numbers."""
+    if x.dtype.element_ty.primitive_bitwidth == 16:
+        # One load. A tensor with a dimension of four would be spread over threads, and exchanged by them.
+        both = tl.load(x.to(tl.pointer_type(tl.int64), bitcast=True), mask=mask, other=0)
+        low, high = both.to(tl.int32), (both >> 32).to(tl.int32)
+        if x.dtype.element_ty == tl.bfloat16:
+            a = (low << 16).to(tl.float32, bitcast=True)
+            b = (low & -65536).to(tl.float32, bitcast=True)
+            c = (high << 16).to(tl.float32, bitcast=True)
+            d = (high & -65536).to(tl.float32, bitcast=True)
+        else:
+            a = low.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            b = (low >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            c = high.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            d = (high >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        a = tl.load(x, mask=mask, other=0.0)
+        b = tl.load(x + 1, mask=mask, other=0.0)
+        c = tl.load(x + 2, mask=mask, other=0.0)
+        d = tl.load(x + 3, mask=mask, other=0.0)
+    return a, b, c, d
 
 
 @triton.jit
 def times_codes(
-    x: tl.tensor,  # [WIDE]
-    packed: tl.tensor,  # [ROWS, WIDE] int32
-    sums: tl.tensor,  # [ROWS, WIDE] float32
+    x: tl.tensor,
+    words: tl.tensor,  # int32
+    sums: tl.tensor,  # float32
     BITS: tl.constexpr,
     SHIFT: tl.constexpr,
-):  # [ROWS, WIDE] float32
+):  # float32
     """Add x times the codes, which are the BITS bits from SHIFT on.
 
-    As a float32 they are a denormal number, 2^-149 times the integer. A GPU multiplies it exactly and at full
-    speed. x may be up to 2^32, and keeps all its bits down to 2^-70.
+    As a float32, an integer below 2^24 is 2^-149 times that integer: a denormal number, or one with the least
+    exponent. A GPU multiplies it exactly and at full speed. x may be up to 2^32, and keeps all its bits down
+    to 2^-60.
     """
-    number = (packed & (((1 << BITS) - 1) << SHIFT)).to(tl.float32, bitcast=True)
-    return tl.fma(number, (x * (2.0**96 / (1 << SHIFT)))[None, :], sums)
-
-
-@triton.jit
-def with_high(
-    low: tl.tensor,  # [ROWS, WIDE] int32
-    high: tl.tensor,  # [ROWS, WIDE] int32
-    SHIFT: tl.constexpr,
-    BY: tl.constexpr,
-):  # [ROWS, WIDE] int32
-    """Put the codes of 3 bits together that are at SHIFT and 4 bits after it."""
-    LOW: tl.constexpr = 0x33 << (SHIFT % 4)
-    return (low & LOW) | ((high << BY) & ~LOW)
-
-
-@triton.jit
-def code_sums(
-    x: tl.tensor,  # [K]
-    codes: tl.tensor,  # [N, K * BITS / 8] *uint8; at 3 bits the low plane, then the high plane
-    n: tl.tensor,  # [ROWS]
-    start: tl.tensor,  # the first group
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):  # [ROWS, GROUPS] and [GROUPS] float32
-    """For GROUPS groups from `start` on, the sum of x times codes, and the sum of x.
-
-    Tensors have two dimensions until groups are added up. With three, some compilers spread the rows so that
-    no thread has two of them.
-    """
-    PARTS: tl.constexpr = 8 if BITS == 3 else 8 // BITS  # at 3 bits those of the high plane
-    BYTES: tl.constexpr = GROUP // PARTS
-    UNIT: tl.constexpr = min(BYTES, 8 if BITS < 4 else 16)
-    wide = tl.arange(0, GROUPS * BYTES)
-    unit = wide // UNIT
-    j, byte = start + unit // (BYTES // UNIT), unit % (BYTES // UNIT) * UNIT + wide % UNIT
-    there = j < K // GROUP
-    if BITS == 3:
-        at = n[:, None] * (K // 4) + (j * (2 * BYTES) + byte)[None, :]
-        even = tl.load(codes + at, mask=there[None, :], other=0).to(tl.int32)
-        odd = tl.load(codes + at + BYTES, mask=there[None, :], other=0).to(tl.int32)
-        at = n[:, None] * (K // 8) + (j * BYTES + byte)[None, :]
-        high = tl.load(codes + N * K // 4 + at, mask=there[None, :], other=0).to(tl.int32)
+    if SHIFT + BITS <= 24:
+        LOW: tl.constexpr = SHIFT
+        number = words & (((1 << BITS) - 1) << SHIFT)
     else:
-        at = n[:, None] * (K // PARTS) + (j * BYTES + byte)[None, :]
-        packed = tl.load(codes + at, mask=there[None, :], other=0).to(tl.int32)
-    sums = tl.zeros([ROWS, GROUPS * BYTES], tl.float32)
-    inputs = tl.zeros([GROUPS * BYTES], tl.float32)
-    for part in tl.static_range(PARTS):
-        values = tl.load(x + j * GROUP + part * BYTES + byte, mask=there, other=0.0).to(tl.float32)
-        inputs += values
+        LOW: tl.constexpr = SHIFT - 8
+        number = (words >> 8) & (((1 << BITS) - 1) << LOW)
+    return tl.fma(number.to(tl.float32, bitcast=True), x * (2.0**96 / (1 << LOW)), sums)
+
+
+@triton.jit
+def four_codes(a, b, c, d, words, sums, BITS: tl.constexpr, SHIFT: tl.constexpr):
+    """Add four numbers times the codes at the same place of the four bytes of words."""
+    sums = times_codes(a, words, sums, BITS, SHIFT)
+    sums = times_codes(b, words, sums, BITS, SHIFT + 8)
+    sums = times_codes(c, words, sums, BITS, SHIFT + 16)
+    return times_codes(d, words, sums, BITS, SHIFT + 24)
+
+
+@triton.jit
+def run_sums(
+    x: tl.tensor,  # [1, PIECES, 1] *inputs
+    mask: tl.tensor,  # [1, PIECES, 1]
+    low: tl.tuple,  # of words, [BLOCKS, PIECES, 16] int32 each
+    high: tl.tuple,
+    BITS: tl.constexpr,
+    FIRST: tl.constexpr,
+    RUN: tl.constexpr,
+):  # [BLOCKS, PIECES, 16] and [1, PIECES, 1] float32
+    """For RUN codes of a piece from FIRST on, the sum of x times codes in units of 2^-53, and that of x."""
+    CODES: tl.constexpr = 16 if BITS == 3 else 32 // BITS  # of a word
+    sums = tl.zeros(low[0].shape, tl.float32)
+    all_x = tl.zeros(mask.shape, tl.float32)
+    for word in tl.static_range(FIRST // CODES, (FIRST + RUN) // CODES):
         if BITS == 3:
-            packed = with_high(even if part % 2 == 0 else odd, high, part // 2 * 2, 2 - part % 2)
-            sums = times_codes(values, packed, sums, 3, part // 2 * 2)
-        else:
-            sums = times_codes(values, packed, sums, BITS, part * BITS)
-    sums = tl.sum(sums.reshape(ROWS, GROUPS, BYTES), axis=2) * 2.0**53
-    return sums, tl.sum(inputs.reshape(GROUPS, BYTES), axis=1)
+            even, odd = with_high(low[word], high[word // 2] >> word % 2 * 4)
+        for quad in tl.static_range(CODES // 4):
+            a, b, c, d = four_inputs(x + word * CODES + quad * 4, mask)
+            all_x += (a + b) + (c + d)
+            if BITS == 3:
+                sums = four_codes(a, b, c, d, even if quad % 2 == 0 else odd, sums, 3, quad // 2 * 4)
+            else:
+                sums = four_codes(a, b, c, d, low[word], sums, BITS, quad * BITS)
+    return sums, all_x
 
 
 @triton.jit
@@ -154,27 +160,96 @@ def plain_rows(
 
 
 @triton.jit
-def packed_rows(
-    x: tl.tensor,  # [K]
+def pieces_from(
     matrix: tl.tensor,  # *uint8
-    first: tl.tensor,  # the first row
+    blocks: tl.tensor,  # [BLOCKS]
+    piece: tl.tensor,  # [PIECES]
     N: tl.constexpr,
     K: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     META: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):  # [ROWS] float32
-    """ROWS rows from `first` on of a quantized matrix, times x, GROUPS groups at a time."""
+    PIECE: tl.constexpr,
+):
+    """All that is stored of some pieces, as tuples of tensors [BLOCKS, PIECES, 16]: words, words of high
+    bits, scales, zeros and steps. They are zeros from the end of a row on."""
     J: tl.constexpr = K // GROUP
-    n = first + tl.arange(0, ROWS)
-    total = tl.zeros([ROWS, GROUPS], tl.float32)
-    for start in range(0, J, GROUPS):
-        j = start + tl.arange(0, GROUPS)
-        scale, zero = scales_and_zeros(matrix, n, j, j < J, N, K, BITS, GROUP, META)
-        sums, all_x = code_sums(x, matrix, n, start, N, K, BITS, GROUP, ROWS, GROUPS)
-        total = tl.fma(scale, tl.fma(-zero, all_x[None, :], sums), total)
+    STEPS: tl.constexpr = (J + META - 1) // META
+    WORD: tl.constexpr = 16 if BITS == 3 else 32 // BITS  # codes
+    block, p, r = blocks[:, None, None], piece[None, :, None], tl.arange(0, 16)[None, None, :]
+    mask = p < K // PIECE
+    codes = matrix.to(tl.pointer_type(tl.int32), bitcast=True)
+    low = tiles(codes + (block * (K // WORD) + p * (PIECE // WORD)) * 16 + r, mask, PIECE // WORD)
+    high = ()
+    if BITS == 3:
+        at = codes + N * K // 16 + (block * (K // 32) + p * (PIECE // 32)) * 16 + r
+        high = tiles(at, mask, PIECE // 32)
+    # A thread has 4 rows, as a load of words gives it. A load of bytes shall not give it 16.
+    scales = matrix + N * K * BITS // 8
+    at = scales + (block * J + p * PIECE // GROUP) * 16 + tl.max_contiguous(r, [1, 1, 4])
+    scale = tiles(at, mask, (PIECE + GROUP - 1) // GROUP)
+    zero = tiles(at + N * J, mask, (PIECE + GROUP - 1) // GROUP)
+    steps = (scales + 2 * N * J).to(tl.pointer_type(tl.float32), bitcast=True)
+    at = steps + (block * STEPS + p * PIECE // (GROUP * META)) * 16 + r
+    step = tiles(at, mask, (PIECE + GROUP * META - 1) // (GROUP * META))
+    return low, high, scale, zero, step
+
+
+@triton.jit
+def pieces_times(
+    x: tl.tensor,  # [PIECES] *inputs
+    mask: tl.tensor,  # [PIECES]
+    pieces: tl.tuple,
+    total: tl.tensor,  # [BLOCKS, PIECES, 16] float32
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    META: tl.constexpr,
+    PIECE: tl.constexpr,
+):  # [BLOCKS, PIECES, 16] float32
+    """Add the products of x with what `pieces_from` returned."""
+    low, high, scale, zero, step = pieces
+    RUN: tl.constexpr = min(GROUP, PIECE)  # codes with one scale
+    SAME: tl.constexpr = min(GROUP * META, PIECE)  # and with one step
+    for same in tl.static_range(PIECE // SAME):
+        part = tl.zeros(total.shape, tl.float32)
+        for run in tl.static_range(same * SAME // RUN, (same + 1) * SAME // RUN):
+            sums, all_x = run_sums(x[None, :, None], mask[None, :, None], low, high, BITS, run * RUN, RUN)
+            sums = tl.fma(zero[run].to(tl.float32), all_x * -(2.0 ** (BITS - 8 - 53)), sums)
+            part = tl.fma(scale[run].to(tl.float32), sums, part)
+        total = tl.fma(step[same] * 2.0**53, part, total)
+    return total
+
+
+@triton.jit
+def packed_blocks(
+    x: tl.tensor,  # [K]
+    matrix: tl.tensor,  # *uint8
+    blocks: tl.tensor,  # [BLOCKS]
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    META: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # [BLOCKS, 16] float32
+    """Some blocks of a quantized matrix, times x, PIECES pieces of PIECE codes at a time."""
+    ALL: tl.constexpr = K // PIECE
+    piece = tl.arange(0, PIECES)
+    total = tl.zeros([blocks.shape[0], PIECES, 16], tl.float32)
+    # All that a program loads of a round, or of the next one, is under way before it computes. Without the
+    # barriers the compiler saves registers, and moves each load down to where its result is needed.
+    held = pieces_from(matrix, blocks, piece, N, K, BITS, GROUP, META, PIECE)
+    if ALL <= PIECES:
+        tl.debug_barrier()
+        total = pieces_times(x + piece * PIECE, piece < ALL, held, total, BITS, GROUP, META, PIECE)
+    else:
+        for start in range(0, ALL, PIECES):
+            piece = start + tl.arange(0, PIECES)
+            following = pieces_from(matrix, blocks, piece + PIECES, N, K, BITS, GROUP, META, PIECE)
+            tl.debug_barrier()
+            total = pieces_times(x + piece * PIECE, piece < ALL, held, total, BITS, GROUP, META, PIECE)
+            held = following
     return tl.sum(total, axis=1)
 
 
@@ -189,15 +264,18 @@ def dot_rows(
     GROUP: tl.constexpr,
     META: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # [ROWS] float32
-    """ROWS rows from `first` on of a matrix, times x, GROUPS groups at a time.
+    """ROWS rows from `first` on of a matrix, times x, PIECES pieces at a time. If it is quantized, both are
+    multiples of 16.
 
-    At 16 bits a group is one weight in x's dtype, which may be float32.
+    At 16 bits a piece is one weight in x's dtype, which may be float32.
     """
     if BITS == 16:
         weights = matrix.to(tl.pointer_type(x.dtype.element_ty), bitcast=True)
-        sums = plain_rows(x, weights, first, K, ROWS, GROUPS)
+        sums = plain_rows(x, weights, first, K, ROWS, PIECES)
     else:
-        sums = packed_rows(x, matrix, first, N, K, BITS, GROUP, META, ROWS, GROUPS)
+        blocks = first // 16 + tl.arange(0, ROWS // 16)
+        sums = packed_blocks(x, matrix, blocks, N, K, BITS, GROUP, META, PIECE, PIECES).reshape(ROWS)
     return sums

@@ -71,6 +71,7 @@ class Compiler:
         self.folder, self.capability = folder, capability
         self.dtypes = [torch.float16] if capability < 80 else [torch.bfloat16, torch.float16]
         self.stacks: dict[str, int] = {}  # by kernel: bytes, the most of all its launches
+        self.widths: list[int] = []  # bits of each load of a thread, in order, in the last kernel
 
     def __call__(
         self,
@@ -93,8 +94,11 @@ class Compiler:
         assert not re.search(r"(fma|mul)(\.rn)?\.ftz", compiled.asm["ptx"]), kernel  # codes are denormal
         file = self.folder / "kernel.cubin"
         file.write_bytes(compiled.asm["cubin"])
-        command = [TOOL, "-res-usage", file]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        usage, machine_code = (
+            subprocess.run([TOOL, flag, file], capture_output=True, text=True, check=True, timeout=60).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+        self.widths = [int(width or 32) for width in re.findall(r" LDG\.E(?:\.U?(\d+))?", machine_code)]
         stack = max(int(size) for size in re.findall(r"STACK:(\d+)", usage))
         self.stacks[kernel.fn.__name__] = max(stack, self.stacks.get(kernel.fn.__name__, 0))
 
@@ -129,8 +133,8 @@ def make_product(text: str) -> Fused:
 
 
 def test_a_matrix(compiler: Compiler) -> None:
-    formats = ("3", "2g64") if compiler.capability in BROADLY else ("3",)
-    for text, dtype in zip(formats, 2 * compiler.dtypes, strict=False):
+    formats = ("3", "2", "4", "8") if compiler.capability in BROADLY else ("3",)
+    for text, dtype in zip(formats, 4 * compiler.dtypes, strict=False):
         product = make_product(text)
         for M in (1, 4):
             product(torch.empty(M, 4096, dtype=dtype))
@@ -138,8 +142,20 @@ def test_a_matrix(compiler: Compiler) -> None:
     compiler.check("multiply_one", "multiply_few", "expand")
 
 
+@pytest.mark.parametrize("text", ["8", "4", "3", "2"])
+def test_all_codes_of_one_row_are_under_way_at_once(compiler: Compiler, text: str) -> None:
+    """A thread loads 64 codes of 4 rows and one or two blocks, 16 bytes at a time, before it loads x, 8 bytes
+    at a time."""
+    product = make_product(text)
+    product(torch.empty(1, 4096, dtype=compiler.dtypes[0]))
+    bits, blocks = product.matrix.spec.bits, 1 if text == "8" else 2
+    assert compiler.widths.count(128) == (2 * bits + 1) * blocks  # and the steps
+    assert compiler.widths.count(64) == 16
+    assert 128 not in compiler.widths[compiler.widths.index(64) :]
+
+
 def test_experts(compiler: Compiler) -> None:
-    formats = ("16", "4", "3g128", "2") if compiler.capability in BROADLY else ("16", "3g128")
+    formats = ("16", "8", "4", "3g128", "2") if compiler.capability in BROADLY else ("16", "3g128")
     for text in formats:
         layout, dtype = BlobLayout(QuantSpec.parse(text), 4096, 14336), compiler.dtypes[0]
         end = matrix_fields("w2", (4096, 14336), layout.spec, layout.w2_offset(dtype), dtype)[-1].end

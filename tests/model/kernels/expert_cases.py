@@ -1,7 +1,7 @@
 """A token's experts by slot by Triton's kernels, against dequantized weights. `test_matrices.py` runs these
 tests in a process of its own, as those of `matrix_cases.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.experts import BlobLayout, down, experts_by_slot, gate_up
+from model.kernels.matrices import OneRow
 from model.moe import mix
 from model.quant.spec import QuantSpec
 from model.router import Choice
@@ -59,8 +60,9 @@ class Layer:
 
 
 CASES = [
-    ("4g16", 16, 48, torch.bfloat16), ("3g16", 32, 16, torch.bfloat16), ("2", 16, 32, torch.bfloat16),
-    ("8g32", 32, 32, torch.bfloat16), ("4g16", 48, 16, torch.float32), ("2", 16, 48, torch.float16),
+    ("4g32", 32, 96, torch.bfloat16), ("3g32", 64, 32, torch.bfloat16), ("2", 32, 32, torch.bfloat16),
+    ("8g32", 32, 32, torch.bfloat16), ("4g16m2", 96, 32, torch.float32), ("2", 32, 96, torch.float16),
+    ("3g16m1", 96, 96, torch.bfloat16), ("4m1", 64, 64, torch.float16),
     ("16", 36, 10, torch.bfloat16), ("16", 20, 6, torch.float32), ("16", 1028, 4, torch.float16),
 ]  # fmt: skip
 
@@ -87,20 +89,37 @@ def test_a_pair_of_experts(text: str, D: int, ffn: int, dtype: torch.dtype) -> N
     assert bool(((y.double() - expected).abs() <= tolerance * size).all())
 
 
-ALONE = [("4g16", torch.bfloat16), ("3g16", torch.float16), ("16", torch.float32)]
+@pytest.mark.parametrize("text", ["8g32", "4g32m1", "3g16m2", "2"])
+def test_rounds(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds where one would do give nearly the same, although the second is half empty."""
+    layer = Layer(QuantSpec.parse(text), 96, 96, [1, 0], torch.float32)
+    x, weights = torch.randn(1, 96, device=DEVICE), torch.tensor([0.7, 0.3], device=DEVICE)
+    y = layer(x, [0, 1], weights)
+    tiles: list[OneRow] = []
+
+    def shorter(layout: BlobLayout, rows: int, K: int) -> OneRow:
+        tiles.append(replace(OneRow.pick(rows, K, layout.spec.bits), pieces=2))
+        return tiles[-1]
+
+    monkeypatch.setattr(BlobLayout, "tile", shorter)
+    torch.testing.assert_close(layer(x, [0, 1], weights), y, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
+    assert [(tile.piece, tile.pieces) for tile in tiles] == [(32, 2), (32, 2)]  # of 96
+
+
+ALONE = [("4g16", torch.bfloat16), ("3g16", torch.float16), ("8g16", torch.float32), ("16", torch.float32)]
 
 
 @pytest.mark.parametrize(("text", "dtype"), ALONE)
 def test_bits_depend_on_the_experts_alone(text: str, dtype: torch.dtype) -> None:
     """Not on time, the order of choices, slots, the length of a blob, or what is computed with them."""
     spec, ids = QuantSpec.parse(text), [1, 3, 0]
-    layer = Layer(spec, 16, 16, [0, 1, 2, 3], dtype)
-    x = torch.randn(1, 16).to(DEVICE, dtype)
+    layer = Layer(spec, 32, 32, [0, 1, 2, 3], dtype)
+    x = torch.randn(1, 32).to(DEVICE, dtype)
     weights = torch.tensor([0.5, 0.3, 0.2], device=DEVICE)
     y = layer(x, ids, weights)
     assert torch.equal(layer(x, ids, weights), y)
     assert torch.equal(layer(x, ids[::-1], weights.flip(0)), y)
-    assert torch.equal(Layer(spec, 16, 16, [5, 4, 0, 2], dtype, gap=112)(x, ids, weights), y)
+    assert torch.equal(Layer(spec, 32, 32, [5, 4, 0, 2], dtype, gap=112)(x, ids, weights), y)
     ascending = sorted(range(3), key=lambda i: ids[i])
     slots = layer.at([ids[i] for i in ascending])  # here slots lie in the order of ids
     assert torch.equal(experts_by_slot(x, layer.pool, slots, weights[ascending], layer.layout), y)
@@ -118,9 +137,9 @@ def test_bits_depend_on_the_experts_alone(text: str, dtype: torch.dtype) -> None
 
 def test_an_expert_beyond_two_gigabytes() -> None:
     """Its offset does not fit 32 bits; on a CPU, untouched pages of a pool cost nothing."""
-    layer = Layer(QuantSpec(4, 16), 16, 16, [0], torch.float32)
+    layer = Layer(QuantSpec(4, 16), 32, 32, [0], torch.float32)
     pool = torch.empty(5, 1 << 29, dtype=torch.uint8, device=DEVICE)
     pool[4, : layer.pool.shape[1]] = layer.pool[0]
-    x, one = torch.randn(1, 16, device=DEVICE), torch.ones(1, device=DEVICE)
+    x, one = torch.randn(1, 32, device=DEVICE), torch.ones(1, device=DEVICE)
     y = experts_by_slot(x, pool, torch.tensor([4], device=DEVICE), one, layer.layout)
     assert torch.equal(y, layer(x, [0], one))

@@ -20,7 +20,8 @@ from model.quant.tensor import QuantizedTensor
 from tests.model.kernels.interpreted import DEVICE
 from tests.model.quant.matrices import check, make_matrix
 
-BITS, GROUPS = (8, 4, 3, 2), (16, 32, 128, 1024, 4096)
+BITS, GROUPS, METAS = (8, 4, 3, 2), (16, 32, 128, 1024, 4096), (1, 2, 128, 4096)
+PAIRS = list(itertools.product(BITS, GROUPS))
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 0.01, torch.float16: 0.002}
 DTYPES = list(TOLERANCE)
 
@@ -41,28 +42,39 @@ def test_kernels_can_be_compiled() -> None:
     assert uncompiled(torch.device(DEVICE)) is None
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(*pair) for pair in itertools.product(BITS, GROUPS)], ids=str)
-def test_every_format(spec: QuantSpec) -> None:
-    """Three groups to a row are no power of two; scales share steps across rows."""
-    matrix = make_matrix(QuantSpec(spec.bits, spec.group_size, 32), 16, 3 * spec.group_size)
-    product = bind(matrix)
-    for M, dtype in ((1, torch.float32), (3, torch.bfloat16)):
-        x = torch.randn(M, matrix.shape[1]).to(dtype)
-        check(product(x.to(DEVICE)).cpu(), x, matrix, TOLERANCE[dtype])
+@pytest.mark.parametrize(("bits", "group"), PAIRS)
+def test_every_format(bits: int, group: int) -> None:
+    """Three blocks, and three groups to a row or an odd number of words: no powers of two. A row's last step
+    may serve fewer groups than the others."""
+    N, K = 48 if group < 1024 else 16, 3 * max(group, 32)
+    for meta in METAS:
+        matrix = make_matrix(QuantSpec(bits, group, meta), N, K)
+        product = bind(matrix)
+        for M, dtype in ((1, torch.float32), (3, torch.bfloat16)):
+            x = torch.randn(M, K).to(dtype)
+            check(product(x.to(DEVICE)).cpu(), x, matrix, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(
-    "spec", [QuantSpec(*pair, 32) for pair in itertools.product(BITS, (16, 128, 1024))], ids=str
-)
-def test_expanding(spec: QuantSpec) -> None:
-    """The dequantized weights bit for bit, from any row on."""
-    matrix = make_matrix(spec, 32, 3 * spec.group_size)
-    product = bind(matrix)
-    for dtype in DTYPES:
-        for start, rows in ((0, 32), (16, 16)):
-            out = torch.empty(rows, matrix.shape[1], dtype=dtype, device=DEVICE)
+@pytest.mark.parametrize(("bits", "group"), PAIRS)
+def test_expanding(bits: int, group: int) -> None:
+    """The dequantized weights bit for bit, from any block on."""
+    N, K = 48 if group < 1024 else 16, 3 * max(group, 32)
+    for meta, dtype in zip(METAS, itertools.cycle(DTYPES), strict=False):
+        matrix = make_matrix(QuantSpec(bits, group, meta), N, K)
+        product = bind(matrix)
+        for start in range(0, N, 16):
+            out = torch.empty(N - start, K, dtype=dtype, device=DEVICE)
             expand(product.matrix, start, out)
-            assert torch.equal(out.cpu(), matrix.dequantize(dtype)[start : start + rows])
+            assert torch.equal(out.cpu(), matrix.dequantize(dtype)[start:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_dtypes_of_one_row(bits: int, dtype: torch.dtype) -> None:
+    """Two blocks together, and pieces that fill a tile, or do not."""
+    for K in (128, 160):
+        matrix, x = make_matrix(QuantSpec(bits, 32, 2), 32, K), torch.randn(1, K).to(dtype)
+        check(bind(matrix)(x.to(DEVICE)).cpu(), x, matrix, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -76,7 +88,7 @@ def test_every_number_of_rows(bits: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("text", "N", "K"),
-    [("4", 16, 5120), ("2", 16, 12288), ("3g128", 16, 4992), ("8m4096", 16, 3072), ("4g1024", 16, 7168)],
+    [("4", 16, 5120), ("2m1", 32, 4128), ("3g128", 16, 4992), ("8m4096", 16, 4160), ("4g1024", 32, 7168)],
 )
 def test_longer_than_a_tile(text: str, N: int, K: int) -> None:
     matrix = make_matrix(QuantSpec.parse(text), N, K)
@@ -96,11 +108,11 @@ def test_up_to_16_rows_multiply_with_the_dequantized_weights(spec: QuantSpec) ->
     assert torch.equal(torch.cat([product(part) for part in eye[:16].split(2)]), rows[:16])
 
 
-def test_a_split_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_sum() -> None:
     matrix = make_matrix(QuantSpec(4), 32, 4096 + 64)
     x = torch.randn(6, matrix.shape[1]).bfloat16()
     product = bind(matrix)
-    assert FewRows.pick(32, matrix.shape[1], 4, 64).splits > 1
+    assert FewRows.pick(32, matrix.shape[1]).splits > 1
     y = product(x.to(DEVICE))
     check(y.cpu(), x, matrix, TOLERANCE[x.dtype])
     assert torch.equal(product(x.to(DEVICE)), y) and torch.equal(product(x[2:5].to(DEVICE)), y[2:5])

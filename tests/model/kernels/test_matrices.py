@@ -1,7 +1,9 @@
 """Products with matrices and experts on a GPU: what the host decides, and in processes of their own the
 kernels."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +56,7 @@ def test_more_rows_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         Fused(spec, shape, apart)  # streams that do not follow one another
     buffer = torch.randint(128, (fields[-1].end,), dtype=torch.uint8)
     memory = {f.name[1:]: f.view(buffer) for f in fields}
+    memory["steps"].fill_(0.01)  # random bytes may be infinite
     product, x = Fused(spec, shape, memory), torch.randn(17, 32)
     launched: list[int | slice] = []
     W = QuantizedTensor.of(spec, shape, memory).dequantize()
@@ -74,6 +77,19 @@ def test_more_rows_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(product(x), F.linear(x, W))
         assert [len(W[part]) for part in launched] == rows and launched[0].start == 0
         assert product(x[:0]).shape == (0, 48)
+
+
+def test_one_row_is_read_from_aligned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels load 8 bytes of x at a time."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(matrices, "launch", lambda kernel, grid, x, *rest, **values: seen.append(x))
+    monkeypatch.setitem(sys.modules, "model.kernels.matrix_kernels", SimpleNamespace(multiply_one=None))
+    matrix = PackedMatrix(torch.zeros(0, dtype=torch.uint8), QuantSpec(4), (16, 64))
+    numbers = torch.randn(1, 131).bfloat16()
+    for x in (numbers[:, :64], numbers[:, 1:65], numbers[:, 2:66], torch.randn(64, 2).bfloat16().T[1:]):
+        matrices.multiply_one(x, matrix)
+        assert seen[-1].data_ptr() % 8 == 0 and seen[-1].is_contiguous() and torch.equal(seen[-1], x)
+    assert seen[0].data_ptr() == numbers.data_ptr()  # no copy where none is needed
 
 
 @pytest.mark.parametrize("text", ["16", "8g16", "4g16", "3g16", "2g16"])

@@ -3,21 +3,20 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.kernels.matrices import Expansion, FewRows, OneRow
-from model.quant.spec import QuantSpec
+from model.kernels.matrices import FewRows, OneRow
 
-SPECS = st.builds(QuantSpec, st.sampled_from((8, 4, 3, 2)), st.sampled_from([1 << i for i in range(4, 13)]))
+BITS = st.sampled_from((8, 4, 3, 2))
 
 
-@given(SPECS, st.integers(1, 2000), st.integers(1, 2000))
-def test_tiles_cover_any_matrix(spec: QuantSpec, sixteens: int, groups: int) -> None:
-    N, K = 16 * sixteens, groups * spec.group_size
-    one = OneRow.pick(K, spec.bits, spec.group_size)
-    few = FewRows.pick(N, K, spec.bits, spec.group_size)
-    many = Expansion.pick(K, spec.group_size)
-    assert N % one.rows == N % few.rows == N % many.rows == 0
-    for size in (one.groups, one.warps, few.pieces, few.piece, few.splits, many.groups):
+@given(BITS, st.integers(1, 2000), st.integers(1, 2000))
+def test_tiles_cover_any_matrix(bits: int, blocks: int, words: int) -> None:
+    N, K = 16 * blocks, 32 * words
+    one, few = OneRow.pick(N, K, bits), FewRows.pick(N, K)
+    assert N % one.rows == N % few.rows == one.rows % 16 == few.rows % 16 == 0
+    for size in (one.rows, one.piece, one.pieces, one.warps, few.rows, few.pieces, few.splits):
         assert size > 0 and size & (size - 1) == 0  # powers of two, as Triton wants
-    assert one.groups * spec.group_size <= max(8192, spec.group_size)
-    run = spec.group_size // 8 * (1 if spec.bits == 3 else spec.bits)
-    assert run % few.piece == 0 and few.pieces * few.piece >= 16  # the least that a tensor core adds up
+    assert K % one.piece == 0 == one.piece % 32  # whole words, also of high bits
+    assert one.piece * one.pieces <= 4096 and (one.pieces == 64 or one.piece * one.pieces >= K)
+    # Words that a thread holds, of 4 rows each: those of a round, and of the next one if there is one.
+    words_held = one.rows // 16 * one.piece * bits // 32 * (1 if one.piece * one.pieces >= K else 2)
+    assert words_held <= 16
