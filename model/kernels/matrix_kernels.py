@@ -47,8 +47,8 @@ def multiply_few(
     SPLITS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [N / ROWS, SPLITS]
-    """Take PIECES pieces at a time, 8 codes of each after the other. So a tensor core adds up 8 codes of every
-    piece at once, and a scale serves for all codes that a thread has. x has 16 rows, zeros from row M on."""
+    """Take PIECES pieces at a time, and of these 8 codes of each at a time. So a tensor core adds up 8 codes
+    of every piece at once, and a thread needs few scales. x has 16 rows, zeros from row M on."""
     ALL: tl.constexpr = K // PIECE
     EACH: tl.constexpr = (ALL + SPLITS * PIECES - 1) // (SPLITS * PIECES) * PIECES
     dtype = x.dtype.element_ty

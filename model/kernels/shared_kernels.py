@@ -38,7 +38,7 @@ def tiles(first: tl.tensor, mask: tl.tensor, COUNT: tl.constexpr):
     """A tuple of what lies where `first` points to, 16 numbers after that, and so on."""
     loaded = ()
     for i in tl.static_range(COUNT):
-        loaded = loaded + (tl.load(first + i * 16, mask=mask, other=0),)  # noqa: RUF005
+        loaded = loaded + (tl.load(first + i * 16, mask=mask, other=0),)  # type: ignore[assignment]  # noqa: RUF005
     return loaded
 
 
@@ -93,12 +93,10 @@ def times_codes(
     exponent. A GPU multiplies it exactly and at full speed. x may be up to 2^32, and keeps all its bits down
     to 2^-60.
     """
-    if SHIFT + BITS <= 24:
-        LOW: tl.constexpr = SHIFT
-        number = words & (((1 << BITS) - 1) << SHIFT)
-    else:
-        LOW: tl.constexpr = SHIFT - 8
-        number = (words >> 8) & (((1 << BITS) - 1) << LOW)
+    LOW: tl.constexpr = SHIFT if SHIFT + BITS <= 24 else SHIFT - 8
+    if SHIFT + BITS > 24:
+        words = words >> 8
+    number = words & (((1 << BITS) - 1) << LOW)
     return tl.fma(number.to(tl.float32, bitcast=True), x * (2.0**96 / (1 << LOW)), sums)
 
 
