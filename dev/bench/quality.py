@@ -66,7 +66,8 @@ class Result:
     formats: Formats
     bytes: int
     expert_bits: float
-    score: Score
+    score: Score  # in float32
+    fast: Score | None = None  # in bfloat16, by the device's fast product
 
     def better(self, other: "Result") -> bool:
         """Whether this is smaller or predicts better than another, and is no worse in the other respect."""
@@ -76,7 +77,8 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         formats = {kind: str(spec) for kind, spec in self.formats.by_kind().items()}
         sizes = {"bytes": self.bytes, "expert_bits": self.expert_bits}
-        return formats | sizes | {"score": self.score.as_dict()}
+        fast = {"fast": self.fast.as_dict()} if self.fast else {}
+        return formats | sizes | {"score": self.score.as_dict()} | fast
 
 
 def all_formats() -> list[Formats]:
@@ -115,8 +117,10 @@ def table(results: Sequence[Result], base: Result | None, best: Sequence[Result]
     | 16 | 16 | 16 | 16.00 | 20.00 | 100.0 % | 7.389 | +0.0 % | 2.8854 |
     | **4** | **2g32** | **16** | 2.51 | 5.00 | 25.0 % | 8.166 | +10.5 % | 3.0297 |
     """  # noqa: E501
-    names = ("attention", "experts", "head", "bits per expert weight", "MB", "of 16/16", "perplexity",
-             "over 16/16", "bits per byte")  # fmt: skip
+    names = ["attention", "experts", "head", "bits per expert weight", "MB", "of 16/16", "perplexity",
+             "over 16/16", "bits per byte"]  # fmt: skip
+    fast = any(one.fast for one in results)
+    names += ["fast product"] * fast
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for one in results:
         bold = "**" if one in best else ""
@@ -124,11 +128,14 @@ def table(results: Sequence[Result], base: Result | None, best: Sequence[Result]
         if base:
             size = f"{one.bytes / base.bytes:.1%}".replace("%", " %")
             over = f"{one.score.perplexity / base.score.perplexity - 1:+.1%}".replace("%", " %")
-        row = (
+        row = [
             *(f"{bold}{spec}{bold}" for spec in one.formats.by_kind().values()),
             f"{one.expert_bits:.2f}", f"{one.bytes / 1e6:.2f}", size,
             f"{one.score.perplexity:.3f}", over, f"{one.score.bits_per_byte:.4f}",
-        )  # fmt: skip
+        ]  # fmt: skip
+        if fast:
+            change = one.fast.perplexity / one.score.perplexity - 1 if one.fast else None
+            row.append("-" if change is None else f"{change:+.2%}".replace("%", " %"))
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -236,6 +243,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A/E[/H]",
         help="of attention, experts and head (default: 21 pairs, with the head at 16 bits)",
     )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="judge each in bfloat16, too, and show the change; on a CPU that rounds activations to 8 bits",
+    )
     parser.add_argument("--threads", type=at_least_one, metavar="N", help="(default: as an engine has)")
     parser.add_argument("--bytes", type=int, metavar="N", help="of the text, the first N (default: all)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw size against perplexity")
@@ -251,7 +263,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         import_matplotlib()  # so that it fails before anything is measured
     held_out = [text for text in standard_library().held_out if text]  # of an empty file nothing is predicted
     texts = first_bytes(held_out, args.bytes)
-    results = measure(args.model, wanted, texts)
+    results = measure(args.model, wanted, texts, args.fast)
     tables = markdown(results)
     if args.markdown:
         args.markdown.write_text(tables + "\n")
@@ -292,14 +304,16 @@ def first_bytes(texts: Sequence[str], limit: int | None) -> list[str]:
     return taken
 
 
-def measure(source: Path, wanted: Sequence[Formats], texts: Sequence[str]) -> list[Result]:
+def measure(
+    source: Path, wanted: Sequence[Formats], texts: Sequence[str], fast: bool = False
+) -> list[Result]:
     """Write, load and judge each combination. Only one at a time is on the disk."""
     results = []
     for number, formats in enumerate(wanted, start=1):
         with tempfile.TemporaryDirectory(prefix="quality-") as folder:
             out = Path(folder) / "quantized"
             write(source, out, formats)
-            results.append(judge(out, formats, texts))
+            results.append(judge(out, formats, texts, fast))
         size, total = results[-1].bytes / 1e6, results[-1].score
         say(
             f"{number} of {len(wanted)}: {short(formats)}, {size:.2f} MB, perplexity {total.perplexity:.4f}, "
@@ -319,11 +333,18 @@ def write(source: Path, out: Path, formats: Formats) -> None:
         raise MixtralError(f"{source} cannot be quantized to {short(formats)}; leave that out of --formats")
 
 
-def judge(folder: Path, formats: Formats, texts: Iterable[str]) -> Result:
-    """How well the checkpoint predicts texts, each after a begin id, with half a context or more in view."""
-    with Engine.load(folder, EngineOptions(dtype="float32", threads=pick_threads())) as engine:
-        window = engine.plan.context
-        scores = [score(engine, text, window, window // 2) for text in texts]
+def judge(folder: Path, formats: Formats, texts: Sequence[str], fast: bool = False) -> Result:
+    """How well the checkpoint predicts texts, in float32 and if asked by the fast product."""
     checkpoint = open_checkpoint(folder)
     bits = expert_bits(checkpoint.config, formats.experts)
-    return Result(formats, checkpoint.bytes, bits, sum(scores, Score()))
+    exact = score_in("float32", folder, texts)
+    return Result(
+        formats, checkpoint.bytes, bits, exact, score_in("bfloat16", folder, texts) if fast else None
+    )
+
+
+def score_in(dtype: str, folder: Path, texts: Iterable[str]) -> Score:
+    """How well the checkpoint predicts texts, each after a begin id, with half a context or more in view."""
+    with Engine.load(folder, EngineOptions(dtype=dtype, threads=pick_threads())) as engine:
+        window = engine.plan.context
+        return sum((score(engine, text, window, window // 2) for text in texts), Score())

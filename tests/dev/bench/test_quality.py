@@ -118,8 +118,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         asked.append((short(formats), 0))
         out.mkdir()
 
-    def judge(folder: Path, formats: Formats, texts: list[str]) -> Result:
-        assert folder.is_dir()
+    def judge(folder: Path, formats: Formats, texts: list[str], fast: bool) -> Result:
+        assert folder.is_dir() and not fast
         asked[-1] = (asked[-1][0], len("".join(texts).encode()))
         return result(short(formats), *MEASURED[short(formats)])
 
@@ -206,3 +206,14 @@ def test_a_native_checkpoint_is_as_good_as_its_dequantized_weights(tmp_path: Pat
     assert measured.bytes == model_size(checkpoint.config, formats).total
     assert measured.score.nats == pytest.approx(expected, rel=1e-5)
     assert abs(expected / plain - 1) > 1e-3
+
+
+def test_the_fast_product_has_a_column_of_its_own() -> None:
+    exact, rounded = Score(nats=2.0, tokens=1, bytes=1), Score(nats=2.001, tokens=1, bytes=1)
+    results = [
+        Result(parse_formats("4/4"), 5, 4.0, exact, rounded),
+        Result(parse_formats("4/2"), 4, 2.0, exact),
+    ]
+    first, second = table(results, None, []).splitlines()[2:]
+    assert first.endswith("| +0.10 % |") and second.endswith("| - |")
+    assert results[0].as_dict()["fast"] == rounded.as_dict() and "fast" not in results[1].as_dict()
