@@ -5,7 +5,7 @@ of its layer's file, with its tensors in the order of `model.quant.streams.exper
 `config.json` and in every file's metadata, and the two have to agree.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,21 +192,35 @@ def native_layout(
 
     Raises `ModelError` as `pieces.match` does, and if a file belongs to another checkpoint.
     """
+    check_metadata(headers, native.metadata())
+    stored = (parameter for _, parameter in stored_parameters(config, native.formats, torch.bfloat16))
+    return stream_layout("native", folder, headers, config, native.formats, stored)
+
+
+def check_metadata(headers: Mapping[Path, Header], expected: Mapping[str, str]) -> None:
+    """Raises `ModelError` if the metadata of a file is not as expected."""
     for path, header in headers.items():
-        for key, value in native.metadata().items():
+        for key, value in expected.items():
             said = header.metadata.get(key)
             if said != value:
                 raise ModelError(
                     f"{path}: its metadata says {key} {quoted(said)}, and config.json says "
                     f"{quoted(value)}; the files belong to different checkpoints, {AGAIN}"
                 )
+
+
+def stream_layout(
+    spelling: str,
+    folder: Path,
+    headers: Mapping[Path, Header],
+    config: ModelConfig,
+    formats: Formats,
+    stored: Iterable[StoredParameter],
+) -> Layout:
+    """The layout of files that hold exactly the tensors of `stored`. Raises as `pieces.match` does."""
     found = collect(folder, headers)
-    check_count(folder, config, stream_count(config, native.formats), len(found))
-    expected = {
-        tensor.name: (tensor, parameter.spec)
-        for _, parameter in stored_parameters(config, native.formats, torch.bfloat16)
-        for tensor in parameter.tensors
-    }
+    check_count(folder, config, stream_count(config, formats), len(found))
+    expected = {tensor.name: (tensor, parameter.spec) for parameter in stored for tensor in parameter.tensors}
     check_names(folder, expected, found)
     pieces = []
     for name, (tensor, spec) in expected.items():
@@ -216,4 +230,4 @@ def native_layout(
         )
         rows = Rows(name, 0, tensor.shape)
         pieces.append(Piece(path, name, entry.offset, DTYPES[entry.dtype], rows, exact=spec.quantized))
-    return Layout.of("native", pieces, headers)
+    return Layout.of(spelling, pieces, headers)

@@ -7,7 +7,7 @@ failure before then leaves nothing that could be mistaken for it.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,18 +44,23 @@ class Writer:
 
     Leaving the block puts the file in place, and replaces a file of that name. An exception in the block
     removes what was written. So does a missing tensor, which raises `ValueError`. A killed process leaves
-    `path.part`.
+    `path.part`. `written` is called with all bytes of the file, in order: it may be a digest's `update`.
     """
 
     def __init__(
-        self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        specs: Sequence[TensorSpec],
+        metadata: Mapping[str, str] | None = None,
+        written: Callable[[bytes | memoryview], object] = lambda data: None,
     ) -> None:
         header = encode_header(specs, metadata or {})
         self.path = path
+        self.written = written
         self.remaining = list(reversed(specs))
         self.place = replacing(path)
         self.file = self.place.__enter__()
-        self.file.write(header)
+        self.append(header)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor. Raises `ValueError` if it is not the one that the specs have next."""
@@ -65,8 +70,12 @@ class Writer:
         if given != spec:
             raise ValueError(f"{self.path}: expected {spec}, was given {given}")
         values = tensor.detach().to("cpu").contiguous()
-        self.file.write(byte_view(values))
+        self.append(byte_view(values))
         self.remaining.pop()
+
+    def append(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self.written(data)
 
     def __enter__(self) -> "Writer":
         return self

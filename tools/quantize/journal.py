@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from model.checkpoint.files import weight_files
 from model.checkpoint.native import NativeFormat
@@ -27,13 +28,19 @@ Errors = dict[str, float]  # relative error of every matrix
 class Journal:
     """`settings` decide the bytes of the output, so a run goes on only with the same ones. `files` are all
     files of the output, and `stale` those of an earlier output, which are to be removed. `shards` are the
-    finished files, {file: {matrix: relative error}}.
+    finished files, {file: {matrix: relative error}}, and `digests` are their SHA-256, {file: hex}.
     """
 
     settings: dict[str, Any]
     files: list[str]
     stale: list[str]
     shards: dict[str, Errors]
+    digests: dict[str, str]
+
+    @staticmethod
+    def begin(settings: dict[str, Any], files: list[str], stale: list[str]) -> "Journal":
+        """The journal of a run that has finished no file."""
+        return Journal(settings, files, stale, {}, {})
 
     @staticmethod
     def read(folder: Path) -> "Journal | None":
@@ -48,10 +55,17 @@ class Journal:
 
     def check(self, folder: Path, matrices: Mapping[str, Sequence[str]]) -> None:
         """Check the finished shards against all shards of the run, {file: matrices}. Raises `MixtralError`
-        for one that is unknown, or lacks the error of a matrix."""
+        for one that is unknown, or lacks its digest or the error of a matrix."""
+        if self.shards.keys() != self.digests.keys():
+            raise damaged(folder)
         for name, errors in self.shards.items():
             if name not in matrices or sorted(errors) != sorted(matrices[name]):
                 raise damaged(folder)
+
+    def keep(self, names: Container[str]) -> None:
+        """Forget the finished shards that are not among `names`."""
+        self.shards = {name: errors for name, errors in self.shards.items() if name in names}
+        self.digests = {name: digest for name, digest in self.digests.items() if name in names}
 
     def save(self, folder: Path) -> None:
         write_text(folder / NAME, json.dumps(vars(self), indent=2) + "\n")
@@ -62,7 +76,8 @@ class Journal:
 
 def parse(found: dict[str, Any]) -> Journal:
     """A journal from the contents of its file. Raises `ValueError` if any part is not as we write it."""
-    if found.keys() != {"settings", "files", "stale", "shards"}:
+    found = {"digests": {}} | found  # the journals of version 1 have none
+    if found.keys() != {"settings", "files", "stale", "shards", "digests"}:
         raise ValueError("keys")
     journal = Journal(**found)
     if not isinstance(journal.settings, dict) or not isinstance(journal.shards, dict):
@@ -72,16 +87,28 @@ def parse(found: dict[str, Any]) -> Journal:
             raise ValueError("names")
     if not all(map(is_errors, journal.shards.values())):
         raise ValueError("errors")
+    if not is_digests(journal.digests):
+        raise ValueError("digests")
     return journal
 
 
-def is_errors(value: object) -> bool:
+def is_errors(value: object) -> TypeGuard[Errors]:
     """
     >>> [is_errors(value) for value in ({"o_proj": 0.01}, {"o_proj": math.nan}, {"o_proj": 1}, [])]
     [True, False, False, False]
     """
     return isinstance(value, dict) and all(
         isinstance(error, float) and 0 <= error < math.inf for error in value.values()
+    )
+
+
+def is_digests(value: object) -> bool:
+    """
+    >>> [is_digests(value) for value in ({"a": "0f" * 32}, {"a": "0F" * 32}, {"a": "0f"}, {"a": 3}, [])]
+    [True, False, False, False, False]
+    """
+    return isinstance(value, dict) and all(
+        isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) for digest in value.values()
     )
 
 

@@ -56,24 +56,25 @@ def claim(
     if journal is not None and journal.settings == settings:
         journal.check(folder, matrices)
         stale = {*journal.stale, *journal.files} - set(files)  # another tokenizer's, perhaps
-        return Journal(settings, files, sorted(stale), journal.shards)
+        return Journal(settings, files, sorted(stale), journal.shards, journal.digests)
     if journal is not None and not force:
         raise MixtralError(
             f"{folder}: holds an unfinished run with {journals.difference(settings, journal.settings)}; "
             "repeat its command to finish it, or begin anew with --force"
         )
     if journal is not None:
-        return Journal(settings, files, sorted({*journal.files, *journal.stale}), {})
+        return Journal.begin(settings, files, sorted({*journal.files, *journal.stale}))
     there = {path.name for path in folder.iterdir()} - {journals.NAME + ".part", lock.NAME}
     if not there:
-        return Journal(settings, files, [], {})
+        return Journal.begin(settings, files, [])
     if not is_native(folder):
         raise MixtralError(f"{folder}: not empty, and not an output of this tool; choose another folder")
     if not force:
         raise MixtralError(
             f"{folder}: holds a finished checkpoint; choose another folder, or make it anew with --force"
         )
-    return Journal(settings, files, [CONFIG, INDEX, RECORD, *journals.recorded_files(folder / RECORD)], {})
+    leftover = [CONFIG, INDEX, RECORD, *journals.recorded_files(folder / RECORD)]
+    return Journal.begin(settings, files, leftover)
 
 
 def is_native(folder: Path) -> bool:

@@ -60,8 +60,8 @@ def spoil(path: Path, chance: Random, key: str, names: list[str]) -> None:
 
 
 def believable(content: Any, original: dict[str, Any]) -> bool:
-    """Whether this is a journal that differs from another one in errors alone. No program can see that it is
-    not true."""
+    """Whether this is a journal that differs from another one in errors and digests alone. No program can
+    see that it is not true."""
     try:
         parse(content)
     except (ValueError, AttributeError, TypeError):
@@ -70,7 +70,8 @@ def believable(content: Any, original: dict[str, Any]) -> bool:
 
 
 def blanked(journal: dict[str, Any]) -> dict[str, Any]:
-    return journal | {"shards": {name: set(errors) for name, errors in journal["shards"].items()}}
+    shards = {name: set(errors) for name, errors in journal["shards"].items()}
+    return journal | {"shards": shards, "digests": set(journal["digests"])}
 
 
 def spoilt(content: Any, chance: Random, key: str, names: list[str]) -> Any:

@@ -238,7 +238,7 @@ def test_a_configuration_of_another_size(native: Path, monkeypatch: pytest.Monke
     edit(native, lambda config: config.update(intermediate_size=256, num_local_experts=4))
     assert "tensors missing" in refusal(native)
     edit(native, lambda config: config.update(num_hidden_layers=4096, num_local_experts=256))
-    monkeypatch.setattr(storage, "stored_parameters", pytest.fail)
+    monkeypatch.setattr(storage, "instances", pytest.fail)
     said = refusal(native)  # by arithmetic: no name of them is spelled out
     assert re.search(r"holds \d+ tensors, and the configuration's 4096 layers of 256 experts are", said)
 

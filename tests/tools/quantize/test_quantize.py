@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -29,8 +30,10 @@ from tests.model.checkpoint.conftest import read_all
 from tools.quantize import command as quantize
 from tools.quantize import lock, output
 from tools.quantize.journal import NAME as JOURNAL
+from tools.quantize.journal import Journal
 from tools.quantize.lock import locked
 from tools.quantize.names import COPIED, files_to_copy
+from tools.quantize.weights import converted
 
 ROOT = Path(__file__).resolve().parents[3]
 SHAPE = ModelConfig(
@@ -112,6 +115,7 @@ def test_what_is_written(run: Run, tmp_path: Path, formats: str) -> None:
     headers = [8 + int.from_bytes(path.read_bytes()[:8], "little") for path in shards]
     total = model_size(SHAPE, specs).total
     assert sum(path.stat().st_size for path in shards) == total + sum(headers)
+    assert report["sha256"] == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in shards}
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == total
     assert index["weight_map"] == {name: path.name for path in shards for name in read_header(path).tensors}
@@ -309,6 +313,11 @@ def change_shards(change: Callable[[Any], object]) -> Callable[[Any], object]:
         lambda journal: journal.update(settings=[]),
         lambda journal: journal.update(more=1),
         lambda journal: journal.pop("stale"),
+        lambda journal: journal.pop("digests"),
+        lambda journal: journal.update(digests=[]),
+        lambda journal: journal["digests"].pop(SECOND),
+        lambda journal: journal["digests"].update({SECOND: "0"}),
+        lambda journal: journal["digests"].update({"thesis.txt": "0" * 64}),
         change_shards(lambda errors: errors.popitem()),
         change_shards(lambda errors: errors.update({"experts": 0.1})),
         change_shards(lambda errors: errors.update({min(errors): float("nan")})),
@@ -459,8 +468,8 @@ def test_weights_that_are_not_finite_are_named(run: Run, tmp_path: Path, paramet
 def test_weights_beyond_the_outputs_dtype_are_named() -> None:
     large = torch.tensor([1e6])
     with pytest.raises(ModelError, match=r"norm\.weight: has weights too large for float16"):
-        quantize.converted("norm.weight", large, torch.float16)
-    assert quantize.converted("norm.weight", large, torch.bfloat16).item() == 999424
+        converted("norm.weight", large, torch.float16)
+    assert converted("norm.weight", large, torch.bfloat16).item() == 999424
 
 
 def test_another_tokenizer(run: Run, source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
@@ -512,7 +521,7 @@ def test_a_run_goes_on_with_another_tokenizer(
     for name in ("tokenizer.model", "added_tokens.json"):
         (other / name).write_text("another")
     with monkeypatch.context() as patch:
-        patch.setattr(quantize.Journal, "remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Journal, "remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run("--tokenizer", str(other))[0] == 130  # all is written
     assert run()[0] == 0
     assert contents(tmp_path / "out") == whole

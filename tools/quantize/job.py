@@ -1,0 +1,166 @@
+"""Writes a checkpoint file by file, so that a run that was broken off goes on from the last finished file."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from model.checkpoint.native import NativeFormat, Shard, StoredParameter
+from model.checkpoint.safetensors import readable
+from model.checkpoint.writer import Writer, write_text
+from model.config import to_hf
+from runtime.shell.command import say
+from runtime.shell.progress import progress
+from tools.quantize.journal import Errors, Journal, settings
+from tools.quantize.names import CONFIG, INDEX, RECORD
+from tools.quantize.output import (
+    check_space,
+    claim,
+    copy,
+    is_finished,
+    leftovers,
+    reserved,
+    shard_bytes,
+)
+
+Make = Callable[[StoredParameter, Executor], tuple[list[Tensor], float | None]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint to make another of, how, and where to.
+
+    `make` returns a parameter's tensors as they are to be written, and the error of quantizing it if that is
+    done now. `known` are errors of matrices that were quantized before.
+    """
+
+    what: str  # is done, as progress names it
+    source: Checkpoint
+    out: Path
+    format: NativeFormat
+    dtype: torch.dtype  # of tensors that are not quantized
+    device: str  # the type of the device that computes
+    shards: list[Shard]
+    copied: dict[str, Path]  # files that go along, by their name in the output
+    make: Make
+    known: Errors | None = field(default=None)
+
+    @property
+    def matrices(self) -> dict[str, list[str]]:
+        """The matrices of each shard that are quantized now, by the shard's name."""
+        return {
+            shard.name: [p.matrix for p in shard.parameters if p.spec.quantized and self.known is None]
+            for shard in self.shards
+        }
+
+    @property
+    def files(self) -> list[str]:
+        """The names of all files of the output."""
+        return [*(shard.name for shard in self.shards), INDEX, *self.copied, RECORD, CONFIG]
+
+    def source_bytes(self, parameter: StoredParameter) -> int:
+        layout = self.source.layout
+        names = [parameter.name]
+        if parameter.name not in layout.shapes:  # the source is quantized, too
+            names = [tensor.name for tensor in parameter.tensors]
+        return sum(piece.bytes for piece in layout.filling(names))
+
+
+def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, Any]:
+    """Write all files of the output that are missing. Returns the contents of `quantization.json`.
+
+    Raises `MixtralError`, `ModelError` or `OSError`. Finished files stay, and a later call goes on from them.
+    """
+    folder, metadata, source = job.out, job.format.metadata(), job.source
+    with reserved(folder):
+        ours = settings(source.folder, source.config, job.format, job.device)
+        journal = claim(folder, ours, job.files, job.matrices, force)
+        journal.keep(
+            {
+                shard.name
+                for shard in job.shards
+                if shard.name in journal.shards and is_finished(folder, shard, metadata)
+            }
+        )
+        missing = [shard for shard in job.shards if shard.name not in journal.shards]
+        rest = leftovers(folder, journal, journal.shards)
+        check_space(folder, sum(shard_bytes(shard, metadata) for shard in missing), rest)
+        journal.save(folder)
+        for path in rest:
+            path.unlink(missing_ok=True)
+        with byte_bar(job, missing, quiet) as advance, ThreadPoolExecutor(threads) as pool:
+            for shard in missing:
+                errors, digest = write_shard(job, shard, advance, pool)
+                journal.shards[shard.name], journal.digests[shard.name] = errors, digest
+                journal.save(folder)
+        return finish(job, journal)
+
+
+def write_shard(job: Job, shard: Shard, advance: Callable[[int], None], pool: Executor) -> tuple[Errors, str]:
+    """Write one file. Returns the errors of its matrices that are quantized now, and the file's SHA-256."""
+    errors, digest = {}, hashlib.sha256()
+    with Writer(job.out / shard.name, shard.tensors, job.format.metadata(), digest.update) as writer:
+        for parameter in shard.parameters:
+            tensors, error = job.make(parameter, pool)
+            if error is not None:
+                errors[parameter.matrix] = error
+            for tensor, stored in zip(tensors, parameter.tensors, strict=True):
+                writer.write(stored.name, tensor)
+            advance(job.source_bytes(parameter))
+    return errors, digest.hexdigest()
+
+
+def finish(job: Job, journal: Journal) -> dict[str, Any]:
+    """Write the files other than weights, `config.json` last, and remove the journal. Returns the record."""
+    tensors = [(tensor, shard.name) for shard in job.shards for tensor in shard.tensors]
+    total = sum(tensor.bytes for tensor, _ in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": {tensor.name: file for tensor, file in tensors}}
+    write_json(job.out / INDEX, index)
+    for name, path in job.copied.items():
+        copy(path, job.out / name)
+    found = record(job, journal)
+    write_json(job.out / RECORD, found)
+    config = to_hf(job.source.config, str(job.dtype).removeprefix("torch."))
+    write_json(job.out / CONFIG, config | {"quantization_config": job.format.section()})
+    journal.remove(job.out)
+    return found
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def record(job: Job, journal: Journal) -> dict[str, Any]:
+    """The contents of `quantization.json`: settings, files, the SHA-256 of those with weights, and the
+    relative error of every matrix for which it is known."""
+    names = [shard.name for shard in job.shards]
+    errors = {matrix: error for name in names for matrix, error in journal.shards[name].items()}
+    return {
+        **job.format.section(),
+        "device": job.device,
+        "files": job.files,
+        "sha256": {name: journal.digests[name] for name in names},
+        "errors": errors if job.known is None else job.known,
+    }
+
+
+@contextmanager
+def byte_bar(job: Job, missing: list[Shard], quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show how many of the source's bytes are done. Yields a function that takes each number of bytes."""
+    parameters = [parameter for shard in missing for parameter in shard.parameters]
+    done = job.source.bytes - sum(job.source_bytes(parameter) for parameter in parameters)
+    if done and not quiet:
+        say(f"going on after {readable(done)} of {readable(job.source.bytes)}")
+    if quiet:
+        yield lambda size: None
+        return
+    with progress(job.source.bytes, job.what, "", done, readable) as advance:
+        yield advance
