@@ -3,11 +3,13 @@
     python -m tools.quantize path/to/Mixtral-8x7B-v0.1 OUT --attention 4 --experts 3g128
     python -m tools.quantize path/to/Mixtral-8x7B-v0.1 OUT --experts 2g64 --head 16 --json
     python -m tools.quantize CHECKPOINT_OF_VERSION_1 OUT
+    python -m tools.quantize --verify OUT
 
 A format is BITS or BITSgGROUP: 4, 3g128, 2g64, or 16 to leave weights as they are. After an interrupt or a
 kill, the same command goes on from the last finished file. A summary of relative errors goes to stdout at the
 end, progress to stderr. A checkpoint that this program wrote in its version 1 is converted, with no format
-given: every weight stays the same number.
+given: every weight stays the same number. `--verify` compares every byte of a checkpoint with the digests
+that were recorded when it was written.
 """
 
 import argparse
@@ -34,10 +36,11 @@ from runtime.planning.device import pick_device
 from runtime.process.shortage import shortage_as
 from runtime.process.threads import pick_threads, using_threads
 from runtime.shell.arguments import at_least_one, new_parser
-from runtime.shell.command import put, run
+from runtime.shell.command import DONE, INTERRUPTED, one_line, put, run, say
 from tools.quantize.job import Job, write_output
 from tools.quantize.journal import Errors
-from tools.quantize.names import files_to_copy, tokenizer_missing
+from tools.quantize.names import RECORD, files_to_copy, tokenizer_missing
+from tools.quantize.verify import verify
 from tools.quantize.version1 import (
     from_version1,
     is_version1,
@@ -54,6 +57,7 @@ MATRICES = {
     "experts": "experts",
     "head": "the matrix that makes logits",
 }
+OF_OUTPUTS = (*MATRICES, "device", "threads", "tokenizer", "force", "json")  # flags
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,9 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
-def convert(argv: list[str] | None) -> None:
-    """Do what the command line asks. Every failure is raised."""
-    args = make_parser().parse_args(argv)
+def convert(argv: list[str] | None) -> int | None:
+    """Do what the command line asks. Returns an exit status, or None. Every failure is raised."""
+    args = parse(argv)
+    if args.out is None:
+        return report(args.source, args.quiet, put)
     threads = pick_threads(args.threads)
     try:
         with shortage_as(DeviceError, REMEDY), using_threads(1):  # the pool's workers are the threads
@@ -76,6 +82,48 @@ def convert(argv: list[str] | None) -> None:
     except OSError as error:
         raise MixtralError(explain(error, args.out)) from error
     put((json.dumps(record, indent=2) if args.json else summary(job.out, record["errors"])) + "\n")
+    if args.verify:
+        return report(args.out, args.quiet, to_stderr if args.json else put)
+    return None
+
+
+def report(folder: Path, quiet: bool, tell: Callable[[str], None]) -> int:
+    """Verify a checkpoint, and tell what was found. Returns an exit status. Raises `MixtralError` unless all
+    is well, and `ModelError` as `verify` does."""
+    try:
+        found = verify(folder, quiet)
+    except KeyboardInterrupt:
+        say(f"interrupted; {folder} has not been compared")
+        return INTERRUPTED
+    for line in found.faults:
+        tell(one_line(line) + "\n")
+    if found.faults:
+        raise MixtralError(
+            f"{folder}: {len(found.faults)} of {found.files} files are missing or damaged; make it again "
+            "from its source with --force, or copy it again"
+        )
+    if not found.compared:
+        raise MixtralError(
+            f"{folder}: headers and sizes of its files are right, and their bytes cannot be compared: an "
+            f"earlier version of this program wrote no digests to {RECORD}"
+        )
+    tell(f"{folder}: every byte of the weights is as it was written\n")
+    return DONE
+
+
+def to_stderr(text: str) -> None:
+    say(text.removesuffix("\n"))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Without OUT, SRC is the folder to verify."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.out is None and not args.verify:
+        parser.error("the following arguments are required: OUT")
+    if args.out is None and (given := [f"--{name}" for name in OF_OUTPUTS if getattr(args, name)]):
+        parser.error(f"{' and '.join(given)} without OUT: --verify alone writes nothing")
+    return args
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -86,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SRC",
         help="checkpoint folder, HF or Mistral layout, or one of version 1",
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, made if need be")
+    parser.add_argument("out", type=Path, metavar="OUT", nargs="?", help="folder to write, made if need be")
     spec, device = parsed_by(QuantSpec.parse), parsed_by(pick_device)
     for kind, default in DEFAULT.by_kind().items():
         help = f"of {MATRICES[kind]} (default: {default})"
@@ -100,6 +148,11 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="PATH",
         help="take the tokenizer from this file or folder instead of SRC",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read OUT again after writing it, and compare every byte; without OUT, compare SRC",
     )
     parser.add_argument("--force", action="store_true", help="replace an output of this tool that is in OUT")
     parser.add_argument("--json", action="store_true", help="print every matrix's error, as JSON")

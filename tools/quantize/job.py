@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tools.quantize.output import (
     check_space,
     claim,
     copy,
-    is_finished,
+    difference,
     leftovers,
     reserved,
     shard_bytes,
@@ -51,7 +51,7 @@ class Job:
     shards: list[Shard]
     copied: dict[str, Path]  # files that go along, by their name in the output
     make: Make
-    known: Errors | None = field(default=None)
+    known: Errors | None = None
 
     @property
     def matrices(self) -> dict[str, list[str]]:
@@ -83,13 +83,7 @@ def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, 
     with reserved(folder):
         ours = settings(source.folder, source.config, job.format, job.device)
         journal = claim(folder, ours, job.files, job.matrices, force)
-        journal.keep(
-            {
-                shard.name
-                for shard in job.shards
-                if shard.name in journal.shards and is_finished(folder, shard, metadata)
-            }
-        )
+        journal.keep({s.name for s in job.shards if not difference(folder / s.name, s, metadata)})
         missing = [shard for shard in job.shards if shard.name not in journal.shards]
         rest = leftovers(folder, journal, journal.shards)
         check_space(folder, sum(shard_bytes(shard, metadata) for shard in missing), rest)

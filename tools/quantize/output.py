@@ -86,13 +86,17 @@ def is_native(folder: Path) -> bool:
     return isinstance(section, dict) and section.get("quant_method") == NATIVE
 
 
-def is_finished(folder: Path, shard: Shard, metadata: dict[str, str]) -> bool:
-    """Whether the shard's file has the right header and size."""
-    path, header = folder / shard.name, encode_header(shard.tensors, metadata)
-    if not path.is_file() or path.stat().st_size != shard_bytes(shard, metadata):
-        return False
+def difference(path: Path, shard: Shard, metadata: dict[str, str]) -> str | None:
+    """In which way a file has not the shard's size and header, in one line; None if it has."""
+    size, header = shard_bytes(shard, metadata), encode_header(shard.tensors, metadata)
+    if not path.is_file():
+        return f"{path}: missing"
+    if (found := path.stat().st_size) != size:
+        return f"{path}: damaged, or of another checkpoint: {found} bytes, and {size} were written"
     with path.open("rb") as file:
-        return file.read(len(header)) == header
+        if file.read(len(header)) != header:
+            return f"{path}: damaged, or of another checkpoint: its header is not the one that was written"
+    return None
 
 
 def shard_bytes(shard: Shard, metadata: dict[str, str]) -> int:
