@@ -35,10 +35,16 @@ def rounded(values: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr): 
 
 @triton.jit
 def tiles(first: tl.tensor, mask: tl.tensor, COUNT: tl.constexpr):
-    """A tuple of what lies where `first` points to, 16 numbers after that, and so on."""
+    """A tuple of what lies where `first` [BLOCKS, PIECES, 16] points to, 16 numbers after that, and so on.
+
+    Triton gives threads elements by how many of them it takes to be contiguous. 4 rows are a load of words. A
+    load of bytes shall not give a thread more. Pieces are not contiguous, but that puts them before blocks: so
+    threads get other pieces, and one thread all blocks of its piece, for which it prepares x once.
+    """
     loaded = ()
     for i in tl.static_range(COUNT):
-        loaded = loaded + (tl.load(first + i * 16, mask=mask, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+        at = tl.max_contiguous(first + i * 16, [1, 2, 4])
+        loaded = loaded + (tl.load(at, mask=mask, other=0),)  # type: ignore[assignment]  # noqa: RUF005
     return loaded
 
 
@@ -182,9 +188,8 @@ def pieces_from(
     if BITS == 3:
         at = codes + N * K // 16 + (block * (K // 32) + p * (PIECE // 32)) * 16 + r
         high = tiles(at, mask, PIECE // 32)
-    # A thread has 4 rows, as a load of words gives it. A load of bytes shall not give it 16.
     scales = matrix + N * K * BITS // 8
-    at = scales + (block * J + p * PIECE // GROUP) * 16 + tl.max_contiguous(r, [1, 1, 4])
+    at = scales + (block * J + p * PIECE // GROUP) * 16 + r
     scale = tiles(at, mask, (PIECE + GROUP - 1) // GROUP)
     zero = tiles(at + N * J, mask, (PIECE + GROUP - 1) // GROUP)
     steps = (scales + 2 * N * J).to(tl.pointer_type(tl.float32), bitcast=True)
