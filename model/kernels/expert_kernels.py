@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from model.kernels.shared_kernels import dot_rows, packed_blocks, rounded
+from model.kernels.row_kernels import dot_rows, packed_blocks
+from model.kernels.shared_kernels import rounded
 
 
 @triton.jit
@@ -31,9 +32,8 @@ def gate_up(
         gate = dot_rows(x, w13, first, 2 * F, D, BITS, GROUP, META, ROWS, PIECE, PIECES)
         up = dot_rows(x, w13, F + first, 2 * F, D, BITS, GROUP, META, ROWS, PIECE, PIECES)
     else:  # a block of w1 and one of w3 at once, for which x is prepared once; 8 bits take too many registers
-        blocks = first // 16 + tl.arange(0, 2) * (F // 16)
-        both = packed_blocks(x, w13, blocks, 2 * F, D, BITS, GROUP, META, PIECE, PIECES)
-        gate, up = tl.split(tl.trans(both))
+        blocks = (first // 16, (F + first) // 16)
+        gate, up = packed_blocks(x, w13, blocks, 2 * F, D, BITS, GROUP, META, PIECE, PIECES)
     gate = rounded(gate, dtype, INTERPRETED).to(tl.float32)
     up = rounded(up, dtype, INTERPRETED).to(tl.float32)
     silu = rounded(gate / (1.0 + tl.exp(-gate)), dtype, INTERPRETED).to(tl.float32)

@@ -7,7 +7,8 @@ So it is bit for bit what `QuantizedTensor.dequantize` gives.
 import triton
 import triton.language as tl
 
-from model.kernels.shared_kernels import dot_rows, pieces_from, rounded, with_high
+from model.kernels.row_kernels import dot_rows
+from model.kernels.shared_kernels import pieces_from, rounded, with_high
 
 
 @triton.jit
@@ -52,13 +53,14 @@ def multiply_few(
     ALL: tl.constexpr = K // PIECE
     EACH: tl.constexpr = (ALL + SPLITS * PIECES - 1) // (SPLITS * PIECES) * PIECES
     dtype = x.dtype.element_ty
-    blocks = tl.program_id(0) * (ROWS // 16) + tl.arange(0, ROWS // 16)
+    block = (tl.program_id(0) * (ROWS // 16) + tl.arange(0, ROWS // 16))[:, None, None]
+    r = tl.arange(0, 16)[None, None, :]
     m, wide = tl.arange(0, 16), tl.arange(0, PIECES * 8)
     begin = tl.program_id(1) * EACH
     sums = tl.zeros([16, ROWS], tl.float32)
     for start in range(begin, tl.minimum(begin + EACH, ALL), PIECES):
-        piece = start + tl.arange(0, PIECES)
-        pieces = pieces_from(matrix, blocks, piece, N, K, BITS, GROUP, META, PIECE)
+        p = (start + tl.arange(0, PIECES))[None, :, None]
+        pieces = pieces_from(matrix, block, p, r, N, K, BITS, GROUP, META, PIECE)
         i = (start + wide // 8) * PIECE + wide % 8
         inputs = x + m[:, None] * K + i[None, :]
         mask = (m < M)[:, None] & (i < K)[None, :]
@@ -108,8 +110,9 @@ def eight_weights(pieces: tl.tuple, BITS: tl.constexpr, PIECE: tl.constexpr, AT:
     elif BITS == 4:
         a, b = low[AT], low[AT] >> 4
     elif BITS == 3:
-        even, odd = with_high(low[AT // 2], high[AT // 4] >> AT // 2 % 2 * 4)
-        a, b = even >> AT % 2 * 4, odd >> AT % 2 * 4
+        high_bits = high[AT // 4] >> AT // 2 % 2 * 4
+        a = with_high(low[AT // 2], high_bits, 0) >> AT % 2 * 4
+        b = with_high(low[AT // 2], high_bits, 1) >> AT % 2 * 4
     else:
         a, b = low[AT // 2] >> AT % 2 * 4, low[AT // 2] >> AT % 2 * 4 + 2
     w = tl.join(four_weights(a, s, z, BITS), four_weights(b, s, z, BITS))
@@ -130,9 +133,10 @@ def expand(
     PIECES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [rows / 16, K / PIECE / PIECES, rounded up]
-    blocks = first // 16 + tl.program_id(0) + tl.arange(0, 1)
+    block = first // 16 + tl.program_id(0)
     start = tl.program_id(1) * PIECES
-    pieces = pieces_from(matrix, blocks, start + tl.arange(0, PIECES), N, K, BITS, GROUP, META, PIECE)
+    p, r = (start + tl.arange(0, PIECES))[None, :, None], tl.arange(0, 16)[None, None, :]
+    pieces = pieces_from(matrix, block, p, r, N, K, BITS, GROUP, META, PIECE)
     row, wide = tl.program_id(0) * 16 + tl.arange(0, 16), tl.arange(0, PIECES * 16)
     for at in tl.static_range(PIECE // 16):
         w = tl.join(
