@@ -3,9 +3,9 @@
 They are bound by memory. Every byte of a matrix is read once, and sums are float32. A thread goes along a
 piece, so it sums up a group, or a good part of one, without asking other threads. The bits of a code stay
 where they are in the word. Instead x is made smaller in proportion, by a power of two, which is exact. Codes
-are not converted to numbers either, because the bits of a small integer are those of a denormal float32. Scale
-and zero come in once for a group, since the sum of (q - z) s x is s (sum of q x - z sum of x), and a step once
-for all groups of a piece that share it.
+are not converted to numbers either, because the bits of a small integer are those of a denormal float32.
+Scale and zero come in once for a group, since the sum of (q - z) s x is s (sum of q x - z sum of x), and a
+step once for all groups of a piece that share it.
 
 What differs from block to block is in tuples. As a dimension of tensors, blocks may be spread over threads,
 which depends on the compiler. But one thread shall have both of two blocks, and prepare x once.
