@@ -60,10 +60,11 @@ class Code:
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer())).align = 1
 
     def prefetch(self, address: Any) -> None:
-        """Ask for a cache line that will be read soon. Any address will do: no fault comes of it."""
+        """Ask for a cache line to come to the second cache. Any address will do: no fault
+        comes of it."""
         pointer = i8.as_pointer()
         function = self.function("llvm.prefetch.p0", ir.VoidType(), pointer, i32, i32, i32)
-        self.builder.call(function, [self.builder.inttoptr(address, pointer), i32(0), i32(3), i32(1)])
+        self.builder.call(function, [self.builder.inttoptr(address, pointer), i32(0), i32(2), i32(1)])
 
     def variable(self, kind: Any, value: Any) -> Any:
         """A variable that survives a `loop`. Read and write it by `builder.load` and `builder.store`."""

@@ -24,7 +24,7 @@ from model.kernels.cpu.lanes import FLOATS, INTS, LANES, Code, f32, i32, same, z
 from model.kernels.cpu.rounding import Scheme
 from model.quant.packing import PLANES
 
-AHEAD = 4096  # bytes: a processor's own prefetcher stops where a page of memory ends
+AHEAD = 8192  # bytes, two pages: a processor's own prefetcher stops where a page of memory ends
 STRETCH = 32  # codes that are unrolled for several rows of x
 PAIR = 32  # codes; a word of a 3-bit matrix's high plane has so many, and K is a multiple
 
