@@ -152,7 +152,7 @@ class BlobExperts:
         return BlobExperts(form, torch.empty(count, form.blob_bytes, dtype=torch.uint8, device=device))
 
     def __call__(self, x: Tensor, choice: Choice) -> Tensor:  # [N, D] -> [N, D]
-        if x.shape[0] > 1:
+        if x.shape[0] != 1:
             return mix(self.experts, x, choice)
         ids = choice.ids.tolist()[0]
         outputs = self.form.together(x, [self.experts[e] for e in ids])

@@ -158,7 +158,7 @@ def test_a_token_is_computed_as_a_row_among_others(spec: QuantSpec) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N", [1, 2, 9])
+@pytest.mark.parametrize("N", [0, 1, 2, 9])
 def test_a_layer_of_blobs_mixes_as_one_of_parameters(N: int, dtype: torch.dtype) -> None:
     form = ExpertFormat.of(CONFIG, QuantSpec(16), dtype, HERE)
     layer = BlobExperts.empty(form, CONFIG.experts, CPU)
