@@ -128,10 +128,10 @@ def silu(code: Code, x: Any) -> Any:
     expf).
     """
     b = code.builder
-    limit = same(FLOATS, 88.0)  # exp(88) is near the largest float32, and x / exp(88) is nothing
-    y = b.fneg(x)
-    y = b.select(b.fcmp_ordered("<", y, limit), y, limit)
-    y = b.select(b.fcmp_ordered(">", y, b.fneg(limit)), y, b.fneg(limit))
+    y, least, most = b.fneg(x), same(FLOATS, -88.0), same(FLOATS, 89.0)
+    # At the limits 2^n is 0 and infinity already. The bits of a larger n would be those of other numbers.
+    y = b.select(b.fcmp_ordered("<", y, most), y, most)
+    y = b.select(b.fcmp_ordered(">", y, least), y, least)
     n = code.rint(b.fmul(y, same(FLOATS, 1.44269504088896341)))
     r = code.multiply_add(n, same(FLOATS, -0.693359375), y)
     r = code.multiply_add(n, same(FLOATS, 2.12194440e-4), r)
