@@ -34,12 +34,19 @@ class PackedMatrix:
     def scheme(self) -> Scheme:
         return Scheme.of(self.spec)
 
+    def __getstate__(self) -> dict[str, object]:
+        """All but the addresses, because a copy has memory of its own."""
+        return {"spec": self.spec, "shape": self.shape, "streams": self.streams}
+
 
 class Rounded:
-    """Rows of activations x [M, K], rounded as `rounding` says, in tiles of up to `tile` rows."""
+    """Rows of activations x [M, K], rounded as `rounding` says for a matrix [N, K], in tiles of up to `tile`
+    rows."""
 
-    def __init__(self, x: Tensor, scheme: Scheme, tile: int = TILE) -> None:
-        (M, K), x = x.shape, x.float().contiguous()
+    def __init__(self, x: Tensor, matrix: PackedMatrix, tile: int = TILE) -> None:
+        (M, K), x, scheme = x.shape, x.float().contiguous(), matrix.scheme
+        if matrix.shape[1] != K:  # the kernel would read whatever memory follows
+            raise ValueError(f"x has {K} columns, and the matrix {matrix.shape[1]}")
         # One run of bytes: the planes, int8, then scales and sums, float32.
         self.scales = scheme.planes * M * K
         self.sums = self.scales + M * K // scheme.unit * 4
@@ -62,7 +69,7 @@ class Rounded:
 
 def multiply(x: Tensor, matrix: PackedMatrix) -> Tensor:  # [M, K] -> [M, N] float32
     """x @ W.T, from activations that are rounded to 8 bits."""
-    rounded = Rounded(x, matrix.scheme)
+    rounded = Rounded(x, matrix)
     y = x.new_empty(x.shape[0], matrix.shape[0], dtype=torch.float32)
     compute("product", [matrix], [(rounded.at(0), len(x), y)])
     return y
@@ -70,7 +77,7 @@ def multiply(x: Tensor, matrix: PackedMatrix) -> Tensor:  # [M, K] -> [M, N] flo
 
 def gate_up(x: Tensor, w13: PackedMatrix) -> Tensor:  # [M, D] -> [M, F] float32
     """silu(w1 x) * w3 x, where w13 [2 F, D] has the rows of w1, then those of w3."""
-    rounded = Rounded(x, w13.scheme)
+    rounded = Rounded(x, w13)
     h = x.new_empty(x.shape[0], w13.shape[0] // 2, dtype=torch.float32)
     compute("gate_up", [w13], [(rounded.at(0), len(x), h)])
     return h
@@ -82,10 +89,10 @@ def experts_of_a_token(x: Tensor, w13: Sequence[PackedMatrix], w2: Sequence[Pack
     Each is bit for bit what `multiply(gate_up(x, w13[a]), w2[a])` gives.
     """
     (N, K), A = w2[0].shape, len(w2)
-    rounded = Rounded(x, w13[0].scheme)
+    rounded = Rounded(x, w13[0])
     h = x.new_empty(A, K, dtype=torch.float32)
     compute("gate_up", w13, [(rounded.at(0), 1, row) for row in h])
-    rounded = Rounded(h, w2[0].scheme, tile=1)
+    rounded = Rounded(h, w2[0], tile=1)
     y = x.new_empty(A, N, dtype=torch.float32)
     compute("product", w2, [(rounded.at(a), 1, row) for a, row in enumerate(y)])
     return y

@@ -1,10 +1,13 @@
 """Products of a CPU with quantized matrices, against NumPy's and against the dequantized matrix."""
 
+import copy
 import itertools
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -127,6 +130,60 @@ def test_inner_values() -> None:
     want = silu(gate.double()) * up.double()
     assert bool(torch.isfinite(h).all()) and bool((h[-1] == 0).all())
     torch.testing.assert_close(h.double(), want, rtol=1e-6, atol=1e-30)
+    for size in (1e6, 1e20, 3e34):
+        x = size * activations(5, D)
+        closed = products.multiply(x, packed(matrix)).chunk(2, dim=1)[0] < -200
+        assert bool(closed.any()) and bool((products.gate_up(x, packed(matrix))[closed] == 0).all())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_any_tensor_will_do(bits: int) -> None:
+    """Whatever its dtype, strides and history, and also no rows at all."""
+    spec, D = QuantSpec(bits), 256
+    matrix, x = packed(random_matrix(spec, (32, D))), activations(6, D).half().float()
+    want = products.multiply(x, matrix)
+    wide = torch.zeros(6, 2 * D)
+    wide[:, ::2] = x
+    with torch.inference_mode():
+        inference = x.clone()
+    for same in (
+        x.half(),
+        x.double(),
+        x.T.contiguous().T,
+        wide[:, ::2],
+        inference,
+        x.clone().requires_grad_(),
+    ):
+        assert torch.equal(products.multiply(same, matrix), want)
+    assert torch.equal(products.multiply(x[:1].expand(6, -1), matrix), want[:1].expand(6, -1))
+    assert products.multiply(x[:0], matrix).shape == (0, 32)
+    assert products.gate_up(x[:0], matrix).shape == (0, 16)
+    with pytest.raises(ValueError, match="x has 192 columns, and the matrix 256"):
+        products.multiply(x[:, :192], matrix)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_computes_from_its_own_memory(duplicate: Callable[[object], products.PackedMatrix]) -> None:
+    matrix, x = packed(random_matrix(QuantSpec(4), (16, 64))), activations(1, 64)
+    before = products.multiply(x, matrix)
+    other = duplicate(matrix)
+    assert torch.equal(products.multiply(x, other), before)
+    other.streams["scales"].zero_()
+    assert bool((products.multiply(x, other) == 0).all()) and torch.equal(
+        products.multiply(x, matrix), before
+    )
+
+
+def test_threads_of_the_program_compute_at_the_same_time(always_parallel: None) -> None:
+    matrix, x = packed(random_matrix(QuantSpec(4), (16 * 9, 512))), activations(3, 512)
+    want = products.multiply(x, matrix)
+
+    def work(threads: int) -> bool:
+        torch.set_num_threads(threads)
+        return all(torch.equal(products.multiply(x, matrix), want) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, (1, 2, 2, 3)))
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(3, 128), QuantSpec(2), QuantSpec(8)], ids=str)
