@@ -17,6 +17,7 @@ import numba
 from numba.core import caching, registry
 from numba.core.ccallback import CFunc
 
+from model.errors import ModelError
 from model.kernels.cpu import programs
 from model.kernels.cpu.dots import Way
 from model.kernels.cpu.rounding import Scheme
@@ -45,12 +46,12 @@ def kernel(name: str, scheme: Scheme, way: Way | None = None) -> int:
     """The address of a kernel of `programs`, compiled for a format, and for this processor unless `way` says
     otherwise: a function of a program's number and the address of its arguments."""
     number, bits, group = programs.NAMES.index(name), scheme.bits, scheme.group
-    chosen, version = int(processor() if way is None else way), sources()
+    chosen = int(processor() if way is None else way)
 
     def run(program: int, arguments: int) -> None:
-        version  # noqa: B018  # a constant of the function, so that the cache tells versions apart
         programs.run_program(number, bits, group, chosen, program, arguments)
 
+    name_for_cache(run, name, bits, group, chosen)
     callback: Any = CFunc(run, (KERNEL.args, KERNEL.return_type), {}, {"nogil": True})
     compiled(callback, run, callback.compile)
     return int(callback.address)
@@ -61,12 +62,11 @@ def grid(parallel: bool) -> Any:
     """A function that calls a kernel for every program of a grid, in this thread or in several.
 
     `next_one` is the address of an int64 that is 0. A thread takes `share` programs at a time: many
-    processors have slow cores beside fast ones, and a core may have other work to do.
+    processors have slow cores beside fast ones, and a core may have other work to do. Raises `ModelError` if
+    numba cannot start threads.
     """
-    version = sources()
 
     def run(kernel: int, arguments: int, count: int, threads: int, share: int, next_one: int) -> None:
-        version, parallel  # noqa: B018  # a constant of the function, so that the cache tells versions apart
         for _ in numba.prange(threads):
             first = programs.take(next_one, share)
             while first < count:
@@ -74,8 +74,15 @@ def grid(parallel: bool) -> Any:
                     programs.call_program(kernel, program, arguments)
                 first = programs.take(next_one, share)
 
+    name_for_cache(run, "grid", parallel)
     dispatcher = numba.njit(parallel=parallel, nogil=True)(run)
-    compiled(dispatcher, run, functools.partial(dispatcher.compile, GRID.args))
+    try:
+        compiled(dispatcher, run, functools.partial(dispatcher.compile, GRID.args))
+    except ValueError as error:  # it looks for a library of threads when it compiles, or finds compiled
+        reason, layer = str(error).splitlines()[0], numba.config.THREADING_LAYER
+        raise ModelError(
+            f"numba cannot start threads ({reason}); NUMBA_THREADING_LAYER is {layer}, leave it out"
+        ) from error
     dispatcher.disable_compile()
     return dispatcher
 
@@ -100,17 +107,40 @@ class UserFolder(caching.CompileResultCacheImpl):
 
 
 class UserCache(caching.FunctionCache):
+    """A cache that is a help and never a condition: its folder may be damaged, or its disk full."""
+
     _impl_class = UserFolder
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # of unpickling, which may be any
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
+
+
+def name_for_cache(function: Any, *parts: object) -> None:
+    """Name a function after all that its compiled form depends on, so that it has files of its own.
+
+    numba would keep functions with one name in numbered files and list them in one index. Two processes that
+    compile at the same time would give two of them one number, and a later one would compute with the wrong
+    kernel. numba itself also looks at the file of a function only, not at those of the kernels.
+    """
+    function.__qualname__ = "_".join(map(str, (*parts, version())))
 
 
 @functools.cache
-def sources() -> int:
-    """A number that changes with any file of the kernels. numba itself looks at the file of a function
-    only."""
-    digest = hashlib.sha256()
+def version() -> str:
+    """It changes with any file of the kernels, and with the processor."""
+    digest = hashlib.sha256(repr(registry.cpu_target.target_context.codegen().magic_tuple()).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    return int.from_bytes(digest.digest()[:7], "little")
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -120,8 +150,8 @@ def using_threads(count: int) -> Iterator[None]:
     if own == count:
         yield
         return
-    numba.set_num_threads(count)
     try:
+        numba.set_num_threads(count)
         yield
     finally:
         numba.set_num_threads(own)

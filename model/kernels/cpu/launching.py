@@ -30,11 +30,16 @@ def unsupported() -> str | None:
     if find_spec("numba") is None:
         return f"needs numba, which is not installed, and is several times as fast; pip install '{NUMBA}'"
     try:
+        from numba import config
+
+        if config.DISABLE_JIT:
+            raise RuntimeError("NUMBA_DISABLE_JIT is set")
         compile("round_rows", QuantSpec(4))
     except Exception as error:  # numba's, LLVM's, or that of a library that does not fit them
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         return (
-            f"needs to compile kernels by numba, and that failed ({reason}); pip install 'numba>=0.62,<0.69'"
+            f"needs to compile kernels by numba, and that failed ({reason}); leave out numba's environment "
+            f"variables, or pip install '{NUMBA}'"
         )
     return None
 
@@ -44,6 +49,15 @@ def compile(name: str, spec: QuantSpec) -> None:
     from model.kernels.cpu import compiling
 
     compiling.kernel(name, Scheme.of(spec))
+
+
+def compile_grids() -> None:
+    """Compile what calls the kernels, or find it compiled."""
+    from model.kernels.cpu import compiling
+
+    compiling.grid(False)
+    if most_threads() > 1:
+        compiling.grid(True)
 
 
 def launch(name: str, scheme: Scheme, count: int, arguments: Sequence[int], work: int) -> None:
@@ -57,8 +71,9 @@ def launch(name: str, scheme: Scheme, count: int, arguments: Sequence[int], work
         compiling.grid(False)(kernel, start + 8, count, 1, count, start)
         return
     share = max(count // (SHARES * threads), 1)
+    grid = compiling.grid(True)  # before the turn: compiling has a lock too, and a finalizer may want both
     with turn, compiling.using_threads(threads):
-        compiling.grid(True)(kernel, start + 8, count, threads, share, start)
+        grid(kernel, start + 8, count, threads, share, start)
 
 
 def numbers(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":

@@ -51,7 +51,7 @@ class Lanes:
     @staticmethod
     def kernels(spec: QuantSpec, gated: bool) -> list[Callable[[], object]]:
         names = ("round_rows", "product", "gate_up")[: 3 if gated else 2]
-        return [partial(launching.compile, name, spec) for name in names]
+        return [*(partial(launching.compile, name, spec) for name in names), launching.compile_grids]
 
     @staticmethod
     def scratch_bytes(inputs: int, dtype: torch.dtype, target: Target) -> int:

@@ -1,8 +1,10 @@
 """Where compiled kernels are kept, and what becomes of machines that cannot compile them."""
 
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,9 +45,83 @@ def test_each_kernel_is_compiled_once(tmp_path: Path) -> None:
     assert compile_in(tmp_path) == 0
     changed = PROGRAM.replace(
         "from model.kernels.cpu.rounding",
-        "compiling.sources = lambda: 7\n" + "from model.kernels.cpu.rounding",
+        "compiling.version = lambda: 7\n" + "from model.kernels.cpu.rounding",
     )
     assert compile_in(tmp_path, changed) > 0, "another version of the kernels' code"
+
+
+ONE_FORMAT = """
+import sys, torch
+from model.kernels.cpu import products
+from model.quant.spec import QuantSpec
+from tests.model.kernels.cpu.rounded_reference import multiply, random_matrix
+spec = QuantSpec(int(BITS), 64)
+matrix, x = random_matrix(spec, (16, 64)), torch.ones(1, 64)
+y = products.multiply(x, products.PackedMatrix(spec, matrix.shape, matrix.streams()))
+torch.testing.assert_close(y, multiply(x, matrix), rtol=1e-4, atol=1e-4)
+print(0)
+"""
+
+
+def test_processes_that_compile_at_the_same_time_do_not_mix_up_their_kernels(tmp_path: Path) -> None:
+    """Each has seen an empty cache, and numbers its files as if it were alone."""
+    programs = {bits: ONE_FORMAT.replace("BITS", bits) for bits in ("4", "2")}
+    for bits, program in programs.items():
+        compile_in(tmp_path / bits, program)
+    both = tmp_path / "both"
+    shutil.copytree(tmp_path / "4", both)
+    shutil.copytree(tmp_path / "2", both, dirs_exist_ok=True)  # its index is written last
+    for file in (tmp_path / "4").rglob("*.nbc"):  # but its kernels first
+        shutil.copy(file, both / file.relative_to(tmp_path / "4"))
+    for program in programs.values():
+        compile_in(both, program)
+
+
+@pytest.mark.parametrize("extension", ["nbi", "nbc"])
+@pytest.mark.parametrize("length", [0, 100])
+def test_a_damaged_cache_is_written_again(tmp_path: Path, extension: str, length: int) -> None:
+    """As after a power failure."""
+    compile_in(tmp_path)
+    for file in tmp_path.rglob(f"*.{extension}"):
+        os.truncate(file, length)
+    assert compile_in(tmp_path) > 0
+    assert compile_in(tmp_path) == 0, "it is whole again"
+
+
+def test_a_cache_that_cannot_be_read_or_written_does_no_harm(tmp_path: Path) -> None:
+    compile_in(tmp_path)
+    for file in [*tmp_path.rglob("*.nbi")]:
+        file.unlink()
+        file.mkdir()
+    assert compile_in(tmp_path) > 0
+
+
+def reason(**environment: str) -> str:
+    """What a new process says of its kernels."""
+    program = "from model.kernels.cpu import launching as l; print(l.unsupported() or l.compile_grids())"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return (done.stdout + done.stderr).splitlines()[-1]
+
+
+def test_what_keeps_numba_from_compiling_is_named() -> None:
+    assert "NUMBA_DISABLE_JIT is set" in (said := reason(NUMBA_DISABLE_JIT="1")), said
+    assert reason() == "None"
+
+
+@pytest.mark.skipif(find_spec("tbb") is not None, reason="the library is there")
+def test_a_threading_layer_that_is_not_there_is_named() -> None:
+    said = reason(NUMBA_THREADING_LAYER="tbb", NUMBA_NUM_THREADS="2")
+    assert "ModelError" in said and "NUMBA_THREADING_LAYER is tbb" in said, said
+
+
+def test_another_threading_layer() -> None:
+    assert reason(NUMBA_THREADING_LAYER="workqueue") == "None"
 
 
 def test_the_cache_is_the_users_and_not_beside_the_source(tmp_path: Path) -> None:
