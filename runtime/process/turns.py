@@ -55,5 +55,5 @@ class Turns:
         if self.forked:
             raise RequestError(
                 f"the engine was loaded by process {self.process} and does not work in its fork "
-                f"{os.getpid()}; load it there, or start that process anew (spawn)"
+                f"{os.getpid()}; start that process anew (spawn) and load it there"
             )
