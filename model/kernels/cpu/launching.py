@@ -28,7 +28,7 @@ turn = threading.RLock()
 def unsupported() -> str | None:
     """Why this process cannot compile the kernels, and the remedy. None if it can."""
     if find_spec("numba") is None:
-        return f"needs numba, which is not installed, and is several times as fast; pip install '{NUMBA}'"
+        return f"needs numba, which is not installed, and is 2 to 4 times as fast; pip install '{NUMBA}'"
     try:
         from numba import config
 
