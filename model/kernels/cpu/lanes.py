@@ -1,8 +1,12 @@
 """Sixteen numbers at a time, in LLVM's intermediate representation: what the kernels of a CPU are written in.
 
-A kernel is Python code that runs once, when the kernel is compiled. Its loops over Python numbers are
-unrolled. Its `loop`s become loops of the machine. LLVM turns vectors of sixteen into the processor's own,
-whatever their width.
+A kernel is Python code that runs once, when the kernel is compiled. It writes instructions: each call of a
+`builder`, as `builder.add(a, b)`, appends one to the kernel and returns a name for what it will compute. That
+value exists when the kernel runs, not before, so Python's `if` and `+` cannot work with it. A value is
+written once and never changes; what changes is in a `variable`.
+
+Python's loops repeat what is written in them: they are unrolled. `Code.loop` makes a loop of the machine.
+LLVM turns vectors of sixteen into the processor's own, whatever their width.
 """
 
 from collections.abc import Iterator
@@ -18,7 +22,6 @@ i8, i32, i64, f32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(
 BYTES = ir.VectorType(i8, LANES)
 INTS = ir.VectorType(i32, LANES)
 FLOATS = ir.VectorType(f32, LANES)
-WORDS = ir.VectorType(i8, 4 * LANES)  # INTS, seen as four bytes in each lane
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Code:
         self.builder.call(function, [self.builder.inttoptr(address, pointer), i32(0), i32(2), i32(1)])
 
     def variable(self, kind: Any, value: Any) -> Any:
-        """A variable that survives a `loop`. Read and write it by `builder.load` and `builder.store`."""
+        """A variable that a `loop` can change. It is `value` again whenever the machine comes here, also in
+        every round of a loop around it. Read and write it by `builder.load` and `builder.store`."""
         variable = cgutils.alloca_once(self.builder, kind)
         self.builder.store(value, variable)
         return variable
@@ -75,6 +79,7 @@ class Code:
     # Vectors
 
     def function(self, name: str, result: Any, *arguments: Any) -> Any:
+        """A function of LLVM's, which becomes an instruction or a few, by its name and types."""
         found = self.builder.module.globals.get(name)
         return found or ir.Function(self.builder.module, ir.FunctionType(result, arguments), name)
 

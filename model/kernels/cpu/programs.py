@@ -5,6 +5,7 @@ of an array of int64: sizes, and addresses of other arrays. Work on several matr
 jobs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -25,6 +26,8 @@ ARGUMENTS = ("jobs", "blocks", "inputs", "groups", "meta", "height")
 # a tile.
 ROUNDING = ("source", "inputs", "rows", "tile", "x", "x_low", "x_scales", "x_sums")
 
+Compute = Callable[[tile.Activations, int, Any], None]  # a tile of m rows, m, and the number of its first row
+
 FINITE = 0x7F800000  # the bits of the first float32 that is not
 SMALLEST = 2.0**-100  # a unit whose largest value is smaller becomes 0
 
@@ -40,7 +43,7 @@ def product(code: Code, scheme: Scheme, way: Way, program: Any, arguments: Any) 
         for i, y in enumerate(sums):
             code.store(y, out_at(code, a, job, row, i, number))
 
-    over_tiles(code, scheme, way, a, job, compute)
+    over_tiles(code, scheme, a, job, compute)
 
 
 def gate_up(code: Code, scheme: Scheme, way: Way, program: Any, arguments: Any) -> None:
@@ -57,10 +60,11 @@ def gate_up(code: Code, scheme: Scheme, way: Way, program: Any, arguments: Any) 
             h = code.builder.fmul(silu(code, gate[i]), up[i])
             code.store(h, out_at(code, a, job, row, i, number))
 
-    over_tiles(code, scheme, way, a, job, compute)
+    over_tiles(code, scheme, a, job, compute)
 
 
 def read(code: Code, address: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """The int64 at `address` and after it, by name."""
     return {name: code.load(code.plus(address, 8 * i), i64) for i, name in enumerate(names)}
 
 
@@ -72,6 +76,7 @@ def read_job(code: Code, a: dict[str, Any], program: Any) -> tuple[dict[str, Any
 
 
 def block_at(code: Code, scheme: Scheme, a: dict[str, Any], job: dict[str, Any], number: Any) -> tile.Block:
+    """Where the streams of block `number` of a job's matrix begin."""
     b = code.builder
     last = code.plus(b.shl(code.number(1), a["meta"]), -1)
     steps = b.lshr(code.plus(a["groups"], last), a["meta"])  # of a row, rounded up
@@ -94,10 +99,11 @@ def out_at(code: Code, a: dict[str, Any], job: dict[str, Any], row: Any, i: int,
     return code.plus(job["out"], code.times(place, 4))
 
 
-def over_tiles(
-    code: Code, scheme: Scheme, way: Way, a: dict[str, Any], job: dict[str, Any], compute: Any
-) -> None:
-    """`compute` for each tile of a job's rows: as many tiles of `TILE` rows as there are, then 4, 2 and 1."""
+def over_tiles(code: Code, scheme: Scheme, a: dict[str, Any], job: dict[str, Any], compute: Compute) -> None:
+    """`compute` for each tile of a job's rows: as many tiles of `TILE` rows as there are, then 4, 2 and 1.
+
+    `compute` is called here, in Python, once for each size: it writes the code for tiles of that size.
+    """
     b = code.builder
     units = b.udiv(a["inputs"], code.number(scheme.unit))
 
@@ -160,7 +166,6 @@ def round_rows(code: Code, scheme: Scheme, way: Way, program: Any, arguments: An
     sums = code.plus(a["x_sums"], code.times(code.plus(code.times(first, groups), i), 4))
     with code.loop(groups) as g:
         total = code.variable(f32, ir.Constant(f32, 0.0))
-        b.store(ir.Constant(f32, 0.0), total)
         with code.loop(code.number(count)) as u:
             number = code.plus(code.times(g, count), u)
             start = code.times(number, scheme.unit)
@@ -193,11 +198,8 @@ def tile_of(code: Code, row: Any, rows: Any, largest: Any) -> tuple[Any, Any]:
         )
         half = code.number(size // 2)
         m = b.select(cut, half, m)
-        # The first half is whole if enough rows are left, and then the row may lie after it.
-        whole = b.icmp_unsigned("<=", code.plus(first, half), rows)
-        after = b.icmp_unsigned(">=", row, code.plus(first, half))
-        skip = b.and_(cut, b.and_(whole, after))
-        first = b.select(skip, code.plus(first, half), first)
+        second = code.plus(first, half)
+        first = b.select(b.and_(cut, b.icmp_unsigned(">=", row, second)), second, first)
         size //= 2
     return first, m
 

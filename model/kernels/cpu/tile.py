@@ -76,8 +76,6 @@ def multiply(
         count = scheme.group // scheme.unit
         with code.loop(groups) as g:
             totals = [code.variable(FLOATS, zero(FLOATS)) for _ in range(m)]
-            for total in totals:
-                b.store(zero(FLOATS), total)  # in every group: a variable begins once
             with code.loop(code.number(count)) as u:
                 number = code.plus(code.times(g, count), u)
                 words = [
@@ -146,8 +144,6 @@ def integers(
         sums = stretch([zero(INTS)] * count, words, values, first, scheme.unit)
     else:  # a loop of the machine, which takes LLVM less time to compile
         variables = [code.variable(INTS, zero(INTS)) for _ in range(count)]
-        for variable in variables:
-            b.store(zero(INTS), variable)
         with code.loop(code.number(scheme.unit // STRETCH)) as s:
             here = [
                 code.plus(word, code.times(s, STRETCH * 2 * width))
