@@ -26,7 +26,7 @@ Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 
 def prepare(runner: ModelRunner, progress: Bar | None = None) -> None:
-    """Get a GPU ready. A CPU needs nothing, since memory comes as it is used and nothing is compiled."""
+    """Get a GPU ready. A CPU needs nothing more: memory comes as it is used, and kernels are compiled."""
     if runner.device.type == "cuda":
         take_planned(runner)
         warm_up(runner, progress)
