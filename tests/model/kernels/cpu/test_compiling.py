@@ -158,3 +158,15 @@ def test_a_numba_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
 def test_the_extra_names_the_versions_that_the_remedy_names() -> None:
     pyproject = (Path(__file__).parents[4] / "pyproject.toml").read_text("utf-8")
     assert pyproject.count(f'"{launching.NUMBA}"') == 2, "in the extras cpu and test"
+
+
+THREADS = """
+from model.kernels.cpu import compiling
+code = ["".join(compiling.grid(parallel).inspect_llvm().values()) for parallel in (True, False)]
+print(int(["numba_parallel_for" in text for text in code] == [True, False]))
+"""
+
+
+def test_several_threads_compute(tmp_path: Path) -> None:
+    """In a new cache: numba shows the code of what it has just compiled alone."""
+    assert compile_in(tmp_path, THREADS) == 1

@@ -307,8 +307,3 @@ def test_a_grid_calls_each_program_once(always_parallel: None) -> None:
         matrix, x = random_matrix(QuantSpec(4), (16 * blocks, 64)), activations(1, 64)
         y = products.multiply(x, packed(matrix))
         torch.testing.assert_close(y, multiply(x, matrix), rtol=1e-5, atol=1e-5)
-
-
-def test_several_threads_compute() -> None:
-    assert "numba_parallel_for" in "".join(compiling.grid(True).inspect_llvm().values())
-    assert "numba_parallel_for" not in "".join(compiling.grid(False).inspect_llvm().values())
