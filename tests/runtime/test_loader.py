@@ -26,7 +26,7 @@ from model.target import Target
 from runtime import Engine, EngineOptions, LoadError, SamplingParams
 from runtime import generate as command
 from runtime.planning.device import pick_dtype
-from tools.quantize import command as quantize
+from tests.quantized import quantizer
 
 IDS = [1, *range(30, 75), 2, 2]
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
@@ -35,18 +35,8 @@ FORMATS = [(16, 4, 16), (4, 16, 8), (4, 2, 4), (8, 3, 16), (3, 8, 3), (2, 4, 8),
 
 @pytest.fixture(scope="module")
 def quantized(variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Make a checkpoint with attention, experts and head in the given formats, each only once."""
-    source, made = variant(vocab=448, hidden=128, head_dim=32, ffn=256), tmp_path_factory.mktemp("quantized")
-
-    def make(attention: object, experts: object, head: object = 16) -> Path:
-        out = made / f"{attention}-{experts}-{head}"
-        if not out.exists():
-            words = ["--attention", str(attention), "--experts", str(experts), "--head", str(head)]
-            words += ["--device", "cpu", "--threads", "1", "--quiet"]
-            assert quantize.main([str(source), str(out), *words]) == 0
-        return out
-
-    return make
+    source = variant(vocab=448, hidden=128, head_dim=32, ffn=256)
+    return quantizer(source, tmp_path_factory.mktemp("quantized"))
 
 
 def dequantized(checkpoint: Checkpoint) -> Mixtral:

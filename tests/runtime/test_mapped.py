@@ -1,4 +1,4 @@
-"""Engines whose weights are views of mapped files: the same bits as read ones, and what befalls files."""
+"""Engines whose weights are views of mapped files: they give the same bits as read ones, and copy nothing."""
 
 import errno
 import gc
@@ -6,13 +6,9 @@ import mmap
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -30,48 +26,21 @@ from model.quant.expert import BlobExperts
 from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
 from model.quant.streams import Field, matrix_fields
-from runtime import Engine, EngineOptions, LoadError, RequestError, SamplingParams
+from runtime import Engine, EngineOptions, LoadError, SamplingParams
 from runtime import generate as command
 from runtime.units import format_bytes
-from tools.quantize import command as quantize
+from tests.quantized import quantizer
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = [1, *range(30, 75), 2, 2]
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
 LINUX = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
-CUTTING = """
-import os, sys
-from pathlib import Path
-from model.mixtral import Mixtral
-from runtime.shell.command import launch
-
-forward = Mixtral.forward
-
-def cut(*words, **more):
-    _, *layers = sorted(Path(sys.argv[2]).glob("*.safetensors"))  # the first has the embeddings
-    for path in layers:
-        os.truncate(path, 0)
-    return forward(*words, **more)
-
-Mixtral.forward = cut
-launch("runtime.generate")
-"""
 
 
 @pytest.fixture(scope="module")
 def quantized(variant: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Make a checkpoint with attention, experts and head in the given formats, each only once."""
-    source, made = variant(hidden=128, head_dim=32, ffn=256), tmp_path_factory.mktemp("quantized")
-
-    def make(attention: object, experts: object, head: object = 16) -> Path:
-        out = made / f"{attention}-{experts}-{head}"
-        if not out.exists():
-            words = ["--attention", str(attention), "--experts", str(experts), "--head", str(head)]
-            words += ["--device", "cpu", "--threads", "1", "--quiet"]
-            assert quantize.main([str(source), str(out), *words]) == 0
-        return out
-
-    return make
+    source = variant(hidden=128, head_dim=32, ffn=256)
+    return quantizer(source, tmp_path_factory.mktemp("quantized"))
 
 
 @pytest.fixture
@@ -252,111 +221,6 @@ def test_what_is_mapped_counts_as_read_at_once(folder: Path) -> None:
         total, first, *_ = seen
         assert total == sum(seen[1:]) == open_checkpoint(folder).bytes
         assert first == engine.plan.mapped_bytes
-
-
-# --- files that change
-
-
-def change_size(path: Path) -> None:
-    os.truncate(path, 1000)
-
-
-def change_bytes(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"x")
-
-
-@pytest.mark.parametrize(("change", "what"), [
-    (change_size, r"had \d+ bytes when it was mapped and has 1000 now"), (change_bytes, "was written to"),
-])  # fmt: skip
-def test_a_file_that_changes_between_requests(
-    folder: Path, load: Callable[..., Engine], change: Callable[[Path], None], what: str
-) -> None:
-    engine = load(folder)
-    before, path = answers(engine), max(folder.glob("*.safetensors"))
-    session = engine.session()
-    change(path)
-    for ask in (
-        lambda: engine.logits(IDS),
-        lambda: next(engine.generate(IDS, GREEDY)),
-        lambda: next(session.complete(IDS, GREEDY)),
-    ):
-        with pytest.raises(RequestError, match=rf"{path.name}: {what}.* load the model again$"):
-            ask()
-    assert len(before[1]) == 8
-
-
-def test_a_file_that_changes_between_tokens_or_in_a_forward(
-    folder: Path, load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = load(folder)
-    tokens = engine.generate(IDS, GREEDY)
-    next(tokens)
-    compute = engine.runner.compute
-
-    def changing(ids: list[int], kv: object) -> Tensor:
-        change_bytes(max(folder.glob("*.safetensors")))
-        return compute(ids, kv)
-
-    monkeypatch.setattr(engine.runner, "compute", changing)
-    with pytest.raises(RequestError, match="was written to"):
-        next(tokens)
-
-
-def test_a_file_that_is_out_of_reach_fails_requests_while_it_is(
-    folder: Path, load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = load(folder)
-    before = engine.logits(IDS)
-
-    def gone(descriptor: int) -> None:
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
-    monkeypatch.setattr(os, "fstat", gone)
-    with pytest.raises(RequestError, match=r"cannot be read any more .*; load the model again"):
-        engine.logits(IDS)
-    monkeypatch.undo()
-    assert torch.equal(engine.logits(IDS), before)
-
-
-def test_a_file_that_is_replaced_or_removed_stays_as_it_was(
-    folder: Path, load: Callable[..., Engine]
-) -> None:
-    engine = load(folder)
-    before = engine.logits(IDS)
-    first, *others = sorted(folder.glob("*.safetensors"))
-    first.with_name("new").write_bytes(b"x" * 5000)
-    first.with_name("new").rename(first)
-    for path in others:
-        path.unlink()
-    assert torch.equal(engine.logits(IDS), before)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # with kernels of different makers
-def test_a_command_whose_file_is_cut_short_in_a_forward_ends_with_a_line(folder: Path, dtype: str) -> None:
-    if dtype == "bfloat16" and not find_spec("numba"):
-        pytest.skip("nothing that a forward reads is mapped")
-    words = ["--model", str(folder), "--device", "cpu", "--dtype", dtype, "--prompt", "def", "--quiet"]
-    done = python("-c", CUTTING, *words)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines() == [
-        "error: a file of the model was cut short while it was in use, or its disk fails (SIGBUS); "
-        "load the model again"
-    ]
-
-
-def test_where_the_user_asks_for_a_traceback_there_is_one(folder: Path) -> None:
-    words = ["--model", str(folder), "--device", "cpu", "--dtype", "float32", "--prompt", "def", "--quiet"]
-    done = python("-X", "faulthandler", "-c", CUTTING, *words)
-    assert done.returncode == -signal.SIGBUS and done.stderr.startswith("Fatal Python error")
-
-
-def python(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120
-    )
 
 
 # --- what cannot be mapped

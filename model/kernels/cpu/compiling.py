@@ -8,7 +8,6 @@ import contextlib
 import functools
 import hashlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,6 @@ GRID = numba.void(ADDRESS, ADDRESS, COUNT, COUNT, COUNT, ADDRESS)  # see `grid`
 lock = threading.RLock()  # numba compiles in one thread at a time
 
 
-class Clock:
-    """The seconds that compiling has taken. What comes out of the cache takes none."""
-
-    seconds = 0.0
-
-
 def processor() -> Way:
     """The way to multiply that this processor has, or as much of it as NUMBA_CPU_FEATURES leaves."""
     features = registry.cpu_target.target_context.codegen().magic_tuple()[2]
@@ -53,7 +46,7 @@ def kernel(name: str, scheme: Scheme, way: Way | None = None) -> int:
 
     name_for_cache(run, name, bits, group, chosen)
     callback: Any = CFunc(run, (KERNEL.args, KERNEL.return_type), {}, {"nogil": True})
-    compiled(callback, run, callback.compile)
+    finish(callback, run, callback.compile)
     return int(callback.address)
 
 
@@ -77,7 +70,7 @@ def grid(parallel: bool) -> Any:
     name_for_cache(run, "grid", parallel)
     dispatcher = numba.njit(parallel=parallel, nogil=True)(run)
     try:
-        compiled(dispatcher, run, functools.partial(dispatcher.compile, GRID.args))
+        finish(dispatcher, run, functools.partial(dispatcher.compile, GRID.args))
     except ValueError as error:  # it looks for a library of threads when it compiles, or finds compiled
         reason, layer = str(error).splitlines()[0], numba.config.THREADING_LAYER
         raise ModelError(
@@ -87,16 +80,12 @@ def grid(parallel: bool) -> Any:
     return dispatcher
 
 
-def compiled(function: Any, source: Callable[..., None], compile: Callable[[], object]) -> None:
-    """Compile `function`, or find it in the cache."""
+def finish(function: Any, source: Callable[..., None], compile: Callable[[], object]) -> None:
+    """Have `compile` compile `function`, or find it in the cache."""
     with lock:
         with contextlib.suppress(RuntimeError):  # where no folder can be written to
             function._cache = UserCache(source)
-        start = time.perf_counter()
         compile()
-        hits = function._cache_hits
-        if not (hits if isinstance(hits, int) else sum(hits.values())):
-            Clock.seconds += time.perf_counter() - start
 
 
 class UserFolder(caching.CompileResultCacheImpl):

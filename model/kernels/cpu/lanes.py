@@ -6,7 +6,7 @@ value exists when the kernel runs, not before, so Python's `if` and `+` cannot w
 written once and never changes; what changes is in a `variable`.
 
 Python's loops repeat what is written in them: they are unrolled. `Code.loop` makes a loop of the machine.
-LLVM turns vectors of sixteen into the processor's own, whatever their width.
+LLVM cuts vectors of sixteen into vectors of the processor's own width.
 """
 
 from collections.abc import Iterator
@@ -63,8 +63,7 @@ class Code:
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer())).align = 1
 
     def prefetch(self, address: Any) -> None:
-        """Ask for a cache line to come to the second cache. Any address will do: no fault
-        comes of it."""
+        """Ask for a cache line to come to the second cache. An address beyond the end does no harm."""
         pointer = i8.as_pointer()
         function = self.function("llvm.prefetch.p0", ir.VoidType(), pointer, i32, i32, i32)
         self.builder.call(function, [self.builder.inttoptr(address, pointer), i32(0), i32(2), i32(1)])

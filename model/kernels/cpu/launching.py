@@ -34,7 +34,7 @@ def unsupported() -> str | None:
 
         if config.DISABLE_JIT:
             raise RuntimeError("NUMBA_DISABLE_JIT is set")
-        compile("round_rows", QuantSpec(4))
+        compile_kernel("round_rows", QuantSpec(4))
     except Exception as error:  # numba's, LLVM's, or that of a library that does not fit them
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         return (
@@ -44,7 +44,7 @@ def unsupported() -> str | None:
     return None
 
 
-def compile(name: str, spec: QuantSpec) -> None:
+def compile_kernel(name: str, spec: QuantSpec) -> None:
     """Compile a kernel of `programs` for a format, or find it compiled."""
     from model.kernels.cpu import compiling
 

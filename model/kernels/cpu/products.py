@@ -45,7 +45,7 @@ class Rounded:
 
     def __init__(self, x: Tensor, matrix: PackedMatrix, tile: int = TILE) -> None:
         (M, K), x, scheme = x.shape, x.float().contiguous(), matrix.scheme
-        if matrix.shape[1] != K:  # the kernel would read whatever memory follows
+        if matrix.shape[1] != K:  # the kernel would read beyond the end of x
             raise ValueError(f"x has {K} columns, and the matrix {matrix.shape[1]}")
         # One run of bytes: the planes, int8, then scales and sums, float32.
         self.scales = scheme.planes * M * K
@@ -98,9 +98,8 @@ def experts_of_a_token(x: Tensor, w13: Sequence[PackedMatrix], w2: Sequence[Pack
     return y
 
 
-Job = tuple[
-    tuple[int, int, int, int], int, Tensor
-]  # where rounded rows are, how many, and the result [rows, height]
+# Where rounded rows are, how many, and the result [rows, height].
+Job = tuple[tuple[int, int, int, int], int, Tensor]
 
 
 def compute(name: str, matrices: Sequence[PackedMatrix], jobs: Sequence[Job]) -> None:

@@ -5,10 +5,9 @@ scale d, by which its largest value becomes `top`:
 
     q = round(x * (top / largest))    d = largest / top    x is about d * q
 
-Weights of 8 bits are for those who want no loss, and 8-bit activations would lose twice as much as they do.
-So there q has two planes of 7 bits, q = 128 * high + low, which costs a second product for each weight. High
-values stay within 63 and low ones within 64: then the products of two neighbours add up to 16 bits, as AVX2
-needs.
+Users choose weights of 8 bits to lose little, and 8-bit activations would lose as much again. So there q has
+two planes of 7 bits, q = 128 * high + low, which costs a second product for each weight. High values stay
+within 63 and low ones within 64: then the products of two neighbours add up to 16 bits, as AVX2 needs.
 
 The rows are stored as the kernels read them. Up to `TILE` rows are a tile. In a tile, four activations of
 the first row are followed by the same four of the second, and so on. The last rows make tiles of 4, 2 and 1.

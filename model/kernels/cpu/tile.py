@@ -26,7 +26,7 @@ from model.quant.packing import PLANES
 
 AHEAD = 8192  # bytes, two pages: a processor's own prefetcher stops where a page of memory ends
 STRETCH = 32  # codes that are unrolled for several rows of x
-PAIR = 32  # codes; a word of a 3-bit matrix's high plane has so many, and K is a multiple
+PAIR = 32  # codes in a word of a 3-bit matrix's high plane; K is a multiple of it
 
 
 @dataclass(frozen=True)

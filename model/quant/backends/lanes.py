@@ -25,12 +25,6 @@ class Lanes:
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     universal: ClassVar[bool] = True
 
-    @staticmethod
-    def together(
-        x: Tensor, w13: Sequence["Lanes"], w2: Sequence["Lanes"]
-    ) -> Tensor:  # [1, D] -> [A, D] float32
-        return products.experts_of_a_token(x, [m.matrix for m in w13], [m.matrix for m in w2])
-
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         self.matrix = products.PackedMatrix(spec, shape, memory)
 
@@ -39,6 +33,12 @@ class Lanes:
 
     def gated(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N / 2] float32
         return products.gate_up(x, self.matrix)
+
+    @staticmethod
+    def together(
+        x: Tensor, w13: Sequence["Lanes"], w2: Sequence["Lanes"]
+    ) -> Tensor:  # [1, D] -> [A, D] float32
+        return products.experts_of_a_token(x, [m.matrix for m in w13], [m.matrix for m in w2])
 
     @staticmethod
     def unsupported(
@@ -51,7 +51,7 @@ class Lanes:
     @staticmethod
     def kernels(spec: QuantSpec, gated: bool) -> list[Callable[[], object]]:
         names = ("round_rows", "product", "gate_up")[: 3 if gated else 2]
-        return [*(partial(launching.compile, name, spec) for name in names), launching.compile_grids]
+        return [*(partial(launching.compile_kernel, name, spec) for name in names), launching.compile_grids]
 
     @staticmethod
     def scratch_bytes(inputs: int, dtype: torch.dtype, target: Target) -> int:
