@@ -11,10 +11,13 @@ from model.errors import quoted
 from runtime.checks import number, one_of, plain, require, truth, whole
 from runtime.errors import OptionError
 from runtime.experts.policy import POLICIES, PolicyMaker
+from runtime.experts.tiers import SPARE_BERTHS
 from runtime.units import parse_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOAD = ("auto", "never", "always")
+MISSES = ("copy", "compute", "auto")
+RATES = ("link_gbps", "disk_gbps", "cpu_gbps")
 
 
 def option(default: Any, help: str, parse: Callable[[str], Any] = str, **argparse_words: Any) -> Any:
@@ -77,6 +80,9 @@ class EngineOptions:
     slots: int | None = option(
         None, "experts of each layer on the device (default: as many as fit)", int, metavar="N"
     )
+    berths: int | None = option(
+        None, "experts in host memory, of all layers together (default: as many as fit)", int, metavar="N"
+    )
     policy: str | PolicyMaker = option(  # noqa: RUF009
         "lru", "which expert to evict when another needs its slot", choices=tuple(POLICIES)
     )
@@ -86,9 +92,22 @@ class EngineOptions:
         True, "on a GPU, run a token's step as CUDA graphs (default), or launch by launch",
         action=argparse.BooleanOptionalAction,
     )  # fmt: skip
+    misses: str = option(
+        "copy", "copy missing experts to the device, or compute them on the CPU, or what is faster (auto)",
+        choices=MISSES,
+    )  # fmt: skip
     link_gbps: float | None = option(
-        None, "copy experts at no more than G GB/s, to study a slower link (CPU only)", float, metavar="G"
-    )
+        None, "GB/s at which experts are copied: on a CPU at most, on a GPU instead of measuring it",
+        float, metavar="G",
+    )  # fmt: skip
+    disk_gbps: float | None = option(
+        None, "GB/s at which experts are read from files: on a CPU at most, on a GPU instead of measuring it",
+        float, metavar="G",
+    )  # fmt: skip
+    cpu_gbps: float | None = option(
+        None, "GB/s of packed experts that the CPU computes, to repeat a run of --misses auto exactly",
+        float, metavar="G",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.device is not None:
@@ -106,17 +125,18 @@ class EngineOptions:
             expected = "a whole number of tokens, at least 2"
             settle(self, "context", whole("context", self.context, 2, expected=expected))
         one_of("offload", self.offload, OFFLOAD)
+        one_of("misses", self.misses, MISSES)
         if not callable(self.policy):
             one_of("policy", self.policy, POLICIES)
-        numbers = {"slots": (1, 1 << 20), "threads": (1, 1 << 12), "lookahead": (0, 2), "prefetch": (0, 64)}
-        for name, (least, most) in numbers.items():
-            if name not in ("slots", "threads") or getattr(self, name) is not None:
-                settle(self, name, whole(name, getattr(self, name), least, most))
+        numbers = {"slots": (1, 1 << 20), "berths": (SPARE_BERTHS, 1 << 20), "threads": (1, 1 << 12)}
+        numbers = {name: limits for name, limits in numbers.items() if getattr(self, name) is not None}
+        for name, (least, most) in (numbers | {"lookahead": (0, 2), "prefetch": (0, 64)}).items():
+            settle(self, name, whole(name, getattr(self, name), least, most))
         for name in ("map", "graphs"):
             settle(self, name, truth(name, getattr(self, name)))
-        if self.link_gbps is not None:
-            rate = number("link_gbps", self.link_gbps, lambda g: 0 < g < math.inf, "a number above 0")
-            settle(self, "link_gbps", rate)
+        for name in (name for name in RATES if getattr(self, name) is not None):
+            rate = number(name, getattr(self, name), lambda g: 0 < g < math.inf, "a number above 0")
+            settle(self, name, rate)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,6 +128,8 @@ def load_weights(
     files = MappedFiles(checkpoint.layout) if plan.mapped_bytes else None
     if plan.resident:
         return load_resident(checkpoint, form, dtype, device, progress, files), None, files
+    if plan.berths < checkpoint.config.layers * checkpoint.config.experts:
+        raise DeviceError(f"{plan.berths} berths do not hold all experts; leave out --berths, or raise --ram")
     cache = ExpertCache.make(
         form, device, checkpoint.config.experts, plan.slots_per_layer, plan.spares,
         options.policy, options.prefetch, options.link_gbps,

@@ -43,7 +43,10 @@ from runtime.planning.search import excess_bytes, used_bytes
 from runtime.shell.arguments import add_flag, from_flags, new_parser
 from runtime.units import format_bytes
 
-ENGINE_FLAGS = ("dtype", "map", "context", "offload", "slots", "lookahead", "prefetch")
+ENGINE_FLAGS = (
+    "dtype", "map", "context", "offload", "slots", "berths", "lookahead", "prefetch",
+    "link_gbps", "disk_gbps",
+)  # fmt: skip
 LINKS = (12, 25)  # GB/s: what PCIe 3.0 and 4.0 with 16 lanes move in practice
 TERMS = {  # labels of a plan's fields
     "trunk_bytes": "trunk",

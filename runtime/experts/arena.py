@@ -29,6 +29,7 @@ from runtime.units import format_bytes
 PIN_BYTES = 1 << 30  # registered in one call, about: a refusal shows early, and no call takes seconds
 WIPE_ON_FORK = 18  # Linux's MADV_WIPEONFORK, which Python's `mmap` does not name
 PORTABLE = 1  # cudaHostRegisterPortable: locked for every device, not only the current one
+DIRECT = 4096  # direct reads begin and end on multiples of this, in a file and in memory
 
 
 class Arena:
@@ -48,8 +49,8 @@ class Arena:
         Raises `DeviceError` if the host cannot give that much memory.
         """
         self.experts, self.device, self.process = experts, device, os.getpid()
-        pitch = -(-blob_bytes // mmap.PAGESIZE) * mmap.PAGESIZE if pin else blob_bytes  # from blob to blob
-        size = layers * experts * pitch
+        distance = pitch(blob_bytes, pin, tiered=False)
+        size = layers * experts * distance
         try:
             memory = private_memory(max(size, 1), huge=pin)
         except OSError as error:
@@ -59,11 +60,11 @@ class Arena:
             ) from error
         flat = torch.frombuffer(memory, dtype=torch.uint8)
         self.total_bytes, self.start = size, flat.data_ptr()
-        self.blobs = flat[:size].view(layers, experts, pitch)[:, :, :blob_bytes]
+        self.blobs = flat[:size].view(layers, experts, distance)[:, :, :blob_bytes]
         self.registered: list[int] = []  # addresses
         # An arena that is never closed is unlocked, too.
         weakref.finalize(self, unregister, self.registered, device, self.process).atexit = False
-        self.locked_bytes = self.register(flat[:size], pitch) if pin else 0  # from the start of the arena
+        self.locked_bytes = self.register(flat[:size], distance) if pin else 0  # from the start of the arena
 
     @property
     def pinned(self) -> bool:
@@ -77,9 +78,9 @@ class Arena:
     def blob(self, layer: int, expert: int) -> Tensor:  # [blob_bytes] uint8, without gaps
         return self.blobs[layer, expert]
 
-    def register(self, flat: Tensor, pitch: int) -> int:
+    def register(self, flat: Tensor, distance: int) -> int:
         """Lock runs of whole blobs until the driver refuses one. Returns the number of bytes locked."""
-        run = max(PIN_BYTES // pitch, 1) * pitch
+        run = max(PIN_BYTES // distance, 1) * distance
         with current(self.device):
             runtime = torch.cuda.cudart()
             for start in range(0, flat.numel(), run):
@@ -95,6 +96,21 @@ class Arena:
         unregister(self.registered, self.device, self.process)
         self.locked_bytes = 0
         self.__dict__.pop("blobs", None)
+
+
+def pitch(blob_bytes: int, pin: bool, tiered: bool) -> int:
+    """The bytes from one blob of an arena to the next.
+
+    Blobs that are page-locked begin on pages. If there are files below the arena (`tiered`), a direct read
+    puts a blob's bytes at the offset from a multiple of `DIRECT` that they have in the file, with the rest of
+    a block before and after them.
+
+    >>> pitch(5120, pin=False, tiered=False), pitch(5120, pin=False, tiered=True)
+    (5120, 16384)
+    """
+    size, unit = (blob_bytes + 2 * DIRECT, DIRECT) if tiered else (blob_bytes, 1)
+    unit = max(unit, mmap.PAGESIZE) if pin else unit
+    return -(-size // unit) * unit
 
 
 def private_memory(size: int, huge: bool) -> mmap.mmap:

@@ -33,6 +33,7 @@ class Costs:
     attending: Attending  # how attention of a prompt is computed
     mapped_trunk_bytes: int = 0  # of files, not counted above: embeddings, head and all attention
     mapped_expert_bytes: int = 0  # an expert's in files, if resident experts are mapped; else 0
+    from_files: bool = False  # whether an expert can be read alone, since files have it as memory keeps it
 
     @staticmethod
     def of(
@@ -41,8 +42,9 @@ class Costs:
         dtype: torch.dtype,
         target: Target,
         files: torch.dtype | None = None,
+        maps: bool = False,
     ) -> "Costs":
-        """`files` is `Checkpoint.mappable` if weights are to be mapped, else None.
+        """`files` is `Checkpoint.mappable`; `maps` says whether weights are to be mapped if they can be.
 
         Raises `ModelError` if a format's groups do not divide the model's matrices.
         """
@@ -50,11 +52,12 @@ class Costs:
         kernels = kernel_bytes(MATRIX_SHAPES, dtype, target.device)
         form = ExpertFormat.of(config, formats.experts, dtype, target)
         embedding_bytes = config.vocab * config.hidden * dtype.itemsize
-        maps_embeddings = dtype == files
+        maps_embeddings = maps and dtype == files
+        from_files = maps_experts(form, dtype, files)
 
         def place(name: str, spec: QuantSpec, shape: tuple[int, int]) -> tuple[int, int]:
             """The bytes of a matrix that are read into memory, and those that are mapped."""
-            if files and maps_matrix(spec, shape, dtype, target):
+            if maps and files and maps_matrix(spec, shape, dtype, target):
                 return 0, matrix_fields(name, shape, spec)[-1].end
             return matrix_bytes(name, spec, shape, dtype, target), 0
 
@@ -66,7 +69,8 @@ class Costs:
             attention_bytes=sum(read for read, _ in attention),
             head_bytes=head,
             mapped_trunk_bytes=config.layers * stored + mapped_head + maps_embeddings * embedding_bytes,
-            mapped_expert_bytes=form.stored[-1].end if maps_experts(form, dtype, files) else 0,
+            mapped_expert_bytes=form.stored[-1].end if maps and from_files else 0,
+            from_files=from_files,
             blob_bytes=form.blob_bytes,
             scratch_bytes=scratch_bytes(widest, dtype, target) if formats.quantized else 0,
             overhead_bytes=kernels + overhead_bytes(target),
@@ -95,7 +99,8 @@ def maps_matrix(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, tar
 
 
 def maps_experts(form: ExpertFormat, dtype: torch.dtype, files: torch.dtype | None) -> bool:
-    """Whether resident experts can be views of files in which 16-bit weights have the dtype `files`."""
+    """Whether experts are the same bytes in memory and in files in which 16-bit weights have the dtype
+    `files`. Then one can be a view of a file, and can be read from there alone."""
     return files is not None and form.as_stored and (form.spec.quantized or dtype == files)
 
 

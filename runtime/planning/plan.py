@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from model.kv_cache import KVCache
+from runtime.experts.arena import pitch
+from runtime.experts.tiers import SPARE_BERTHS, SPARE_SLOTS
 from runtime.planning.request import Request
 from runtime.units import format_bytes
 
@@ -31,13 +33,19 @@ class Plan:
     workspace_bytes: int  # on the device: activations of one chunk, expanded weights
     staging_bytes: int  # on the device, for guesses: spare slots, and gates that look ahead
     slots_bytes: int  # on the device: all layers' slots
-    arena_bytes: int  # in host memory: every expert's blob; 0 if all experts are resident
+    arena_bytes: int  # in host memory: all berths; 0 if all experts are resident
     slots_per_layer: tuple[int, ...]
-    spares: int  # slots of no layer, where guessed experts land
+    spares: int  # slots of no layer: guessed experts land there, or leave through them for a berth
     blob_bytes: int  # one expert in memory
     overhead_bytes: int = 0  # on the device: of PyTorch's allocator, or on a CPU of oneDNN's kernels
     driver_bytes: int = 0  # on the device, outside of PyTorch's allocator
     mapped_bytes: int = 0  # of files that a CPU computes from; not allocated, and in none of the terms above
+    berths: int = 0  # experts in host memory, of all layers together; 0 if all experts are resident
+    file_experts: int = 0  # that have no room in slots and berths, and have to be read again and again
+    misses: str = "copy"  # how to get an expert that no slot has
+    link_gbps: float | None = None  # from host memory to the device; None if unknown
+    disk_gbps: float | None = None  # from files to host memory; None if unknown
+    cpu_gbps: float | None = None  # of packed experts that the CPU computes; None if unknown
 
     @property
     def resident(self) -> bool:
@@ -107,9 +115,14 @@ def describe_slots(slots_per_layer: tuple[int, ...]) -> str:
     return f"{fewest} in {layers - more} layer{'s' * (layers - more != 1)}, {fewest + 1} in {more}"
 
 
-def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool = False) -> Plan:
-    """The plan with these slots, whether or not it fits."""
+def lay_out(
+    request: Request, slots_per_layer: tuple[int, ...], resident: bool = False, berths: int | None = None
+) -> Plan:
+    """The plan with these slots, whether or not it fits. By default the berths are as many as the options
+    say, or one for every expert."""
     r, c, costs, wide = request, request.config, request.costs, request.dtype.itemsize
+    berths = 0 if resident else min(berths or r.options.berths or r.experts, r.experts)
+    tiered = 0 < berths < r.experts
     trunk = costs.embedding_bytes + costs.head_bytes + c.layers * costs.attention_bytes
     trunk += (1 + 2 * c.layers) * c.hidden * wide  # norms
     trunk += c.layers * c.experts * c.hidden * 4  # gates are float32
@@ -118,7 +131,8 @@ def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool =
     attending = costs.attending.bytes(c, r.dtype, chunk, r.context)
     logits = 4 * c.vocab * 4  # of one token, and copies for the sampler
     mapped_experts = c.layers * c.experts * costs.mapped_expert_bytes if resident else 0
-    spares = 0 if resident else r.options.lookahead * r.options.prefetch
+    spares = 0 if resident else r.options.lookahead * r.options.prefetch + tiered * SPARE_SLOTS
+    homeless = r.experts + SPARE_BERTHS - berths - sum(slots_per_layer)
     return Plan(
         device=r.target.device,
         dtype=r.dtype,
@@ -129,13 +143,19 @@ def lay_out(request: Request, slots_per_layer: tuple[int, ...], resident: bool =
         workspace_bytes=chunk * activation_bytes(r, resident) + attending + logits + costs.scratch_bytes,
         staging_bytes=spares * costs.blob_bytes + (0 if resident else gate_bytes(r)),
         slots_bytes=0 if mapped_experts else sum(slots_per_layer) * costs.blob_bytes,
-        arena_bytes=0 if resident else c.layers * c.experts * costs.blob_bytes,
+        arena_bytes=berths * pitch(costs.blob_bytes, pin=not r.shared, tiered=tiered),
         slots_per_layer=slots_per_layer,
         spares=spares,
         blob_bytes=costs.blob_bytes,
         overhead_bytes=costs.overhead_bytes,
         driver_bytes=costs.driver_bytes,
         mapped_bytes=costs.mapped_trunk_bytes + mapped_experts,
+        berths=berths,
+        file_experts=max(homeless, 0) if tiered else 0,
+        misses=r.options.misses,
+        link_gbps=r.options.link_gbps,
+        disk_gbps=r.options.disk_gbps,
+        cpu_gbps=r.options.cpu_gbps,
     )
 
 

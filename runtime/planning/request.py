@@ -105,7 +105,13 @@ class Request:
         check(options, config, target.device)
         dtype = pick_dtype(options.dtype, target, sum(count_weights(config)), formats.quantized)
         maps = options.map and target.device.type == "cpu"
-        costs = Costs.of(config, formats, dtype, target, files if maps else None)
+        costs = Costs.of(config, formats, dtype, target, files, maps)
+        total = config.layers * config.experts
+        if options.berths is not None and options.berths < total and not costs.from_files:
+            raise OptionError(
+                f"berths is {options.berths}, and all {total} experts need one, because files do not have "
+                "them as memory keeps them; quantize them (python -m tools.quantize)"
+            )
         if budgets is None:
             budgets = (Budgets.here if target.present else Budgets.given)(options, target.device)
         return Request(config, formats, options, target, dtype, costs, budgets)
@@ -114,6 +120,11 @@ class Request:
     def context(self) -> int:
         """Tokens of KV cache."""
         return self.options.context or min(DEFAULT_CONTEXT, self.config.context)
+
+    @property
+    def experts(self) -> int:
+        """Those of all layers."""
+        return self.config.layers * self.config.experts
 
     @property
     def shared(self) -> bool:
@@ -134,8 +145,8 @@ def check(options: EngineOptions, config: ModelConfig, device: torch.device) -> 
         )
     if options.vram and on_cpu:
         raise OptionError(f"vram is {options.vram}, and the device is the CPU; limit it with --ram")
-    if options.link_gbps and not on_cpu:
-        raise OptionError(f"link_gbps is {options.link_gbps}, and only a CPU's copies can be slowed down")
+    if options.berths and options.offload == "never":
+        raise OptionError(f"berths is {options.berths} and offload is 'never'; leave one of them out")
     if slots is None:
         return
     if not A <= slots <= E:

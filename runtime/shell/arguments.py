@@ -14,8 +14,11 @@ GROUPS = {
     "when to stop": ("max_new_tokens", "stop", "ignore_eos"),
     "sampling": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias", "seed"),
     "memory and device": ("device", "dtype", "vram", "ram", "map", "context", "threads", "graphs"),
-    "experts that do not all fit": ("offload", "slots", "policy", "lookahead", "prefetch", "link_gbps"),
-}
+    "experts that do not all fit": (
+        "offload", "slots", "berths", "policy", "lookahead", "prefetch", "misses",
+        "link_gbps", "disk_gbps", "cpu_gbps",
+    ),
+}  # fmt: skip
 
 
 def new_parser(command: str, description: str | None) -> argparse.ArgumentParser:

@@ -28,13 +28,17 @@ def test_defaults() -> None:
         "context": None,
         "offload": "auto",
         "slots": None,
+        "berths": None,
         "policy": "lru",
         "lookahead": 1,
         "prefetch": 1,
         "chat_template": None,
         "threads": None,
         "graphs": True,
+        "misses": "copy",
         "link_gbps": None,
+        "disk_gbps": None,
+        "cpu_gbps": None,
     }
     assert dataclasses.asdict(SamplingParams()) == {
         "max_new_tokens": 256,
@@ -69,6 +73,11 @@ def test_defaults() -> None:
         ("slots", 0),
         ("slots", 2.0),
         ("slots", True),
+        ("berths", 1),
+        ("berths", -2),
+        ("berths", True),
+        ("misses", "drop"),
+        ("misses", None),
         ("policy", "fifo"),
         ("policy", None),
         ("lookahead", 3),
@@ -82,6 +91,8 @@ def test_defaults() -> None:
         ("link_gbps", math.inf),
         ("link_gbps", math.nan),
         ("link_gbps", "fast"),
+        ("disk_gbps", 0),
+        ("cpu_gbps", math.nan),
     ],
 )
 def test_engine_options_refuse(field: str, value: Any) -> None:
@@ -122,7 +133,8 @@ def test_sampling_params_refuse(field: str, value: Any) -> None:
 
 
 NUMERIC = [
-    *((EngineOptions, name) for name in ("context", "slots", "lookahead", "prefetch", "link_gbps")),
+    *((EngineOptions, name) for name in ("context", "slots", "berths", "lookahead", "prefetch")),
+    *((EngineOptions, name) for name in ("link_gbps", "disk_gbps", "cpu_gbps")),
     *((EngineOptions, name) for name in ("vram", "ram", "graphs")),
     *((SamplingParams, name) for name in ("max_new_tokens", "top_k", "seed", "temperature", "top_p")),
     *((SamplingParams, name) for name in ("min_p", "repetition_penalty", "ignore_eos", "logit_bias", "stop")),
@@ -177,7 +189,7 @@ def test_the_borders_of_what_is_allowed() -> None:
         max_new_tokens=1, temperature=0, top_p=1e-9, min_p=1, seed=(1 << 63) - 1, logit_bias={0: -math.inf}
     )
     EngineOptions(context=2, ram="100%", vram="1B")
-    EngineOptions(slots=1, lookahead=0, prefetch=0, link_gbps=1e-9)
+    EngineOptions(slots=1, berths=2, lookahead=0, prefetch=0, link_gbps=1e-9, disk_gbps=1e-9, cpu_gbps=1e-9)
     EngineOptions(offload="never", lookahead=2, prefetch=64, link_gbps=3)
 
 
@@ -220,6 +232,9 @@ def test_each_field_can_be_given_as_a_flag() -> None:
         EngineOptions,
         shlex.split("--offload always --slots 3 --policy lfu --lookahead 2 --prefetch 4 --link-gbps 1.5"),
     ) == EngineOptions(offload="always", slots=3, policy="lfu", lookahead=2, prefetch=4, link_gbps=1.5)
+    assert parse(
+        EngineOptions, shlex.split("--berths 9 --misses auto --disk-gbps 2 --cpu-gbps 30")
+    ) == EngineOptions(berths=9, misses="auto", disk_gbps=2.0, cpu_gbps=30.0)
     assert parse(
         SamplingParams,
         shlex.split(

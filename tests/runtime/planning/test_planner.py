@@ -18,6 +18,7 @@ from model.quant.spec import QuantSpec
 from model.quant.streams import expert_fields, matrix_fields
 from model.target import Target
 from runtime import DeviceError, Engine, OptionError
+from runtime.experts.arena import pitch
 from runtime.planning.plan import Plan
 from runtime.units import parse_bytes
 from tests.runtime.planning.asked import SMALL, plan
@@ -100,7 +101,8 @@ def test_a_plan_keeps_its_budgets_and_wastes_no_slot(
     if got.resident:
         assert offload != "always" and slots == (E,) * L and got.spares == got.arena_bytes == 0
         return
-    assert offload != "never" and got.arena_bytes == L * E * got.blob_bytes
+    assert offload != "never" and got.berths == L * E
+    assert got.arena_bytes == L * E * pitch(got.blob_bytes, not shared, tiered=False)
     guesses = request["lookahead"] * request["prefetch"]
     assert (
         got.spares == guesses
@@ -180,7 +182,8 @@ def test_a_refusal_is_one_line_and_its_remedies_work(
 
 def test_slots_are_as_many_as_asked_for() -> None:
     planned = plan(SMALL, torch.float32, 100, slots=3)
-    assert planned.slots_per_layer == (3, 3, 3) and not planned.resident and planned.arena_bytes == 15 * BLOB
+    assert planned.slots_per_layer == (3, 3, 3) and not planned.resident
+    assert (planned.berths, planned.arena_bytes) == (15, 15 * pitch(BLOB, pin=True, tiered=False))
     assert plan(SMALL, torch.float32, 100, slots=5).resident
     assert plan(SMALL, torch.float32, 100, slots=5, offload="always").slots_per_layer == (5, 5, 5)
     with pytest.raises(OptionError, match=r"slots is 6, and must be from 2, .*, to 5"):
