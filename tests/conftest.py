@@ -6,7 +6,10 @@ from importlib.util import find_spec
 import pytest
 
 # The other packages that tests import. What needs a GPU needs none of these.
-EXTRA = {"accelerate", "hqq", "hypothesis", "matplotlib", "mistral_common", "numba", "transformers"}
+EXTRA = {
+    "accelerate", "hqq", "hypothesis", "matplotlib", "mistral_common", "nbclient", "nbformat", "numba",
+    "transformers",
+}  # fmt: skip
 
 
 @pytest.hookimpl(wrapper=True)

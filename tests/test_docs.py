@@ -1,4 +1,5 @@
-"""README and docs against the tree: links, paths, commands and their flags, line counts, programs."""
+"""README, docs and the notebook against the tree: links, paths, commands and their flags, line counts,
+programs."""
 
 import json
 import re
@@ -14,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOK = ROOT / "examples" / "colab.ipynb"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), NOTEBOOK]
 ROOMS = ("model", "tokenizer", "runtime", "tools", "dev", "tests", "docs", "examples", ".ci")
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -27,8 +29,23 @@ def each_page(test: object) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)(test)
 
 
+@cache
+def markdown(page: Path) -> str:
+    """A page's text. A notebook's shell commands become blocks, and the rest of its code is left out."""
+    if page.suffix == ".md":
+        return page.read_text("utf-8")
+    parts = []
+    for cell in json.loads(page.read_text("utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            found = re.findall(r"^ *(?:\w+ = )?!(.+)", text.replace("\\\n", " "), re.MULTILINE)
+            text = "```sh\n" + "\n".join(found) + "\n```"
+        parts.append(text)
+    return "\n\n".join(parts)
+
+
 def prose(page: Path) -> str:
-    return FENCE.sub("", page.read_text("utf-8"))
+    return FENCE.sub("", markdown(page))
 
 
 def anchors(page: Path) -> set[str]:
@@ -106,7 +123,7 @@ def flags() -> dict[str, set[str]]:
 
     Each command starts as it does from the shell, and stops where it would parse its arguments.
     """
-    named = {module for page in PAGES for module, _ in commands(page.read_text("utf-8"))}
+    named = {module for page in PAGES for module, _ in commands(markdown(page))}
     ours = sorted(module for module in named if module.split(".")[0] in ROOMS and find_spec(module))
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *ours], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -119,7 +136,7 @@ def flags() -> dict[str, set[str]]:
 def test_commands(page: Path) -> None:
     """Every module that a page runs is there, and knows the flags that it is given."""
     unknown = []
-    for module, words in commands(page.read_text("utf-8")):
+    for module, words in commands(markdown(page)):
         if find_spec(module) is None:
             unknown.append(module)
         elif module.split(".")[0] in ROOMS:
@@ -136,11 +153,16 @@ def test_flags_in_tables(page: Path) -> None:
     assert shown <= flags()["runtime.generate"]
 
 
+def test_the_notebooks_commands_are_found() -> None:
+    """Each `!` line, and a line that goes on in the next one."""
+    found = {module: words for module, words in commands(markdown(NOTEBOOK))}
+    assert set(found) == {"tools.plan", "tools.quantize", "runtime.generate", "tools.trace"}
+    assert {"--trace", "--seed"} <= set(found["runtime.generate"])
+
+
 def programs() -> list[str]:
     """The Python programs of all pages, with the demo in place of a checkpoint of the reader's."""
-    found = [
-        code for page in PAGES for kind, code in FENCE.findall(page.read_text("utf-8")) if kind == "python"
-    ]
+    found = [code for page in PAGES for kind, code in FENCE.findall(markdown(page)) if kind == "python"]
     return [
         code.replace('"path/to/checkpoint"', "None").replace("context=8192", 'device="cpu", context=512')
         for code in found
