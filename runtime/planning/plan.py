@@ -40,8 +40,9 @@ class Plan:
     overhead_bytes: int = 0  # on the device: of PyTorch's allocator, or on a CPU of oneDNN's kernels
     driver_bytes: int = 0  # on the device, outside of PyTorch's allocator
     mapped_bytes: int = 0  # of files that a CPU computes from; not allocated, and in none of the terms above
-    berths: int = 0  # experts in host memory, of all layers together; 0 if all experts are resident
-    file_experts: int = 0  # that have no room in slots and berths, and have to be read again and again
+    experts: int = 0  # of all layers together, as the two below
+    berths: int = 0  # in host memory; 0 if all experts are resident
+    file_experts: int = 0  # that find no room in slots and berths, and have to be read again and again
     misses: str = "copy"  # how to get an expert that no slot has
     link_gbps: float | None = None  # from host memory to the device; None if unknown
     disk_gbps: float | None = None  # from files to host memory; None if unknown
@@ -51,6 +52,23 @@ class Plan:
     def resident(self) -> bool:
         """Whether the device holds every expert for good, and there is no arena to bring any from."""
         return self.arena_bytes == 0
+
+    @property
+    def tiered(self) -> bool:
+        """Whether host memory has fewer berths than there are experts, so that some are read from files."""
+        return 0 < self.berths < self.experts
+
+    @property
+    def host_miss_seconds(self) -> float | None:
+        """How long an expert takes from host memory to the device; None if the link's rate is unknown."""
+        return self.blob_bytes / self.link_gbps / 1e9 if self.link_gbps else None
+
+    @property
+    def file_miss_seconds(self) -> float | None:
+        """How long an expert takes from a file to the device; None if the disk's rate is unknown. It is read
+        and copied piece by piece, so the slower of both counts."""
+        read = self.blob_bytes / self.disk_gbps / 1e9 if self.disk_gbps else None
+        return read and max(read, self.host_miss_seconds or 0)
 
     @property
     def device_bytes(self) -> int:
@@ -95,11 +113,43 @@ class Plan:
         if self.resident:
             return line
         spares = f"{self.spares} spare{'s' * (self.spares != 1)}"
-        return (
+        slots = (
             f"{line}\nslots: {describe_slots(self.slots_per_layer)}; {spares}; "
             f"{format_bytes(self.blob_bytes)} an expert; "
             f"arena {format_bytes(self.arena_bytes)} of host memory"
         )
+        return f"{slots}\n{self.describe_tiers()}" if self.tiered or self.link_gbps else slots
+
+    def describe_tiers(self) -> str:
+        """Where experts are, and what it takes to bring one to the device.
+
+        >>> few = {"experts": 20, "berths": 12, "file_experts": 5, "link_gbps": 12.0, "disk_gbps": 2.0}
+        >>> sizes = (size << 20 for size in (10, 4, 6, 1, 5, 16))
+        >>> plan = Plan(torch.device("cuda"), torch.float16, 4096, 2048, *sizes, (3, 2), 3, 60_000_000, **few)
+        >>> print(plan.describe_tiers())
+        tiers: 5 slots, 12 berths, 5 experts read from files; a miss takes 5 ms from host memory (12 GB/s), 30 ms from files (2 GB/s)
+        """  # noqa: E501
+        places = f"tiers: {sum(self.slots_per_layer)} slots, {self.berths} berths"
+        if self.tiered:
+            places += f", {self.file_experts} experts read from files"
+        costs = []
+        if self.host_miss_seconds and self.link_gbps:
+            costs.append(
+                f"{milliseconds(self.host_miss_seconds)} from host memory ({self.link_gbps:.3g} GB/s)"
+            )
+        if self.file_miss_seconds and self.disk_gbps and self.tiered:
+            costs.append(f"{milliseconds(self.file_miss_seconds)} from files ({self.disk_gbps:.3g} GB/s)")
+        return f"{places}; a miss takes {', '.join(costs)}" if costs else places
+
+
+def milliseconds(seconds: float) -> str:
+    """A time with two digits, or with as many as it has before the point.
+
+    >>> milliseconds(0.0055336), milliseconds(0.0351), milliseconds(0.0996), milliseconds(1.2345)
+    ('5.5 ms', '35 ms', '100 ms', '1234 ms')
+    """
+    ms = 1000 * seconds
+    return f"{ms:.2g} ms" if ms < 99.5 else f"{ms:.0f} ms"
 
 
 def describe_slots(slots_per_layer: tuple[int, ...]) -> str:
@@ -143,13 +193,14 @@ def lay_out(
         workspace_bytes=chunk * activation_bytes(r, resident) + attending + logits + costs.scratch_bytes,
         staging_bytes=spares * costs.blob_bytes + (0 if resident else gate_bytes(r)),
         slots_bytes=0 if mapped_experts else sum(slots_per_layer) * costs.blob_bytes,
-        arena_bytes=berths * pitch(costs.blob_bytes, pin=not r.shared, tiered=tiered),
+        arena_bytes=berths * berth_bytes(r, tiered),
         slots_per_layer=slots_per_layer,
         spares=spares,
         blob_bytes=costs.blob_bytes,
         overhead_bytes=costs.overhead_bytes,
         driver_bytes=costs.driver_bytes,
         mapped_bytes=costs.mapped_trunk_bytes + mapped_experts,
+        experts=r.experts,
         berths=berths,
         file_experts=max(homeless, 0) if tiered else 0,
         misses=r.options.misses,
@@ -157,6 +208,11 @@ def lay_out(
         disk_gbps=r.options.disk_gbps,
         cpu_gbps=r.options.cpu_gbps,
     )
+
+
+def berth_bytes(request: Request, tiered: bool) -> int:
+    """What a berth takes. With `tiered` there are fewer berths than experts."""
+    return pitch(request.costs.blob_bytes, pin=not request.shared, tiered=tiered)
 
 
 def chunk_tokens(request: Request) -> int:

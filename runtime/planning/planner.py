@@ -2,8 +2,9 @@
 
 The trunk, the KV cache and the activations of one prefill chunk come first, because every token needs them.
 The rest of the memory holds experts. If all of them fit, they are resident. Otherwise each layer gets as many
-slots as fit, spare slots take experts that are only guessed to be needed, and an arena in host memory holds
-every expert.
+slots as fit, spare slots take experts that are only guessed to be needed, and an arena in host memory has a
+berth for every expert, or for as many as fit. The others stay in the checkpoint's files and are read as they
+are needed.
 """
 
 import warnings
@@ -18,23 +19,40 @@ from runtime.errors import DeviceError
 from runtime.options import EngineOptions
 from runtime.planning.device import pick_device
 from runtime.planning.plan import Plan
+from runtime.planning.rates import Run, with_rates
 from runtime.planning.refusal import refusal
 from runtime.planning.request import Request
 from runtime.planning.search import best_plan, excess_bytes
 from runtime.units import format_bytes
 
+EXPERTS = ".block_sparse_moe.experts."  # in the names of experts' weights
+
 
 def plan_checkpoint(checkpoint: Checkpoint, options: EngineOptions) -> Plan:
     """Plan a checkpoint for this machine. Raises as `plan_model` does."""
     c = checkpoint
-    return plan_model(c.config, c.formats, options, c.mappable)
+    plan = plan_model(c.config, c.formats, options, c.mappable)
+    return with_rates(plan, expert_runs(checkpoint) if plan.tiered else ())
+
+
+def expert_runs(checkpoint: Checkpoint) -> list[Run]:
+    """Where the files have experts, as few long runs of bytes."""
+    runs: list[Run] = []
+    for piece in checkpoint.layout.pieces:  # in the order of the files and their bytes
+        if EXPERTS in piece.rows.parameter:
+            path, start, size = runs[-1] if runs else (None, 0, 0)
+            if piece.path == path and piece.offset == start + size:
+                runs[-1] = (piece.path, start, size + piece.bytes)
+            else:
+                runs.append((piece.path, piece.offset, piece.bytes))
+    return runs
 
 
 def plan_model(
     config: ModelConfig, formats: Formats, options: EngineOptions, files: torch.dtype | None = None
 ) -> Plan:
     """Plan a model in these formats for this machine. `files` is `Checkpoint.mappable`; by default nothing is
-    mapped.
+    mapped, and every expert needs a berth.
 
     Warns if the model is larger than memory. Raises as `pick_device`, `Request.make` and `make_plan` do.
     """

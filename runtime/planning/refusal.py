@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 
+import torch
+
 from model.errors import ModelError
 from model.quant.spec import QuantSpec
 from runtime.planning.costs import Costs
@@ -27,10 +29,11 @@ def shortage(request: Request, small: Plan) -> str:
     """What even the smallest plan needs, and what there is."""
     r, (budget, place) = request, (request.budgets.device.bytes, request.budgets.device.place)
     if budget is None or used_bytes(r, small) <= budget:
-        host = r.budgets.host
+        host, every = r.budgets.host, f"{r.config.experts} experts in each of {r.config.layers} layers"
+        what = f"{small.berths} berths" if small.tiered else every
         return (
-            f"need {format_bytes(small.arena_bytes)} of {host.place} for {r.config.experts} experts in each "
-            f"of {r.config.layers} layers, and the budget is {format_bytes(host.bytes or 0)}"
+            f"need {format_bytes(small.arena_bytes)} of {host.place} for {what}, "
+            f"and the budget is {format_bytes(host.bytes or 0)}"
         )
     if small.resident:
         used = format_bytes(used_bytes(r, small))
@@ -52,13 +55,16 @@ def remedies(request: Request) -> list[str]:
     fewer = range(r.config.experts_per_token, options.slots or 0)
     if enough := [slots for slots in fewer if best_plan(r.changed(slots=slots))]:
         found.append(f"lower --slots to {enough[-1]}")
+    if options.berths is not None and best_plan(r.changed(berths=None)):
+        found.append("leave out --berths")
     if options.offload == "never" and best_plan(r.changed(offload="auto", slots=None)):
         found.append("let experts be offloaded (--offload auto)")
     if context := largest_context(r):
         found.append(f"lower --context to {context}")
     if options.lookahead * options.prefetch and best_plan(r.changed(prefetch=0)):
         found.append("guess none (--prefetch 0)")
-    found += [f"quantize with --{kind} {spec}" for kind in SMALLER if (spec := smaller_format(r, kind))]
+    formats = {kind: spec for kind in SMALLER if (spec := smaller_format(r, kind))}
+    found += [f"quantize with --{kind} {spec} (python -m tools.quantize)" for kind, spec in formats.items()]
     if not found:
         small = least_plan(r)
         offloaded = small.arena_bytes and not r.shared
@@ -79,23 +85,26 @@ def largest_context(request: Request) -> int | None:
 
 
 def smaller_format(request: Request, kind: str) -> str | None:
-    """The widest format of the head or of experts with which there is a plan.
+    """The widest format of the head or of experts with which there is a plan, of those with which the fewest
+    experts have to be read from files again and again.
 
     None where memory is shared: a CPU keeps weights in another form than files do, which may be no smaller.
     """
-    r, (texts, cost) = request, SMALLER[kind]
+    r, (texts, cost), found = request, SMALLER[kind], {}
     for text in () if r.shared else texts:
         formats = replace(r.formats, **{kind: QuantSpec.parse(text)})
         try:
-            costs = Costs.of(r.config, formats, r.dtype, r.target)
+            costs = Costs.of(r.config, formats, r.dtype, r.target, files=torch.bfloat16)
         except ModelError:  # its groups do not divide this model's matrices
             continue
         scratch = max(costs.scratch_bytes, r.costs.scratch_bytes)
         changed = replace(r.costs, scratch_bytes=scratch, **{cost: getattr(costs, cost)})
+        if kind == "experts":
+            changed = replace(changed, from_files=costs.from_files)
         smaller = getattr(costs, cost) < getattr(r.costs, cost)
-        if smaller and best_plan(replace(r, formats=formats, costs=changed)):
-            return text
-    return None
+        if smaller and (plan := best_plan(replace(r, formats=formats, costs=changed))):
+            found[text] = plan.file_experts
+    return min(found, key=lambda text: found[text], default=None)
 
 
 def rounded_up(size: int) -> str:

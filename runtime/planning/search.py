@@ -1,44 +1,97 @@
-"""The plan with the most slots that the budgets allow."""
+"""The plan with the most slots and berths that the budgets allow."""
 
-from runtime.planning.plan import Plan, lay_out
+from runtime.experts.tiers import SPARE_BERTHS
+from runtime.planning.plan import Plan, berth_bytes, lay_out
 from runtime.planning.request import Request
 
 
 def best_plan(request: Request) -> Plan | None:
     """The plan with the most slots that fits; None if there is no plan that fits.
 
-    All experts are resident if that fits and `offload` is not "always". With "always", at most half of the
-    experts have slots where slots and arena share a memory, or where there is no limit: otherwise no expert
-    would ever be missing.
+    All experts are resident if that fits and `offload` is not "always". Otherwise all of them have berths if
+    that fits. If not, and if files have experts as memory keeps them, as many have berths as fit.
+    """
+    r, E, offload = request, request.config.experts, request.options.offload
+    resident = lay_out(r, (E,) * r.config.layers, resident=True)
+    if offload != "always" and r.options.slots in (None, E) and fits(r, resident):
+        return resident
+    if not may_offload(r):
+        return None
+    wish = r.options.berths
+    if wish is not None and (wish >= r.experts or r.costs.from_files):
+        return with_berths(r, min(wish, r.experts))
+    return with_berths(r, r.experts) or (with_fewer_berths(r) if r.costs.from_files else None)
+
+
+def may_offload(request: Request) -> bool:
+    """Whether the options allow slots. On a CPU these are host memory too, so nothing is offloaded unless the
+    user asks for it."""
+    r, options = request, request.options
+    asked = options.offload == "always" or options.slots is not None or options.berths is not None
+    return options.offload != "never" and (asked or not r.shared)
+
+
+def with_berths(request: Request, berths: int) -> Plan | None:
+    """The plan with so many berths and the most slots that fits; None if there is none.
+
+    With `offload` "always", at most half of the experts have slots where slots and berths share a memory, or
+    where there is no limit: otherwise no expert would ever be missing.
     """
     r, L, A, E = request, request.config.layers, request.config.experts_per_token, request.config.experts
     offload, slots, budget = r.options.offload, r.options.slots, r.budgets.device.bytes
-    resident = lay_out(r, (E,) * L, resident=True)
-    if offload != "always" and slots in (None, E) and fits(r, resident):
-        return resident
-    if offload == "never":
-        return None
     if slots is not None:
         counts = (slots,) * L
     else:
         study = offload == "always" and (r.shared or budget is None)
         total = L * (max(A, E // 2) if study else E)
         if budget is not None:
-            total = min(total, (budget - used_bytes(r, lay_out(r, (0,) * L))) // r.costs.blob_bytes)
+            none = lay_out(r, (0,) * L, berths=berths)
+            total = min(total, (budget - used_bytes(r, none)) // r.costs.blob_bytes)
         if total < A * L:
             return None
         counts = share_out(total, L)
-    offloaded = lay_out(r, counts)
-    return offloaded if fits(r, offloaded) else None
+    plan = lay_out(r, counts, berths=berths)
+    return plan if fits(r, plan) else None
+
+
+def with_fewer_berths(request: Request) -> Plan | None:
+    """The plan with as many berths as fit, but fewer than experts; None if there is none.
+
+    Where slots and berths share a memory, layers have the fewest slots, so that less is read from files.
+    """
+    least = lay_out(request, least_slots(request), berths=SPARE_BERTHS)
+    budget = request.budgets.device.bytes if request.shared else request.budgets.host.bytes
+    beside = used_bytes(request, least) - least.arena_bytes if request.shared else 0
+    if budget is None:  # then it is the device that is too small, also without spares to write back through
+        return None
+    berths = min((budget - beside) // berth_bytes(request, tiered=True), request.experts - 1)
+    if berths < SPARE_BERTHS:
+        return None
+    return (
+        lay_out(request, least_slots(request), berths=berths)
+        if request.shared
+        else with_berths(request, berths)
+    )
+
+
+def least_slots(request: Request) -> tuple[int, ...]:
+    """Those that the user asks for, or that a token needs."""
+    return (request.options.slots or request.config.experts_per_token,) * request.config.layers
 
 
 def least_plan(request: Request) -> Plan:
-    """The smallest plan that the options allow, whether or not it fits."""
-    r, L, options = request, request.config.layers, request.options
-    wasted = r.shared and options.offload == "auto" and options.slots is None  # offloading would save nothing
-    if options.offload == "never" or wasted:
-        return lay_out(r, (r.config.experts,) * L, resident=True)
-    return lay_out(r, (options.slots or r.config.experts_per_token,) * L)
+    """The smallest plan that the options allow, whether or not it fits. On a GPU all experts have berths if
+    the host has room for them."""
+    r, counts, host = request, least_slots(request), request.budgets.host.bytes
+    if not may_offload(r):
+        return lay_out(r, (r.config.experts,) * r.config.layers, resident=True)
+    every = lay_out(r, counts)
+    if r.options.berths is not None or not r.costs.from_files:
+        return every
+    fewest = lay_out(r, counts, berths=SPARE_BERTHS)
+    if r.shared:
+        return min(every, fewest, key=lambda plan: used_bytes(r, plan))
+    return every if host is None or every.host_bytes <= host else fewest
 
 
 def fits(request: Request, plan: Plan) -> bool:

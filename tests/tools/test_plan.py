@@ -90,8 +90,14 @@ def test_the_status_is_one_where_no_size_is_enough(run: Run) -> None:
     status, out, _ = run(*SHEET, "--vram", "2GiB", "--json")
     assert status == 1 and json.loads(out)["plans"][0]["error"]
     status, _, err = run(*SHEET, "--vram", "12GiB", "--ram", "12GiB")
-    assert status == 1 and "need 15.8 GiB of host memory" in err and "quantize with --experts 2g64" in err
-    assert run(*SHEET, "--experts", "2g64", "--vram", "12GiB", "--ram", "12GiB")[0] == 0
+    assert status == 0 and err == ""
+    plain = ("--shape", "mixtral-8x7b", "--vram", "32GiB", "--ram", "12GiB")
+    status, _, err = run(*plain)
+    assert status == 1 and "need 84.0 GiB of host memory for 8 experts in each of 32 layers" in err
+    words = re.search(r"quantize with --experts (\S+) \(python -m tools.quantize\)", err)
+    assert (
+        words and json.loads(run(*plain, "--experts", words[1], "--json")[1])["plans"][0]["file_experts"] == 0
+    )
 
 
 @pytest.mark.parametrize("shape", ["mixtral-8x7b", "mixtral-8x22b"])
@@ -100,8 +106,59 @@ def test_one_size_gives_gib_and_bytes_side_by_side(run: Run, shape: str) -> None
     lines = [re.split(r"\s{2,}", line) for line in out.splitlines()]
     assert status == 0 and lines[1] == ["40GB", "GiB", "bytes"]
     assert ["slots per layer", f"2 in each of {SHAPES[shape].layers} layers"] in lines
-    for label, gib, exact in lines[2:-4]:
+    assert ["berths in host memory", f"all {SHAPES[shape].layers * 8}"] in lines
+    for label, gib, exact in lines[2:-5]:
         assert gib == f"{int(exact.replace(',', '')) / 2**30:.2f}", label
+
+
+def test_three_tiers_in_one_sheet(run: Run) -> None:
+    words = ("--shape", "mixtral-8x7b", "--attention", 4, "--experts", 2)
+    status, out, err = run(*words, "--vram", "15GiB, 8GiB", "--ram", "11GiB,8GiB")
+    lines = [re.split(r"\s{2,}", line) for line in out.splitlines()]
+    assert (status, err) == (0, "") and lines[1] == ["", "15GiB + 11GiB", "8GiB + 8GiB"]
+    rows = {row[0]: row[1:] for row in lines[2:-1]}
+    columns = json.loads(run(*words, "--vram", "15GiB,8GiB", "--ram", "11GiB,8GiB", "--json")[1])["plans"]
+    for n, (column, ram) in enumerate(zip(columns, (11, 8), strict=True)):
+        assert rows["berths in host memory"][n] == f"{column['berths']} of 256"
+        assert rows["experts read from files"][n] == str(column["file_experts"])
+        assert column["arena_bytes"] == column["berths"] * (66404352 + 8192) <= ram << 30
+        assert column["spares"] == 1 + 2
+        assert column["file_experts"] == max(258 - column["berths"] - sum(column["slots_per_layer"]), 0)
+        assert column["seconds_per_miss_from_files"] == {
+            "0.5 GB/s": 66404352 / 5e8, "2 GB/s": 66404352 / 2e9, "6 GB/s": 66404352 / 6e9,
+        }  # fmt: skip
+    assert [column["file_experts"] > 0 for column in columns] == [False, True]
+    assert lines[-1][0].endswith(
+        "a miss takes 5.5 ms at 12 GB/s, 2.7 ms at 25 GB/s; one that is read from files takes "
+        "133 ms at 0.5 GB/s, 33 ms at 2 GB/s, 11 ms at 6 GB/s."
+    )
+    out = run(*words, "--vram", "8GiB", "--ram", "8GiB", "--link-gbps", 4, "--disk-gbps", 5)[1]
+    assert out.endswith("a miss takes 17 ms at 4 GB/s; one that is read from files takes 17 ms at 5 GB/s.\n")
+
+
+def test_one_size_of_a_memory_goes_with_all_of_the_other(run: Run) -> None:
+    def planned(*more: object) -> list[tuple[str, int, int]]:
+        plans = json.loads(run(*SHEET, *more, "--json")[1])["plans"]
+        return [(p["size"], sum(p["slots_per_layer"]), p["berths"]) for p in plans]
+
+    [(_, few, some)] = planned("--vram", "8GiB", "--ram", "10GiB")
+    [(_, more, _)] = planned("--vram", "11GiB", "--ram", "10GiB")
+    [(_, _, most)] = planned("--vram", "8GiB", "--ram", "12GiB")
+    assert some < most < 256 and few < more
+    assert planned("--vram", "8GiB,11GiB", "--ram", "10GiB") == [("8GiB", few, some), ("11GiB", more, some)]
+    assert planned("--vram", "8GiB", "--ram", "10GiB,12GiB") == [
+        ("8GiB + 10GiB", few, some),
+        ("8GiB + 12GiB", few, most),
+    ]
+    assert [berths for _, _, berths in planned("--vram", "8GiB", "--berths", 99)] == [99]
+
+
+def test_an_older_card_is_planned_as_such(run: Run) -> None:
+    new, old = (json.loads(run(*SHEET, *more, "--json")[1]) for more in ((), ("--capability", "7.5")))
+    assert (new["capability"], new["dtype"]) == ("8.0", "bfloat16")
+    assert (old["capability"], old["dtype"]) == ("7.5", "float16")
+    title = run(*SHEET, "--capability", "7.5")[1].splitlines()[0]
+    assert title.endswith("in float16 on cuda of compute capability 7.5, context 4096 tokens")
 
 
 def test_of_a_checkpoint_headers_say_what_it_is(run: Run) -> None:
@@ -141,7 +198,16 @@ def test_on_a_cpu_arena_and_slots_share_one_memory(run: Run) -> None:
             2,
             "error: vram: '90%': how much memory there is cannot be told; write the size in GiB",
         ),
-        ((*SHEET, "--ram", "8GiB,9GiB"), 2, "one size goes with all of --vram"),
+        (
+            (*SHEET, "--ram", "8GiB,9GiB", "--vram", "1GiB,2GiB,3GiB"),
+            2,
+            "ram is 8GiB,9GiB; give one size, or",
+        ),
+        ((*SHEET, "--vram", "8GiB,"), 2, "vram: '' is not a size"),
+        ((*SHEET, "--capability", "8"), 2, "'8', and must be like 7.5"),
+        ((*SHEET, "--berths", "1"), 2, "berths is 1"),
+        (("--shape", "mixtral-8x7b", "--berths", "99"), 2, "berths is 99, and all 256 experts need one"),
+        ((*SHEET, "--berths", "99", "--offload", "never"), 2, "berths is 99 and offload is 'never'"),
         ((*SHEET, "--device", "cpu", "--vram", "8GiB"), 2, "limit it with --ram"),
         ((*SHEET, "--context", "40000"), 2, "at most 32768"),
         ((*SHEET, "--context", "1"), 2, "context is 1"),

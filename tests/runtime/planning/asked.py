@@ -37,13 +37,15 @@ def asked(
     place: str = "device memory",
     host_place: str = "host memory",
     shared: bool = False,
+    from_files: bool = False,
     **options: Any,
 ) -> Request:
-    """A request for a 16-bit model whose costs are these; None is the plain size of an expert or a head."""
+    """A request for a 16-bit model whose costs are these; None is the plain size of an expert or a head.
+    `from_files` says that experts can be read from files one by one."""
     target = Target(CPU) if shared else CARD
-    wishes = EngineOptions(dtype=str(dtype).removeprefix("torch."), context=context, **options)
+    wishes = EngineOptions(dtype=str(dtype).removeprefix("torch."), context=context, map=False, **options)
     budgets = Budgets(Budget(budget, place), Budget(host_budget, host_place))
-    request = Request.make(config, PLAIN, wishes, target, budgets)
+    request = Request.make(config, PLAIN, wishes, target, budgets, dtype if from_files else None)
     costs = replace(
         request.costs,
         blob_bytes=3 * config.ffn * config.hidden * dtype.itemsize if expert is None else expert,

@@ -56,6 +56,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     total = 80 << 30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - memory.CONTEXT_BYTES, total))
+    monkeypatch.setattr("runtime.planning.rates.measure_link", lambda device: None)
     memory.context_bytes.cache_clear()
     yield
     memory.context_bytes.cache_clear()

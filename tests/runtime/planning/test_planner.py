@@ -136,6 +136,7 @@ def test_no_layer_loses_a_slot_to_a_larger_budget_or_a_smaller_context(
 
 REMEDIES: dict[str, Callable[..., dict[str, Any]]] = {
     r"lower --slots to (\d+)": lambda slots: {"slots": int(slots)},
+    r"leave out --berths": lambda: {"berths": None},
     r"let experts be offloaded \(--offload auto\)": lambda: {"offload": "auto"},
     r"lower --context to (\d+)": lambda context: {"context": int(context)},
     r"guess none \(--prefetch 0\)": lambda: {"prefetch": 0},
@@ -148,14 +149,17 @@ REMEDIES: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 @settings(max_examples=200)
-@given(st.data(), requests, st.sampled_from(["auto", "never", "always"]), st.booleans())
+@given(st.data(), requests, st.sampled_from(["auto", "never", "always"]), st.booleans(), st.booleans())
 def test_a_refusal_is_one_line_and_its_remedies_work(
-    data: st.DataObject, request: dict[str, Any], offload: str, shared: bool
+    data: st.DataObject, request: dict[str, Any], offload: str, shared: bool, from_files: bool
 ) -> None:
     config = request["config"]
     slots = data.draw(st.none() | st.integers(config.experts_per_token, config.experts))
+    berths = data.draw(st.none() | st.integers(2 if from_files else config.layers * config.experts, 100))
     budget, host = data.draw(budgets(request, shared)), None
-    request |= {"offload": offload, "shared": shared, "slots": None if offload == "never" else slots}
+    request |= {"offload": offload, "shared": shared, "from_files": from_files}
+    if offload != "never":
+        request |= {"slots": slots, "berths": berths}
     if not shared:
         host = data.draw(st.none() | st.sampled_from(LIMITS))
     try:
@@ -173,7 +177,7 @@ def test_a_refusal_is_one_line_and_its_remedies_work(
     quantized = {"scratch": max(request["scratch"], expanded)}
     if words := re.search(r"quantize with --experts (\d\w*)", text):
         blob = expert_fields(config, QuantSpec.parse(words[1]))[-1].end + 63 & ~63
-        tried.append(try_plan(**(request | quantized | {"expert": blob})))
+        tried.append(try_plan(**(request | quantized | {"expert": blob, "from_files": True})))
     if words := re.search(r"quantize with --head (\d\w*)", text):
         head = matrix_fields("", (config.vocab, config.hidden), QuantSpec.parse(words[1]))[-1].end
         tried.append(try_plan(**(request | quantized | {"head": head + 255 & ~255})))
@@ -210,7 +214,7 @@ def test_too_little_host_memory_is_a_refusal() -> None:
     with pytest.raises(
         DeviceError,
         match=r"need 1\.6 MiB of the host for 5 experts in each of 3 layers, and"
-        r" the budget is 1000\.0 KiB; quantize with --experts 2$",
+        r" the budget is 1000\.0 KiB; quantize with --experts 2 \(python -m tools.quantize\)$",
     ):
         plan(quantizable, torch.float32, 100, slots=2, host_budget=1000 << 10, host_place="the host")
     with pytest.raises(
