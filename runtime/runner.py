@@ -195,8 +195,7 @@ class ModelRunner:
         if self.turns.forked:  # the rest belongs to the process that loaded it
             return
         if self.cache:
-            self.cache.copies.end()
-            if self.cache.copies.in_its_thread():  # in a finalizer, while a forward may wait for this thread
+            if self.cache.end():  # in a finalizer, while a forward may wait for this thread
                 self.close_later = True
                 return
         self.let_go()

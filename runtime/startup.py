@@ -20,6 +20,8 @@ from model.quant.expert import ExpertFormat
 from model.target import Target
 from runtime.errors import DeviceError, LoadError
 from runtime.experts.cache import ExpertCache
+from runtime.experts.files import ExpertFiles
+from runtime.experts.making import make_cache
 from runtime.gpu.warm_up import Bar, prepare
 from runtime.loader import kernels_to_compile, load_model, load_resident
 from runtime.options import EngineOptions
@@ -128,14 +130,23 @@ def load_weights(
     files = MappedFiles(checkpoint.layout) if plan.mapped_bytes else None
     if plan.resident:
         return load_resident(checkpoint, form, dtype, device, progress, files), None, files
+<<<<<<< HEAD
     if plan.berths < checkpoint.config.layers * checkpoint.config.experts:
         raise DeviceError(f"{plan.berths} berths do not hold all experts; leave out --berths, or raise --ram")
     cache = ExpertCache.make(
         form, device, checkpoint.config.experts, plan.slots_per_layer, plan.spares,
         options.policy, options.prefetch, options.link_gbps,
+=======
+    config = checkpoint.config
+    tiers = ExpertFiles.of(checkpoint, form) if plan.berths < config.layers * config.experts else None
+    cache = make_cache(
+        form, device, config.experts, plan.slots_per_layer, plan.spares, plan.berths,
+        options.policy, options.prefetch, options.link_gbps, options.disk_gbps, tiers,
+>>>>>>> eb9ab77 (Three tiers: experts in slots, berths and files)
     )  # fmt: skip
     try:
-        model = load_model(checkpoint, form, dtype, device, cache.layer, cache.arena.blob, progress, files)
+        berths = cache.store.load(config.layers)
+        model = load_model(checkpoint, form, dtype, device, cache.layer, berths, progress, files)
         if options.lookahead and options.prefetch:
             model.look_ahead(options.lookahead)
     except BaseException:

@@ -27,6 +27,8 @@ class Stats:
     stall_seconds: float = 0.0  # in which the host or the device waited for copies
     copied_bytes: int = 0
     wasted_bytes: int = 0  # of the copied ones, those for unused guesses and for forwards that failed
+    read_bytes: int = 0  # from files, after loading
+    written_back_bytes: int = 0  # from slots to host memory
 
     def __add__(self, other: "Stats") -> "Stats":
         return Stats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -61,6 +63,11 @@ class Stats:
                 f"\nexperts: hit ratio {self.hit_ratio:.2f}, lookahead recall {self.recall:.2f}; "
                 f"{format_bytes(self.copied_bytes)} copied, {format_bytes(self.wasted_bytes)} wasted; "
                 f"waited {self.stall_seconds:.2f} s for copies"
+            )
+        if self.read_bytes or self.written_back_bytes:
+            cached += (
+                f"\ntiers: {format_bytes(self.read_bytes)} read from files, "
+                f"{format_bytes(self.written_back_bytes)} written back to host memory"
             )
         reused = f" and {self.reused_tokens} reused" if self.reused_tokens else ""
         return (

@@ -1,12 +1,12 @@
-"""Host memory for every expert's blob: one reservation, page-locked where a GPU reads it.
+"""Host memory for experts, in berths: one reservation, page-locked where a GPU reads it.
 
 PyTorch's own pinned allocator may round each block up to a power of two (94 MB becomes 134). So the arena is
 one anonymous mapping, which begins on a page and is registered with the driver run by run. The source of a
-copy has to lie in one registration, so each blob begins on a page of its own, and runs end where blobs do.
+copy has to lie in one registration, so each berth begins on a page of its own, and runs end where berths do.
 
 The driver may refuse a run, because too little memory is free or WSL2's share is used up. Then the memory
-that it has locked so far stays locked, and the rest is ordinary memory. Blobs there are copied through small
-pinned buffers.
+that it has locked so far stays locked, and the rest is ordinary memory. Experts there are copied through
+small pinned buffers.
 
 The mapping is private, because only private memory can have huge pages, and the driver locks those with 512
 times less work.
@@ -33,34 +33,35 @@ DIRECT = 4096  # direct reads begin and end on multiples of this, in a file and 
 
 
 class Arena:
-    """Blobs [layers, experts, blob_bytes] uint8, written only while the model loads."""
+    """Berths [count, distance] uint8, each with room for one expert's blob."""
 
     def __init__(
         self,
-        layers: int,
-        experts: int,
+        count: int,
         blob_bytes: int,
         pin: bool = False,
         device: torch.device | None = None,
+        tiered: bool = False,
     ) -> None:
         """Reserve the memory. `pin` asks the driver to lock it for `device`, by default the current device.
-        Afterwards `pinned` says whether the driver locked all of it, and `locked` says so of each blob.
+        Afterwards `pinned` says whether the driver locked all of it, and `locked` says so of each berth.
+        `tiered` berths are filled by direct reads, too: see `pitch`.
 
         Raises `DeviceError` if the host cannot give that much memory.
         """
-        self.experts, self.device, self.process = experts, device, os.getpid()
-        distance = pitch(blob_bytes, pin, tiered=False)
-        size = layers * experts * distance
+        self.device, self.process = device, os.getpid()
+        distance = pitch(blob_bytes, pin, tiered)
+        size = count * distance
         try:
             memory = private_memory(max(size, 1), huge=pin)
         except OSError as error:
             raise DeviceError(
-                f"cannot reserve {format_bytes(size)} of host memory for all experts ({error.strerror}); "
+                f"cannot reserve {format_bytes(size)} of host memory for {count} experts ({error.strerror}); "
                 "free some, or quantize them to fewer bits"
             ) from error
         flat = torch.frombuffer(memory, dtype=torch.uint8)
         self.total_bytes, self.start = size, flat.data_ptr()
-        self.blobs = flat[:size].view(layers, experts, distance)[:, :, :blob_bytes]
+        self.berths = flat[:size].view(count, distance)
         self.registered: list[int] = []  # addresses
         # An arena that is never closed is unlocked, too.
         weakref.finalize(self, unregister, self.registered, device, self.process).atexit = False
@@ -72,14 +73,14 @@ class Arena:
         return self.locked_bytes == self.total_bytes
 
     def locked(self, source: Tensor) -> bool:
-        """Whether these bytes, of one blob, are page-locked."""
+        """Whether these bytes, of one berth, are page-locked."""
         return 0 <= source.data_ptr() - self.start < self.locked_bytes
 
-    def blob(self, layer: int, expert: int) -> Tensor:  # [blob_bytes] uint8, without gaps
-        return self.blobs[layer, expert]
+    def berth(self, number: int) -> Tensor:  # [distance] uint8
+        return self.berths[number]
 
     def register(self, flat: Tensor, distance: int) -> int:
-        """Lock runs of whole blobs until the driver refuses one. Returns the number of bytes locked."""
+        """Lock runs of whole berths until the driver refuses one. Returns the number of bytes locked."""
         run = max(PIN_BYTES // distance, 1) * distance
         with current(self.device):
             runtime = torch.cuda.cudart()
@@ -95,13 +96,13 @@ class Arena:
         """Unlock the pages. The memory is freed with the last tensor that views it."""
         unregister(self.registered, self.device, self.process)
         self.locked_bytes = 0
-        self.__dict__.pop("blobs", None)
+        self.__dict__.pop("berths", None)
 
 
 def pitch(blob_bytes: int, pin: bool, tiered: bool) -> int:
-    """The bytes from one blob of an arena to the next.
+    """The bytes from one berth to the next.
 
-    Blobs that are page-locked begin on pages. If there are files below the arena (`tiered`), a direct read
+    Berths that are page-locked begin on pages. If there are files below the arena (`tiered`), a direct read
     puts a blob's bytes at the offset from a multiple of `DIRECT` that they have in the file, with the rest of
     a block before and after them.
 

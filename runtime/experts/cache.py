@@ -7,12 +7,10 @@ The result is bit for bit that of a resident model. The same calls compute each 
 same bytes, and contributions are added in ascending order of expert, in whichever order experts arrived.
 """
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 
 import numpy as np
 import torch
@@ -23,16 +21,11 @@ from model.moe import Contributions, ManyTokens, OneToken
 from model.quant.expert import ExpertFormat
 from model.router import Choice
 from runtime.experts import trace
-from runtime.experts.arena import Arena, unlocked_remedy
-from runtime.experts.copying import CopyEngine
-from runtime.experts.cuda_link import CudaLink
-from runtime.experts.link import HostLink, Link
 from runtime.experts.needs import Needs, added_up, by_last_use, to_host
-from runtime.experts.policy import PolicyMaker, make_policy
 from runtime.experts.residency import Arrival, Residency
 from runtime.experts.slots import SlotTable, Spares
+from runtime.experts.store import Store
 from runtime.stats import Stats
-from runtime.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -58,8 +51,7 @@ class ExpertCache:
     def __init__(
         self,
         form: ExpertFormat,
-        arena: Arena,
-        copies: CopyEngine,
+        store: Store,
         device: torch.device,
         tables: Sequence[SlotTable],
         spares: Spares,
@@ -67,81 +59,33 @@ class ExpertCache:
     ) -> None:
         """The slots of `tables`, one for each layer, and of `spares` are numbered from 0, together. For each
         layer that a router ranks ahead, up to `prefetch` experts are guessed."""
-        self.form, self.arena, self.copies = form, arena, copies
+        self.form, self.store, self.copies = form, store, store.channels.up
         self.first_bytes = form.first_bytes
         total = sum(len(table.slots) for table in tables) + len(spares.free)
         self.pool = torch.empty(total, form.blob_bytes, dtype=torch.uint8, device=device)
         self.bound = [form.bind(blob) for blob in self.pool]  # by slot: computes the expert that is there
-        self.residency = Residency(tables, spares, arena, self.pool, copies, prefetch)
+        self.residency = Residency(tables, spares, store, self.pool, prefetch)
         self.ledger = self.residency.ledger
         # The slots of one token's experts, by layer. In `apply_step` the device reads them from the host.
-        self.slot_ids = torch.zeros(len(tables), arena.experts, dtype=torch.int64, device=device)
+        self.slot_ids = torch.zeros(len(tables), store.experts, dtype=torch.int64, device=device)
         self.host_slot_ids = torch.zeros_like(self.slot_ids, device="cpu", pin_memory=device.type == "cuda")
         self.host_slot_array = self.host_slot_ids.numpy()  # the same memory, for Python to write
         self.uncounted = Stats()  # the counters at `start_over`
         # A cache that is never closed would leave its thread, and the memory that the thread holds. The
         # finaliser comes before the thread, so no thread is left however the load of an engine fails.
-        weakref.finalize(self, copies.end).atexit = False
-        copies.start(arena, self.pool)
+        weakref.finalize(self, store.channels.end).atexit = False
+        for engine in store.channels.all:
+            engine.start(store.arena, self.pool)
 
-    @staticmethod
-    def make(
-        form: ExpertFormat,
-        device: torch.device,
-        experts: int,
-        slots_per_layer: Sequence[int],
-        spares: int,
-        policy: str | PolicyMaker = "lru",
-        prefetch: int = 1,
-        link_gbps: float | None = None,
-    ) -> "ExpertCache":
-        """A cache with slots and spares, and an arena with room for all `experts` of every layer.
-
-        The caller fills the arena, and closes the cache after its last use. Raises `DeviceError` if the host
-        cannot give that much memory.
-        """
-        on_gpu = device.type == "cuda"
-        arena = Arena(len(slots_per_layer), experts, form.blob_bytes, on_gpu, device if on_gpu else None)
-        if on_gpu and not arena.pinned:
-            locked, total = format_bytes(arena.locked_bytes), format_bytes(arena.total_bytes)
-            warnings.warn(
-                f"the driver locks {locked} of the {total} of host memory that hold experts; the others "
-                f"are copied through small buffers, which is slower; {unlocked_remedy()}",
-                RuntimeWarning,
-                stacklevel=6,  # the caller of Engine.load
-            )
-        try:
-            return ExpertCache.over(arena, form, device, slots_per_layer, spares, policy, prefetch, link_gbps)
-        except BaseException:
-            arena.close()
-            raise
-
-    @staticmethod
-    def over(
-        arena: Arena,
-        form: ExpertFormat,
-        device: torch.device,
-        slots_per_layer: Sequence[int],
-        spares: int,
-        policy: str | PolicyMaker = "lru",
-        prefetch: int = 1,
-        link_gbps: float | None = None,
-    ) -> "ExpertCache":
-        """A cache over an existing arena, with a link of its own."""
-        link: Link = HostLink(link_gbps * 1e9 if link_gbps else None)
-        if device.type == "cuda":
-            link = CudaLink(device, None if arena.pinned else arena.locked)
-        numbers = iter(range(sum(slots_per_layer) + spares))
-        tables = [
-            SlotTable(islice(numbers, count), make_policy(policy, 0, layer))
-            for layer, count in enumerate(slots_per_layer)
-        ]
-        return ExpertCache(form, arena, CopyEngine(link), device, tables, Spares(numbers), prefetch)
+    def end(self) -> bool:
+        """Tell all copy threads to end. Returns whether the calling thread is one of them. Never waits."""
+        self.store.channels.end()
+        return any(engine.in_its_thread() for engine in self.store.channels.all)
 
     def close(self) -> None:
-        """End the copy thread and free the memory of the host and the device."""
-        if self.copies.close():  # otherwise the copy thread frees the arena after its last piece
-            self.arena.close()
+        """End the copy threads and free the memory of the host and the device."""
+        if all([engine.close() for engine in self.store.channels.all]):
+            self.store.arena.close()  # otherwise the copy threads free it after their last pieces
         self.residency.tickets.clear()
         self.bound.clear()
         self.__dict__.pop("pool", None)
@@ -153,12 +97,14 @@ class ExpertCache:
 
     def count_all(self) -> Stats:
         """The counters, warm-up included."""
-        counters = self.ledger.counters
+        counters, channels = self.ledger.counters, self.store.channels
         return replace(
             counters,
             stall_seconds=counters.stall_seconds + self.copies.link.stalled(),
             copied_bytes=self.copies.moved,
             wasted_bytes=self.copies.wasted,
+            read_bytes=channels.reads.moved if channels.reads else 0,
+            written_back_bytes=channels.back.moved if channels.back else 0,
         )
 
     def start_over(self) -> None:
@@ -170,7 +116,10 @@ class ExpertCache:
     def record(self, recorder: trace.Recorder | None) -> None:
         """Tell `recorder` of everything from now on. None ends that."""
         self.ledger.recorder = recorder
-        self.copies.finished = self.ledger.copied()
+        channels = self.store.channels
+        channels.up.finished = self.ledger.copied()
+        if channels.back and channels.reads:
+            channels.back.finished, channels.reads.finished = self.ledger.written_back(), self.ledger.read()
 
     def layer(self, number: int) -> LayerExperts:
         """That layer's experts as the model calls them."""
@@ -182,7 +131,7 @@ class ExpertCache:
         After any error, be it Ctrl-C at any instruction, the next forward begins with empty slots.
         """
         chosen, ahead = to_host(choice.ids, choice.ranking)
-        (tokens, per_token), experts = chosen.shape, self.arena.experts
+        (tokens, per_token), experts = chosen.shape, self.store.experts
         needed = by_last_use(chosen, experts)
         shares = partial(added_up, chosen, choice.weights, needed)
         arrivals = self.residency.arrivals(Needs(layer, needed, tokens, per_token, ahead, shares))

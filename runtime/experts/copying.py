@@ -8,6 +8,11 @@ matrices of an expert while its last matrix travels.
 computing thread puts demanded experts there itself, and the copy thread has only the guesses: handing an
 expert over would take longer than putting it on the link.
 
+**Channels.** `runtime.experts.store` has up to three engines: to the device, back from it, and from the files.
+A copy may have to come `after` copies of other engines, or follow closely the one that fills its source, its
+`feeder`. An engine passes over copies that cannot go on yet. No copy waits for one that was ordered later, so
+none waits forever.
+
 **Interrupts.** An interrupt may stop the computing thread between any two of its instructions, and a
 finalizer or a signal handler may run there. So the computing thread takes a single lock, `turn`, by a `with`
 that is C code throughout. It gives its orders through a queue that is C code, and it waits in C. Neither an
@@ -19,50 +24,25 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from runtime.errors import RequestError
 from runtime.experts.link import Link
+from runtime.experts.tickets import Source, Ticket, TransferError, describe
 
 CLOSED = "the engine is closed; load it again"
 PATIENCE = 0.05  # seconds at most that a wait for a copy goes on after the engine was closed
 LIMIT = 10.0  # seconds at most that closing waits for the piece under way
 
 
-class TransferError(RequestError):
-    """An expert did not arrive. The request that needed it fails, and the next request copies it again."""
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A copy of `source` [bytes] uint8 to `target` [bytes] uint8, and how far it has come."""
-
-    source: Tensor
-    target: Tensor
-    demand: bool  # the expert is needed; False while it is only guessed
-    free: Any = None  # the mark after the target's last use
-    label: Any = None  # the caller's own
-    moved: int = 0  # bytes
-    marks: list[tuple[int, Any]] = field(default_factory=list)  # (bytes moved by then, the link's mark)
-    seconds: float = 0.0  # that the link took
-    error: BaseException | None = None
-    cancelled: bool = False
-    era: int = 0  # `cancel_all` begins a new era, and drops the copies of older ones
-
-    @property
-    def complete(self) -> bool:
-        return self.moved == self.source.numel()
-
-
 class CopyEngine:
     """The queue in front of a link, and the thread that serves it. One thread at a time gives orders."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, name: str = "expert-copies") -> None:
+        """`name` is that of its thread."""
         self.link = link
         self.orders: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # for the copy thread
         self.turn = threading.Lock()  # held to put a piece on the link and count it
@@ -76,7 +56,7 @@ class CopyEngine:
         self.wasted_whole = self.wasted_parts = 0  # bytes; only one thread writes each
         self.finished: Callable[[Ticket], None] | None = None  # called with every complete copy
         self.keep: tuple[Any, ...] = ()
-        self.thread = threading.Thread(target=self.serve, name="expert-copies", daemon=True)
+        self.thread = threading.Thread(target=self.serve, name=name, daemon=True)
 
     @property
     def wasted(self) -> int:
@@ -92,14 +72,29 @@ class CopyEngine:
         self.thread.start()
 
     def submit(
-        self, source: Tensor, target: Tensor, demand: bool, free: Any = None, label: Any = None
+        self,
+        source: Source,
+        target: Tensor,
+        demand: bool,
+        free: Any = None,
+        label: Any = None,
+        after: Iterable[Ticket | None] = (),
+        feeder: Ticket | None = None,
     ) -> Ticket:
-        """Order a copy, which may overwrite the target after the mark `free`. Demanded copies are served in
-        the order in which they were submitted, and before all guesses. Raises `TransferError` if closed."""
+        """Order a copy, which may begin after the mark `free` and the copies in `after`, and of whose source
+        `feeder` is still filling the rest.
+
+        Demanded copies are served before all guesses, and in the order in which they were submitted if they
+        wait for nothing. Raises `TransferError` if closed.
+        """
         if self.closed:
             raise TransferError(CLOSED)
-        ticket = Ticket(source, target, demand, free, label, era=self.era)
-        if demand and not self.link.blocks(source):
+        waits = tuple(other for other in after if other is not None and (other.marks or not other.settled))
+        ticket = Ticket(source, target, demand, free, label, era=self.era, after=waits, feeder=feeder)
+        for other in (*waits, feeder):
+            if other is not None and not other.settled:
+                other.wakes.append(self.wake_up)
+        if self.can_move_at_once(ticket):
             self.move_at_once(ticket)
         else:
             self.orders.put(partial(self.enqueue, ticket))
@@ -110,7 +105,7 @@ class CopyEngine:
         ticket.demand = True
         if ticket.complete:
             return
-        if not self.link.blocks(ticket.source):
+        if self.can_move_at_once(ticket):
             self.move_at_once(ticket)
         else:
             self.orders.put(partial(self.prefer, ticket))
@@ -129,6 +124,14 @@ class CopyEngine:
         because an interrupt came in between."""
         self.era += 1
         self.orders.put(self.drop_old)
+
+    def settle(self) -> None:
+        """Return when no copy from before the latest `cancel_all` is under way any more, or if closed."""
+        idle = threading.Lock()
+        idle.acquire()
+        self.orders.put(partial(self.report_idle, idle))
+        while not self.closed and not idle.acquire(timeout=PATIENCE):
+            pass
 
     def wait(self, ticket: Ticket, count: int | None = None) -> float:
         """Let computing come after the first `count` bytes of a copy, or after all of it.
@@ -152,8 +155,14 @@ class CopyEngine:
                 raise TransferError(CLOSED)
             reason = describe(ticket.error)
             raise TransferError(f"an expert could not be copied to the device ({reason}); try again")
-        self.link.reached(next(mark for moved, mark in ticket.marks if moved >= count))
+        self.link.reached(ticket.mark(count))
         return waited
+
+    def can_move_at_once(self, ticket: Ticket) -> bool:
+        """Whether the computing thread can put the copy on the link, and need not wait for anything."""
+        feeder = ticket.feeder
+        fed = feeder is None or (feeder.settled and feeder.complete)
+        return ticket.demand and fed and ticket.may_begin() and not self.link.blocks(ticket.source)
 
     def move_at_once(self, ticket: Ticket) -> None:
         """Put the rest of a demanded copy on a link that does not block. It holds `turn` throughout, so no
@@ -166,6 +175,8 @@ class CopyEngine:
                 before = self.move_rest(ticket)
         except Exception as error:
             ticket.error = error
+        if ticket.complete or ticket.error is not None:
+            ticket.finish()
         if before < ticket.moved and ticket.complete:
             self.tell(ticket)
 
@@ -176,16 +187,23 @@ class CopyEngine:
             self.move_piece(ticket, ticket.source[ticket.moved : ticket.moved + self.link.piece])
         return before
 
-    def move_piece(self, ticket: Ticket, piece: Tensor) -> None:
+    def move_piece(self, ticket: Ticket, piece: Source) -> None:
         """Move the next piece of a copy. Call it with `turn` held."""
         began, start, size = time.perf_counter(), ticket.moved, piece.numel()
         if start == 0:
-            self.link.begin(ticket.free)
+            for mark in (ticket.free, *(other.marks[-1][1] for other in ticket.after if other.marks)):
+                self.link.begin(mark)
+        if ticket.feeder is not None:
+            self.link.begin(ticket.feeder.mark(start + size))
         mark = self.link.move(piece, ticket.target[start : start + size], ticket.demand)
         self.moved += size
         ticket.seconds += time.perf_counter() - began
         ticket.marks.append((start + size, mark))
         ticket.moved = start + size  # last: a thread that sees the bytes looks up their mark
+
+    def wake_up(self) -> None:
+        """Have the copy thread look again at what it can go on with."""
+        self.orders.put(nothing)
 
     def tell(self, ticket: Ticket) -> None:
         if (finished := self.finished) is not None:  # another thread may set it to None
@@ -195,7 +213,7 @@ class CopyEngine:
         """Tell the copy thread to end after the piece under way. A thread that waits for a copy gets a
         `TransferError`. Takes no lock and does not wait, so a finalizer may call it in any thread."""
         self.closed = True
-        self.orders.put(lambda: None)
+        self.wake_up()
 
     def close(self) -> bool:
         """Tell the copy thread to end, and wait for it. Returns whether nothing is under way any more.
@@ -219,9 +237,9 @@ class CopyEngine:
         """Copy until told to end. Then give up what is left, and close the link."""
         try:
             while not self.closed:
-                self.take_orders()
-                if not self.closed:
-                    self.advance((self.demands or self.guesses)[0])
+                ticket = self.take_orders()
+                if ticket is not None and not self.closed:
+                    self.advance(ticket)
         finally:
             self.closed = True
             while not self.orders.empty():
@@ -237,16 +255,23 @@ class CopyEngine:
             self.keep = ()
             self.ended = True
 
-    def take_orders(self) -> None:
-        """Carry out all orders. Wait for more as long as there is nothing to copy."""
-        while not self.closed and not (self.orders.empty() and (self.demands or self.guesses)):
+    def take_orders(self) -> Ticket | None:
+        """Carry out all orders, and return the copy to go on with. Wait for more orders as long as there is
+        none. Returns None if closed."""
+        while not self.closed:
+            if self.orders.empty():
+                for ticket in (*self.demands, *self.guesses):
+                    if ticket.may_begin():
+                        return ticket
             self.orders.get()()
+        return None
 
     def advance(self, ticket: Ticket) -> None:
         """Move one piece of a copy, and wake the threads that waited for it."""
         start, moved = ticket.moved, False
         try:
-            piece = self.link.prepare(ticket.source[start : start + self.link.piece], ticket.demand)
+            end = min(start + self.link.piece, ticket.fed())
+            piece = self.link.prepare(ticket.source[start:end], ticket.demand)
             with self.turn:
                 # The computing thread may have cancelled the copy, or moved the rest of it.
                 if ticket.moved == start and not ticket.cancelled and ticket.era == self.era:
@@ -256,6 +281,8 @@ class CopyEngine:
             ticket.error = error
         if ticket.complete or ticket.cancelled or ticket.error is not None:
             self.discard(ticket)
+        else:
+            ticket.pass_on()
         self.wake()
         if moved and ticket.complete:
             self.tell(ticket)
@@ -283,6 +310,13 @@ class CopyEngine:
         for tickets in (self.demands, self.guesses):
             if ticket in tickets:
                 tickets.remove(ticket)
+        ticket.finish()
+
+    def report_idle(self, idle: threading.Lock) -> None:
+        """Carried out after the orders of `cancel_all`, between two pieces."""
+        with contextlib.suppress(Exception):  # the device may be lost
+            self.link.settle()
+        idle.release()
 
     def wake(self) -> None:
         """Release the threads whose bytes are there by now, or will never come."""
@@ -294,10 +328,5 @@ class CopyEngine:
                 self.waits.append((ticket, count, arrived))
 
 
-def describe(error: BaseException) -> str:
-    """An error in one line, or its type if it has no message.
-
-    >>> describe(OSError("no\\n  such bus")), describe(ValueError())
-    ('no such bus', 'ValueError')
-    """
-    return " ".join(str(error).split()) or type(error).__name__
+def nothing() -> None:
+    """An order that only wakes the copy thread."""

@@ -1,4 +1,4 @@
-"""The link to a CUDA device: a stream of its own, with events in both directions."""
+"""The link to a CUDA device: a stream for each direction, with events between them and the computing."""
 
 from collections import deque
 from collections.abc import Callable
@@ -88,5 +88,53 @@ class CudaLink:
         mark.record(torch.cuda.current_stream(self.device))
         return mark
 
-    def close(self) -> None:
+    def settle(self) -> None:
         self.stream.synchronize()
+
+    def close(self) -> None:
+        self.settle()
+
+
+class CudaReturn:
+    """Copies pieces back from the device, on a stream of their own. So they use the link's other direction."""
+
+    piece = PIECE
+
+    def __init__(self, device: torch.device, locked: bool) -> None:
+        """`locked` says whether all targets are page-locked."""
+        self.locked, self.device = locked, device
+        self.stream = same(streams(device).returns)
+
+    def blocks(self, source: Tensor) -> bool:
+        return not self.locked
+
+    def begin(self, free: torch.cuda.Event | None) -> None:
+        if free is not None:
+            self.stream.wait_event(free)
+
+    def prepare(self, source: Tensor, demand: bool) -> Tensor:
+        return source
+
+    def move(self, source: Tensor, target: Tensor, demand: bool) -> torch.cuda.Event:
+        with self.stream:
+            target.copy_(source, non_blocking=True)
+            mark = torch.cuda.Event()
+            mark.record(self.stream)
+        return mark
+
+    def reached(self, mark: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(mark)
+
+    def used(self) -> torch.cuda.Event:
+        mark = torch.cuda.Event()
+        mark.record(torch.cuda.current_stream(self.device))
+        return mark
+
+    def stalled(self) -> float:
+        return 0.0  # nothing computes with what was copied back
+
+    def settle(self) -> None:
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        self.settle()

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from runtime.experts import trace
-from runtime.experts.copying import Ticket
 from runtime.experts.needs import Needs
+from runtime.experts.tickets import Ticket
 from runtime.stats import Stats
 
 
@@ -43,10 +43,11 @@ class Ledger:
         self.counters.hits += 1
         self.add(trace.Hit(self.forward, layer, expert))
 
-    def miss(self, layer: int, expert: int, evicted: int | None, guessed: bool) -> None:
+    def miss(self, layer: int, expert: int, evicted: int | None, source: str, guessed: bool) -> None:
+        """`source` says where the expert was, "host" or "file"."""
         self.counters.misses += 1
         self.counters.used_guesses += guessed
-        self.add(trace.Miss(self.forward, layer, expert, evicted))
+        self.add(trace.Miss(self.forward, layer, expert, evicted, source))
         if guessed:
             self.add(trace.UsedGuess(self.forward, layer, expert))
 
@@ -63,15 +64,29 @@ class Ledger:
         if seconds:
             self.add(trace.Stall(self.forward, layer, expert, seconds))
 
+    def dropped(self, layer: int, expert: int) -> None:
+        """An expert has left host memory. From now on it is only in its file."""
+        self.add(trace.Drop(self.forward, layer, expert))
+
     def copied(self) -> Callable[[Ticket], None] | None:
-        """A function that records a complete copy, or None without a recorder. The label of the copy's ticket
-        is (forward, layer, expert, kind)."""
+        """A function that records a complete copy to the device, or None without a recorder. The label of the
+        copy's ticket is (forward, layer, expert, kind)."""
+        return self.moved(trace.Copy)
+
+    def read(self) -> Callable[[Ticket], None] | None:
+        """The same for what was read from a file."""
+        return self.moved(trace.Read)
+
+    def written_back(self) -> Callable[[Ticket], None] | None:
+        """The same for what went back to host memory."""
+        return self.moved(lambda step, layer, e, kind, *rest: trace.WriteBack(step, layer, e, *rest))
+
+    def moved(self, event: Callable[..., trace.Event]) -> Callable[[Ticket], None] | None:
         recorder = self.recorder
         if recorder is None:
             return None
 
-        def copied(ticket: Ticket) -> None:  # called in the copy thread
-            forward, layer, expert, kind = ticket.label
-            recorder.add(trace.Copy(forward, layer, expert, kind, ticket.source.numel(), ticket.seconds))
+        def moved(ticket: Ticket) -> None:  # called in a copy thread
+            recorder.add(event(*ticket.label, ticket.source.numel(), ticket.seconds))
 
-        return copied
+        return moved

@@ -60,19 +60,39 @@ class Link(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Return when nothing is under way any more. No `move` follows."""
+    def settle(self) -> None:
+        """Return when nothing is under way any more."""
         ...
+
+    def close(self) -> None:
+        """The same. No `move` follows."""
+        ...
+
+
+class Pace:
+    """Slows a link down to `bytes_per_second`. None does not slow it down."""
+
+    def __init__(self, bytes_per_second: float | None) -> None:
+        self.rate = bytes_per_second
+        self.free_at = 0.0  # when the link will have moved everything that was put on it
+
+    def spend(self, size: int, start: float) -> None:
+        """Sleep until a link of this rate would have moved `size` bytes. It began at the time `start`."""
+        if self.rate is not None:
+            idle = start - self.free_at > SLACK
+            self.free_at = (start if idle else self.free_at) + size / self.rate
+            if (wait := self.free_at - time.perf_counter()) > 0:
+                time.sleep(wait)
 
 
 class HostLink:
     """A CPU's stand-in for a link: copies within host memory, at `bytes_per_second` or as fast as it can."""
 
     def __init__(self, bytes_per_second: float | None = None) -> None:
-        self.rate = bytes_per_second
+        self.pace = Pace(bytes_per_second)
         # About a millisecond's worth. A shorter sleep is inaccurate, and wakes the copy thread too often.
-        self.piece = 1 << 20 if self.rate is None else min(max(int(self.rate / 1000), 1 << 14), 1 << 22)
-        self.free_at = 0.0  # when the link will have moved everything that was put on it
+        rate = bytes_per_second
+        self.piece = 1 << 20 if rate is None else min(max(int(rate / 1000), 1 << 14), 1 << 22)
 
     def blocks(self, source: Tensor) -> bool:
         return True
@@ -86,11 +106,7 @@ class HostLink:
     def move(self, source: Tensor, target: Tensor, demand: bool) -> None:
         start = time.perf_counter()
         np.copyto(target.numpy(), source.numpy())  # releases the interpreter's lock, uses this thread alone
-        if self.rate is not None:
-            idle = start - self.free_at > SLACK
-            self.free_at = (start if idle else self.free_at) + source.numel() / self.rate
-            if (wait := self.free_at - time.perf_counter()) > 0:
-                time.sleep(wait)
+        self.pace.spend(source.numel(), start)
 
     def reached(self, mark: Any) -> None:
         pass
@@ -100,6 +116,9 @@ class HostLink:
 
     def stalled(self) -> float:
         return 0.0
+
+    def settle(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

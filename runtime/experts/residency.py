@@ -23,6 +23,9 @@ layer adopts the slot, and the victim's slot becomes the spare. No byte moves. I
 and the slot is free again. So a wrong guess evicts nothing, and a layer's hits, misses and victims depend on
 its policy alone.
 
+**An expert that leaves** its slot is still in host memory, if it has a berth there. If not, it is sent back
+first, while its slot counts among the spares: see `runtime.experts.store`.
+
 **A prompt** may need more experts than a layer has slots. Then each expert that was computed makes room for
 one that is still missing, and each crosses the link once. Hits come first. Among the misses, the last tokens'
 experts come last, so that decoding finds them in their slots.
@@ -36,11 +39,11 @@ from typing import Any
 
 from torch import Tensor
 
-from runtime.experts.arena import Arena
-from runtime.experts.copying import CopyEngine, Ticket
 from runtime.experts.ledger import Ledger
 from runtime.experts.needs import Needs
 from runtime.experts.slots import Guess, SlotTable, Spares
+from runtime.experts.store import Label, Store
+from runtime.experts.tickets import Ticket
 
 
 @dataclass  # not frozen: a frozen one takes five times as long to make, and every layer makes some
@@ -63,19 +66,19 @@ class Residency:
         self,
         tables: Sequence[SlotTable],
         spares: Spares,
-        arena: Arena,
+        store: Store,
         pool: Tensor,
-        copies: CopyEngine,
         prefetch: int,
     ) -> None:
         """The slots of `tables`, one for each layer, and of `spares` are rows of `pool` [slots, blob bytes].
         For each layer that a router ranks ahead, up to `prefetch` experts are guessed."""
         self.tables, self.spares, self.prefetch = tables, spares, prefetch
-        self.arena, self.pool, self.copies = arena, pool, copies
+        self.store, self.pool, self.copies = store, pool, store.channels.up
         self.untouched = copy.deepcopy((tables, spares))
         self.tickets: dict[int, Ticket] = {}  # by slot: copies that computing has not waited for yet
         self.last_use: list[Any] = [copies.link.used()] * len(pool)  # by slot: the link's mark after it
         self.ledger = Ledger()
+        store.dropped = self.ledger.dropped
         self.complete = True  # the latest forward came to its end
 
     def arrivals(self, needs: Needs) -> Iterator[Arrival]:
@@ -148,7 +151,7 @@ class Residency:
                 self.ledger.wasted(guess.layer, guess.expert, ticket.moved)
         for ticket in self.tickets.values():
             self.copies.cancel(ticket)
-        self.copies.cancel_all()
+        self.store.forget()
         self.last_use = [self.copies.link.used()] * len(self.last_use)
         self.tables, self.spares = copy.deepcopy(self.untouched)
         self.tickets = {}
@@ -179,21 +182,27 @@ class Residency:
         return Arrival(layer, expert, slot, self.tickets.get(slot))
 
     def miss(self, layer: int, expert: int) -> Arrival:
-        """Bring an expert to one of the layer's slots: from the arena, or from the spare that a guess copied
-        it to."""
+        """Bring an expert to one of the layer's slots: from where it is, or from the spare that a guess
+        copied it to."""
         table, guess = self.tables[layer], self.spares.find(layer, expert)
         if guess is not None and self.tickets[guess.slot].error is not None:
             self.drop(guess)
             guess = None
+        source = self.store.source(layer, expert)
         if guess is not None:
             slot = guess.slot
+            self.store.adopt(layer, expert, self.tickets[slot])
             given, evicted = table.adopt(expert, slot)
-            self.spares.exchange(slot, given)
-            self.copies.promote(self.tickets[slot])
+            self.spares.exchange(slot, self.leave(layer, evicted, given))
         else:
-            slot, evicted = table.place(expert)
-            self.submit(layer, expert, slot, demand=True)
-        self.ledger.miss(layer, expert, evicted, guessed=guess is not None)
+            label = self.label(layer, expert, "demand")
+            self.store.claim(label)
+            given, evicted = table.place(expert)
+            slot = self.leave(layer, evicted, given)
+            if slot != given:
+                table.exchange(given, slot)
+            self.send(label, slot)
+        self.ledger.miss(layer, expert, evicted, source, guessed=guess is not None)
         return Arrival(layer, expert, slot, self.tickets[slot])
 
     def guess(self, needs: Needs) -> None:
@@ -205,7 +214,7 @@ class Residency:
         """
         one = needs.tokens == 1
         for distance, ranking in enumerate(needs.ahead, start=1):
-            layer, room = needs.layer + distance, len(self.spares.free)
+            layer, room = needs.layer + distance, self.spares.room
             likely = ranking[: max(needs.per_token, self.prefetch)] if one else ranking
             absent = [
                 (rank, e)
@@ -213,20 +222,35 @@ class Residency:
                 if self.tables[layer].find(e) is None and self.spares.find(layer, e) is None
             ]
             for rank, e in absent[: min(self.prefetch, room) if one else room]:
+                if not self.store.can_guess(layer, e):
+                    continue
+                label = self.label(layer, e, "guess")
+                self.store.claim(label)
                 guess = self.spares.take(layer, e)
                 assert guess is not None
-                self.submit(layer, e, guess.slot, demand=False)
+                self.send(label, guess.slot)
                 self.ledger.guess(layer, e, distance, rank)
 
-    def submit(self, layer: int, expert: int, slot: int, demand: bool) -> None:
-        label = (self.ledger.forward, layer, expert, "demand" if demand else "guess")
-        source, target = self.arena.blob(layer, expert), self.pool[slot]
-        self.tickets[slot] = self.copies.submit(source, target, demand, self.last_use[slot], label)
+    def leave(self, layer: int, evicted: int | None, slot: int) -> int:
+        """A layer gives up a slot. Returns the slot that may be overwritten for it: another one, if the
+        evicted expert is not in host memory and has to be sent there."""
+        if evicted is None:
+            return slot
+        label = self.label(layer, evicted, "demand")
+        if not self.store.evict(label, slot, self.pool[slot], self.last_use[slot]):
+            return slot
+        return self.spares.swap(slot)
+
+    def send(self, label: Label, slot: int) -> None:
+        self.tickets[slot] = self.store.send(label, slot, self.pool[slot], self.last_use[slot])
+
+    def label(self, layer: int, expert: int, kind: str) -> Label:
+        return self.ledger.forward, layer, expert, kind
 
     def drop(self, guess: Guess) -> None:
         """Forget a guess that has not come true."""
         ticket = self.tickets.pop(guess.slot)
-        self.copies.cancel(ticket)
+        self.store.drop(guess.layer, guess.expert, ticket)
         self.spares.drop(guess.slot)
         self.ledger.wasted(guess.layer, guess.expert, ticket.moved)
 

@@ -108,6 +108,13 @@ class SlotTable:
         self.fill(slot, expert)
         return given, evicted
 
+    def exchange(self, slot: int, other: int) -> None:
+        """Give up a slot that has just been given to an expert, and have its copy go to `other` instead."""
+        assert other not in self.slots, other
+        taken = self.slots[other] = self.slots.pop(slot)
+        assert taken.expert is not None
+        self.where[taken.expert] = other
+
     @property
     def has_room(self) -> bool:
         """Whether `place` and `adopt` will find a slot. If not, the forward needs more experts than there are
@@ -169,7 +176,7 @@ class Guess:
 
 
 class Spares:
-    """Slots that no layer owns, for guessed experts.
+    """Slots that no layer owns, for guessed experts and for experts on their way back to host memory.
 
     >>> spares = Spares([20, 21])
     >>> first = spares.take(layer=1, expert=6)
@@ -186,8 +193,10 @@ class Spares:
     (21, 11)
     """
 
-    def __init__(self, slots: Iterable[int]) -> None:
+    def __init__(self, slots: Iterable[int], guesses: int | None = None) -> None:
+        """At most `guesses` of them hold guesses, by default all."""
         self.free = list(slots)  # the longest free first: its last use is most likely over
+        self.most = len(self.free) if guesses is None else guesses
         self.guesses: dict[tuple[int, int], Guess] = {}  # by layer and expert, oldest first
 
     def find(self, layer: int, expert: int) -> Guess | None:
@@ -195,9 +204,9 @@ class Spares:
         return self.guesses.get((layer, expert))
 
     def take(self, layer: int, expert: int) -> Guess | None:
-        """A new guess in a free slot, or None if no slot is free. The caller begins its copy."""
+        """A new guess in a free slot, or None if there is no room. The caller begins its copy."""
         assert (layer, expert) not in self.guesses, (layer, expert)
-        if not self.free:
+        if not self.room:
             return None
         guess = self.guesses[layer, expert] = Guess(self.free.pop(0), layer, expert)
         return guess
@@ -216,6 +225,17 @@ class Spares:
         guess = self.of(slot)
         del self.guesses[guess.layer, guess.expert]
         self.free.append(given)
+
+    def swap(self, slot: int) -> int:
+        """Keep a slot whose expert is on its way to host memory, and give the longest free one for it."""
+        assert slot not in self, slot
+        self.free.append(slot)
+        return self.free.pop(0)
+
+    @property
+    def room(self) -> int:
+        """How many more guesses there may be."""
+        return self.most - len(self.guesses)
 
     def of(self, slot: int) -> Guess:
         return next(guess for guess in self.guesses.values() if guess.slot == slot)

@@ -43,6 +43,8 @@ class Header:
     policy: str
     seed: int  # of the policy
     expert_bytes: int  # one expert's blob
+    berths: int = 0  # experts that host memory has room for; 0 if it has all of them
+    spare_berths: int = 0  # of these, doubles that are left alone: see `runtime.experts.berths`
     options: Mapping[str, Any] = field(default_factory=dict)  # other settings, as JSON
 
 
@@ -82,12 +84,14 @@ class Hit:
 
 @dataclass(frozen=True)
 class Miss:
-    """A needed expert was in none of them. It took the slot of `evicted`, or an empty slot."""
+    """A needed expert was in none of them. It took the slot of `evicted`, or an empty slot. `source` says
+    where it was before: in host memory ("host"), or only in its file ("file")."""
 
     step: int
     layer: int
     expert: int
     evicted: int | None = None
+    source: str = "host"
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,38 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Read:
+    """An expert was read from its file to host memory."""
+
+    step: int
+    layer: int
+    expert: int
+    kind: str  # as for `Copy`
+    bytes: int
+    seconds: float  # that the disk was busy with it
+
+
+@dataclass(frozen=True)
+class WriteBack:
+    """An expert that left its slot was copied to host memory, where it had no berth."""
+
+    step: int
+    layer: int
+    expert: int
+    bytes: int
+    seconds: float  # that the link's other direction was busy with it
+
+
+@dataclass(frozen=True)
+class Drop:
+    """An expert left host memory for another, and no slot has it. It is only in its file now."""
+
+    step: int
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True)
 class Stall:
     """Computing waited for an expert's copy."""
 
@@ -143,7 +179,9 @@ class Stall:
     seconds: float
 
 
-Event = Routing | Ranking | Hit | Miss | Guess | UsedGuess | WastedGuess | Copy | Stall
+Event = (
+    Routing | Ranking | Hit | Miss | Guess | UsedGuess | WastedGuess | Copy | Read | WriteBack | Drop | Stall
+)
 
 NAMES: dict[type, str] = {
     Routing: "routing",
@@ -154,6 +192,9 @@ NAMES: dict[type, str] = {
     UsedGuess: "used",
     WastedGuess: "wasted",
     Copy: "copy",
+    Read: "read",
+    WriteBack: "written back",
+    Drop: "drop",
     Stall: "stall",
 }
 

@@ -129,7 +129,7 @@ def main(count: int) -> None:
     for link in (HostLink(), AtOnce(), HostLink(50e6)):
         began = time.monotonic()
         done = hammer_copies(count, link)
-        print(f"{type(link).__name__} {link.rate}: {count} interrupts, {done} copies right, "
+        print(f"{type(link).__name__} {link.pace.rate}: {count} interrupts, {done} copies right, "
               f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
     demo = Path(__file__).parents[3] / "runtime/demo"
     for options in ({"offload": "never"}, {"offload": "always", "slots": 2, "prefetch": 2, "lookahead": 2}):

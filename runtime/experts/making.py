@@ -1,0 +1,102 @@
+"""Makes an expert cache, with its memory and the channels that fill it."""
+
+import warnings
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+
+from model.quant.expert import ExpertFormat
+from runtime.experts.arena import Arena, unlocked_remedy
+from runtime.experts.berths import Berths
+from runtime.experts.cache import ExpertCache
+from runtime.experts.copying import CopyEngine
+from runtime.experts.cuda_link import CudaLink, CudaReturn
+from runtime.experts.files import DiskLink, ExpertFiles
+from runtime.experts.link import HostLink, Link
+from runtime.experts.policy import PolicyMaker, make_policy
+from runtime.experts.slots import SlotTable, Spares
+from runtime.experts.store import Channels, Store
+from runtime.experts.tiers import SPARE_BERTHS, SPARE_SLOTS
+from runtime.units import format_bytes
+
+
+def make_cache(
+    form: ExpertFormat,
+    device: torch.device,
+    experts: int,
+    slots_per_layer: Sequence[int],
+    spares: int,
+    berths: int,
+    policy: str | PolicyMaker = "lru",
+    prefetch: int = 1,
+    link_gbps: float | None = None,
+    disk_gbps: float | None = None,
+    files: ExpertFiles | None = None,
+) -> ExpertCache:
+    """A cache with slots and spares, and an arena with `berths` for the `experts` of all layers. With fewer
+    than all, `files` have the others, and `SPARE_SLOTS` of the spares are for experts that leave. On a CPU,
+    copies and reads are slowed down to the given rates.
+
+    The caller fills the berths (`Store.load`), and closes the cache after its last use, which closes the files.
+    Raises `DeviceError` if the host cannot give that much memory.
+    """
+    pinned_for = device if device.type == "cuda" else None
+    arena = Arena(berths, form.blob_bytes, pinned_for is not None, pinned_for, tiered=files is not None)
+    if pinned_for and not arena.pinned:
+        locked, total = format_bytes(arena.locked_bytes), format_bytes(arena.total_bytes)
+        warnings.warn(
+            f"the driver locks {locked} of the {total} of host memory that hold experts; the others "
+            f"are copied through small buffers, which is slower; {unlocked_remedy()}",
+            RuntimeWarning,
+            stacklevel=6,  # the caller of Engine.load
+        )
+    try:
+        channels = make_channels(device, arena, files, link_gbps, disk_gbps)
+        every = len(slots_per_layer) * experts
+        holding = Berths(berths, make_policy(policy, 0, len(slots_per_layer)), SPARE_BERTHS, every)
+        store = Store(arena, holding, experts, form.kept[-1].end, channels, files)
+        return cache_over(store, form, device, slots_per_layer, spares, policy, prefetch)
+    except BaseException:
+        arena.close()
+        raise
+
+
+def cache_over(
+    store: Store,
+    form: ExpertFormat,
+    device: torch.device,
+    slots_per_layer: Sequence[int],
+    spares: int,
+    policy: str | PolicyMaker = "lru",
+    prefetch: int = 1,
+) -> ExpertCache:
+    """A cache over an existing store."""
+    numbers = iter(range(sum(slots_per_layer) + spares))
+    tables = [
+        SlotTable(islice(numbers, count), make_policy(policy, 0, layer))
+        for layer, count in enumerate(slots_per_layer)
+    ]
+    guesses = spares if store.berths.complete else spares - SPARE_SLOTS
+    return ExpertCache(form, store, device, tables, Spares(numbers, guesses), prefetch)
+
+
+def make_channels(
+    device: torch.device,
+    arena: Arena,
+    files: ExpertFiles | None = None,
+    link_gbps: float | None = None,
+    disk_gbps: float | None = None,
+) -> Channels:
+    """A channel to the device, and with files those back from it and from the files."""
+    rate = link_gbps * 1e9 if link_gbps else None
+    up: Link = HostLink(rate)
+    back: Link = HostLink(rate)
+    if device.type == "cuda":
+        up, back = CudaLink(device, None if arena.pinned else arena.locked), CudaReturn(device, arena.pinned)
+    if files is None:
+        return Channels(CopyEngine(up))
+    reads = DiskLink(files, disk_gbps * 1e9 if disk_gbps else None)
+    return Channels(
+        CopyEngine(up), CopyEngine(back, "expert-returns"), CopyEngine(reads, "expert-reading")
+    )
