@@ -18,6 +18,7 @@ from torch import Tensor
 from model.mixtral import Mixtral
 from runtime.errors import OptionError, RequestError
 from runtime.experts.policy import policy_name
+from runtime.experts.tiers import SPARE_BERTHS, SPARE_SLOTS
 from runtime.experts.trace import Header, TraceWriter
 from runtime.gpu.warm_up import Bar
 from runtime.options import EngineOptions, SamplingParams
@@ -127,15 +128,18 @@ class Engine:
         runner, options = self.runner, self.options
         if runner.cache is None:
             raise OptionError(NOTHING_TO_TRACE)
+        tiered = runner.plan.berths < self.config.layers * self.config.experts
         header = Header(
             layers=self.config.layers,
             experts=self.config.experts,
             experts_per_token=self.config.experts_per_token,
             slots=runner.plan.slots_per_layer,
-            spares=runner.plan.spares,
+            spares=runner.plan.spares - SPARE_SLOTS * tiered,
             policy=policy_name(options.policy),
             seed=0,
             expert_bytes=runner.plan.blob_bytes,
+            berths=runner.plan.berths * tiered,
+            spare_berths=SPARE_BERTHS * tiered,
             options={"lookahead": options.lookahead, "prefetch": options.prefetch},
         )
         writer = TraceWriter.open(path, header)

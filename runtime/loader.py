@@ -5,7 +5,7 @@ On a CPU, what a model keeps exactly as files have it can be a view of the mappe
 
 import queue
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -38,16 +38,16 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     experts: Callable[[int], Experts],
-    blob: Callable[[int, int], Tensor] | None,
+    blobs: Mapping[tuple[int, int], Tensor],
     progress: Callable[[int], None] | None = None,
     files: MappedFiles | None = None,
 ) -> Mixtral:
     """The checkpoint's model, with its trunk on `device`.
 
-    `experts(layer)` computes a layer's experts. `blob(layer, expert)` is the memory [uint8], on any device,
-    that an expert is read into; None reads no experts. With `files`, those of a mappable checkpoint, what
-    they can serve as memory is not read. `progress` is called with each number of bytes read, and once with
-    all that are mapped.
+    `experts(layer)` computes a layer's experts. `blobs` has the memory [uint8], on any device, that each
+    expert is read into, by layer and expert. Those that it lacks are not read. With `files`, those of a
+    mappable checkpoint, what they can serve as memory is not read. `progress` is called with each number of
+    bytes read, and once with all that are mapped.
 
     Warns, once for each reason, if quantized weights cannot be multiplied by the device's fast kernels.
     Raises `ModelError` if a file cannot be read, or no longer matches its header.
@@ -65,7 +65,7 @@ def load_model(
     checkpoint.fill(parameters, progress)
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="loader")
     try:
-        for size in pool.map(lambda read: read(), other_parts(checkpoint, model, form, blob, files)):
+        for size in pool.map(lambda read: read(), other_parts(checkpoint, model, form, blobs, files)):
             if progress:
                 progress(size)
     finally:  # after an error or Ctrl-C, reads that have not begun are dropped
@@ -86,13 +86,10 @@ def load_resident(
     config, layers = checkpoint.config, range(checkpoint.config.layers)
     if files and maps_experts(form, dtype, checkpoint.mappable):
         mapped = [BlobExperts(form, map_experts(n, config.experts, form, files)) for n in layers]
-        return load_model(checkpoint, form, dtype, device, mapped.__getitem__, None, progress, files)
+        return load_model(checkpoint, form, dtype, device, mapped.__getitem__, {}, progress, files)
     empty = [BlobExperts.empty(form, config.experts, device) for _ in layers]
-
-    def blob(layer: int, e: int) -> Tensor:
-        return empty[layer].blobs[e]
-
-    return load_model(checkpoint, form, dtype, device, empty.__getitem__, blob, progress, files)
+    blobs = {(n, e): blob for n in layers for e, blob in enumerate(empty[n].blobs)}
+    return load_model(checkpoint, form, dtype, device, empty.__getitem__, blobs, progress, files)
 
 
 def map_experts(layer: int, count: int, form: ExpertFormat, files: MappedFiles) -> list[Tensor]:
@@ -189,7 +186,7 @@ def other_parts(
     checkpoint: Checkpoint,
     model: Mixtral,
     form: ExpertFormat,
-    blob: Callable[[int, int], Tensor] | None,
+    blobs: Mapping[tuple[int, int], Tensor],
     files: MappedFiles | None,
 ) -> Iterator[Callable[[], int]]:
     """What remains to be read after the parameters. Each call reads one quantized matrix or one expert, and
@@ -223,11 +220,8 @@ def other_parts(
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and not (files and module.as_stored):
             yield partial(read_matrix, name, module)
-    if blob is None:
-        return
-    for layer in range(checkpoint.config.layers):
-        for e in range(checkpoint.config.experts):
-            yield partial(read_expert, blob(layer, e), layer, e)
+    for layer, e in sorted(blobs):
+        yield partial(read_expert, blobs[layer, e], layer, e)
 
 
 def bytes_in_files(checkpoint: Checkpoint, names: Iterable[str]) -> int:

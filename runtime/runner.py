@@ -194,10 +194,9 @@ class ModelRunner:
         self.closed = True
         if self.turns.forked:  # the rest belongs to the process that loaded it
             return
-        if self.cache:
-            if self.cache.end():  # in a finalizer, while a forward may wait for this thread
-                self.close_later = True
-                return
+        if self.cache and self.cache.end():  # in a finalizer, while a forward may wait for this thread
+            self.close_later = True
+            return
         self.let_go()
 
     def let_go(self) -> None:

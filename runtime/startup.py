@@ -130,22 +130,16 @@ def load_weights(
     files = MappedFiles(checkpoint.layout) if plan.mapped_bytes else None
     if plan.resident:
         return load_resident(checkpoint, form, dtype, device, progress, files), None, files
-<<<<<<< HEAD
-    if plan.berths < checkpoint.config.layers * checkpoint.config.experts:
-        raise DeviceError(f"{plan.berths} berths do not hold all experts; leave out --berths, or raise --ram")
-    cache = ExpertCache.make(
-        form, device, checkpoint.config.experts, plan.slots_per_layer, plan.spares,
-        options.policy, options.prefetch, options.link_gbps,
-=======
     config = checkpoint.config
     tiers = ExpertFiles.of(checkpoint, form) if plan.berths < config.layers * config.experts else None
     cache = make_cache(
         form, device, config.experts, plan.slots_per_layer, plan.spares, plan.berths,
         options.policy, options.prefetch, options.link_gbps, options.disk_gbps, tiers,
->>>>>>> eb9ab77 (Three tiers: experts in slots, berths and files)
     )  # fmt: skip
     try:
         berths = cache.store.load(config.layers)
+        if progress:  # the others are read when they are needed
+            progress((config.layers * config.experts - len(berths)) * form.stored[-1].end)
         model = load_model(checkpoint, form, dtype, device, cache.layer, berths, progress, files)
         if options.lookahead and options.prefetch:
             model.look_ahead(options.lookahead)

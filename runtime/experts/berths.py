@@ -142,9 +142,7 @@ class Berths:
 
     def __str__(self) -> str:
         states = {"single": self.singles, "double": self.doubles, "held": self.held}
-        rows = {
-            self.where[expert]: (str(expert), state) for state, experts in states.items() for expert in experts
-        }
+        rows = {self.where[e]: (str(e), state) for state, experts in states.items() for e in experts}
         rows |= {berth: ("-", "empty") for berth in self.empty}
         lines = [f"{berth:<5}  {expert:<6}  {state}" for berth, (expert, state) in sorted(rows.items())]
         return "\n".join(["berth  expert  state", *lines])

@@ -8,10 +8,9 @@ matrices of an expert while its last matrix travels.
 computing thread puts demanded experts there itself, and the copy thread has only the guesses: handing an
 expert over would take longer than putting it on the link.
 
-**Channels.** `runtime.experts.store` has up to three engines: to the device, back from it, and from the files.
-A copy may have to come `after` copies of other engines, or follow closely the one that fills its source, its
-`feeder`. An engine passes over copies that cannot go on yet. No copy waits for one that was ordered later, so
-none waits forever.
+**Channels.** `runtime.experts.store` has up to three engines. A copy may have to come `after` copies of other
+engines, or follow closely the one that fills its source, its `feeder`. An engine passes over copies that
+cannot go on yet. No copy waits for one that was ordered later, so none waits forever.
 
 **Interrupts.** An interrupt may stop the computing thread between any two of its instructions, and a
 finalizer or a signal handler may run there. So the computing thread takes a single lock, `turn`, by a `with`
@@ -111,8 +110,7 @@ class CopyEngine:
             self.orders.put(partial(self.prefer, ticket))
 
     def cancel(self, ticket: Ticket) -> None:
-        """Stop a copy after the piece under way. A copy to the same target that is submitted later is served
-        later."""
+        """Stop a copy after the piece under way. A later copy to the same target is served later."""
         if ticket.complete:
             self.wasted_whole += ticket.moved
         else:

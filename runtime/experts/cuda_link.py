@@ -96,7 +96,7 @@ class CudaLink:
 
 
 class CudaReturn:
-    """Copies pieces back from the device, on a stream of their own. So they use the link's other direction."""
+    """Copies pieces back from the device, on a stream of their own: the link's other direction."""
 
     piece = PIECE
 

@@ -68,7 +68,7 @@ class OpenFile:
             raise ReadError(f"{self.path} was written to after it was opened; {AGAIN}")
 
     def read(self, offset: int, memory: memoryview, least: int) -> None:
-        """Fill `memory` from `offset` on. At the end of the file, `least` bytes are enough. Raises `OSError`."""
+        """Fill `memory` from `offset` on. At the file's end, `least` bytes are enough. Raises `OSError`."""
         done = 0
         while done < least:
             count = read_at(self, memory[done:], offset + done)
@@ -128,7 +128,7 @@ class ExpertFiles:
     """The files that hold a model's experts, open for reading."""
 
     def __init__(self, places: Mapping[tuple[int, int], tuple[Path, int]], size: int, direct: bool) -> None:
-        """`places` has each expert's file and offset, by layer and expert. `size` is what each has in bytes."""
+        """`places` has each expert's file and offset, by layer and expert. Each has `size` bytes."""
         self.size, self.files = size, dict[Path, OpenFile]()
         self.extents: dict[tuple[int, int], Extent] = {}
         with ExitStack() as on_error:

@@ -20,12 +20,13 @@ class Link(Protocol):
     `prepare`, `begin`, `move` and `close`. For a copy that does not block, the computing thread calls `begin`
     and `move` itself. The copy engine sees to it that only one thread at a time is in `begin` or `move`.
 
-    A mark is a point in the work of a device. What it is made of is the link's own affair.
+    A source is a tensor, or for a disk a part of a file. A mark is a point in the work of a device. What it
+    is made of is the link's own affair.
     """
 
     piece: int  # bytes to move at a time
 
-    def blocks(self, source: Tensor) -> bool:
+    def blocks(self, source: Any) -> bool:
         """Whether moving these bytes keeps the calling thread waiting."""
         ...
 
@@ -33,14 +34,14 @@ class Link(Protocol):
         """Let the moves that follow overwrite a slot only after computing has passed the mark `free`."""
         ...
 
-    def prepare(self, source: Tensor, demand: bool) -> Tensor:
+    def prepare(self, source: Any, demand: bool) -> Any:
         """Wait until a piece may be put on the link, and return the bytes that `move` will read.
 
         A guess waits here as long as it could delay a demanded copy that comes later.
         """
         ...
 
-    def move(self, source: Tensor, target: Tensor, demand: bool) -> Any:
+    def move(self, source: Any, target: Tensor, demand: bool) -> Any:
         """Copy one piece, or begin to. Returns the mark that `reached` takes."""
         ...
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import islice
 
 import torch
@@ -38,28 +39,34 @@ def make_cache(
     than all, `files` have the others, and `SPARE_SLOTS` of the spares are for experts that leave. On a CPU,
     copies and reads are slowed down to the given rates.
 
-    The caller fills the berths (`Store.load`), and closes the cache after its last use, which closes the files.
-    Raises `DeviceError` if the host cannot give that much memory.
+    The caller fills the berths (`Store.load`), and closes the cache after its last use. That closes the
+    files. Raises `DeviceError` if the host cannot give that much memory.
     """
     pinned_for = device if device.type == "cuda" else None
-    arena = Arena(berths, form.blob_bytes, pinned_for is not None, pinned_for, tiered=files is not None)
-    if pinned_for and not arena.pinned:
-        locked, total = format_bytes(arena.locked_bytes), format_bytes(arena.total_bytes)
-        warnings.warn(
-            f"the driver locks {locked} of the {total} of host memory that hold experts; the others "
-            f"are copied through small buffers, which is slower; {unlocked_remedy()}",
-            RuntimeWarning,
-            stacklevel=6,  # the caller of Engine.load
-        )
-    try:
+    with ExitStack() as on_error:
+        if files:
+            on_error.callback(files.close)
+        arena = Arena(berths, form.blob_bytes, pinned_for is not None, pinned_for, tiered=files is not None)
+        on_error.callback(arena.close)
+        if pinned_for and not arena.pinned:
+            warn_of_unlocked(arena)
         channels = make_channels(device, arena, files, link_gbps, disk_gbps)
         every = len(slots_per_layer) * experts
         holding = Berths(berths, make_policy(policy, 0, len(slots_per_layer)), SPARE_BERTHS, every)
         store = Store(arena, holding, experts, form.kept[-1].end, channels, files)
-        return cache_over(store, form, device, slots_per_layer, spares, policy, prefetch)
-    except BaseException:
-        arena.close()
-        raise
+        cache = cache_over(store, form, device, slots_per_layer, spares, policy, prefetch)
+        on_error.pop_all()
+    return cache
+
+
+def warn_of_unlocked(arena: Arena) -> None:
+    locked, total = format_bytes(arena.locked_bytes), format_bytes(arena.total_bytes)
+    warnings.warn(
+        f"the driver locks {locked} of the {total} of host memory that hold experts; the others "
+        f"are copied through small buffers, which is slower; {unlocked_remedy()}",
+        RuntimeWarning,
+        stacklevel=7,  # the caller of Engine.load
+    )
 
 
 def cache_over(
@@ -97,6 +104,4 @@ def make_channels(
     if files is None:
         return Channels(CopyEngine(up))
     reads = DiskLink(files, disk_gbps * 1e9 if disk_gbps else None)
-    return Channels(
-        CopyEngine(up), CopyEngine(back, "expert-returns"), CopyEngine(reads, "expert-reading")
-    )
+    return Channels(CopyEngine(up), CopyEngine(back, "expert-returns"), CopyEngine(reads, "expert-reading"))

@@ -76,7 +76,7 @@ class Residency:
         self.store, self.pool, self.copies = store, pool, store.channels.up
         self.untouched = copy.deepcopy((tables, spares))
         self.tickets: dict[int, Ticket] = {}  # by slot: copies that computing has not waited for yet
-        self.last_use: list[Any] = [copies.link.used()] * len(pool)  # by slot: the link's mark after it
+        self.last_use: list[Any] = [self.copies.link.used()] * len(pool)  # by slot: the link's mark after it
         self.ledger = Ledger()
         store.dropped = self.ledger.dropped
         self.complete = True  # the latest forward came to its end

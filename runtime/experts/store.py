@@ -175,8 +175,8 @@ class Store:
         self.berths.vacate(key)
 
     def evict(self, label: Label, slot: int, memory: Tensor, free: Any) -> bool:
-        """An expert leaves the slot with this memory. Returns whether it had to be sent back to a berth, which
-        begins after the mark `free`. If so, the slot must stay a spare for a while."""
+        """An expert leaves the slot with this memory. Returns whether it has to be sent back to a berth,
+        which begins after the mark `free`. If so, the slot must stay a spare for a while."""
         _, layer, expert, _ = label
         key = self.key(layer, expert)
         if self.berths.sink(key):

@@ -25,7 +25,7 @@ class Streams:
 
 @cache
 def streams(device: torch.device) -> Streams:
-    return Streams(*(torch.cuda.Stream(device) for _ in range(3)))
+    return Streams(torch.cuda.Stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device))
 
 
 def same(stream: torch.cuda.Stream) -> torch.cuda.Stream:

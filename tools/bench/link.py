@@ -81,14 +81,14 @@ def measure_copies(
     device: torch.device, sizes: Sequence[int], repeats: int, kinds: int | None = None
 ) -> dict[str, list[float]]:
     """Bytes per second by kind of copy and by size: for all kinds of this machine, or the first `kinds`."""
-    with closing(Arena(1, 1, BUFFER, device.type == "cuda", device)) as arena:
+    with closing(Arena(1, BUFFER, device.type == "cuda", device)) as arena:
         return copy_rates(device, arena, sizes, repeats, kinds)
 
 
 def copy_rates(
     device: torch.device, arena: Arena, sizes: Sequence[int], repeats: int, kinds: int | None
 ) -> dict[str, list[float]]:
-    locked = arena.blob(0, 0).fill_(1)  # [BUFFER]; unwritten pages may all be one
+    locked = arena.berth(0)[:BUFFER].fill_(1)  # [BUFFER]; unwritten pages may all be one
     ordinary = locked if device.type == "cpu" else torch.ones(BUFFER, dtype=torch.uint8)
     target = torch.zeros(BUFFER, dtype=torch.uint8, device=device)
     copies = islice(ways(device, arena.pinned, locked, ordinary).items(), kinds)

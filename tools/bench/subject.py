@@ -10,6 +10,7 @@ the device still come from memory.
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,12 @@ from model.shapes import SHAPES
 from model.target import Target
 from runtime.errors import OptionError
 from runtime.experts.arena import Arena
+from runtime.experts.berths import Berths
 from runtime.experts.cache import ExpertCache
+from runtime.experts.making import cache_over, make_channels
+from runtime.experts.policy import make_policy
+from runtime.experts.store import Store
+from runtime.experts.tiers import SPARE_BERTHS
 from runtime.loader import load_model, load_resident
 from runtime.options import EngineOptions
 from runtime.planning.plan import Plan
@@ -59,18 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, EngineOptions)
 
 
-class Store:
+class SharedArena:
     """Host memory for experts, used as an arena, in which several experts of a random model share one blob:
-    expert e of layer l is blob (l E + e) mod `count`."""
+    berth n is blob n mod `count`."""
 
-    def __init__(self, experts: int, blob_bytes: int, count: int, device: torch.device) -> None:
+    def __init__(self, blob_bytes: int, count: int, device: torch.device) -> None:
         """`device` is where blobs are to be copied."""
-        self.experts, self.count = experts, count
-        self.memory = Arena(1, count, blob_bytes, device.type == "cuda", device)
+        self.count, self.blob_bytes = count, blob_bytes
+        self.memory = Arena(count, blob_bytes, device.type == "cuda", device)
         self.pinned, self.locked, self.close = self.memory.pinned, self.memory.locked, self.memory.close
 
-    def blob(self, layer: int, expert: int) -> Tensor:  # [blob_bytes] uint8
-        return self.memory.blob(0, (layer * self.experts + expert) % self.count)
+    def berth(self, number: int) -> Tensor:  # [blob_bytes] uint8
+        return self.memory.berth(number % self.count)[: self.blob_bytes]
 
 
 @dataclass
@@ -84,7 +90,7 @@ class Subject:
     about: str
     link: float  # bytes per second from the host to the device, measured in the same run
     memory: float  # bytes per second of the device's own memory
-    store: Store | None
+    store: SharedArena | None
 
     @property
     def config(self) -> ModelConfig:
@@ -197,7 +203,7 @@ def make_model(
     formats: Formats,
     plan: Plan,
     form: ExpertFormat,
-) -> tuple[Mixtral, Store | None]:
+) -> tuple[Mixtral, SharedArena | None]:
     """The model, and the store of its experts if they are offloaded."""
     dtype, device = plan.dtype, plan.device
     store = None if plan.resident else make_store(config, form, device, shared=checkpoint is None)
@@ -207,18 +213,20 @@ def make_model(
     files = MappedFiles(checkpoint.layout) if plan.mapped_bytes else None
     if store is None:
         return load_resident(checkpoint, form, dtype, device, files=files), None
-    return load_model(checkpoint, form, dtype, device, no_experts, store.blob, files=files), store
+    keys = product(range(config.layers), range(config.experts))
+    blobs = {key: store.berth(n) for n, key in enumerate(keys)}
+    return load_model(checkpoint, form, dtype, device, no_experts, blobs, files=files), store
 
 
-def make_store(config: ModelConfig, form: ExpertFormat, device: torch.device, shared: bool) -> Store:
+def make_store(config: ModelConfig, form: ExpertFormat, device: torch.device, shared: bool) -> SharedArena:
     """A store for all experts of a checkpoint, to be read later, or for a few random ones that are shared."""
     every = config.layers * config.experts
     if not shared:
-        return Store(config.experts, form.blob_bytes, every, device)
+        return SharedArena(form.blob_bytes, every, device)
     few = max(HOST_BYTES // form.blob_bytes // DISTINCT * DISTINCT, config.experts)
     count = min(every, -(-few // DISTINCT) * DISTINCT)  # blob n is expert n mod DISTINCT
-    store = Store(config.experts, form.blob_bytes, count, device)
-    random_blobs(form, [store.memory.blob(0, n) for n in range(count)], DISTINCT)
+    store = SharedArena(form.blob_bytes, count, device)
+    random_blobs(form, [store.berth(n) for n in range(count)], DISTINCT)
     return store
 
 
@@ -231,11 +239,16 @@ def make_cache(subject: Subject) -> ExpertCache:
     """A cache as it is planned, over the subject's store, which it closes. It is not installed."""
     store, options, plan = subject.store, subject.options, subject.plan
     assert store is not None
-    cache = ExpertCache.over(
-        cast(Arena, store), subject.form, plan.device, plan.slots_per_layer, plan.spares,
-        options.policy, options.prefetch, options.link_gbps,
-    )  # fmt: skip
+    config, arena = subject.config, cast(Arena, store)
+    channels = make_channels(plan.device, arena, link_gbps=options.link_gbps)
+    every = config.layers * config.experts
+    berths = Berths(every, make_policy(options.policy, 0, config.layers), SPARE_BERTHS, every)
+    kept = Store(arena, berths, config.experts, subject.form.kept[-1].end, channels)
+    kept.load(config.layers)
+    cache = cache_over(
+        kept, subject.form, plan.device, plan.slots_per_layer, plan.spares, options.policy, options.prefetch
+    )
     for n, blob in enumerate(cache.pool):  # uninitialized memory may hold no numbers, or not be there yet
-        blob.copy_(cache.pool[n % DISTINCT] if n >= DISTINCT else store.memory.blob(0, n % store.count))
+        blob.copy_(cache.pool[n % DISTINCT] if n >= DISTINCT else store.berth(n))
     wait(plan.device)  # later copies to the slots come from another stream
     return cache

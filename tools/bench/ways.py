@@ -66,7 +66,7 @@ def in_slots(cache: ExpertCache) -> Callable[[int], InPlace]:
     Neighboring layers take different slots, so that no cache of the device holds them: as many bytes are read
     as with all experts resident.
     """
-    E, pool = cache.arena.experts, cache.pool
+    E, pool = cache.store.experts, cache.pool
     if len(pool) < E:  # of a tiny model
         pool = pool[:1].repeat(E, 1)
     bound = [cache.form.bind(blob) for blob in pool]
@@ -135,9 +135,9 @@ class WholeLayers:
         self.computed = self.inner.copies.link.used()
 
     def bring(self, layer: int) -> None:
-        copies, arena = self.inner.copies, self.inner.arena
+        copies, store = self.inner.copies, self.inner.store
         tickets = [
-            copies.submit(arena.blob(layer, e), blob, demand=True, free=self.computed)
+            copies.submit(store.memory(store.key(layer, e)), blob[: store.size], True, self.computed)
             for e, blob in enumerate(self.place.blobs)
         ]
         for ticket in tickets:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,16 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.checkpoint import open_checkpoint
 from model.mixtral import Block
 from model.quant.expert import ExpertFormat
 from model.target import Target
 from runtime import Engine, EngineOptions, SamplingParams
 from runtime.experts.arena import Arena
+from runtime.experts.berths import Berths
 from runtime.experts.cache import ExpertCache
 from runtime.experts.copying import CopyEngine
+from runtime.experts.files import DiskLink, ExpertFiles
 from runtime.experts.link import HostLink, Link
-from runtime.experts.policy import make_policy
-from runtime.experts.slots import SlotTable, Spares
+from runtime.experts.making import cache_over
+from runtime.experts.policy import LRU, make_policy
+from runtime.experts.store import Channels, Store
+from runtime.experts.tiers import SPARE_BERTHS, SPARE_SLOTS
 from runtime.experts.trace import Event
 from tests.quantized import quantize_folder
 
@@ -87,14 +91,12 @@ class Rig:
         self.resident, self.engine = load(offload="never"), load(offload="always")
         cache = self.engine.runner.cache
         assert cache is not None
-        self.cache, self.arena = cache, cache.arena
+        self.folder, self.cache, self.arena = folder, cache, cache.store.arena
         self.form = self.cache_format(folder, dtype)
         self.layers, self.experts = self.engine.config.layers, self.engine.config.experts
         self.known: dict[Any, Any] = {}
 
     def cache_format(self, folder: Path, dtype: str) -> ExpertFormat:
-        from model.checkpoint import open_checkpoint
-
         spec = open_checkpoint(folder).formats.experts
         return ExpertFormat.of(self.engine.config, spec, getattr(torch, dtype), Target.of(CPU))
 
@@ -106,23 +108,30 @@ class Rig:
         lookahead: int = 1,
         prefetch: int = 1,
         link: Link | None = None,
+        berths: int | None = None,
+        back: Link | None = None,
+        disk: Callable[[ExpertFiles], DiskLink] = DiskLink,
     ) -> Iterator[ExpertCache]:
-        """Give `engine` a cache of this kind while inside."""
+        """Give `engine` a cache of this kind while inside. With `berths`, the others are in files."""
         counts = [slots] * self.layers if isinstance(slots, int) else slots
-        numbers = iter(range(sum(counts) + lookahead * prefetch))
-        tables = [
-            SlotTable(islice(numbers, n), make_policy(policy, 0, layer)) for layer, n in enumerate(counts)
-        ]
-        copies = CopyEngine(link or HostLink())
-        arena = cast(Arena, KeptArena(self.arena))
-        cache = ExpertCache(self.form, arena, copies, CPU, tables, Spares(numbers), prefetch)
+        every, spares = self.layers * self.experts, lookahead * prefetch
+        up = CopyEngine(link or HostLink())
+        if berths is None:
+            holding = Berths(every, LRU(), SPARE_BERTHS, every)
+            arena = cast(Arena, KeptArena(self.arena))
+            store = Store(arena, holding, self.experts, self.form.kept[-1].end, Channels(up))
+            store.load(self.layers)
+        else:
+            store, spares = self.tiered(berths, policy, up, back, disk), spares + SPARE_SLOTS
+        cache = cache_over(store, self.form, CPU, counts, spares, policy, prefetch)
         blocks = [cast(Block, block) for block in self.engine.model.layers]
         self.engine.model.look_ahead(lookahead if prefetch else 0)
         for n, block in enumerate(blocks):
             block.block_sparse_moe.experts = cache.layer(n)
         runner = self.engine.runner
         before, runner.cache = runner.plan, cache
-        runner.plan = replace(before, slots_per_layer=tuple(counts), spares=lookahead * prefetch)
+        planned = every if berths is None else berths
+        runner.plan = replace(before, slots_per_layer=tuple(counts), spares=spares, berths=planned)
         try:
             yield cache
         finally:
@@ -130,6 +139,20 @@ class Rig:
             runner.cache, runner.plan = self.cache, before
             for n, block in enumerate(blocks):
                 block.block_sparse_moe.experts = self.cache.layer(n)
+
+    def tiered(
+        self, berths: int, policy: str, up: CopyEngine, back: Link | None, disk: Callable[..., DiskLink]
+    ) -> Store:
+        """A store with some experts in berths, as loading fills it, and all of them in files."""
+        files = ExpertFiles.of(open_checkpoint(self.folder), self.form)
+        every = self.layers * self.experts
+        holding = Berths(berths, make_policy(policy, 0, self.layers), SPARE_BERTHS, every)
+        arena = Arena(berths, self.form.blob_bytes, tiered=True)
+        channels = Channels(up, CopyEngine(back or HostLink()), CopyEngine(disk(files)))
+        store = Store(arena, holding, self.experts, self.form.kept[-1].end, channels, files)
+        for (layer, e), memory in store.load(self.layers).items():
+            memory.copy_(self.arena.berth(layer * self.experts + e)[: len(memory)])
+        return store
 
     def ids(self, count: int, seed: int = 0) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
@@ -157,7 +180,7 @@ class KeptArena:
     """The rig's arena, for a cache that is closed before the rig is."""
 
     def __init__(self, arena: Arena) -> None:
-        self.experts, self.blob = arena.experts, arena.blob
+        self.berth = arena.berth
 
     def close(self) -> None: ...
 

@@ -91,7 +91,7 @@ def test_several_tokens_sequences_and_chunks_at_once(rigs: Any, jitter: Any, bit
 def test_a_wrong_byte_would_show(rig: Any) -> None:
     """The comparison can fail: here one expert's bytes in the arena differ."""
     ids = rig.ids(40)
-    blob = rig.arena.blob(1, 3)
+    blob = rig.arena.berth(1 * rig.experts + 3)
     kept = blob.clone()
     blob.view(torch.float32).mul_(1.001)
     try:
