@@ -62,7 +62,7 @@ def with_rates(plan: Plan, runs: Sequence[Run] = ()) -> Plan:
 def measure_link(device: torch.device) -> float | None:
     """GB/s of copying page-locked memory to a GPU; None if the driver locks none, or memory is short."""
     try:
-        with closing(Arena(1, 1, LINK_BYTES, pin=True, device=device)) as arena:
+        with closing(Arena(1, LINK_BYTES, pin=True, device=device)) as arena:
             rate = copy_gbps(arena, device) if arena.pinned else None
         release(device)
     except (RuntimeError, DeviceError):
@@ -71,8 +71,8 @@ def measure_link(device: torch.device) -> float | None:
 
 
 def copy_gbps(arena: Arena, device: torch.device) -> float:
-    """GB/s of copying the arena's only blob, at best."""
-    source = arena.blob(0, 0).fill_(1)  # unwritten pages may all be one
+    """GB/s of copying the arena's only berth, at best."""
+    source = arena.berth(0).fill_(1)  # unwritten pages may all be one
     target = torch.empty_like(source, device=device)
     with torch.cuda.device(device):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(LINK_COPIES + 1)]
