@@ -142,7 +142,7 @@ def read_piece(piece: Run, memory: mmap.mmap, flags: int, drop: bool) -> int:
     """Read a piece into the beginning of `memory`. Returns the number of bytes. Raises `OSError`, also if
     there are fewer."""
     path, offset, size = piece
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | flags)
+    file = os.open(path, os.O_RDONLY | flags)
     with io.FileIO(file, closefd=True) as source:
         if drop and hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):

@@ -59,19 +59,14 @@ def with_fewer_berths(request: Request) -> Plan | None:
 
     Where slots and berths share a memory, layers have the fewest slots, so that less is read from files.
     """
-    least = lay_out(request, least_slots(request), berths=SPARE_BERTHS)
-    budget = request.budgets.device.bytes if request.shared else request.budgets.host.bytes
-    beside = used_bytes(request, least) - least.arena_bytes if request.shared else 0
+    r, budget, beside = request, request.budgets.host.bytes, 0
+    if r.shared:
+        r = r.changed(slots=least_slots(r)[0])
+        budget, beside = r.budgets.device.bytes, lay_out(r, least_slots(r), berths=SPARE_BERTHS).device_bytes
     if budget is None:  # then it is the device that is too small, also without spares to write back through
         return None
-    berths = min((budget - beside) // berth_bytes(request, tiered=True), request.experts - 1)
-    if berths < SPARE_BERTHS:
-        return None
-    return (
-        lay_out(request, least_slots(request), berths=berths)
-        if request.shared
-        else with_berths(request, berths)
-    )
+    berths = min((budget - beside) // berth_bytes(r, tiered=True), r.experts - 1)
+    return with_berths(r, berths) if berths >= SPARE_BERTHS else None
 
 
 def least_slots(request: Request) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from model.quant.formats import DEFAULT, Formats
 from model.quant.spec import QuantSpec
 from model.shapes import SHAPES
 from model.target import Target
-from runtime.errors import OptionError
+from runtime.errors import DeviceError, OptionError
 from runtime.experts.arena import Arena
 from runtime.experts.berths import Berths
 from runtime.experts.cache import ExpertCache
@@ -150,6 +150,11 @@ def make_subject(args: argparse.Namespace, tokens: int, **defaults: Any) -> Subj
     if (options.context or 0) < tokens:
         raise OptionError(f"{tokens} tokens do not fit --context {options.context}")
     plan = plan_model(config, formats, options, checkpoint.mappable if checkpoint else None)
+    if plan.tiered:
+        raise DeviceError(
+            f"a benchmark holds all {plan.experts} experts in host memory, and {plan.berths} have berths; "
+            "leave out --berths, raise --ram, or take a model of fewer bits"
+        )
     form = ExpertFormat.of(config, formats.experts, plan.dtype, Target.of(plan.device))
     link, memory = measure_rates(plan.device, options)
     if args.enforce:

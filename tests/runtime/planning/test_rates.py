@@ -116,6 +116,18 @@ def test_experts_of_a_checkpoint_are_read_to_plan_it(tmp_path: Path) -> None:
     assert (given.disk_gbps, given.link_gbps) == (0.5, 2.0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_the_link_of_this_gpu() -> None:
+    """PCIe 2.0 with 4 lanes moves 1.5 GB/s, and no link of today a TB/s. Nothing stays allocated."""
+    torch.zeros(1, device=GPU)
+    measure_link.cache_clear()
+    before, began = torch.cuda.memory_allocated(GPU), time.perf_counter()
+    rate = measure_link(GPU)
+    assert rate is not None and 0.5 < rate < 1000 and time.perf_counter() - began < 5
+    assert torch.cuda.memory_allocated(GPU) == before
+
+
 class Mark:
     """An event, each one recorded 2 ms after the one before."""
 

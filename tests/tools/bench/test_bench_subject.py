@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from model.config import ModelConfig
 from model.quant.formats import KINDS
 from model.shapes import SHAPES
-from runtime.errors import OptionError
+from runtime.engine import DEMO
+from runtime.errors import DeviceError, OptionError
 from runtime.options import EngineOptions
+from tests.quantized import quantize_folder
 from tools.bench import figures, machine, subject
 from tools.bench.subject import Subject, make_subject
 
@@ -41,6 +44,12 @@ def test_options_are_an_engines() -> None:
     assert about["link_bytes_per_s"] == 1e6 and about["memory_bytes_per_s"] > 0  # as slow as asked for
     assert about["host_memory"].startswith("pageable, 8 blobs") and not about["resident"]
     assert make().describe()["resident"] and make().plan.context == 64
+
+
+def test_all_experts_of_a_checkpoint_need_a_berth(tmp_path: Path) -> None:
+    model = quantize_folder(DEMO, tmp_path / "demo", "4")
+    with pytest.raises(DeviceError, match=r"holds all 64 experts in host memory, and 20 have berths"):
+        make(shape=None, model=model, dtype="float32", offload="always", slots=2, berths=20)
 
 
 def test_experts_that_share_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
