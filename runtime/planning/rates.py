@@ -21,13 +21,12 @@ import torch
 
 from runtime.errors import DeviceError
 from runtime.experts.arena import DIRECT, Arena
+from runtime.experts.files import PART, READERS
 from runtime.planning.memory import release
 from runtime.planning.plan import Plan
 
 LINK_BYTES = 32 << 20  # copied at a time, about an expert
 LINK_COPIES = 6  # 16 ms at 12 GB/s
-READ_BYTES = 4 << 20  # read at a time
-READERS = 4  # an NVMe disk wants several reads at once
 SECONDS = 0.1  # for each way to read
 
 Run = tuple[Path, int, int]  # bytes of a file: path, offset, number
@@ -41,8 +40,9 @@ class DiskRates:
     buffered: float | None = None
 
     @property
-    def best(self) -> float | None:
-        return max(filter(None, (self.direct, self.buffered)), default=None)
+    def reading(self) -> float | None:
+        """The rate at which experts are read: past the cache where the file system can do that."""
+        return self.direct or self.buffered
 
 
 def with_rates(plan: Plan, runs: Sequence[Run] = ()) -> Plan:
@@ -54,7 +54,7 @@ def with_rates(plan: Plan, runs: Sequence[Run] = ()) -> Plan:
     if link is None and plan.device.type == "cuda":
         link = measure_link(plan.device)
     if disk is None and plan.tiered:
-        disk = measure_disk(runs).best
+        disk = measure_disk(runs).reading
     return replace(plan, link_gbps=link, disk_gbps=disk)
 
 
@@ -99,7 +99,7 @@ def measure_disk(runs: Sequence[Run]) -> DiskRates:
 
 
 def cut(run: Run) -> Iterator[Run]:
-    """The whole pieces of `READ_BYTES` in a run, which begin on multiples of `DIRECT`; of a shorter run what
+    """The whole pieces of `PART` in a run, which begin on multiples of `DIRECT`; of a shorter run what
     is left of it between such multiples.
 
     >>> list(cut(("f", 5000, 20000)))
@@ -107,7 +107,7 @@ def cut(run: Run) -> Iterator[Run]:
     """
     path, offset, size = run
     first, end = -(-offset // DIRECT) * DIRECT, (offset + size) // DIRECT * DIRECT
-    piece = min(READ_BYTES, end - first)
+    piece = min(PART, end - first)
     if piece > 0:
         yield from ((path, start, piece) for start in range(first, end - piece + 1, piece))
 
@@ -118,7 +118,7 @@ def read_gbps(pieces: Sequence[Run], flags: int, drop: bool = False) -> float | 
     deadline = time.perf_counter() + SECONDS
 
     def read(reader: int) -> None:
-        with mmap.mmap(-1, READ_BYTES) as memory:  # begins on a page, as direct reads want it
+        with mmap.mmap(-1, PART) as memory:  # begins on a page, as direct reads want it
             while time.perf_counter() < deadline and not failed.is_set():
                 with lock:
                     piece = next(left, None)

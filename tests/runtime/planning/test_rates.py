@@ -16,7 +16,7 @@ from runtime import Engine, EngineOptions
 from runtime.engine import DEMO
 from runtime.planning import rates
 from runtime.planning.planner import expert_runs
-from runtime.planning.rates import DIRECT, READ_BYTES, DiskRates, cut, measure_disk, measure_link, with_rates
+from runtime.planning.rates import DIRECT, PART, DiskRates, cut, measure_disk, measure_link, with_rates
 from tests.quantized import quantize_folder
 from tests.runtime.planning.asked import SMALL, plan
 
@@ -35,18 +35,18 @@ def test_a_file_is_read_both_ways(file: Path) -> None:
     found = measure_disk([(file, 5000, file.stat().st_size - 9000)])
     assert time.perf_counter() - began < 10
     assert found.buffered is not None and 1e-4 < found.buffered < 1e3
-    assert found.best == max(found.buffered, found.direct or 0)
+    assert found.reading == (found.direct or found.buffered)
 
 
 def test_pieces_are_whole_and_aligned_and_within_their_run() -> None:
     path = Path("f")
-    for run in ((path, 5000, 3 * READ_BYTES), (path, 0, READ_BYTES), (path, 8, 70_000), (path, 1, 4100)):
+    for run in ((path, 5000, 3 * PART), (path, 0, PART), (path, 8, 70_000), (path, 1, 4100)):
         pieces, end = list(cut(run)), run[1]
         for _, offset, size in pieces:
-            assert offset % DIRECT == size % DIRECT == 0 and 0 < size <= READ_BYTES and offset >= end
+            assert offset % DIRECT == size % DIRECT == 0 and 0 < size <= PART and offset >= end
             end = offset + size
         assert end <= run[1] + run[2]
-        assert sum(size for _, _, size in pieces) > run[2] - READ_BYTES - 2 * DIRECT
+        assert sum(size for _, _, size in pieces) > run[2] - PART - 2 * DIRECT
     assert list(cut((path, 1, 4000))) == []
 
 
@@ -64,7 +64,7 @@ def test_a_way_that_the_file_system_refuses_is_unknown(
 
     monkeypatch.setattr(os, "open", refuse)
     found = measure_disk([(file, 0, 24 << 20)])
-    assert found.direct is None and found.best == found.buffered is not None
+    assert found.direct is None and found.reading == found.buffered is not None
     monkeypatch.delattr(os, "O_DIRECT")
     assert measure_disk([(file, 0, 24 << 20)]).direct is None
 
@@ -72,9 +72,9 @@ def test_a_way_that_the_file_system_refuses_is_unknown(
 def test_nothing_to_read_is_unknown(tmp_path: Path) -> None:
     for runs in ([], [(tmp_path / "none", 0, 1 << 20)], [(tmp_path, 0, 1 << 20)], [(tmp_path, 0, 9)]):
         assert measure_disk(runs) == DiskRates(None, None)
-    assert DiskRates(None, None).best is None
+    assert DiskRates(None, None).reading is None
     (tmp_path / "short").write_bytes(b"x" * 100)  # cut short since its header was read
-    assert measure_disk([(tmp_path / "short", 0, 1 << 23)]).best is None
+    assert measure_disk([(tmp_path / "short", 0, 1 << 23)]).reading is None
 
 
 def test_only_what_the_options_leave_open_and_a_plan_needs_is_measured(
