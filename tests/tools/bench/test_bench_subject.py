@@ -56,14 +56,14 @@ def test_experts_that_share_host_memory(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(subject, "HOST_BYTES", 1)
     made = make(slots=2, layers=5, offload="always")
     store = made.store
-    assert store is not None and store.count == 4 and (made.config.layers, store.experts) == (5, 4)
-    assert store.blob(3, 1).data_ptr() == store.blob(0, 1).data_ptr() != store.blob(0, 2).data_ptr()
+    assert store is not None and store.count == 4 and (made.config.layers, made.config.experts) == (5, 4)
+    assert store.berth(3 * 4 + 1).data_ptr() == store.berth(1).data_ptr() != store.berth(2).data_ptr()
     whole = make(layers=5)
     for layer, block in enumerate(whole.blocks):
         for e in range(4):
             end = made.form.kept[-1].end
             resident = block.block_sparse_moe.experts.blobs[e]  # type: ignore[attr-defined]
-            assert torch.equal(store.blob(layer, e)[:end], resident[:end])
+            assert torch.equal(store.berth(layer * 4 + e)[:end], resident[:end])
 
 
 @pytest.mark.parametrize(
