@@ -128,7 +128,7 @@ class Engine:
         runner, options = self.runner, self.options
         if runner.cache is None:
             raise OptionError(NOTHING_TO_TRACE)
-        tiered = runner.plan.berths < self.config.layers * self.config.experts
+        tiered = runner.plan.tiered
         header = Header(
             layers=self.config.layers,
             experts=self.config.experts,

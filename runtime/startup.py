@@ -131,7 +131,7 @@ def load_weights(
     if plan.resident:
         return load_resident(checkpoint, form, dtype, device, progress, files), None, files
     config = checkpoint.config
-    tiers = ExpertFiles.of(checkpoint, form) if plan.berths < config.layers * config.experts else None
+    tiers = ExpertFiles.of(checkpoint, form, plan.direct_reads) if plan.tiered else None
     cache = make_cache(
         form, device, config.experts, plan.slots_per_layer, plan.spares, plan.berths,
         options.policy, options.prefetch, options.link_gbps, options.disk_gbps, tiers,

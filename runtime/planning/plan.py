@@ -46,6 +46,7 @@ class Plan:
     misses: str = "copy"  # how to get an expert that no slot has
     link_gbps: float | None = None  # from host memory to the device; None if unknown
     disk_gbps: float | None = None  # from files to host memory; None if unknown
+    direct_reads: bool = True  # past the system's page cache, where the file system can do that
     cpu_gbps: float | None = None  # of packed experts that the CPU computes; None if unknown
 
     @property

@@ -40,9 +40,15 @@ class DiskRates:
     buffered: float | None = None
 
     @property
+    def go_direct(self) -> bool:
+        """Whether experts are to be read past the page cache. That is better even if it is a little slower,
+        because the cache would fill memory with a second copy of them."""
+        return self.buffered is None or (self.direct or 0.0) > 0.8 * self.buffered
+
+    @property
     def reading(self) -> float | None:
-        """The rate at which experts are read: past the cache where the file system can do that."""
-        return self.direct or self.buffered
+        """The rate at which experts are read."""
+        return self.direct if self.go_direct else self.buffered
 
 
 def with_rates(plan: Plan, runs: Sequence[Run] = ()) -> Plan:
@@ -50,12 +56,13 @@ def with_rates(plan: Plan, runs: Sequence[Run] = ()) -> Plan:
     of a GPU, and the disk with `runs` of bytes of its files, if experts are read from files."""
     if plan.resident:
         return plan
-    link, disk = plan.link_gbps, plan.disk_gbps
+    link, disk, direct = plan.link_gbps, plan.disk_gbps, plan.direct_reads
     if link is None and plan.device.type == "cuda":
         link = measure_link(plan.device)
     if disk is None and plan.tiered:
-        disk = measure_disk(runs).reading
-    return replace(plan, link_gbps=link, disk_gbps=disk)
+        rates = measure_disk(runs)
+        disk, direct = rates.reading, rates.go_direct
+    return replace(plan, link_gbps=link, disk_gbps=disk, direct_reads=direct)
 
 
 @functools.cache

@@ -35,7 +35,7 @@ def test_a_file_is_read_both_ways(file: Path) -> None:
     found = measure_disk([(file, 5000, file.stat().st_size - 9000)])
     assert time.perf_counter() - began < 10
     assert found.buffered is not None and 1e-4 < found.buffered < 1e3
-    assert found.reading == (found.direct or found.buffered)
+    assert found.reading == (found.direct if found.go_direct else found.buffered)
 
 
 def test_pieces_are_whole_and_aligned_and_within_their_run() -> None:
@@ -175,3 +175,9 @@ def test_a_link_that_cannot_be_measured_is_unknown(stand_in: pytest.MonkeyPatch)
     stand_in.setattr(rates.Arena, "register", lambda arena, flat, distance: flat.numel())
     stand_in.setattr(torch.cuda, "Event", lambda **words: (_ for _ in ()).throw(RuntimeError("CUDA error")))
     assert measure_link(GPU) is None
+
+
+def test_reads_go_past_the_cache_unless_that_is_much_slower() -> None:
+    assert DiskRates(1.7, 2.0).go_direct and DiskRates(1.7, 2.0).reading == 1.7
+    assert not DiskRates(1.5, 2.0).go_direct and DiskRates(1.5, 2.0).reading == 2.0
+    assert not DiskRates(None, 2.0).go_direct and DiskRates(3.0, None).go_direct
