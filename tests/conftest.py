@@ -1,9 +1,18 @@
-"""`pytest -m gpu` is also for machines that have PyTorch, Triton and pytest, and little else."""
+"""One thread for tiny models, and what a machine need not have.
 
+`pytest -m gpu` is also for machines that have PyTorch, Triton and pytest, and little else.
+"""
+
+import os
 from collections.abc import Generator
 from importlib.util import find_spec
 
 import pytest
+
+# PyTorch reads this when it is imported, and processes that tests start inherit it. Threads that wait for
+# each other spin: on a machine with other work, two of them took ten to thirty times as long as one. Tests of
+# what several threads do ask for a number of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The other packages that tests import. What needs a GPU needs none of these.
 EXTRA = {

@@ -30,7 +30,6 @@ def code(text: str) -> Cell:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Executes cells in an empty folder, and returns what each says, by its id. Figures are `<image/png>`."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two that wait for each other are slow on a busy machine
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))

@@ -1,17 +1,7 @@
-"""A seed for every test, one thread for tiny models, and a summary of comparisons with Transformers."""
-
-from collections.abc import Iterator
+"""A seed for every test, and a summary of comparisons with Transformers."""
 
 import pytest
 import torch
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -65,14 +65,6 @@ def make_checkpoint(folder: Path, tokenizer: Path, config: ModelConfig, spoil: b
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def config() -> ModelConfig:
     return ModelConfig(

@@ -132,6 +132,7 @@ def test_a_command_whose_file_is_cut_short_in_a_forward_ends_with_a_line(folder:
     if dtype == "bfloat16" and not find_spec("numba"):
         pytest.skip("nothing that a forward reads is mapped")
     words = ["--model", str(folder), "--device", "cpu", "--dtype", dtype, "--prompt", "def", "--quiet"]
+    words += ["--threads", "2"]
     done = python("-c", CUTTING, *words)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [

@@ -59,7 +59,7 @@ import resource, sys, warnings
 warnings.simplefilter("ignore")
 from runtime import Engine, EngineOptions, MixtralError, SamplingParams
 
-OPTIONS = EngineOptions(device="cpu", context=1024, {more})
+OPTIONS = EngineOptions(device="cpu", context=1024, threads=2, {more})
 PARAMS = SamplingParams(max_new_tokens=3, temperature=0)
 SHORT, LONG = list(range(300, 310)), list(range(300, 1300))
 

@@ -259,7 +259,7 @@ from runtime import Engine, EngineOptions, RequestError, SamplingParams
 from runtime.experts import arena
 
 options = {"offload": sys.argv[2], "slots": 2 if sys.argv[2] == "always" else None}
-engine = Engine.load(sys.argv[1], EngineOptions(device="cpu", dtype="float32", **options))
+engine = Engine.load(sys.argv[1], EngineOptions(device="cpu", dtype="float32", threads=2, **options))
 params = SamplingParams(max_new_tokens=4, temperature=0, ignore_eos=True)
 tokens, session = engine.generate([5, 6, 7], params), engine.session()
 first = next(tokens)

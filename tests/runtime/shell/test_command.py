@@ -209,7 +209,7 @@ runpy.run_module("runtime.generate", run_name="__main__", alter_sys=True)
 
 
 def interrupted_after(seconds: float) -> tuple[int, bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", STARTING], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
