@@ -29,6 +29,7 @@ from model.parameters import parameter_rows
 from model.quant.formats import KINDS, Formats
 from model.quant.spec import QuantSpec
 from runtime.engine import DEMO
+from runtime.loader import EMBEDDINGS
 from runtime.shell.arguments import new_parser
 from runtime.shell.command import put, run
 from runtime.units import parse_bytes
@@ -96,9 +97,9 @@ def add_tokenizer(folder: Path) -> None:
         copy(DEMO_TOKENIZER, folder / "tokenizer.model")
 
 
-def random_native(config: ModelConfig, folder: Path, formats: Formats) -> None:
+def random_native(config: ModelConfig, folder: Path, formats: Formats, embedding: float = 1.0) -> None:
     """Write a native checkpoint to `folder`, with the demo's tokenizer. It replaces one with the same number
-    of layers.
+    of layers. Embeddings are multiplied by `embedding`: the larger, the less layers change them.
 
     Raises `ModelError` for a format that does not fit the configuration.
     """
@@ -110,14 +111,18 @@ def random_native(config: ModelConfig, folder: Path, formats: Formats) -> None:
     for shard in shards:
         with Writer(folder / shard.name, shard.tensors, native.metadata()) as writer:
             for parameter in shard.parameters:
-                write_random(writer, config, parameter, generator)
+                write_random(writer, config, parameter, generator, embedding)
     add_tokenizer(folder)
     contents = to_hf(config) | {"quantization_config": native.section()}
     write_text(folder / CONFIG, json.dumps(contents, indent=2) + "\n")
 
 
 def write_random(
-    writer: Writer, config: ModelConfig, parameter: StoredParameter, generator: torch.Generator
+    writer: Writer,
+    config: ModelConfig,
+    parameter: StoredParameter,
+    generator: torch.Generator,
+    embedding: float,
 ) -> None:
     inputs = {name.split(".")[-2]: row[0] for name, (_, row) in parameter_rows(config).items() if row}
     for tensor in parameter.tensors:
@@ -127,6 +132,8 @@ def write_random(
             fill_stream(stream, values, parameter.spec, inputs[matrix], generator)
         elif len(tensor.shape) == 2:
             fill_normal(values, generator)
+            if parameter.name == EMBEDDINGS:
+                values.mul_(embedding)
         writer.write(tensor.name, values)
 
 
