@@ -18,6 +18,8 @@ MAX_NUMBER = 1 << 53  # up to here floats are exact, and no sum of such numbers 
 POLICY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 EVENTS: dict[str, Callable[..., Event]] = {name: kind for kind, name in NAMES.items()}
 FIELDS = {name: [f.name for f in dataclasses.fields(kind)] for kind, name in NAMES.items()}
+SOURCES = ("host", "file", "compute")  # of a miss
+ADDED = {"berths", "spare_berths", "source"}  # which traces of earlier programs lack: all experts had berths
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,18 @@ def parse_header(content: dict[str, Any]) -> Header:
     if (version := content.pop("version", None)) != VERSION:
         raise ValueError(f"format version {quoted(version)}; this program reads version {VERSION}")
     check_names(content, [f.name for f in dataclasses.fields(Header)], "the header")
-    for name in ("layers", "experts", "experts_per_token", "spares", "seed", "expert_bytes"):
-        least = 0 if name in ("spares", "seed") else 1
+    content = {"berths": 0, "spare_berths": 0} | content
+    for name in (
+        "layers",
+        "experts",
+        "experts_per_token",
+        "spares",
+        "seed",
+        "expert_bytes",
+        "berths",
+        "spare_berths",
+    ):
+        least = 1 if name in ("layers", "experts", "experts_per_token", "expert_bytes") else 0
         require(whole(content[name]) and content[name] >= least, name, content, f"a whole number >= {least}")
     for name in ("layers", "experts"):
         require(content[name] <= MOST[name], name, content, f"at most {MOST[name]}")
@@ -159,6 +171,8 @@ def parse_field(name: str, value: Any, header: Header) -> Any:
         expected, value = "numbers >= 0, or null", tuple(value) if good and value is not None else value
     elif name == "kind":
         good, expected = value in ("demand", "guess"), '"demand" or "guess"'
+    elif name == "source":
+        good, expected = value in SOURCES, '"host", "file" or "compute"'
     elif name == "seconds":
         good, expected = number(value) and value >= 0, "a number >= 0"
     elif name == "distance":
@@ -173,7 +187,7 @@ def parse_field(name: str, value: Any, header: Header) -> Any:
 
 
 def check_names(content: dict[str, Any], expected: list[str], what: str) -> None:
-    if missing := [name for name in expected if name not in content]:
+    if missing := [name for name in expected if name not in content and name not in ADDED]:
         raise ValueError(f"{what} lacks {', '.join(missing)}")
     if unknown := [name for name in content if name not in expected]:
         raise ValueError(f"{what} has the unknown {some(unknown)}")

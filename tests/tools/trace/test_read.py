@@ -73,6 +73,10 @@ ROUTING: dict[str, Any] = {
             HIT | {"event": "copy", "kind": "gift", "bytes": 1, "seconds": 1},
             'copy: kind is \'gift\', and must be "demand" or "guess"',
         ),
+        (
+            HIT | {"event": "miss", "evicted": None, "source": "sky"},
+            'miss: source is \'sky\', and must be "host", "file" or "compute"',
+        ),
     ],
 )
 def test_a_wrong_line_is_named(
@@ -102,6 +106,8 @@ def test_a_wrong_line_is_named(
         ({"seed": 1 << 60}, f"seed is {1 << 60}, and must be a whole number >= 0"),
         ({"slots": [10**400]}, "slots is [1000"),
         ({"version": "\x1b[2J" * 10**4}, r"format version '\x1b[2J"),
+        ({"berths": -1}, "berths is -1, and must be a whole number >= 0"),
+        ({"spare_berths": 1.5}, "spare_berths is 1.5, and must be a whole number >= 0"),
         ({"policy": 1}, "policy is 1, and must be a name"),
         ({"policy": "\x1b[2J"}, r"policy is '\x1b[2J', and must be a name"),
         ({"options": []}, "options is [], and must be an object"),
