@@ -134,6 +134,8 @@ def test_three_tiers_in_one_sheet(run: Run) -> None:
     )
     out = run(*words, "--vram", "8GiB", "--ram", "8GiB", "--link-gbps", 4, "--disk-gbps", 5)[1]
     assert out.endswith("a miss takes 17 ms at 4 GB/s; one that is read from files takes 17 ms at 5 GB/s.\n")
+    out = run(*words, "--vram", "8GiB", "--ram", "8GiB", "--disk-gbps", 20)[1]
+    assert out.endswith("2.7 ms at 25 GB/s; one that is read from files takes 5.5 ms at 20 GB/s.\n")
 
 
 def test_one_size_of_a_memory_goes_with_all_of_the_other(run: Run) -> None:

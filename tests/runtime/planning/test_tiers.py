@@ -67,6 +67,7 @@ def test_berths_are_as_many_as_fit_and_experts_without_room_are_counted(
     elif tiered:
         left = budget - used_bytes(asked(**request), got) if shared else (host or 0) - got.arena_bytes
         assert left < berth or got.berths == experts - 1
+        assert not shared or got.slots_per_layer == (A,) * L, "berths come first"
         every = try_plan(**(request | {"berths": experts}), **limits)
         assert every is None, "all would have fitted"
 
@@ -88,12 +89,14 @@ def test_more_memory_never_gives_fewer_berths_or_more_reading(
     assert max(after.slots_per_layer) - min(after.slots_per_layer) <= 1
 
 
-@given(st.data(), st.integers(0, 2))
-def test_no_other_plan_has_more_berths_or_with_as_many_more_slots(data: st.DataObject, prefetch: int) -> None:
+@given(st.data(), st.integers(0, 2), st.sampled_from([BLOB, 1 << 22]))
+def test_no_other_plan_has_more_berths_or_with_as_many_more_slots(
+    data: st.DataObject, prefetch: int, blob: int
+) -> None:
     """The slow reference: every number of berths with every number of slots."""
-    size = st.integers(0, 40 * BERTH)
+    size = st.integers(0, N + 9).flatmap(lambda few: st.integers(few * blob, few * (blob + 8192)))
     request = asked(
-        SMALL, torch.float32, 100, from_files=True, offload="always", prefetch=prefetch,
+        SMALL, torch.float32, 100, from_files=True, offload="always", prefetch=prefetch, expert=blob,
         budget=lay_out(asked(SMALL, torch.float32, 100), (0, 0, 0)).device_bytes + data.draw(size),
         host_budget=data.draw(size),
     )  # fmt: skip
@@ -127,6 +130,24 @@ def test_the_least_that_runs() -> None:
         small(**words, berths=3)
 
 
+def test_all_but_one_have_berths_if_that_is_all_that_fits() -> None:
+    large = 1 << 22
+    words = {"offload": "always", "slots": 2, "expert": large}
+    assert small(**words, host_budget=N * large).berths == N
+    assert small(**words, host_budget=N * large - 1).berths == N - 1
+
+
+def test_a_device_too_small_is_told_what_it_takes_with_all_berths_if_the_host_has_them() -> None:
+    words = {"offload": "always", "prefetch": 0, "scratch": 1 << 20}
+    least = small(**words, slots=2)
+    with pytest.raises(DeviceError) as caught:
+        small(**words, budget=least.device_bytes - 1)
+    assert "staging" not in str(caught.value), "nothing leaves for a berth"
+    tight = small(**words, slots=2, berths=2)
+    with pytest.raises(DeviceError, match=r"staging 180\.0 KiB; "):
+        small(**words, budget=tight.device_bytes - 1, host_budget=2 * BERTH)
+
+
 def test_on_a_cpu_slots_and_berths_share_one_memory() -> None:
     """Nothing is offloaded unless the user asks for it; then all experts have berths if that fits."""
     every = small(shared=True, offload="always", slots=2)
@@ -137,12 +158,28 @@ def test_on_a_cpu_slots_and_berths_share_one_memory() -> None:
     spares = SPARE_SLOTS * BLOB
     assert fewer.berths == (whole - 1 - every.device_bytes - spares) // SHARED < N
     assert fewer.slots_per_layer == (2, 2, 2) and fewer.device_bytes == every.device_bytes + spares
+    seven = small(shared=True, offload="always", slots=2, berths=7)
+    used = seven.device_bytes + seven.arena_bytes
+    assert small(shared=True, offload="always", budget=used + SHARED - 1) == seven, "a slot would fit"
     for offload in ("auto", "never"):
         with pytest.raises(DeviceError, match=r"and the budget is"):
             small(shared=True, offload=offload, budget=fewer.device_bytes)
     assert small(shared=True, offload="always", berths=7).berths == 7
     assert small(shared=True, offload="always", berths=99).berths == N
     assert small(shared=True, berths=7).resident
+    tight = {"shared": True, "prefetch": 0, "budget": small(shared=True).device_bytes - 1}
+    assert small(**tight, berths=2).berths == 2, "it was asked for"
+    with pytest.raises(DeviceError, match=r"^need .* \(.*experts"):
+        small(**tight)
+
+
+def test_of_few_experts_all_have_berths_sooner_than_some_leave_for_files() -> None:
+    one = dataclasses.replace(SMALL, layers=1, experts=3)
+    words = {"from_files": True, "shared": True, "offload": "always", "prefetch": 0}
+    least = plan(one, torch.float32, 100, **words)
+    assert least.berths == 3 and least.spares == 0
+    with pytest.raises(DeviceError, match=r"need 180\.0 KiB for 2 slots per layer, .*, arena 270\.0 KiB; "):
+        plan(one, torch.float32, 100, **words, budget=least.device_bytes + least.arena_bytes - 1)
 
 
 def test_experts_that_files_do_not_have_as_memory_does_need_all_berths() -> None:
@@ -157,6 +194,8 @@ def test_experts_that_files_do_not_have_as_memory_does_need_all_berths() -> None
     assert 2 <= make_plan(request(torch.bfloat16, **given)).berths < N
     with pytest.raises(DeviceError, match=r"for 5 experts in each of 3 layers, .*--experts 2.* \(python -m"):
         make_plan(request(None, **given))
+    with pytest.raises(DeviceError, match=r"quantize with --experts 2 \(python -m"):  # 2 berths
+        make_plan(request(None, **given | {"ram": "100KiB"}))
     assert make_plan(request(None, offload="always", berths=99)).berths == N
     with pytest.raises(OptionError, match=r"berths is 9, and all 15 experts need one, .* tools\.quantize"):
         request(None, offload="always", berths=9)
