@@ -158,9 +158,10 @@ def test_on_a_cpu_slots_and_berths_share_one_memory() -> None:
     spares = SPARE_SLOTS * BLOB
     assert fewer.berths == (whole - 1 - every.device_bytes - spares) // SHARED < N
     assert fewer.slots_per_layer == (2, 2, 2) and fewer.device_bytes == every.device_bytes + spares
-    seven = small(shared=True, offload="always", slots=2, berths=7)
-    used = seven.device_bytes + seven.arena_bytes
-    assert small(shared=True, offload="always", budget=used + SHARED - 1) == seven, "a slot would fit"
+    eight, words = dataclasses.replace(SMALL, experts=8), {"from_files": True, "shared": True}
+    seven = plan(eight, torch.float32, 100, **words, offload="always", slots=2, berths=7)
+    budget = seven.device_bytes + seven.arena_bytes + SHARED - 1  # a slot would fit, and a berth would not
+    assert plan(eight, torch.float32, 100, **words, offload="always", budget=budget) == seven
     for offload in ("auto", "never"):
         with pytest.raises(DeviceError, match=r"and the budget is"):
             small(shared=True, offload=offload, budget=fewer.device_bytes)
