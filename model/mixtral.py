@@ -145,12 +145,13 @@ class Mixtral(nn.Module):
             x = x[:, -1:]
         return self.lm_head(self.norm(x))
 
-    def step(self, token: Tensor, position: Tensor, kv: KVCache) -> Iterator[Choice | Tensor]:
+    def step(self, token: Tensor, position: Tensor, kv: KVCache) -> Iterator[Choice | Tensor | None]:
         """What `forward` computes for one id, on a GPU. Yields L choices, one a layer, then logits [1, V].
 
         token and position, [1] int64 each on the model's device, are the id and the number of tokens that
         `kv` holds. The caller moves `kv.length`. After each choice, the caller can bring the chosen experts
-        to the device before it resumes this generator.
+        to the device before it resumes this generator. If the host computes some of them, there is a second
+        stop, a None, where the device has computed the others and needs the host's sum.
 
         This is a second way because a step is captured as CUDA graphs, which replay launches without Python.
         So no line here depends on the position or on a choice, nothing waits for the device, and one launch
@@ -166,6 +167,9 @@ class Mixtral(nn.Module):
             yield choice
             experts = cast(StepExperts, block.block_sparse_moe.experts)  # those as parameters have no step
             y = experts.step(h, choice)
+            if (rest := experts.rest) is not None:
+                yield None
+                y = rest(y)
         yield self.lm_head(self.norm.step(x, y)[1])
 
     def room(self, B: int, T: int, kv: KVCache | None) -> tuple[int, int]:

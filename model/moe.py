@@ -39,6 +39,12 @@ class StepExperts(Experts, Protocol):
         """The same for one token, x [1, D] -> [1, D], without waiting for the device."""
         ...
 
+    @property
+    def rest(self) -> Callable[[Tensor], Tensor] | None:
+        """If `step` may leave out some experts, because the host computes them meanwhile: what adds them to
+        its result, [1, D] -> [1, D]."""
+        ...
+
 
 def gated(x: Tensor, w13: Product) -> Tensor:  # [N, D] -> [N, F]
     """An expert's inner values, `silu(w1 x) * w3 x` (arXiv 2002.05202). `w13` multiplies by w1 above w3."""

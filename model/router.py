@@ -22,13 +22,15 @@ from model.kernels import step as kernels
 class Choice:
     """What a layer's router says of N tokens.
 
-    In a step on a GPU, `packed` holds all of it, so the host can read it in one transfer.
+    In a step on a GPU, `packed` holds all of it, so the host can read it in one transfer, and `x` is what the
+    chosen experts will take.
     """
 
     ids: Tensor  # [N, A] int64, in the order of weights, largest first; int32 in a step on a GPU
     weights: Tensor  # [N, A] float32, each row adding up to 1
     ranking: Tensor | None = None  # [d, E]: the experts of each of the next d layers, likeliest first
     packed: Tensor | None = None  # [2 A + d E] int32
+    x: Tensor | None = None  # [1, D]
 
     @staticmethod
     def unpack(packed: Tensor, chosen: int, experts: int) -> "Choice":
@@ -95,7 +97,9 @@ class Router(nn.Module):
         """The choice of one token in one launch. Call `prepare_step` first."""
         assert self.gates is not None
         packed = kernels.route(x, self.gates, self.experts, self.experts_per_token)
-        return Choice.unpack(packed, self.experts_per_token, self.experts)
+        choice = Choice.unpack(packed, self.experts_per_token, self.experts)
+        choice.x = x
+        return choice
 
 
 def seen_from(mine: Tensor, theirs: Tensor, gate: Tensor) -> Tensor:  # [D], [D], [E, D] -> [E, D] float32

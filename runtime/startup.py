@@ -22,6 +22,7 @@ from runtime.errors import DeviceError, LoadError
 from runtime.experts.cache import ExpertCache
 from runtime.experts.files import ExpertFiles
 from runtime.experts.making import make_cache
+from runtime.experts.rates import divide_misses
 from runtime.gpu.warm_up import Bar, prepare
 from runtime.loader import kernels_to_compile, load_model, load_resident
 from runtime.options import EngineOptions
@@ -107,8 +108,10 @@ def make_runner(
         try:
             ends = frozenset(config.eos_ids) | {i for i in tokenizer.ends if i < config.vocab}
             unused = unused_ids(config.vocab, tokenizer.vocab_size, ends, device)
-            runner = ModelRunner(model, cache, plan, options, ends, unused, files)
             compile_kernels(model, form, compiling)
+            if cache and options.misses != "copy":
+                plan = divide_misses(cache, plan, options)
+            runner = ModelRunner(model, cache, plan, options, ends, unused, files)
             prepare(runner, compiling)
         except BaseException:  # the caller may keep it, and with it the frames that refer to the weights
             for made in (runner or cache, files):

@@ -21,6 +21,7 @@ class Stats:
     hits: int = 0
     misses: int = 0
     guesses: int = 0
+    computed: int = 0  # misses whose expert the host computed
     used_guesses: int = 0  # misses whose expert had been guessed: it was there, or on its way
     recalled: int = 0  # of `recallable`, those that the layer before ranked as high as that
     recallable: int = 0  # experts that decoded tokens chose, where the layer before had a ranking

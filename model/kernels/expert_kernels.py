@@ -22,12 +22,17 @@ def gate_up(
     ROWS: tl.constexpr,
     PIECE: tl.constexpr,
     PIECES: tl.constexpr,
+    ABSENT: tl.constexpr,  # whether slots may be -1: such an expert is left out
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [F / ROWS, A]
     """`silu(w1 x) * w3 x`. Every operation is rounded to h's dtype, as if it stood alone."""
     dtype = h.dtype.element_ty
     first, choice = tl.program_id(0) * ROWS, tl.program_id(1)
-    w13 = pool + tl.load(slots + choice).to(tl.int64) * BLOB
+    slot = tl.load(slots + choice)
+    if ABSENT:  # noqa: SIM102
+        if slot < 0:
+            return
+    w13 = pool + slot.to(tl.int64) * BLOB
     if BITS >= 8:
         gate = dot_rows(x, w13, first, 2 * F, D, BITS, GROUP, META, ROWS, PIECE, PIECES)
         up = dot_rows(x, w13, F + first, 2 * F, D, BITS, GROUP, META, ROWS, PIECE, PIECES)
@@ -60,6 +65,7 @@ def down(
     ROWS: tl.constexpr,
     PIECE: tl.constexpr,
     PIECES: tl.constexpr,
+    ABSENT: tl.constexpr,  # whether slots may be -1: such an expert is left out
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [D / ROWS]
     """The weighted sum of the experts' outputs, added in ascending order of id. Every operation is rounded to
@@ -72,10 +78,18 @@ def down(
     total = tl.zeros([ROWS], tl.float32)
     for place in range(A):
         choice = tl.sum(tl.where((rank == place) & (choices < A), choices, 0), axis=0)
-        w2 = pool + tl.load(slots + choice).to(tl.int64) * BLOB + OFFSET
-        part = dot_rows(h + choice * F, w2, first, D, F, BITS, GROUP, META, ROWS, PIECE, PIECES)
-        part = rounded(part, dtype, INTERPRETED).to(tl.float32)
+        slot = tl.load(slots + choice)
+        w2 = pool + slot.to(tl.int64) * BLOB + OFFSET
         weight = rounded(tl.load(weights + choice).to(tl.float32), dtype, INTERPRETED).to(tl.float32)
-        part = rounded(part * weight, dtype, INTERPRETED).to(tl.float32)
-        total = tl.where(place == 0, part, rounded(total + part, dtype, INTERPRETED).to(tl.float32))
+        if ABSENT:
+            if slot >= 0:
+                part = dot_rows(h + choice * F, w2, first, D, F, BITS, GROUP, META, ROWS, PIECE, PIECES)
+                part = rounded(part, dtype, INTERPRETED).to(tl.float32)
+                part = rounded(part * weight, dtype, INTERPRETED).to(tl.float32)
+                total = rounded(total + part, dtype, INTERPRETED).to(tl.float32)
+        else:
+            part = dot_rows(h + choice * F, w2, first, D, F, BITS, GROUP, META, ROWS, PIECE, PIECES)
+            part = rounded(part, dtype, INTERPRETED).to(tl.float32)
+            part = rounded(part * weight, dtype, INTERPRETED).to(tl.float32)
+            total = tl.where(place == 0, part, rounded(total + part, dtype, INTERPRETED).to(tl.float32))
     tl.store(y + first + tl.arange(0, ROWS), total.to(dtype))

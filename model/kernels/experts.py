@@ -35,18 +35,30 @@ class BlobLayout:
 
 
 def experts_by_slot(
-    x: Tensor, pool: Tensor, slots: Tensor, weights: Tensor, layout: BlobLayout, ids: Tensor | None = None
+    x: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    layout: BlobLayout,
+    ids: Tensor | None = None,
+    absent: bool = False,
 ) -> Tensor:
     """The weighted sum of A experts of the pool, for one token: x [1, D] -> [1, D]. The other arguments are
-    those of `gate_up` and `down`."""
-    return down(gate_up(x, pool, slots, layout), pool, slots, weights, layout, ids)
+    those of `gate_up` and `down`.
+
+    With `absent`, a slot of -1 means that the expert is not in the pool. The others are summed, which may be
+    none.
+    """
+    h = gate_up(x, pool, slots, layout, absent)
+    return down(h, pool, slots, weights, layout, ids, absent)
 
 
-def gate_up(x: Tensor, pool: Tensor, slots: Tensor, layout: BlobLayout) -> Tensor:
+def gate_up(x: Tensor, pool: Tensor, slots: Tensor, layout: BlobLayout, absent: bool = False) -> Tensor:
     """`silu(w1 x) * w3 x` for each of A experts and one token, in one launch: [A, F] in x's dtype.
 
     x is [1, D]. The rows of pool [S, bytes] uint8 are multiples of 16 bytes. slots [A] holds integers of any
-    dtype, on x's device. w1 x, w3 x, silu and the product are rounded as by separate operations.
+    dtype, on x's device. w1 x, w3 x, silu and the product are rounded as by separate operations. With
+    `absent`, the row of an expert whose slot is -1 is uninitialized.
     """
     from model.kernels import expert_kernels
 
@@ -57,21 +69,27 @@ def gate_up(x: Tensor, pool: Tensor, slots: Tensor, layout: BlobLayout) -> Tenso
     h = x.new_empty(A, F)
     launch(
         expert_kernels.gate_up, (F // tile.rows, A), aligned(x), pool, slots.contiguous(), h,
-        D=D, F=F, **constants(layout.spec), BLOB=pool.shape[1], **tile.constants(),
+        D=D, F=F, **constants(layout.spec), BLOB=pool.shape[1], **tile.constants(), ABSENT=absent,
         num_warps=tile.warps,
     )  # fmt: skip
     return h
 
 
 def down(
-    h: Tensor, pool: Tensor, slots: Tensor, weights: Tensor, layout: BlobLayout, ids: Tensor | None = None
+    h: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    layout: BlobLayout,
+    ids: Tensor | None = None,
+    absent: bool = False,
 ) -> Tensor:
     """The sum over A experts of `weight * w2 h`, in one launch: [1, D] in h's dtype.
 
     h [A, F] comes from `gate_up`. weights [A] are rounded to h's dtype first. slots [A] and ids [A] are each
     expert's own integers, and the ids all differ. A contribution is rounded, then its product with the
     weight, then each sum, in ascending order of id. Without ids, slots take their place, so slots must then
-    lie in the order of ids.
+    lie in the order of ids. With `absent`, experts whose slot is -1 are left out.
     """
     from model.kernels import expert_kernels
 
@@ -84,7 +102,7 @@ def down(
         expert_kernels.down, (D // tile.rows,), aligned(h), pool, slots,
         slots if ids is None else ids.contiguous(), weights.contiguous(), y,
         D=D, F=F, **constants(layout.spec), BLOB=pool.shape[1], OFFSET=layout.w2_offset(h.dtype),
-        A=A, CHOICES=power_of_two(A), **tile.constants(), num_warps=tile.warps,
+        A=A, CHOICES=power_of_two(A), **tile.constants(), ABSENT=absent, num_warps=tile.warps,
     )  # fmt: skip
     return y
 

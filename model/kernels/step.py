@@ -43,17 +43,18 @@ def unfit(heads: int, kv_heads: int, head_dim: int, hidden: int, experts: int, c
 
 
 def fetch(source: Tensor, target: Tensor) -> None:  # [n] integers each
-    """Bring a few numbers from page-locked host memory to the device, or from the device to such memory.
+    """Bring some numbers from page-locked host memory to the device, or from the device to such memory.
 
     A kernel reads and writes them. A copy would have to wait for the experts that are being copied.
     """
     from model.kernels import step_kernels
 
-    n = target.numel()
+    n, wide = target.numel(), power_of_two(target.numel())
     assert source.shape == target.shape == (n,) and source.dtype == target.dtype, (source.shape, target.shape)
     there = source if target.device.type == "cpu" else target
     with torch.cuda.device_of(there):  # `launch` goes by the target, which may be in the host's memory
-        launch(step_kernels.fetch, (1,), target, source, COUNT=n, WIDE=power_of_two(n), num_warps=1)
+        warps = min(max(wide // 512, 1), 16)
+        launch(step_kernels.fetch, (1,), target, source, COUNT=n, WIDE=wide, num_warps=warps)
 
 
 def add_and_norm(x: Tensor, more: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ expert is in it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from model.kernels import experts as kernels
 from model.kernels import launching
 from model.linear import linear
 from model.moe import OneToken, Product, gated, mix
-from model.quant.backends import Backend, pick_backend
+from model.quant.backends import BACKENDS, Backend, pick_backend
 from model.quant.spec import QuantSpec
 from model.quant.streams import Field, expert_fields
 from model.quant.tensor import QuantizedTensor
@@ -62,6 +62,17 @@ class ExpertFormat:
         remark = next((remark for _, remark in picked.values() if remark), None)
         return ExpertFormat(spec, shapes, stored, tuple(kept), backends, remark, layout)
 
+    def on(self, target: Target, dtype: torch.dtype) -> "ExpertFormat":
+        """The same bytes in memory as another device computes them: by its fastest backend that keeps them
+        so."""
+        backends, remark = {}, None
+        for name, shape in self.shapes.items() if self.spec.quantized else ():
+            kept = [field for field in self.kept if field.name.startswith(name + ".")]
+            fit = [b for b in BACKENDS if b.fields(name, shape, self.spec, kept[0].offset) == kept]
+            backends[name], reason = pick_backend(self.spec, shape, dtype, target, fit)
+            remark = remark or reason
+        return replace(self, backends=backends, remark=remark, layout=None)
+
     @property
     def as_stored(self) -> bool:
         """Whether memory has exactly the bytes that files have."""
@@ -103,12 +114,18 @@ class ExpertFormat:
         return BoundExpert(first, second, first.gated)
 
     def step(
-        self, x: Tensor, pool: Tensor, slots: Tensor, weights: Tensor, ids: Tensor | None = None
+        self,
+        x: Tensor,
+        pool: Tensor,
+        slots: Tensor,
+        weights: Tensor,
+        ids: Tensor | None = None,
+        absent: bool = False,
     ) -> Tensor:
         """The weighted sum of one token's experts, which are in some slots of a GPU's pool of blobs: x [1, D]
         -> [1, D]. See `model.kernels.experts`."""
         assert self.layout is not None, self
-        return kernels.experts_by_slot(x, pool, slots, weights, self.layout, ids)
+        return kernels.experts_by_slot(x, pool, slots, weights, self.layout, ids, absent)
 
 
 def aligned(size: int) -> int:
@@ -138,6 +155,12 @@ def views(fields: Sequence[Field], matrix: str, memory: Tensor) -> dict[str, Ten
     return {f.name.removeprefix(prefix): f.view(memory) for f in fields if f.name.startswith(prefix)}
 
 
+def outputs_of(form: ExpertFormat, experts: Sequence[BoundExpert], x: Tensor) -> Sequence[Tensor]:
+    """The outputs of several experts for one token, x [1, D], in few launches: [1, D] each."""
+    outputs = form.together(x, experts)
+    return [expert(x) for expert in experts] if outputs is None else outputs.to(x.dtype).split(1)
+
+
 class BlobExperts:
     """All experts of a layer, each computed from its blob: `model.moe.Experts`."""
 
@@ -155,13 +178,12 @@ class BlobExperts:
         if x.shape[0] != 1:
             return mix(self.experts, x, choice)
         ids = choice.ids.tolist()[0]
-        outputs = self.form.together(x, [self.experts[e] for e in ids])
-        if outputs is None:
-            return mix(self.experts, x, choice)
         sums = OneToken(x, choice, ids)
-        for e, y in zip(ids, outputs.to(x.dtype).split(1), strict=True):
+        for e, y in zip(ids, outputs_of(self.form, [self.experts[e] for e in ids], x), strict=True):
             sums.add(e, y)
         return sums.total()
+
+    rest = None  # `step` computes all experts
 
     def step(self, x: Tensor, choice: Choice) -> Tensor:  # [1, D] -> [1, D]
         assert isinstance(self.blobs, Tensor)

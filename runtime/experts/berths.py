@@ -115,6 +115,10 @@ class Berths:
         self.held.remove(expert)
         self.singles[expert] = None
 
+    def touch(self, expert: int) -> None:
+        """The host computes the expert, which remains what it is."""
+        self.policy.used(expert)
+
     def sink(self, expert: int) -> bool:
         """The expert leaves its slot. Returns whether it has a berth. If not, `take` one for it."""
         if expert not in self.where:

@@ -8,6 +8,7 @@ same bytes, and contributions are added in ascending order of expert, in whichev
 """
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,8 @@ from model.moe import Contributions, ManyTokens, OneToken
 from model.quant.expert import ExpertFormat
 from model.router import Choice
 from runtime.experts import trace
+from runtime.experts.exchange import Exchange
+from runtime.experts.host import HostExperts
 from runtime.experts.needs import Needs, added_up, by_last_use, to_host
 from runtime.experts.residency import Arrival, Residency
 from runtime.experts.slots import SlotTable, Spares
@@ -40,6 +43,11 @@ class LayerExperts:
 
     def step(self, x: Tensor, choice: Choice) -> Tensor:
         return self.cache.apply_step(self.layer, x, choice)
+
+    @property
+    def rest(self) -> Callable[[Tensor], Tensor] | None:
+        exchange = self.cache.exchange
+        return None if exchange is None else partial(exchange.add, self.layer)
 
 
 class ExpertCache:
@@ -70,6 +78,7 @@ class ExpertCache:
         self.slot_ids = torch.zeros(len(tables), store.experts, dtype=torch.int64, device=device)
         self.host_slot_ids = torch.zeros_like(self.slot_ids, device="cpu", pin_memory=device.type == "cuda")
         self.host_slot_array = self.host_slot_ids.numpy()  # the same memory, for Python to write
+        self.exchange: Exchange | None = None  # with the host, if it computes some of a token's experts
         self.uncounted = Stats()  # the counters at `start_over`
         # A cache that is never closed would leave its thread, and the memory that the thread holds. The
         # finaliser comes before the thread, so no thread is left however the load of an engine fails.
@@ -78,12 +87,35 @@ class ExpertCache:
             engine.start(store.arena, self.pool)
 
     def end(self) -> bool:
-        """Tell all copy threads to end. Returns whether the calling thread is one of them. Never waits."""
+        """Tell all threads to end. Returns whether the calling thread is one of them. Never waits."""
         self.store.channels.end()
+        if self.exchange is not None:
+            self.exchange.host.end()
+            if self.exchange.host.in_its_thread():
+                return True
         return any(engine.in_its_thread() for engine in self.store.channels.all)
 
+    def open_exchange(self, exchange: Exchange) -> None:
+        """Let the host compute some of a token's experts, those that `residency.split` gives to it. The cache
+        starts the host, and closes it in the end."""
+        weakref.finalize(self, exchange.host.end).atexit = False
+        self.exchange = exchange
+        exchange.host.start()
+
+    @property
+    def divided(self) -> bool:
+        """Whether the host may compute some of a token's experts."""
+        return self.exchange is not None
+
+    def give(self, x: Tensor) -> None:
+        """Launch what brings x [1, D], which a layer's experts take, to the host."""
+        assert self.exchange is not None
+        self.exchange.give(x)
+
     def close(self) -> None:
-        """End the copy threads and free the memory of the host and the device."""
+        """End the threads and free the memory of the host and the device."""
+        if self.exchange is not None:
+            self.exchange.host.close()
         if all([engine.close() for engine in self.store.channels.all]):
             self.store.arena.close()  # otherwise the copy threads free it after their last pieces
         self.residency.tickets.clear()
@@ -134,7 +166,10 @@ class ExpertCache:
         (tokens, per_token), experts = chosen.shape, self.store.experts
         needed = by_last_use(chosen, experts)
         shares = partial(added_up, chosen, choice.weights, needed)
-        arrivals = self.residency.arrivals(Needs(layer, needed, tokens, per_token, ahead, shares))
+        needs = Needs(layer, needed, tokens, per_token, ahead, shares)
+        if tokens == 1 and self.exchange is not None:
+            return self.apply_divided(self.exchange.host, needs, x, choice, chosen[0].tolist())
+        arrivals = self.residency.arrivals(needs)
         sums: Contributions
         if tokens == 1:
             sums = OneToken(x, choice, chosen[0].tolist())
@@ -143,6 +178,22 @@ class ExpertCache:
         for arrival in arrivals:
             sums.add(arrival.expert, self.compute(arrival, sums.inputs(arrival.expert)))
         return sums.total()
+
+    def apply_divided(
+        self, host: HostExperts, needs: Needs, x: Tensor, choice: Choice, ids: list[int]
+    ) -> Tensor:  # [1, D] -> [1, D]
+        """`apply` for one token whose missing experts the host may compute. Returns the sum of the device's
+        contributions plus the sum of the host's."""
+        arrivals, loans = self.residency.divide(needs)
+        if loans:
+            job = host.begin(loans, x.cpu(), ids, choice.weights.cpu())
+        sums = OneToken(x, choice, ids)
+        for arrival in self.residency.in_order(needs.layer, deque(arrivals), deque()):
+            sums.add(arrival.expert, self.compute(arrival, x))
+        if not loans:
+            return sums.total()
+        theirs = host.wait(job).to(x.device)
+        return sums.total() + theirs if arrivals else theirs
 
     def compute(self, arrival: Arrival, x: Tensor) -> Tensor:  # [n, D] -> [n, D]
         """One expert's output. Each of its two products waits only for its own bytes."""
@@ -156,7 +207,7 @@ class ExpertCache:
 
     def provide(
         self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]
-    ) -> Callable[[], None]:
+    ) -> Sequence[Callable[[], object]]:
         """Bring a token's experts into this layer's slots (see `runtime.gpu.decoder.DecoderCache`). Call it
         after the router has run, and before `apply_step` runs on the device."""
         needed = sorted(ids)
@@ -164,14 +215,22 @@ class ExpertCache:
         def shares() -> list[float]:
             return added_up(np.array([ids]), weights[None], needed)
 
-        arrivals = self.residency.bring(Needs(layer, needed, 1, len(ids), ahead, shares))
+        needs = Needs(layer, needed, 1, len(ids), ahead, shares)
+        finish: tuple[Callable[[], object], ...] = ()
+        if self.exchange is None:
+            arrivals = self.residency.bring(needs)
+        else:
+            arrivals, loans = self.residency.divide(needs)
+            finish = (self.exchange.compute(layer, loans, ids, weights[None]),)
+            for arrival in arrivals:
+                self.residency.wait(arrival)
         slots = {arrival.expert: arrival.slot for arrival in arrivals}
-        self.host_slot_array[layer, : len(ids)] = [slots[e] for e in ids]
-        return partial(self.residency.release_layer, arrivals)
+        self.host_slot_array[layer, : len(ids)] = [slots.get(e, -1) for e in ids]  # -1: the host computes it
+        return *finish, partial(self.residency.release_layer, layer, arrivals)
 
     def apply_step(self, layer: int, x: Tensor, choice: Choice) -> Tensor:  # [1, D] -> [1, D]
         """`StepExperts.step` for one layer. The device reads from host memory which slots `provide` found."""
         ids, weights = choice.ids[0], choice.weights[0]
         slots = self.slot_ids[layer, : len(ids)]
         step.fetch(self.host_slot_ids[layer, : len(ids)], slots)
-        return self.form.step(x, self.pool, slots, weights, ids)
+        return self.form.step(x, self.pool, slots, weights, ids, absent=self.divided)

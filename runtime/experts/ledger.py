@@ -51,6 +51,17 @@ class Ledger:
         if guessed:
             self.add(trace.UsedGuess(self.forward, layer, expert))
 
+    def computed(
+        self, layer: int, expert: int, evicted: int | None = None, placed: bool = False, guessed: bool = False
+    ) -> None:
+        """The host computes a missing expert. If it is placed, it also travels to a slot."""
+        self.counters.misses += 1
+        self.counters.computed += 1
+        self.counters.used_guesses += guessed
+        self.add(trace.Miss(self.forward, layer, expert, evicted, "compute", placed))
+        if guessed:
+            self.add(trace.UsedGuess(self.forward, layer, expert))
+
     def guess(self, layer: int, expert: int, distance: int, rank: int) -> None:
         self.counters.guesses += 1
         self.add(trace.Guess(self.forward, layer, expert, distance, rank))

@@ -42,7 +42,8 @@ from torch import Tensor
 from runtime.experts.ledger import Ledger
 from runtime.experts.needs import Needs
 from runtime.experts.slots import Guess, SlotTable, Spares
-from runtime.experts.store import Label, Store
+from runtime.experts.split import Split
+from runtime.experts.store import Label, Loan, Store
 from runtime.experts.tickets import Ticket
 
 
@@ -74,6 +75,7 @@ class Residency:
         For each layer that a router ranks ahead, up to `prefetch` experts are guessed."""
         self.tables, self.spares, self.prefetch = tables, spares, prefetch
         self.store, self.pool, self.copies = store, pool, store.channels.up
+        self.split: Split | None = None  # says which of a token's missing experts the host computes
         self.untouched = copy.deepcopy((tables, spares))
         self.tickets: dict[int, Ticket] = {}  # by slot: copies that computing has not waited for yet
         self.last_use: list[Any] = [self.copies.link.used()] * len(pool)  # by slot: the link's mark after it
@@ -113,9 +115,32 @@ class Residency:
             self.wait(arrival)
         return arrivals
 
-    def release_layer(self, arrivals: Sequence[Arrival]) -> None:
-        """Release the experts of `bring`, after the caller has launched the layer."""
-        last = arrivals[0].layer == len(self.tables) - 1
+    def divide(self, needs: Needs) -> tuple[list[Arrival], list[Loan]]:
+        """A token's experts for one layer: those that the device computes, pinned, and those that the host
+        computes, as `split` says. Hand the former to `release_layer` after the layer has been launched, and
+        end the loans of the latter."""
+        layer, table, split = needs.layer, self.begin_layer(needs), self.split
+        assert split is not None and needs.tokens == 1
+        found = [e for e in needs.experts if table.find(e) is not None]
+        brought, computed = split.divide(layer, found, [e for e in needs.experts if e not in found])
+        arrivals = [self.hit(layer, e) for e in found] + [self.miss(layer, e) for e in brought]
+        self.guess(needs)
+        placed, loans = [], []
+        for e in computed:
+            if self.spares.find(layer, e) is not None or split.idle:
+                placed.append(self.place(layer, e))
+            else:
+                self.store.claim(self.label(layer, e, "compute"))
+                self.ledger.computed(layer, e)
+            loans.append(self.store.lend(layer, e))
+        for slot in placed:  # none of them was given the slot of another
+            table.release(slot)
+        split.pass_layer()
+        return arrivals, loans
+
+    def release_layer(self, layer: int, arrivals: Sequence[Arrival]) -> None:
+        """Release the experts of `bring` or `divide`, after the caller has launched the layer."""
+        last = layer == len(self.tables) - 1
         # The host reads the next layer's choice only after the device has computed this layer. So only after
         # the last layer does a copy have anything to wait for.
         mark = self.copies.link.used() if last else None
@@ -155,35 +180,64 @@ class Residency:
         self.last_use = [self.copies.link.used()] * len(self.last_use)
         self.tables, self.spares = copy.deepcopy(self.untouched)
         self.tickets = {}
+        if self.split is not None:
+            self.split.clear()
 
     def admit(self, needs: Needs) -> tuple[list[Arrival], deque[int]]:
         """Pin the needed experts that are in slots. While there is room, send for the others, then guess.
 
         Returns the pinned experts, hits first, and the numbers of those that there was no room for.
         """
-        layer = needs.layer
-        if layer == 0:
-            self.begin_forward()
-        self.ledger.routing(needs)
-        table = self.tables[layer]
+        layer, table = needs.layer, self.begin_layer(needs)
+        if self.split is not None:
+            self.split.clear()  # a prompt takes long enough for all that was under way
         missing = deque(e for e in needs.experts if table.find(e) is None)
         pinned = [self.hit(layer, e) for e in needs.experts if table.find(e) is not None]
-        for guess in list(self.spares.guesses.values()):
-            if guess.layer == layer and guess.expert not in needs.experts:
-                self.drop(guess)
         while missing and table.has_room:
             pinned.append(self.miss(layer, missing.popleft()))
         self.guess(needs)
         return pinned, missing
 
+    def begin_layer(self, needs: Needs) -> SlotTable:
+        """A layer's router has chosen. Drop wrong guesses for the layer, and return its slots."""
+        if needs.layer == 0:
+            self.begin_forward()
+        self.ledger.routing(needs)
+        for guess in list(self.spares.guesses.values()):
+            if guess.layer == needs.layer and guess.expert not in needs.experts:
+                self.drop(guess)
+        return self.tables[needs.layer]
+
     def hit(self, layer: int, expert: int) -> Arrival:
         self.ledger.hit(layer, expert)
         slot = self.tables[layer].hit(expert)
-        return Arrival(layer, expert, slot, self.tickets.get(slot))
+        ticket = self.tickets.get(slot)
+        if ticket is not None and not ticket.demand:  # placed, and still under way
+            self.copies.promote(ticket)
+        return Arrival(layer, expert, slot, ticket)
 
     def miss(self, layer: int, expert: int) -> Arrival:
         """Bring an expert to one of the layer's slots: from where it is, or from the spare that a guess
         copied it to."""
+        slot, evicted, source, guessed = self.bring_in(layer, expert, "demand")
+        self.ledger.miss(layer, expert, evicted, source, guessed)
+        return Arrival(layer, expert, slot, self.tickets[slot])
+
+    def place(self, layer: int, expert: int) -> int:
+        """Let an expert that the host computes travel to one of the layer's slots. Returns the pinned
+        slot."""
+        slot, evicted, _, guessed = self.bring_in(layer, expert, "placed")
+        if self.split is not None and not guessed:
+            self.split.send(layer, expert)
+        self.ledger.computed(layer, expert, evicted, placed=True, guessed=guessed)
+        return slot
+
+    def bring_in(self, layer: int, expert: int, kind: str) -> tuple[int, int | None, str, bool]:
+        """Send a missing expert to one of the layer's slots, or take over the spare that a guess sent it to.
+
+        Returns the slot, pinned, the expert that was evicted, if any, where the missing one was, and whether
+        it had been guessed.
+        """
         table, guess = self.tables[layer], self.spares.find(layer, expert)
         if guess is not None and self.tickets[guess.slot].error is not None:
             self.drop(guess)
@@ -191,19 +245,18 @@ class Residency:
         source = self.store.source(layer, expert)
         if guess is not None:
             slot = guess.slot
-            self.store.adopt(layer, expert, self.tickets[slot])
+            self.store.adopt(layer, expert, self.tickets[slot], kind == "demand")
             given, evicted = table.adopt(expert, slot)
             self.spares.exchange(slot, self.leave(layer, evicted, given))
         else:
-            label = self.label(layer, expert, "demand")
+            label = self.label(layer, expert, kind)
             self.store.claim(label)
             given, evicted = table.place(expert)
             slot = self.leave(layer, evicted, given)
             if slot != given:
                 table.exchange(given, slot)
             self.send(label, slot)
-        self.ledger.miss(layer, expert, evicted, source, guessed=guess is not None)
-        return Arrival(layer, expert, slot, self.tickets[slot])
+        return slot, evicted, source, guess is not None
 
     def guess(self, needs: Needs) -> None:
         """Send for experts that the next layers will probably need, as long as there are free spares.
@@ -224,6 +277,10 @@ class Residency:
             for rank, e in absent[: min(self.prefetch, room) if one else room]:
                 if not self.store.can_guess(layer, e):
                     continue
+                if one and self.split is not None:
+                    if not self.split.in_time(distance):
+                        break
+                    self.split.send(layer, e)
                 label = self.label(layer, e, "guess")
                 self.store.claim(label)
                 guess = self.spares.take(layer, e)
@@ -236,8 +293,10 @@ class Residency:
         evicted expert is not in host memory and has to be sent there."""
         if evicted is None:
             return slot
-        label = self.label(layer, evicted, "demand")
-        if not self.store.evict(label, slot, self.pool[slot], self.last_use[slot]):
+        label, under_way = self.label(layer, evicted, "demand"), self.tickets.pop(slot, None)
+        if under_way and self.split is not None:  # placed, and not needed since
+            self.split.drop(layer, evicted)
+        if not self.store.evict(label, slot, self.pool[slot], self.last_use[slot], under_way):
             return slot
         return self.spares.swap(slot)
 
@@ -251,6 +310,8 @@ class Residency:
         """Forget a guess that has not come true."""
         ticket = self.tickets.pop(guess.slot)
         self.store.drop(guess.layer, guess.expert, ticket)
+        if self.split is not None:
+            self.split.drop(guess.layer, guess.expert)
         self.spares.drop(guess.slot)
         self.ledger.wasted(guess.layer, guess.expert, ticket.moved)
 

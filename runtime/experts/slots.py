@@ -87,8 +87,8 @@ class SlotTable:
     def place(self, expert: int) -> tuple[int, int | None]:
         """Give an expert that is not here a slot, pinned and loading. The caller begins its copy.
 
-        Returns the slot, and the expert that was evicted for it, if any. Raises `RuntimeError` if there is no
-        room (see `has_room`).
+        Returns the slot, and the expert that was evicted for it, if any. If that one was still loading, the
+        caller ends its copy. Raises `RuntimeError` if there is no room (see `has_room`).
         """
         slot, evicted = self.vacate(expert)
         self.fill(slot, expert)
@@ -119,7 +119,7 @@ class SlotTable:
     def has_room(self) -> bool:
         """Whether `place` and `adopt` will find a slot. If not, the forward needs more experts than there are
         slots: compute the expert that it accessed first, release it, and go on."""
-        return any(slot.pins == 0 and slot.state is not State.LOADING for slot in self.slots.values())
+        return any(slot.pins == 0 for slot in self.slots.values())
 
     def ready(self, slot: int) -> None:
         """The copy to the slot is complete."""
@@ -139,7 +139,7 @@ class SlotTable:
         for number, slot in self.slots.items():
             if slot.pins == 0 and slot.state is State.EMPTY:
                 return number, None
-            if slot.pins == 0 and slot.state is State.READY and slot.expert is not None:
+            if slot.pins == 0 and slot.expert is not None:
                 candidates.add(slot.expert)
         if not candidates:
             raise RuntimeError(f"no room for expert {expert}: all {len(self.slots)} slots are in use")

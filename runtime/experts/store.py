@@ -57,7 +57,24 @@ class Channels:
             engine.end()
 
 
-Label = tuple[int, int, int, str]  # of a copy: forward, layer, expert, and "demand" or "guess"
+@dataclass(eq=False)
+class Loan:
+    """An expert in a berth that the host computes from there. The berth is not overwritten before `use` is
+    settled."""
+
+    expert: int
+    memory: Tensor  # [size] uint8
+    fill: Ticket | None  # the copy to wait for; None if the expert is there
+    use: Ticket
+
+    def end(self) -> None:
+        """The host needs the bytes no longer. Any thread may say so."""
+        self.use.finish()
+
+
+# Of a copy: forward, layer, expert, and why the expert comes. A slot needs it ("demand") or probably will
+# ("guess"), or the host computes it, and it goes on to a slot ("placed") or not ("compute").
+Label = tuple[int, int, int, str]
 
 
 class Store:
@@ -115,15 +132,15 @@ class Store:
         return self.berths.can_hold(self.key(layer, expert))
 
     def claim(self, label: Label) -> None:
-        """Make sure that an expert is in a berth, or on its way there. A needed one is a double from now on,
-        a guess is held. Raises `TransferError` if closed."""
+        """Make sure that an expert is in a berth, or on its way there. One that goes on to a slot is a double
+        from now on, a guess is held. Raises `TransferError` if closed."""
         _, layer, expert, kind = label
         key = self.key(layer, expert)
         if self.find(key) is None:
             assert self.files and self.channels.reads
             berth = self.take(key)
             ticket = self.channels.reads.submit(
-                self.files.extent(layer, expert), self.memory(key), kind == "demand",
+                self.files.extent(layer, expert), self.memory(key), kind != "guess",
                 label=label, after=self.users[berth],
             )  # fmt: skip
             self.fill(berth, key, ticket)
@@ -131,6 +148,8 @@ class Store:
                 self.guessed.add(key)
         if kind == "guess":
             self.berths.hold(key)
+        elif kind == "compute":
+            self.berths.touch(key)
         else:
             self.berths.lift(key)
 
@@ -149,15 +168,28 @@ class Store:
             self.use(berth, ticket)
         return ticket
 
-    def adopt(self, layer: int, expert: int, ticket: Ticket) -> None:
-        """A guess came true. The rest of its copy is needed now."""
+    def lend(self, layer: int, expert: int) -> Loan:
+        """An expert that was claimed, for the host to compute it."""
+        key = self.key(layer, expert)
+        berth, memory = self.berths.where[key], self.memory(key)
+        fill = self.fills[berth]
+        assert fill is not None and fill.expert == key, (fill, key)
+        loan = Loan(expert, memory, fill.ticket, Ticket(memory, memory, demand=True))
+        if not self.berths.complete:
+            self.use(berth, loan.use)
+        return loan
+
+    def adopt(self, layer: int, expert: int, ticket: Ticket, demand: bool = True) -> None:
+        """A guess came true. The rest of its copy is needed now, or with `demand` False only its bytes in
+        host memory."""
         key = self.key(layer, expert)
         fill = self.fills[self.berths.where[key]]
         self.guessed.discard(key)
         self.berths.lift(key)
         if fill and fill.ticket and self.channels.reads:
             self.channels.reads.promote(fill.ticket)
-        self.channels.up.promote(ticket)
+        if demand:
+            self.channels.up.promote(ticket)
 
     def drop(self, layer: int, expert: int, ticket: Ticket) -> None:
         """A guess has not come true. If it was read from its file, it leaves its berth, however far it came:
@@ -174,17 +206,33 @@ class Store:
             self.channels.reads.cancel(fill.ticket)
         self.berths.vacate(key)
 
-    def evict(self, label: Label, slot: int, memory: Tensor, free: Any) -> bool:
+    def evict(
+        self, label: Label, slot: int, memory: Tensor, free: Any, under_way: Ticket | None = None
+    ) -> bool:
         """An expert leaves the slot with this memory. Returns whether it has to be sent back to a berth,
-        which begins after the mark `free`. If so, the slot must stay a spare for a while."""
+        which begins after the mark `free`. If so, the slot must stay a spare for a while.
+
+        `under_way` is its copy to the slot if nothing has waited for that. It is cancelled, unless the expert
+        is to be sent back: then it has to arrive first.
+        """
         _, layer, expert, _ = label
         key = self.key(layer, expert)
         if self.berths.sink(key):
+            if under_way:
+                self.channels.up.cancel(under_way)
             return False
         assert self.channels.back
+        if under_way:
+            self.channels.up.promote(under_way)
         berth = self.take(key)
         ticket = self.channels.back.submit(
-            memory[: self.size], self.memory(key), True, free, label, after=self.users[berth]
+            memory[: self.size],
+            self.memory(key),
+            True,
+            free,
+            label,
+            after=self.users[berth],
+            feeder=under_way,
         )
         self.fill(berth, key, ticket)
         self.leaving[slot] = ticket

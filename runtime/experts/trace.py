@@ -9,8 +9,8 @@ The first line describes the model and the cache (`Header`). Every other line is
 
 In a trace, a step is one forward: a decoded token, or a chunk of a prompt. The engine counts them from 0 over
 all its sessions. Each layer of a step has one `Routing`, then a `Hit` or `Miss` for each of its experts:
-first the hits, then the misses, both in the order of `Routing`. A guess that comes true is a `Miss` and a
-`UsedGuess`, because the policy's accounts do not depend on guesses.
+first the hits, then the misses, both in the order of `Routing`. Misses that the host computes come last. A
+guess that comes true is a `Miss` and a `UsedGuess`, because the policy's accounts do not depend on guesses.
 """
 
 import dataclasses
@@ -85,13 +85,18 @@ class Hit:
 @dataclass(frozen=True)
 class Miss:
     """A needed expert was in none of them. It took the slot of `evicted`, or an empty slot. `source` says
-    where it was before: in host memory ("host"), or only in its file ("file")."""
+    where it was before: in host memory ("host"), or only in its file ("file").
+
+    If the `source` is "compute", the host computed it from host memory. Then it took a slot for later tokens,
+    or none if it was not `placed`.
+    """
 
     step: int
     layer: int
     expert: int
     evicted: int | None = None
     source: str = "host"
+    placed: bool = True
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class WastedGuess:
 
 @dataclass(frozen=True)
 class Copy:
-    """An expert crossed the link. `kind` says what the copy began as: "demand" or "guess"."""
+    """An expert crossed the link. `kind` says what the copy began as: "demand", "guess" or "placed"."""
 
     step: int
     layer: int

@@ -19,7 +19,7 @@ graph or many, the same kernels read the same bytes, so they give the same bits.
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -41,14 +41,24 @@ MAX_LOOKAHEAD = 2  # layers
 class DecoderCache(Protocol):
     """What a decoder asks of an expert cache."""
 
+    @property
+    def divided(self) -> bool:
+        """Whether the host may compute some of a token's experts, so that a layer's are two parts."""
+        ...
+
+    def give(self, x: Tensor) -> None:
+        """Launch what brings x [1, D], which a layer's experts take, to the host. Only if `divided`."""
+        ...
+
     def provide(
         self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]
-    ) -> Callable[[], object]:
+    ) -> Sequence[Callable[[], object]]:
         """Bring a token's experts to the device, ahead of all kernels that are launched from now on.
 
         The layer's router chose `ids` with `weights` [A], on the host, and ranks the experts of the next
-        layers in `ahead`. The caller launches the experts and then calls the result, which allows their slots
-        to be reused. Raises `TransferError` if an expert does not arrive.
+        layers in `ahead`. The caller launches the layer's parts, and calls one of the results after each. The
+        last one allows the slots to be reused. If `divided`, the first one waits until the host has computed
+        its experts. Raises `TransferError` if an expert does not arrive.
         """
         ...
 
@@ -111,14 +121,15 @@ class Decoder:
 
     def launch(self, parts: Iterable[Work]) -> None:
         """Launch the parts of a step, and between them let the cache provide each layer's experts."""
-        layers, release = len(self.routers), None
-        for layer, part in enumerate(parts):
-            part()
-            if release is not None:
-                release()
-            if self.cache is not None and layer < layers:
-                self.graphs.wait()
-                release = self.cache.provide(layer, *self.choice(layer))
+        rest = iter(parts)
+        next(rest)()
+        if self.cache is None:
+            return
+        for layer in range(len(self.routers)):
+            self.graphs.wait()
+            for launched in self.cache.provide(layer, *self.choice(layer)):
+                next(rest)()
+                launched()
 
     def choice(self, layer: int) -> tuple[list[int], Tensor, list[list[int]]]:
         """A layer's choice as the device wrote it: ids, weights, and a ranking for each later layer."""
@@ -129,7 +140,8 @@ class Decoder:
 
     def parts(self, kv: KVCache) -> list[Work]:
         """The parts of one step. Each is to be called once, in order."""
-        count = 1 if self.cache is None else len(self.routers) + 1
+        a_layer = 0 if self.cache is None else 2 if self.cache.divided else 1
+        count = 1 + a_layer * len(self.routers)
         return [
             partial(next, self.launches(kv))
         ] * count  # one generator: each call takes it to its next yield
@@ -138,13 +150,18 @@ class Decoder:
         """Launch a step's kernels. Stops wherever a part ends."""
         kernels.fetch(self.inputs, self.inputs_there)
         token, position = self.inputs_there[:1], self.inputs_there[1:]
-        for layer, result in enumerate(self.model.step(token, position, kv)):
+        choices = iter(self.choices)
+        for result in self.model.step(token, position, kv):
             if isinstance(result, Tensor):
                 self.logits.copy_(result[0])
                 yield
+            elif result is None:
+                yield
             elif self.cache is not None:
-                assert result.packed is not None
-                kernels.fetch(result.packed, self.choices[layer, : len(result.packed)])
+                assert result.packed is not None and result.x is not None
+                kernels.fetch(result.packed, next(choices)[: len(result.packed)])
+                if self.cache.divided:
+                    self.cache.give(result.x)
                 yield
 
     def capture(self, kv: KVCache) -> None:

@@ -56,6 +56,8 @@ class InPlace:
     def __call__(self, x: Tensor, choice: Choice) -> Tensor:
         return mix(self.bound, x, choice)
 
+    rest = None  # `step` computes all experts
+
     def step(self, x: Tensor, choice: Choice) -> Tensor:
         return self.form.step(x, self.blobs, choice.ids[0], choice.weights[0])
 
@@ -81,6 +83,8 @@ def in_slots(cache: ExpertCache) -> Callable[[int], InPlace]:
 class Forgetful:
     """Stands in for an expert cache: its slots are empty again after every layer."""
 
+    divided, exchange = False, None
+
     def __init__(self, cache: ExpertCache) -> None:
         self.inner, self.apply_step = cache, cache.apply_step
 
@@ -91,14 +95,14 @@ class Forgetful:
 
     def provide(
         self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]
-    ) -> Callable[[], None]:
-        computed = self.inner.provide(layer, ids, weights, [])
+    ) -> Sequence[Callable[[], object]]:
+        (computed,) = self.inner.provide(layer, ids, weights, [])
 
         def forget() -> None:
             computed()
             self.forget(layer)
 
-        return forget
+        return (forget,)
 
     def forget(self, layer: int) -> None:
         table = self.inner.residency.tables[layer]
@@ -110,6 +114,8 @@ class Forgetful:
 class WholeLayers:
     """Stands in for an expert cache: copies each layer as a whole over the layer before it. Copies go over
     the cache's link to as many of its slots as a layer has experts."""
+
+    divided, exchange = False, None
 
     def __init__(self, cache: ExpertCache) -> None:
         self.inner, self.place = cache, in_slots(cache)(0)
@@ -126,9 +132,9 @@ class WholeLayers:
 
     def provide(
         self, layer: int, ids: list[int], weights: Tensor, ahead: list[list[int]]
-    ) -> Callable[[], None]:
+    ) -> Sequence[Callable[[], object]]:
         self.bring(layer)
-        return self.mark
+        return (self.mark,)
 
     def mark(self) -> None:
         """The layer is computed: the next one may be copied over it."""

@@ -119,7 +119,8 @@ def decoded(trace: Trace, layer: int, tokens: int) -> list[tuple[dict[int, float
             grid.append((dict(zip(routing.experts, weights, strict=True)), set(resident)))
         for access in accesses.get(routing.step, []):
             resident.discard(-1 if access.evicted is None else access.evicted)
-            resident.add(access.expert)
+            if access.placed:
+                resident.add(access.expert)
     return grid
 
 

@@ -19,7 +19,8 @@ POLICY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 EVENTS: dict[str, Callable[..., Event]] = {name: kind for kind, name in NAMES.items()}
 FIELDS = {name: [f.name for f in dataclasses.fields(kind)] for kind, name in NAMES.items()}
 SOURCES = ("host", "file", "compute")  # of a miss
-ADDED = {"berths", "spare_berths", "source"}  # which traces of earlier programs lack: all experts had berths
+# Fields that traces of earlier programs lack: all experts had berths, and the device computed all.
+ADDED = {"berths", "spare_berths", "source", "placed"}
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,11 @@ def parse_field(name: str, value: Any, header: Header) -> Any:
         good = value is None or (isinstance(value, list) and all(number(w) and w >= 0 for w in value))
         expected, value = "numbers >= 0, or null", tuple(value) if good and value is not None else value
     elif name == "kind":
-        good, expected = value in ("demand", "guess"), '"demand" or "guess"'
+        good, expected = value in ("demand", "guess", "placed"), '"demand", "guess" or "placed"'
     elif name == "source":
         good, expected = value in SOURCES, '"host", "file" or "compute"'
+    elif name == "placed":
+        good, expected = isinstance(value, bool), "true or false"
     elif name == "seconds":
         good, expected = number(value) and value >= 0, "a number >= 0"
     elif name == "distance":

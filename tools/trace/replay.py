@@ -8,9 +8,10 @@ accessed first. The others are misses. An expert that was accessed in this forwa
 there is no other; then the one that was accessed first leaves.
 """
 
+import itertools
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 POLICIES = ("lru", "lfu", "random", "static")
@@ -22,6 +23,7 @@ class Access:
     expert: int
     hit: bool
     evicted: int | None = None
+    placed: bool = True  # False if the host computed it, and it got no slot
 
     def __str__(self) -> str:
         gone = "" if self.evicted is None else f", {self.evicted} goes"
@@ -29,9 +31,17 @@ class Access:
 
 
 def replay(
-    needs: Iterable[Sequence[int]], slots: int, policy: str, seed: int = 0, layer: int = 0
+    needs: Iterable[Sequence[int]],
+    slots: int,
+    policy: str,
+    seed: int = 0,
+    layer: int = 0,
+    by_host: Iterable[Mapping[int, bool]] | None = None,
 ) -> list[list[Access]]:
     """The accesses of each forward to one layer, from the experts that each forward needs.
+
+    `by_host` has the missing experts that the host computed in each forward, and whether each was given a
+    slot. They come last.
 
     >>> for accesses in replay([(0, 1), (1, 2), (0, 2)], slots=2, policy="lru"):
     ...     print(*accesses, sep="; ")
@@ -66,13 +76,16 @@ def replay(
         return candidates[-1]
 
     steps = []
-    for need in needs:
+    for need, computed in zip(needs, itertools.repeat({}) if by_host is None else by_host, strict=False):
         step = [Access(e, hit=True) for e in need if e in resident]
-        missing = [e for e in need if e not in resident]
+        missing = sorted((e for e in need if e not in resident), key=computed.__contains__)
         protected = [access.expert for access in step]
         for expert in protected:
             use(expert)
         for expert in missing:
+            if not computed.get(expert, True):
+                step.append(Access(expert, hit=False, placed=False))
+                continue
             evicted = None
             if len(resident) == slots:
                 candidates = [e for e in resident if e not in protected] or [protected.pop(0)]

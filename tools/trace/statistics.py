@@ -81,7 +81,17 @@ def accesses_by_layer(trace: Trace) -> list[dict[int, list[Access]]]:
         if isinstance(event, Hit):
             layers[event.layer][event.step].append(Access(event.expert, hit=True))
         elif isinstance(event, Miss):
-            layers[event.layer][event.step].append(Access(event.expert, hit=False, evicted=event.evicted))
+            access = Access(event.expert, hit=False, evicted=event.evicted, placed=event.placed)
+            layers[event.layer][event.step].append(access)
+    return layers
+
+
+def computed_by_layer(trace: Trace) -> list[dict[int, dict[int, bool]]]:
+    """The experts that the host computed, of each layer by step, and whether each was given a slot."""
+    layers: list[dict[int, dict[int, bool]]] = [defaultdict(dict) for _ in range(trace.header.layers)]
+    for event in trace.events:
+        if isinstance(event, Miss) and event.source == "compute":
+            layers[event.layer][event.step][event.expert] = event.placed
     return layers
 
 
@@ -118,10 +128,11 @@ def replay_agrees(trace: Trace) -> bool | None:
     header = trace.header
     if header.policy not in POLICIES:
         return None
-    accesses = accesses_by_layer(trace)
+    accesses, computed = accesses_by_layer(trace), computed_by_layer(trace)
     for layer, routings in enumerate(routing_by_layer(trace)):
         needs = [routing.experts for routing in routings]
-        simulated = replay(needs, header.slots[layer], header.policy, header.seed, layer)
+        by_host = [computed[layer].get(routing.step, {}) for routing in routings]
+        simulated = replay(needs, header.slots[layer], header.policy, header.seed, layer, by_host)
         if simulated != [accesses[layer].get(routing.step, []) for routing in routings]:
             return False
     return True

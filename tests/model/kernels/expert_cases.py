@@ -106,6 +106,26 @@ def test_rounds(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(tile.piece, tile.pieces) for tile in tiles] == [(32, 2), (32, 2)]  # of 96
 
 
+SOME = [("4g32", torch.bfloat16), ("8g32", torch.float32), ("16", torch.float16)]
+
+
+@pytest.mark.parametrize(("text", "dtype"), SOME)
+def test_an_expert_that_is_absent_is_left_out(text: str, dtype: torch.dtype) -> None:
+    """Its slot is -1. The others have the bits that they have without it."""
+    layer = Layer(QuantSpec.parse(text), 32, 32, [3, 0, 2, 1], dtype)
+    x, ids = torch.randn(1, 32).to(DEVICE, dtype), torch.tensor([2, 0, 3], device=DEVICE)
+    weights = torch.tensor([0.5, 0.3, 0.2], device=DEVICE)
+    for there in ([0, 1, 2], [1, 2], [0, 2], [1], []):
+        slots = layer.at([2, 0, 3])
+        slots[[i for i in range(3) if i not in there]] = -1
+        y = experts_by_slot(x, layer.pool, slots, weights, layer.layout, ids, absent=True)
+        expected = torch.zeros_like(x)
+        if there:
+            kept = torch.tensor(there, device=DEVICE)
+            expected = experts_by_slot(x, layer.pool, slots[kept], weights[kept], layer.layout, ids[kept])
+        assert torch.equal(y, expected), there
+
+
 ALONE = [("4g16", torch.bfloat16), ("3g16", torch.float16), ("8g16", torch.float32), ("16", torch.float32)]
 
 

@@ -22,10 +22,13 @@ from runtime.experts.arena import Arena
 from runtime.experts.berths import Berths
 from runtime.experts.cache import ExpertCache
 from runtime.experts.copying import CopyEngine
+from runtime.experts.exchange import Exchange
 from runtime.experts.files import DiskLink, ExpertFiles
+from runtime.experts.host import HostExperts
 from runtime.experts.link import HostLink, Link
 from runtime.experts.making import cache_over
 from runtime.experts.policy import LRU, make_policy
+from runtime.experts.split import Split
 from runtime.experts.store import Channels, Store
 from runtime.experts.tiers import SPARE_BERTHS, SPARE_SLOTS
 from runtime.experts.trace import Event
@@ -111,8 +114,10 @@ class Rig:
         berths: int | None = None,
         back: Link | None = None,
         disk: Callable[[ExpertFiles], DiskLink] = DiskLink,
+        split: Split | None = None,
     ) -> Iterator[ExpertCache]:
-        """Give `engine` a cache of this kind while inside. With `berths`, the others are in files."""
+        """Give `engine` a cache of this kind while inside. With `berths`, the others are in files. With
+        `split`, the host computes some."""
         counts = [slots] * self.layers if isinstance(slots, int) else slots
         every, spares = self.layers * self.experts, lookahead * prefetch
         up = CopyEngine(link or HostLink())
@@ -124,6 +129,11 @@ class Rig:
         else:
             store, spares = self.tiered(berths, policy, up, back, disk), spares + SPARE_SLOTS
         cache = cache_over(store, self.form, CPU, counts, spares, policy, prefetch)
+        if split is not None:
+            config, dtype = self.engine.config, self.engine.runner.dtype
+            host = HostExperts(self.form)
+            cache.open_exchange(Exchange(host, config.layers, config.hidden, dtype, CPU))
+            cache.residency.split = split
         blocks = [cast(Block, block) for block in self.engine.model.layers]
         self.engine.model.look_ahead(lookahead if prefetch else 0)
         for n, block in enumerate(blocks):

@@ -147,7 +147,7 @@ def test_an_interrupt_while_a_layer_is_released_is_no_end_of_the_forward(
             release(*args)
 
         for layer in range(rig.layers):
-            done = cache.provide(layer, [0, 1], torch.tensor([0.5, 0.5]), [])
+            (done,) = cache.provide(layer, [0, 1], torch.tensor([0.5, 0.5]), [])
             if layer < rig.layers - 1:
                 done()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -41,7 +41,7 @@ class Machine(RuleBasedStateMachine):
         return {
             expert
             for slot, (at, expert) in self.bytes.items()
-            if at == layer and expert in self.residents[layer] and slot not in pinned | self.copies
+            if at == layer and expert in self.residents[layer] and slot not in pinned
         }
 
     def room(self, layer: int) -> bool:
@@ -77,7 +77,8 @@ class Machine(RuleBasedStateMachine):
                 given, evicted = table.place(expert)
                 slot = given
             assert (evicted is not None) <= (evicted in candidates) and (evicted is not None) >= full
-            assert given not in self.copies and all(given != used for _, _, used in self.accesses)
+            assert all(given != used for _, _, used in self.accesses)
+            self.copies.discard(given)  # an expert that was still loading: its copy ends
             if evicted is not None:
                 assert self.bytes.pop(given) == (layer, evicted)
                 resident.remove(evicted)

@@ -64,11 +64,18 @@ def route(x: Tensor, gates: Tensor, experts: int, chosen: int) -> Tensor:
 
 
 def experts_by_slot(
-    x: Tensor, pool: Tensor, slots: Tensor, weights: Tensor, layout: BlobLayout, ids: Tensor | None = None
+    x: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    layout: BlobLayout,
+    ids: Tensor | None = None,
+    absent: bool = False,
 ) -> Tensor:
     spec, D, ffn = layout.spec, layout.hidden, layout.ffn
     parts = []
-    for blob, weight in zip(pool.index_select(0, slots), weights.to(x.dtype), strict=True):
+    blobs = pool.index_select(0, slots.clamp(min=0) if absent else slots)
+    for blob, weight in zip(blobs, weights.to(x.dtype), strict=True):
         products: list[Callable[[Tensor], Tensor]] = []
         for shape, start in (((2 * ffn, D), 0), ((D, ffn), layout.w2_offset(x.dtype))):
             if spec.quantized:
@@ -80,7 +87,10 @@ def experts_by_slot(
                 products.append(lambda x, w=w: F.linear(x, w))  # type: ignore[misc]
         parts.append(products[1](gated(x, products[0])) * weight)
     order = (slots if ids is None else ids).argsort()
-    return reduce(torch.add, torch.cat(parts).index_select(0, order).split(1))
+    outputs = torch.cat(parts)
+    if absent:
+        outputs = torch.where(slots[:, None] < 0, 0, outputs)
+    return reduce(torch.add, outputs.index_select(0, order).split(1))
 
 
 def use_plain_kernels(patch: pytest.MonkeyPatch) -> None:

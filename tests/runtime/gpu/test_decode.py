@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.quant.backends.blocks import Blocks
 from runtime import Engine, EngineOptions, RequestError
+from runtime.experts.host import HostExperts
 from runtime.experts.link import HostLink
 from runtime.gpu.graphs import CudaGraphs, Work
 from runtime.gpu.streams import Streams
@@ -145,6 +146,58 @@ def test_the_host_waits_once_a_layer_if_experts_can_miss(
         decoded(engine)
         assert graphs[-1].captures == parts
         assert graphs[-1].waits - before == parts * len(IDS)  # one of them before the step
+
+
+DIVIDED: dict[str, Any] = {"offload": "always", "slots": 3, "link_gbps": 2.0, "cpu_gbps": 3.0}
+
+
+@pytest.mark.parametrize(("experts", "dtype"), [("16", "float32"), ("4", "bfloat16"), ("3", "float32")])
+@pytest.mark.parametrize("misses", ["compute", "auto"])
+def test_the_host_computes_some_experts(
+    load: Callable[..., Engine], graphs: list[Counted], experts: str, dtype: str, misses: str
+) -> None:
+    """A layer is two parts. The bits are the same with graphs and without, and near those of the device."""
+    warnings.simplefilter("error")
+    with load(experts, dtype=dtype) as engine:
+        resident = decoded(engine)
+    found = []
+    for options in ({}, {"graphs": False}):
+        with load(experts, dtype=dtype, misses=misses, **DIVIDED, **options) as engine:
+            found.append([decoded(engine) for _ in range(3)])
+            assert graphs[-1].captures == (0 if options else 2 * LAYERS + 1)
+            before = graphs[-1].waits
+            found[-1].append(decoded(engine))
+            assert graphs[-1].waits - before == (LAYERS + 1) * len(IDS)
+            assert engine.stats().computed > len(IDS)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    for logits in found[0]:
+        torch.testing.assert_close(logits, resident, rtol=0, atol=1e-3 if dtype == "float32" else 0.3)
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_a_host_that_fails_fails_its_request_alone(
+    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(misses="compute", **DIVIDED)
+    compute, left = HostExperts.compute, [0]
+    expected = decoded(engine)
+
+    def failing(self: HostExperts, job: Any) -> Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise MemoryError
+        return compute(self, job)
+
+    monkeypatch.setattr(HostExperts, "compute", failing)
+    for left[0] in range(1, 9, 2):
+        cache = engine.runner.cache
+        assert cache is not None
+        with pytest.raises(
+            RequestError, match=r"the CPU could not compute an expert \(MemoryError\); try again"
+        ):
+            decoded(engine)
+        cache.residency.forget()
+        assert torch.equal(decoded(engine), expected)
 
 
 def test_every_kv_cache_has_graphs_of_its_own(load: Callable[..., Engine], graphs: list[Counted]) -> None:

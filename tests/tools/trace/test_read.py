@@ -71,7 +71,7 @@ ROUTING: dict[str, Any] = {
         (HIT | {"expert": "\x1b[2J\n" + "x" * 10**5}, r"hit: expert is '\x1b[2J\nxx"),
         (
             HIT | {"event": "copy", "kind": "gift", "bytes": 1, "seconds": 1},
-            'copy: kind is \'gift\', and must be "demand" or "guess"',
+            'copy: kind is \'gift\', and must be "demand", "guess" or "placed"',
         ),
         (
             HIT | {"event": "miss", "evicted": None, "source": "sky"},
