@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-AMPERE = (8, 0)  # the first compute capability with bfloat16, flash attention and our kernels
+TURING = (7, 5)  # the first compute capability that our kernels are for
+AMPERE = (8, 0)  # the first with bfloat16 and flash attention, and where Triton uses tensor cores
 
 
 @dataclass(frozen=True)

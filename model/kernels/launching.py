@@ -2,13 +2,14 @@
 
 import functools
 import re
+import sys
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.target import AMPERE, Target
+from model.target import AMPERE, TURING, Target
 
 
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *tensors: Tensor | int, **values: float) -> None:
@@ -23,8 +24,21 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def unsupported(target: Target) -> str | None:
-    """Why the kernels cannot run on this device, and the remedy. None if they can.
+@functools.cache
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a GPU that kernels are launched on. None in Triton's interpreter."""
+    return Target.of(device).capability
+
+
+def uses_tensor_cores(x: Tensor) -> bool:
+    """Whether Triton multiplies matrices like x on tensor cores. If not, `tl.dot` is multiply-adds in
+    float32, which takes more registers, so tiles have to be smaller."""
+    capability = capability_of(x.device)
+    return x.dtype.itemsize == 2 and (capability is None or capability >= AMPERE)
+
+
+def unsupported(target: Target, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot compute in `dtype` on this device, and the remedy. None if they can.
 
     A GPU of this machine has to compile one. A hypothetical GPU is judged by its compute capability.
     """
@@ -32,13 +46,17 @@ def unsupported(target: Target) -> str | None:
         return f"needs a CUDA device, not {target.device.type}"
     if target.capability is None:
         return "needs a CUDA device, and there is none here"
-    if target.capability < AMPERE:
-        needed, found = (".".join(str(part) for part in c) for c in (AMPERE, target.capability))
-        return f"needs a GPU of compute capability {needed}, and this one has {found}; there is no other way"
+    needed = AMPERE if dtype == torch.bfloat16 else TURING
+    if target.capability < needed:
+        least, found = (".".join(str(part) for part in c) for c in (needed, target.capability))
+        kind = " for bfloat16" if target.capability >= TURING else ""
+        remedy = "use --dtype float16" if kind else "there is no other way"
+        return f"needs a GPU of compute capability {least}{kind}, and this one has {found}; {remedy}"
     if not target.present:
         return None
     if find_spec("triton") is None:
-        return "needs Triton, which is not installed; pip install triton"
+        package = "triton-windows" if sys.platform == "win32" else "triton"  # there are two projects
+        return f"needs Triton, which is not installed; pip install {package}"
     return untried(target.device)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.kernels.launching import launch, power_of_two
+from model.kernels.launching import launch, power_of_two, uses_tensor_cores
 from model.quant.spec import COLUMNS, ROWS, QuantSpec
 
 FEW = 16  # rows: the fewest that a tensor core multiplies
@@ -48,7 +48,7 @@ def multiply_few(x: Tensor, matrix: PackedMatrix) -> Tensor:  # [M, K] -> [M, N]
     from model.kernels import matrix_kernels
 
     (N, K), M, spec = matrix.shape, x.shape[0], matrix.spec
-    tile = FewRows.pick(N, K)
+    tile = FewRows.pick(N, K, uses_tensor_cores(x))
     split = tile.splits > 1
     out = x.new_empty(tile.splits, M, N, dtype=torch.float32 if split else x.dtype)
     launch(
@@ -153,16 +153,21 @@ class FewRows:
 
     @staticmethod
     @functools.cache
-    def pick(N: int, K: int) -> "FewRows":
+    def pick(N: int, K: int, tensor_cores: bool) -> "FewRows":
         """4 rows of a piece are one for a thread of 128. With fewer than 64 rows there are more of K instead.
+
+        Without tensor cores a thread holds the numbers of a tile, each of them several times. So tiles are a
+        quarter of that, which takes 128 registers.
 
         K is split evenly until there are 512 programs, about 4 to a multiprocessor, or each has 4 tiles left.
 
-        >>> FewRows.pick(4096, 14336), FewRows.pick(28672, 4096)
+        >>> FewRows.pick(4096, 14336, True), FewRows.pick(28672, 4096, True)
         (FewRows(rows=64, pieces=8, splits=8), FewRows(rows=64, pieces=8, splits=2))
+        >>> FewRows.pick(4096, 14336, False)
+        FewRows(rows=32, pieces=4, splits=4)
         """
-        rows = math.gcd(N, 64)
-        pieces = 512 // rows
+        rows = math.gcd(N, 64 if tensor_cores else 32)
+        pieces = (512 if tensor_cores else 128) // rows
         tiles = -(-K // (COLUMNS * pieces))
         splits = 1
         while N // rows * splits < 512 and tiles >= 8 * splits:

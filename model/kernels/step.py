@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.kernels.launching import launch, power_of_two
+from model.kernels.launching import launch, power_of_two, uses_tensor_cores
 
 SPLITS = 32  # stretches of positions: with 8 kv heads 256 programs, two to a multiprocessor
 MAX_HEAD_DIM = 256
@@ -118,7 +118,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:  # [H, 
 
     G, C, K = layer_shape(k, v, position)
     H = q.shape[0]
-    share, tile = H // G, tile_positions(K, q.dtype)
+    share, tile = H // G, tile_positions(K, uses_tensor_cores(q))
     assert q.shape == (G * share, K) and share <= MAX_SHARE and q.dtype == k.dtype, (q.shape, k.shape)
     sums = q.new_empty(H, SPLITS, K, dtype=torch.float32)
     scales = q.new_empty(H, SPLITS, 2, dtype=torch.float32)
@@ -135,16 +135,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:  # [H, 
     return y
 
 
-def tile_positions(K: int, dtype: torch.dtype) -> int:
-    """How many positions a program reads at a time: 16 KiB of keys and 16 KiB of values.
+def tile_positions(K: int, tensor_cores: bool) -> int:
+    """How many positions a program reads at a time: up to 8,192 numbers of keys and as many of values, half
+    of that without tensor cores.
 
     So the shared memory of a multiprocessor holds two such tiles for each of two programs, on every GPU from
-    compute capability 8.0 on.
+    compute capability 8.0 on. Without tensor cores a thread multiplies numbers in its registers, which hold
+    no more than half.
 
-    >>> [tile_positions(K, torch.bfloat16) for K in (16, 64, 128, 256)], tile_positions(128, torch.float32)
-    ([64, 64, 64, 32], 32)
+    >>> [tile_positions(K, True) for K in (16, 64, 128, 256)]
+    [64, 64, 64, 32]
+    >>> [tile_positions(K, False) for K in (16, 64, 128, 256)]
+    [64, 64, 32, 16]
     """
-    return min((1 << 14) // (K * dtype.itemsize), 64)
+    return min((1 << (13 if tensor_cores else 12)) // K, 64)
 
 
 def layer_shape(k: Tensor, v: Tensor, position: Tensor) -> tuple[int, int, int]:

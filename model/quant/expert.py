@@ -50,7 +50,7 @@ class ExpertFormat:
         its dimensions."""
         shapes = {"w13": (2 * config.ffn, config.hidden), "w2": (config.hidden, config.ffn)}
         stored = tuple(expert_fields(config, spec, dtype=dtype))
-        slow = launching.unsupported(target)
+        slow = launching.unsupported(target, dtype)
         layout = None if slow else kernels.BlobLayout(spec, config.hidden, config.ffn)
         if not spec.quantized:
             return ExpertFormat(spec, shapes, stored, stored, {}, None, layout)

@@ -65,19 +65,20 @@ class DecoderCache(Protocol):
 
 def make_decoder(model: Mixtral, cache: DecoderCache | None, capture: bool) -> "Decoder | None":
     """The model's decoder, or None if its device cannot have one."""
-    device = model.embed_tokens.weight.device
-    if unfit(model.config, device):
+    embeddings = model.embed_tokens.weight
+    device = embeddings.device
+    if unfit(model.config, device, embeddings.dtype):
         return None
     return Decoder(model, cache, CudaGraphs(device), capture)
 
 
-def unfit(config: ModelConfig, device: torch.device) -> str | None:
-    """Why this device cannot compute `Mixtral.step` of such a model; None if it can."""
+def unfit(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this device cannot compute `Mixtral.step` of such a model in `dtype`; None if it can."""
     c = config
     if c.hidden % ROWS or c.ffn % ROWS:
         return f"hidden {c.hidden} and ffn {c.ffn} are not multiples of {ROWS}"
     shape = kernels.unfit(c.heads, c.kv_heads, c.head_dim, c.hidden, c.experts, c.experts_per_token)
-    return launching.unsupported(Target.of(device)) or shape
+    return launching.unsupported(Target.of(device), dtype) or shape
 
 
 class Decoder:

@@ -26,15 +26,16 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
 @triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_a_gpu(tmp_path: Path) -> None:
-    if reason := unfit(CONFIG, torch.device("cuda")):
+    if reason := unfit(CONFIG, torch.device("cuda"), torch.float16):
         pytest.skip(f"Triton's kernels: {reason}")
     run_cases(CASES, tmp_path)
 
 
 def test_unfit_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert unfit(CONFIG, cpu) == "needs a CUDA device, not cpu"
-    monkeypatch.setattr(launching, "unsupported", lambda target: None)
-    assert unfit(CONFIG, cpu) is None
-    assert unfit(replace(CONFIG, ffn=40), cpu) == "hidden 64 and ffn 40 are not multiples of 16"
-    assert str(unfit(replace(CONFIG, head_dim=8), cpu)).startswith("head_dim 8 is not a power of two")
+    half = torch.float16
+    assert unfit(CONFIG, cpu, half) == "needs a CUDA device, not cpu"
+    monkeypatch.setattr(launching, "unsupported", lambda target, dtype: None)
+    assert unfit(CONFIG, cpu, half) is None
+    assert unfit(replace(CONFIG, ffn=40), cpu, half) == "hidden 64 and ffn 40 are not multiples of 16"
+    assert str(unfit(replace(CONFIG, head_dim=8), cpu, half)).startswith("head_dim 8 is not a power of two")

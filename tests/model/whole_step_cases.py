@@ -11,11 +11,12 @@ from model.kernels import launching
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.moe import SparseMoE
+from model.quant.backends.fused import Fused
 from model.quant.expert import BlobExperts, ExpertFormat
 from model.quant.product import QuantizedLinear
 from model.quant.spec import QuantSpec
 from model.router import Choice
-from model.target import Target
+from model.target import TURING, Target
 from tests.model.kernels import interpreted
 from tests.model.quant.matrices import make_matrix
 
@@ -26,13 +27,13 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def random_network(spec: QuantSpec) -> Mixtral:
-    form = ExpertFormat.of(CONFIG, spec, torch.float32, Target.of(DEVICE))
+def random_network(spec: QuantSpec, dtype: torch.dtype = torch.float32) -> Mixtral:
+    form = ExpertFormat.of(CONFIG, spec, dtype, Target.of(DEVICE))
     linear, head = (
-        partial(QuantizedLinear, spec=QuantSpec(bits), dtype=torch.float32, device=DEVICE) for bits in (4, 8)
+        partial(QuantizedLinear, spec=QuantSpec(bits), dtype=dtype, device=DEVICE) for bits in (4, 8)
     )
     experts = lambda layer: BlobExperts.empty(form, CONFIG.experts, DEVICE)  # noqa: E731
-    model = Mixtral(CONFIG, torch.float32, DEVICE, experts, linear, head).requires_grad_(False)
+    model = Mixtral(CONFIG, dtype, DEVICE, experts, linear, head).requires_grad_(False)
     for seed, module in enumerate(model.modules()):
         if isinstance(module, QuantizedLinear):
             module.store(make_matrix(module.spec, *module.shape, seed=seed))
@@ -53,7 +54,7 @@ def random_network(spec: QuantSpec) -> Mixtral:
 
 def test_tokens_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     if interpreted.INTERPRETED:
-        monkeypatch.setattr(launching, "unsupported", lambda target: None)
+        monkeypatch.setattr(launching, "unsupported", lambda target, dtype: None)
     torch.manual_seed(0)
     model, ids = random_network(QuantSpec(4, 16)), [3, 40, 7]
     expected = model(torch.tensor([ids], device=DEVICE))[0]
@@ -70,3 +71,36 @@ def test_tokens_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(first.weights.sum().cpu(), torch.tensor(1.0))
         assert isinstance(logits, torch.Tensor)
         torch.testing.assert_close(logits[0], expected[position], rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_in_float16_by_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of two tokens and then steps, as on a GPU of compute capability 7.5 with its tiles, against a
+    network of the same numbers in float32 with plain products."""
+    torch.manual_seed(0)
+    ids, spec = [3, 40, 7, 21], QuantSpec(2)
+    plain = random_network(spec)
+    for weight in plain.parameters():
+        weight.copy_(weight.half())
+    if interpreted.INTERPRETED:
+        monkeypatch.setattr(launching, "unsupported", lambda target, dtype: None)
+        monkeypatch.setattr(Fused, "devices", ("cpu",))
+    expected = plain(torch.tensor([ids], device=DEVICE))[0]
+    monkeypatch.setattr(launching, "capability_of", lambda device: TURING)
+    model = random_network(spec, torch.float16)
+    for mine, weight in zip(model.parameters(), plain.parameters(), strict=True):
+        mine.copy_(weight)
+    products = [module.backend for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert products and set(products) == {Fused}
+    model.prepare_step()
+    kv = KVCache.allocate(CONFIG, 1, 12, torch.float16, DEVICE)
+    logits = [model(torch.tensor([ids[:2]], device=DEVICE), kv)[0]]
+    for position in (2, 3):
+        where = (
+            torch.tensor(ids[position : position + 1], device=DEVICE),
+            torch.tensor([position], device=DEVICE),
+        )
+        *_, last = model.step(*where, kv)
+        assert isinstance(last, torch.Tensor)
+        logits.append(last)
+    size = float(expected.abs().max())
+    torch.testing.assert_close(torch.cat(logits).float(), expected, rtol=0, atol=0.01 * size)

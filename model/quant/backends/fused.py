@@ -1,4 +1,4 @@
-"""GPUs from compute capability 8.0 on: Triton's kernels multiply with the packed bytes themselves, or expand
+"""GPUs from compute capability 7.5 on: Triton's kernels multiply with the packed bytes themselves, or expand
 them in one pass. See `model.kernels.matrices`."""
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +48,7 @@ class Fused:
     def unsupported(
         spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, target: Target
     ) -> str | None:
-        return launching.unsupported(target)
+        return launching.unsupported(target, dtype)
 
     @staticmethod
     def kernels(spec: QuantSpec, gated: bool) -> list[Callable[[], object]]:

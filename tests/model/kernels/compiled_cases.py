@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from model.kernels import experts, matrices, step
+from model.kernels import experts, launching, matrices, step
 from model.kernels.experts import BlobLayout, experts_by_slot
 from model.quant.backends.fused import Fused
 from model.quant.spec import QuantSpec
@@ -34,11 +34,6 @@ CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 BROADLY = (80, 90)  # in every format; elsewhere in one, which is every kernel too
 SHARED = {75: 64 << 10}  # bytes that a program may have of it; from 8.0 on every GPU has at least
 LEAST_SHARED = 99 << 10
-
-# Bytes that a program keeps in memory because it runs out of registers: the larger figure of Triton 3.6 and
-# 3.9, and some room. For 7.5 Triton uses no tensor cores. There `tl.dot` becomes multiply-adds, and both
-# kernels that use it need more than the 255 registers of a thread. Smaller tiles would help.
-SPILLS = {(75, "multiply_few"): 1280, (75, "attend_stretch"): 448}
 
 Key = tuple[Any, ...]
 
@@ -103,15 +98,16 @@ class Compiler:
         self.stacks[kernel.fn.__name__] = max(stack, self.stacks.get(kernel.fn.__name__, 0))
 
     def check(self, *kernels: str) -> None:
-        """These have been compiled, and keep everything in registers, except for what is known."""
+        """These have been compiled, and keep everything in registers."""
         assert set(self.stacks) == set(kernels)
-        for name, stack in self.stacks.items():
-            assert stack <= SPILLS.get((self.capability, name), 0), (name, stack)
+        assert not any(self.stacks.values()), self.stacks
 
 
 @pytest.fixture(params=CAPABILITIES)
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> Compiler:
-    compiler = Compiler(tmp_path, request.param)
+    capability = request.param
+    compiler = Compiler(tmp_path, capability)
+    monkeypatch.setattr(launching, "capability_of", lambda device: divmod(capability, 10))
     for module in (experts, matrices, step):
         monkeypatch.setattr(module, "launch", compiler)
     return compiler
@@ -125,8 +121,8 @@ def noting(monkeypatch: pytest.MonkeyPatch) -> Noting:
     return noting
 
 
-def make_product(text: str) -> Fused:
-    spec, shape = QuantSpec.parse(text), (4096, 4096)
+def make_product(text: str, shape: tuple[int, int] = (4096, 4096)) -> Fused:
+    spec = QuantSpec.parse(text)
     fields = matrix_fields("", shape, spec)
     memory = torch.empty(fields[-1].end, dtype=torch.uint8)
     return Fused(spec, shape, {field.name[1:]: field.view(memory) for field in fields})
@@ -152,19 +148,22 @@ def test_all_codes_of_one_row_are_under_way_at_once(compiler: Compiler) -> None:
         assert 128 not in compiler.widths[compiler.widths.index(64) :]
 
 
+def compute_experts(text: str, D: int, ffn: int, dtype: torch.dtype) -> None:
+    layout = BlobLayout(QuantSpec.parse(text), D, ffn)
+    end = matrix_fields("w2", (D, ffn), layout.spec, layout.w2_offset(dtype), dtype)[-1].end
+    pool = torch.empty(1, end, dtype=torch.uint8)
+    slots, weights = torch.zeros(2, dtype=torch.int32), torch.ones(2)
+    experts_by_slot(torch.empty(1, D, dtype=dtype), pool, slots, weights, layout)
+
+
 def test_experts(compiler: Compiler) -> None:
     formats = ("16", "8", "4", "3g128", "2") if compiler.capability in BROADLY else ("16", "3g128")
     for text in formats:
-        layout, dtype = BlobLayout(QuantSpec.parse(text), 4096, 14336), compiler.dtypes[0]
-        end = matrix_fields("w2", (4096, 14336), layout.spec, layout.w2_offset(dtype), dtype)[-1].end
-        pool = torch.empty(1, end, dtype=torch.uint8)
-        slots, weights = torch.zeros(2, dtype=torch.int32), torch.ones(2)
-        experts_by_slot(torch.empty(1, 4096, dtype=dtype), pool, slots, weights, layout)
+        compute_experts(text, 4096, 14336, compiler.dtypes[0])
     compiler.check("gate_up", "down")
 
 
-def small_kernels(dtype: torch.dtype, capacity: int) -> None:
-    D, H = 4096, 32
+def small_kernels(dtype: torch.dtype, capacity: int, D: int = 4096, H: int = 32) -> None:
     x = torch.empty(1, D, dtype=dtype)
     table = torch.empty(capacity, 128, dtype=dtype)
     cache, position = torch.empty(1, 8, capacity, 128, dtype=dtype), torch.zeros(1, dtype=torch.int64)
@@ -181,8 +180,9 @@ STEP = ("fetch", "add_and_norm", "rotate_and_append", "attend_stretch", "attend_
 
 
 def test_a_step(compiler: Compiler) -> None:
-    """Its small kernels."""
-    small_kernels(compiler.dtypes[0], 64)
+    """Its small kernels. In float32 no GPU has tensor cores for them."""
+    for dtype in (compiler.dtypes[0], torch.float32):
+        small_kernels(dtype, 64)
     compiler.check(*STEP)
 
 

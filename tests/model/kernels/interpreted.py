@@ -3,8 +3,20 @@
 import os
 from typing import Any
 
+import pytest
+
+from model.kernels import launching
+from model.target import TURING
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(params=["tensor cores", "none"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of this device, or those for GPUs where Triton uses no tensor cores."""
+    if request.param == "none":
+        monkeypatch.setattr(launching, "capability_of", lambda device: TURING)
 
 
 def mend() -> None:

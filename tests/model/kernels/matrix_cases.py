@@ -17,7 +17,7 @@ from model.quant.backends.fused import Fused
 from model.quant.spec import QuantSpec
 from model.quant.streams import matrix_fields
 from model.quant.tensor import QuantizedTensor
-from tests.model.kernels.interpreted import DEVICE
+from tests.model.kernels.interpreted import DEVICE, tiles  # noqa: F401, a fixture
 from tests.model.quant.matrices import check, make_matrix
 
 BITS, GROUPS, METAS = (8, 4, 3, 2), (16, 32, 128, 1024, 4096), (1, 2, 128, 4096)
@@ -98,21 +98,24 @@ def test_longer_than_a_tile(text: str, N: int, K: int) -> None:
         check(product(x.to(DEVICE)).cpu(), x, matrix, TOLERANCE[x.dtype])
 
 
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", [QuantSpec(bits) for bits in BITS], ids=str)
-def test_up_to_16_rows_multiply_with_the_dequantized_weights(spec: QuantSpec) -> None:
+def test_up_to_16_rows_multiply_with_the_dequantized_weights(spec: QuantSpec, dtype: torch.dtype) -> None:
     """Bit for bit, which a row of zeros and a one makes visible; and whichever other rows there are."""
     matrix = make_matrix(spec, 16, 64)
-    product, eye = bind(matrix), torch.eye(64, dtype=torch.bfloat16, device=DEVICE)
+    product, eye = bind(matrix), torch.eye(64, dtype=dtype, device=DEVICE)
     rows = torch.cat([product(part) for part in eye.split(16)])
-    assert torch.equal(rows.T.cpu(), matrix.dequantize(torch.bfloat16))
+    assert torch.equal(rows.T.cpu(), matrix.dequantize(dtype))
     assert torch.equal(torch.cat([product(part) for part in eye[:16].split(2)]), rows[:16])
 
 
+@pytest.mark.usefixtures("tiles")
 def test_a_split_sum() -> None:
     matrix = make_matrix(QuantSpec(4), 32, 4096 + 64)
-    x = torch.randn(6, matrix.shape[1]).bfloat16()
+    x = torch.randn(6, matrix.shape[1]).half()
     product = bind(matrix)
-    assert FewRows.pick(32, matrix.shape[1]).splits > 1
+    assert all(FewRows.pick(32, matrix.shape[1], tensor_cores).splits > 1 for tensor_cores in (True, False))
     y = product(x.to(DEVICE))
     check(y.cpu(), x, matrix, TOLERANCE[x.dtype])
     assert torch.equal(product(x.to(DEVICE)), y) and torch.equal(product(x[2:5].to(DEVICE)), y[2:5])

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[3]
 triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
-def run_cases(file: str, tmp_path: Path, **environment: str) -> None:
-    """Run all tests of a file that pytest does not find by itself."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+def run_cases(file: str, tmp_path: Path, *options: str, **environment: str) -> None:
+    """Run tests of a file that pytest does not find by itself: all of them, unless options say which."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, *options]
     ours = {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path), **environment}
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import step
+from model.kernels import launching, step
 from model.kernels.step import (
     SPLITS,
     add_and_norm,
@@ -25,7 +25,7 @@ from model.kernels.step import (
 )
 from model.mixtral import RMSNorm
 from model.rope import Rope
-from tests.model.kernels.interpreted import DEVICE
+from tests.model.kernels.interpreted import DEVICE, tiles  # noqa: F401, a fixture
 from tests.model.kernels.matrix_cases import DTYPES, TOLERANCE
 from tests.model.reference import TINY
 
@@ -119,17 +119,18 @@ def test_attention(H: int, G: int, dtype: torch.dtype) -> None:
     C, K = 200, 32
     q = torch.randn(H, K).to(dtype)
     k, v = (torch.randn(1, G, C, K).to(dtype) for _ in range(2))
-    assert tile_positions(K, dtype) == 64
+    assert tile_positions(K, True) == tile_positions(K, False) == 64
     for position in (0, 63, 64, C - 1):
         check_attention(q, k, v, position)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("K", [16, 256])
 def test_stretches_of_several_tiles(K: int) -> None:
     """One tile to each of the stretches; a tile more, so that some have two and some none; and their ends."""
-    tile = tile_positions(K, torch.bfloat16)
-    q = torch.randn(2, K).bfloat16()
-    k, v = (torch.randn(1, 1, 2 * SPLITS * tile, K).bfloat16() for _ in range(2))
+    q = torch.randn(2, K).half()
+    tile = tile_positions(K, launching.uses_tensor_cores(q))
+    k, v = (torch.randn(1, 1, 2 * SPLITS * tile, K).half() for _ in range(2))
     for position in (SPLITS * tile - 1, SPLITS * tile, SPLITS * tile + 2 * tile - 1, 2 * SPLITS * tile - 1):
         check_attention(q, k, v, position)
 

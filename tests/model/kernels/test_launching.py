@@ -8,21 +8,49 @@ from model.kernels.launching import unsupported
 from model.target import Target
 from tests.model.kernels.running import imports_triton
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def test_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert unsupported(Target.of(torch.device("cpu"))) == "needs a CUDA device, not cpu"
+    def why(dtype: torch.dtype = torch.float16) -> str | None:
+        return unsupported(Target.of(cuda), dtype)
+
+    assert unsupported(Target.of(torch.device("cpu")), torch.float32) == "needs a CUDA device, not cpu"
     cuda = torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert unsupported(Target.of(cuda)) == "needs a CUDA device, and there is none here"
+    assert why() == "needs a CUDA device, and there is none here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    for dtype in (torch.float16, torch.float32):
+        assert why(dtype) == (
+            "needs a GPU of compute capability 7.5, and this one has 7.0; there is no other way"
+        )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8.0, and this one has 7.5" in str(unsupported(Target.of(cuda)))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert why(torch.bfloat16) == (
+        "needs a GPU of compute capability 8.0 for bfloat16, and this one has 7.5; use --dtype float16"
+    )
     monkeypatch.setattr(launching, "find_spec", lambda name: None)
-    assert "pip install triton" in str(unsupported(Target.of(cuda)))
+    for platform, package in (("linux", "triton"), ("win32", "triton-windows")):
+        monkeypatch.setattr(launching.sys, "platform", platform)
+        assert str(why()).endswith(f"; pip install {package}")
     monkeypatch.setattr(launching, "find_spec", lambda name: name)
     monkeypatch.setattr(launching, "untried", lambda device: f"tried {device}")
-    assert unsupported(Target.of(cuda)) == "tried cuda:1"
+    assert why() == why(torch.float32) == "tried cuda:1"
+
+
+def test_a_hypothetical_gpu_is_judged_by_its_capability() -> None:
+    for capability, fit in (((7, 0), ()), ((7, 5), DTYPES[:2]), ((8, 0), DTYPES), ((12, 0), DTYPES)):
+        target = Target.hypothetical(capability)
+        assert [dtype for dtype in DTYPES if unsupported(target, dtype) is None] == list(fit)
+
+
+def test_where_tensor_cores_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {None: DTYPES[1:], (7, 5): (), (8, 0): DTYPES[1:]}
+    for capability, fit in cases.items():
+        monkeypatch.setattr(launching, "capability_of", lambda device, found=capability: found)
+        assert [dtype for dtype in DTYPES if launching.uses_tensor_cores(torch.empty(1, dtype=dtype))] == [
+            *fit
+        ]
 
 
 @pytest.mark.parametrize("text", ["Failed to find C compiler.\nSet CC", ""])

@@ -36,12 +36,19 @@ def test_compiled_without_a_gpu(tmp_path: Path) -> None:
     run_cases("tests/model/kernels/compiled_cases.py", tmp_path)
 
 
+@pytest.mark.slow
+@triton
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
+def test_widely_compiled_without_a_gpu(capability: int, tmp_path: Path) -> None:
+    run_cases("tests/model/kernels/widely_compiled_cases.py", tmp_path, f"-k=[{capability}-")
+
+
 @pytest.mark.gpu
 @triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("file", FILES)
 def test_on_a_gpu(file: str, tmp_path: Path) -> None:
-    if reason := unsupported(Target.of(torch.device("cuda"))):
+    if reason := unsupported(Target.of(torch.device("cuda")), torch.float16):
         pytest.skip(f"Triton's kernels: {reason}")
     run_cases(f"tests/model/kernels/{file}", tmp_path)
 

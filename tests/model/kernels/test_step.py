@@ -22,7 +22,7 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
 @triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_a_gpu(tmp_path: Path) -> None:
-    if reason := unsupported(Target.of(torch.device("cuda"))):
+    if reason := unsupported(Target.of(torch.device("cuda")), torch.float16):
         pytest.skip(f"Triton's kernels: {reason}")
     run_cases(CASES, tmp_path)
 
@@ -54,9 +54,9 @@ def test_what_does_not_fit(change: dict[str, int], reason: str | None) -> None:
 
 def test_tiles_are_powers_of_two() -> None:
     for K in (16, 32, 64, 128, 256):
-        for dtype in (torch.float32, torch.bfloat16):
-            tile = step.tile_positions(K, dtype)
-            assert tile >= 16 and tile & (tile - 1) == 0 and tile * K * dtype.itemsize <= 1 << 14
+        for tensor_cores, size in ((False, 4), (True, 2)):  # bytes of a number at most
+            tile = step.tile_positions(K, tensor_cores)
+            assert tile >= 16 and tile & (tile - 1) == 0 and tile * K * size <= 1 << 14
     for experts in (1, 2, 8, 16, 32, 64):
         columns = step.gate_columns(experts)
         assert columns & (columns - 1) == 0 and columns * experts <= 1 << 15

@@ -11,9 +11,13 @@ BITS = st.sampled_from((8, 4, 3, 2))
 @given(BITS, st.integers(1, 2000), st.integers(1, 2000))
 def test_tiles_cover_any_matrix(bits: int, blocks: int, words: int) -> None:
     N, K = 16 * blocks, 32 * words
-    one, few = OneRow.pick(N, K, bits), FewRows.pick(N, K)
-    assert N % one.rows == N % few.rows == one.rows % 16 == few.rows % 16 == 0
-    for size in (one.rows, one.piece, one.pieces, one.warps, few.rows, few.pieces, few.splits):
+    one = OneRow.pick(N, K, bits)
+    few, fewer = (FewRows.pick(N, K, tensor_cores) for tensor_cores in (True, False))
+    assert N % one.rows == one.rows % 16 == 0
+    for tile in (few, fewer):
+        assert N % tile.rows == tile.rows % 16 == 0
+    sizes = [size for tile in (one, few, fewer) for size in vars(tile).values()]
+    for size in sizes:
         assert size > 0 and size & (size - 1) == 0  # powers of two, as Triton wants
     assert K % one.piece == 0 == one.piece % 32  # whole words, also of high bits
     assert one.piece * one.pieces <= 4096 and (one.pieces == 64 or one.piece * one.pieces >= K)

@@ -95,7 +95,7 @@ def experts_by_slot(
 
 def use_plain_kernels(patch: pytest.MonkeyPatch) -> None:
     """Let every device have a decoder that calls the functions above."""
-    patch.setattr(launching, "unsupported", lambda target: None)
+    patch.setattr(launching, "unsupported", lambda target, dtype: None)
     patch.setattr(experts, "experts_by_slot", experts_by_slot)
     for function in (fetch, add_and_norm, rotate_and_append, attend, route):
         patch.setattr(kernels, function.__name__, function)

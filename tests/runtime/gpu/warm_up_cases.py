@@ -62,7 +62,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
 
     for module in (experts, matrices, step):
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(launching, "unsupported", lambda target: None)
+    monkeypatch.setattr(launching, "unsupported", lambda target, dtype: None)
     monkeypatch.setattr(backends, "BACKENDS", (Both,))
     monkeypatch.setattr(experts, "experts_by_slot", both(experts.experts_by_slot, plain_step.experts_by_slot))
     for name in ("fetch", "add_and_norm", "rotate_and_append", "attend", "route"):
