@@ -15,7 +15,7 @@ from runtime.experts.copying import CopyEngine
 from runtime.experts.cuda_link import CudaLink, CudaReturn
 from runtime.experts.files import DiskLink, ExpertFiles
 from runtime.experts.link import HostLink, Link
-from runtime.experts.policy import PolicyMaker, make_policy
+from runtime.experts.policy import LRU, PolicyMaker, make_policy
 from runtime.experts.slots import SlotTable, Spares
 from runtime.experts.store import Channels, Store
 from runtime.experts.tiers import SPARE_BERTHS, SPARE_SLOTS
@@ -52,7 +52,8 @@ def make_cache(
             warn_of_unlocked(arena)
         channels = make_channels(device, arena, files, link_gbps, disk_gbps)
         every = len(slots_per_layer) * experts
-        holding = Berths(berths, make_policy(policy, 0, len(slots_per_layer)), SPARE_BERTHS, every)
+        chooser = make_policy(policy, 0, len(slots_per_layer)) if files else LRU()  # if all stay, not asked
+        holding = Berths(berths, chooser, SPARE_BERTHS, every)
         store = Store(arena, holding, experts, form.kept[-1].end, channels, files)
         cache = cache_over(store, form, device, slots_per_layer, spares, policy, prefetch)
         on_error.pop_all()

@@ -1,4 +1,5 @@
-"""Eviction policies: which expert leaves when another needs its slot. Each layer has a policy object.
+"""Eviction policies: which expert leaves when another needs its slot. Each layer has a policy object. If host
+memory does not have all experts either, it has one more, for the experts of all layers.
 
 A policy sees only the numbers of experts, so it can be tested, replayed and replaced without a device. All
 policies are deterministic: the same accesses give the same victims on every machine.
@@ -13,7 +14,9 @@ from runtime.errors import OptionError
 
 
 class Policy(Protocol):
-    """Picks victims among one layer's experts that are in slots.
+    """Picks victims among one layer's experts that are in slots, or among all layers' that are only in berths
+    of host memory. There, layers are counted on: the number of layers stands for the layer, and an expert's
+    number is layer * experts of a layer + expert.
 
     To add a policy, write such a class. `EngineOptions(policy=...)` takes a function that makes an object of
     it from a seed and a layer's number. A line in `POLICIES` gives that function a name for the command line.
@@ -38,7 +41,8 @@ class Policy(Protocol):
     """
 
     def used(self, expert: int) -> None:
-        """A forward needs the expert. It is in a slot: it was there before, or has just been given one."""
+        """A forward needs the expert. It is in a slot: it was there before, or has just been given one.
+        Of berths: it has just been given one, or it has left its slot."""
         ...
 
     def victim(self, candidates: Collection[int]) -> int:

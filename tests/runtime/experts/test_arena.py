@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from runtime.errors import DeviceError
 from runtime.experts import arena as module
-from runtime.experts.arena import Arena, private_memory
-from runtime.experts.cache import ExpertCache
+from runtime.experts import making
+from runtime.experts.arena import DIRECT, Arena, private_memory
 
 
 class Driver:
@@ -59,46 +59,54 @@ def drive(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_blobs_are_apart_and_begin_on_a_page() -> None:
-    arena = Arena(layers=3, experts=4, blob_bytes=192)
-    assert arena.blobs.shape == (3, 4, 192) and arena.blobs.data_ptr() % mmap.PAGESIZE == 0
-    assert not arena.pinned and not arena.blobs.any()
-    for layer in range(3):
-        for e in range(4):
-            arena.blob(layer, e).fill_(10 * layer + e)
-    assert all(torch.all(arena.blob(layer, e) == 10 * layer + e) for layer in range(3) for e in range(4))
-    assert arena.blob(2, 3).data_ptr() == arena.blobs.data_ptr() + 11 * 192  # nothing in between
+    arena = Arena(12, blob_bytes=192)
+    assert arena.berths.shape == (12, 192) and arena.berths.data_ptr() % mmap.PAGESIZE == 0
+    assert not arena.pinned and not arena.berths.any()
+    for n in range(12):
+        arena.berth(n).fill_(n)
+    assert all(torch.all(arena.berth(n) == n) for n in range(12))
+    assert arena.berth(11).data_ptr() == arena.berths.data_ptr() + 11 * 192  # nothing in between
+
+
+@pytest.mark.parametrize("pin", [False, True])
+@pytest.mark.parametrize("size", [1, 192, 4096, 9000])
+def test_tiered_berths_have_room_for_whole_blocks_around_a_blob(drive: Any, pin: bool, size: int) -> None:
+    drive()
+    arena = Arena(3, size, pin=pin, tiered=True)
+    assert arena.berths.shape[1] >= DIRECT - 1 + size + DIRECT - 1
+    assert all(arena.berth(n).data_ptr() % DIRECT == 0 for n in range(3))
+    arena.close()
 
 
 def test_all_pages_are_locked_in_pieces(drive: Any) -> None:
     driver = drive()
-    arena = Arena(2, 5, 4096, pin=True)  # 40 KiB in pieces of 8
-    start = arena.blobs.data_ptr()
+    arena = Arena(10, 4096, pin=True)  # 40 KiB in pieces of 8
+    start = arena.berths.data_ptr()
     assert arena.pinned and driver.asked == [(start + n * 8192, 8192, 1) for n in range(5)]
     arena.close()
     assert not driver.locked and not arena.pinned
     arena.close()
 
 
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 30_000), st.integers(4096, 40_000))
-def test_every_blob_lies_in_one_registration(layers: int, experts: int, size: int, piece: int) -> None:
+@given(st.integers(1, 15), st.integers(1, 30_000), st.integers(4096, 40_000), st.booleans())
+def test_every_berth_lies_in_one_registration(count: int, size: int, piece: int, tiered: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         driver = Driver()
         patch.setattr(torch.cuda, "cudart", lambda: driver)
         patch.setattr(module, "PIN_BYTES", piece)
-        arena = Arena(layers, experts, size, pin=True)
+        arena = Arena(count, size, pin=True, tiered=tiered)
         places = []
-        for layer in range(layers):
-            for e in range(experts):
-                blob = arena.blob(layer, e)
-                assert blob.shape == (size,) and blob.is_contiguous()
-                places.append(blob.data_ptr())
-                first = max(address for address in driver.locked if address <= places[-1])
-                assert places[-1] + size <= first + driver.locked[first]
+        for n in range(count):
+            berth = arena.berth(n)
+            assert len(berth) >= size and berth.is_contiguous()
+            places.append(berth.data_ptr())
+            first = max(address for address in driver.locked if address <= places[-1])
+            assert places[-1] + len(berth) <= first + driver.locked[first]
         assert all(b - a >= size for a, b in pairwise(places))
         assert all(
             start % mmap.PAGESIZE == locked % mmap.PAGESIZE == 0 for start, locked in driver.locked.items()
         )
-        del blob
+        del berth
         arena.close()
         assert not driver.locked
 
@@ -122,20 +130,20 @@ def test_the_driver_is_asked_for_its_own_device(drive: Any, monkeypatch: pytest.
     monkeypatch.setattr(module, "clear_last_error", lambda: calls.append(list(inside)))
     monkeypatch.setattr(torch.cuda, "device", use)
     device = torch.device("cuda", 1)
-    assert not Arena(2, 5, 4096, pin=True, device=device).pinned
+    assert not Arena(10, 4096, pin=True, device=device).pinned
     assert len(calls) == 4 and all(set(found) == {device} for found in calls)
     calls.clear()
     driver.refused = None
-    arena = Arena(2, 5, 4096, pin=True, device=device)
+    arena = Arena(10, 4096, pin=True, device=device)
     arena.close()
     assert len(calls) == 10 and all(set(found) == {device} for found in calls) and not inside
-    Arena(2, 5, 4096, pin=False, device=device).close()
+    Arena(10, 4096, pin=False, device=device).close()
     assert len(calls) == 10
 
 
 def test_the_last_piece_may_be_short(drive: Any) -> None:
     driver = drive()
-    arena = Arena(1, 3, 4096, pin=True)
+    arena = Arena(3, 4096, pin=True)
     assert [size for _, size, _ in driver.asked] == [8192, 4096]
     arena.close()
 
@@ -143,29 +151,29 @@ def test_the_last_piece_may_be_short(drive: Any) -> None:
 @pytest.mark.parametrize("refused", range(5))
 def test_what_could_be_locked_stays_so(drive: Any, refused: int) -> None:
     driver = drive(refused)
-    arena = Arena(2, 5, 4096, pin=True)
+    arena = Arena(10, 4096, pin=True)
     assert not arena.pinned and len(driver.locked) == refused and len(driver.asked) == refused + 1
     assert arena.locked_bytes == refused * 8192 and driver.cleared == 1
-    blobs = [arena.blob(layer, e) for layer in range(2) for e in range(5)]
-    assert [arena.locked(blob) for blob in blobs] == [n < 2 * refused for n in range(10)]
-    assert [arena.locked(blob[4000:]) for blob in blobs] == [n < 2 * refused for n in range(10)]
-    blobs[9].fill_(7)  # and it is memory all the same
+    berths = [arena.berth(n) for n in range(10)]
+    assert [arena.locked(berth) for berth in berths] == [n < 2 * refused for n in range(10)]
+    assert [arena.locked(berth[4000:]) for berth in berths] == [n < 2 * refused for n in range(10)]
+    berths[9].fill_(7)  # and it is memory all the same
     arena.close()
-    assert not driver.locked and not arena.locked(blobs[0])
+    assert not driver.locked and not arena.locked(berths[0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for as Linux has it")
 def test_huge_pages_are_advised_and_a_fork_gets_no_copy() -> None:
     huge = torch.frombuffer(private_memory(4 << 20, huge=True), dtype=torch.uint8)
     assert {"hg", "wf", "mr"} <= flags_of(huge.data_ptr()), "huge, wiped on fork, may be read"
-    arena = Arena(1, 4, 1 << 20)
-    arena.blobs.fill_(7)
-    assert {"wf", "mr"} <= flags_of(arena.blobs.data_ptr()), "wiped on fork, may be read"
-    assert "sh" not in flags_of(arena.blobs.data_ptr())
+    arena = Arena(4, 1 << 20)
+    arena.berths.fill_(7)
+    assert {"wf", "mr"} <= flags_of(arena.berths.data_ptr()), "wiped on fork, may be read"
+    assert "sh" not in flags_of(arena.berths.data_ptr())
     child = os.fork()
     if child == 0:
-        os._exit(int(arena.blobs.any()))
-    assert os.waitpid(child, 0)[1] == 0 and torch.all(arena.blobs == 7)
+        os._exit(int(arena.berths.any()))
+    assert os.waitpid(child, 0)[1] == 0 and torch.all(arena.berths == 7)
 
 
 def flags_of(address: int) -> set[str]:
@@ -189,20 +197,21 @@ def test_what_is_not_locked_is_said_with_a_remedy(
     drive(refused=3)
     monkeypatch.setattr(module.platform, "release", lambda: release)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(ExpertCache, "over", lambda *args: args)
-    form: Any = SimpleNamespace(blob_bytes=4096)
+    monkeypatch.setattr(making, "cache_over", lambda store, *args: store)
+    monkeypatch.setattr(making, "make_channels", lambda *args: None)
+    form: Any = SimpleNamespace(blob_bytes=4096, kept=[SimpleNamespace(end=4096)])
     with pytest.warns(RuntimeWarning) as caught:
-        made: Any = ExpertCache.make(form, torch.device("cuda", 0), 5, slots_per_layer=(1, 1), spares=0)
+        store: Any = making.make_cache(form, torch.device("cuda", 0), 5, (1, 1), spares=0, berths=10)
     [message] = [str(warning.message) for warning in caught]
     assert message.startswith("the driver locks 24.0 KiB of the 40.0 KiB of host memory that hold experts; ")
     assert ("`memory` under [wsl2] in .wslconfig" in message) == ("WSL2" in release)
     assert "ulimit" not in message and "\n" not in message
-    made[0].close()
+    store.arena.close()
 
 
 def test_an_arena_that_is_never_closed_is_unlocked_before_its_memory_goes(drive: Any) -> None:
     driver = drive()
-    arena = Arena(2, 5, 4096, pin=True)
+    arena = Arena(10, 4096, pin=True)
     assert driver.locked
     del arena
     gc.collect()
@@ -214,8 +223,8 @@ def test_closing_lets_go_of_the_memory() -> None:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * mmap.PAGESIZE
 
-    arena = Arena(1, 64, 1 << 20)
-    arena.blobs.fill_(1)
+    arena = Arena(64, 1 << 20)
+    arena.berths.fill_(1)
     before = resident()
     arena.close()
     gc.collect()
@@ -224,7 +233,7 @@ def test_closing_lets_go_of_the_memory() -> None:
 
 def test_more_than_the_machine_can_reserve() -> None:
     with pytest.raises(DeviceError, match=r"cannot reserve 64\.0 EiB|cannot reserve .*iB of host memory"):
-        Arena(1 << 20, 8, 1 << 39)
+        Arena(1 << 23, 1 << 39)
 
 
 def test_clearing_an_error_needs_no_gpu_to_be_harmless() -> None:

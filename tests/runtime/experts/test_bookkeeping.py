@@ -124,7 +124,7 @@ class Events(list[Event]):
 def agree(rig: Any, cache: Any, events: Any) -> None:
     """Check that the statistics say what the trace says."""
     cache.copies.close()
-    stats, blob = rig.engine.stats(), rig.form.blob_bytes
+    stats, size = rig.engine.stats(), cache.store.size
     count = Counter(type(event) for event in events)
     assert (stats.hits, stats.misses) == (count[Hit], count[Miss])
     assert (stats.guesses, stats.used_guesses) == (count[Guess], count[UsedGuess])
@@ -132,11 +132,11 @@ def agree(rig: Any, cache: Any, events: Any) -> None:
     assert stats.stall_seconds == pytest.approx(sum(e.seconds for e in events if isinstance(e, Stall)))
     missed = {(e.step, e.layer, e.expert) for e in events if isinstance(e, Miss)}
     assert {(e.step, e.layer, e.expert) for e in events if isinstance(e, UsedGuess)} <= missed
-    assert all(e.bytes == blob for e in events if isinstance(e, Copy))
+    assert all(e.bytes == size for e in events if isinstance(e, Copy))
     # needed experts crossed whole, and the wasted counter has the rest
-    assert stats.copied_bytes == count[Miss] * blob + stats.wasted_bytes
+    assert stats.copied_bytes == count[Miss] * size + stats.wasted_bytes
     wasted = sum(e.bytes for e in events if isinstance(e, WastedGuess))
-    assert wasted <= stats.wasted_bytes <= wasted + count[WastedGuess] * blob  # pieces under way included
+    assert wasted <= stats.wasted_bytes <= wasted + count[WastedGuess] * size  # pieces under way included
     demanded = [(e.step, e.layer, e.expert) for e in events if isinstance(e, Copy) and e.kind == "demand"]
     assert len(demanded) == len(set(demanded)) == count[Miss] - count[UsedGuess]
     assert stats.hits + stats.misses == sum(len(e.experts) for e in events if isinstance(e, Routing))
@@ -178,10 +178,10 @@ def test_bytes_are_misses_and_guesses_times_the_blob(rig: Any, events: Any, samp
         cache.residency.guess = then_wait
         cache.record(events)
         assert sample(rig.engine, rig.ids(9), 40) == rig.tokens(rig.ids(9), 40)
-        stats, blob = rig.engine.stats(), rig.form.blob_bytes
+        stats, size = rig.engine.stats(), cache.store.size
         assert stats.guesses > stats.used_guesses > 0
-        assert stats.copied_bytes == (stats.misses - stats.used_guesses + stats.guesses) * blob
-        assert stats.wasted_bytes == (stats.guesses - stats.used_guesses) * blob
+        assert stats.copied_bytes == (stats.misses - stats.used_guesses + stats.guesses) * size
+        assert stats.wasted_bytes == (stats.guesses - stats.used_guesses) * size
         assert sum(event.bytes for event in events.of(WastedGuess)) == stats.wasted_bytes
 
 
@@ -192,7 +192,7 @@ def test_bytes_are_the_sum_of_pieces(rig: Any, faulty: Any, sample: Any) -> None
         cache.copies.close()
         stats = rig.engine.stats()
         assert stats.copied_bytes == sum(size for size, _ in link.pieces)
-        assert stats.wasted_bytes == stats.copied_bytes - stats.misses * rig.form.blob_bytes > 0
+        assert stats.wasted_bytes == stats.copied_bytes - stats.misses * cache.store.size > 0
 
 
 @pytest.mark.parametrize("slots", [2, 3, 5, 8])

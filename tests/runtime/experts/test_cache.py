@@ -9,8 +9,8 @@ import torch
 
 from model.moe import gated
 from model.router import Choice
-from runtime.experts.copying import Ticket
 from runtime.experts.link import HostLink
+from runtime.experts.tickets import Ticket
 from runtime.experts.trace import Guess, Hit, Miss, Routing
 
 
@@ -95,7 +95,7 @@ def test_no_guesses_when_off(rig: Any, lookahead: int, prefetch: int) -> None:
         rig.engine.logits(rig.ids(9))
         counters = cache.count()
         assert (counters.guesses, counters.recallable) == (0, 0)
-        assert counters.copied_bytes == counters.misses * rig.form.blob_bytes and not counters.wasted_bytes
+        assert counters.copied_bytes == counters.misses * cache.store.size and not counters.wasted_bytes
 
 
 def test_with_all_experts_in_slots_each_is_copied_once(rig: Any) -> None:
@@ -103,7 +103,7 @@ def test_with_all_experts_in_slots_each_is_copied_once(rig: Any) -> None:
         for _ in range(3):
             rig.engine.logits(rig.ids(200))
         assert cache.ledger.counters.misses <= rig.layers * rig.experts
-        assert cache.count().copied_bytes == cache.ledger.counters.misses * rig.form.blob_bytes
+        assert cache.count().copied_bytes == cache.ledger.counters.misses * cache.store.size
 
 
 def test_a_slot_is_overwritten_after_its_last_use(rig: Any) -> None:
@@ -120,10 +120,10 @@ def test_a_slot_is_overwritten_after_its_last_use(rig: Any) -> None:
         marks: list[bool] = []
         submit = cache.copies.submit
 
-        def noted(source: Any, target: Any, demand: bool, free: Any, label: Any) -> Ticket:
+        def noted(source: Any, target: Any, demand: bool, free: Any, *rest: Any, **others: Any) -> Ticket:
             slot = (target.data_ptr() - cache.pool.data_ptr()) // rig.form.blob_bytes
             marks.append(free == cache.residency.last_use[slot] and free is not None)
-            return submit(source, target, demand, free, label)
+            return submit(source, target, demand, free, *rest, **others)
 
         cache.copies.submit = noted
         rig.engine.logits(rig.ids(50))

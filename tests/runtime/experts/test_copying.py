@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from runtime.errors import RequestError
-from runtime.experts.copying import CopyEngine, TransferError
+from runtime.experts.copying import CopyEngine
 from runtime.experts.link import HostLink
+from runtime.experts.tickets import TransferError
 
 SIZE, PIECE = 40, 10
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from runtime.experts import cuda_link
-from runtime.experts.copying import CopyEngine, TransferError
+from runtime.experts.copying import CopyEngine
 from runtime.experts.cuda_link import PIECE, CudaLink
+from runtime.experts.tickets import TransferError
 from runtime.gpu import streams
 from runtime.gpu.streams import Streams
 
@@ -57,8 +58,8 @@ class Cuda:
                 return int(end.name[1:]) * 1.0
 
         empty, compute = torch.empty, Stream("compute")
-        own: Any = Stream("copies")
-        monkeypatch.setattr(cuda_link, "streams", lambda device: Streams(own, own))
+        own: Any = [Stream(name) for name in ("copies", "returns", "capturing")]
+        monkeypatch.setattr(cuda_link, "streams", lambda device: Streams(*own))
         monkeypatch.setattr(cuda_link, "same", lambda stream: stream)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
@@ -273,9 +274,9 @@ def test_all_engines_share_the_streams_of_a_device(monkeypatch: pytest.MonkeyPat
     one, two = torch.device("cuda", 0), torch.device("cuda", 1)
     try:
         first = streams.streams(one)
-        assert streams.streams(torch.device("cuda", 0)) is first and made == [one, one]
-        assert streams.streams(two) is not first and made == [one, one, two, two]
+        assert streams.streams(torch.device("cuda", 0)) is first and made == [one] * 3
+        assert streams.streams(two) is not first and made == [one] * 3 + [two] * 3
         streams.same(first.copies)
-        assert made[4:] == [{"stream_id": 7, "device_index": 1, "device_type": 1}]
+        assert made[6:] == [{"stream_id": 7, "device_index": 1, "device_type": 1}]
     finally:
         streams.streams.cache_clear()

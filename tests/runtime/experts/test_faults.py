@@ -22,8 +22,8 @@ import torch
 from runtime import Engine, EngineOptions, LoadError, RequestError, SamplingParams
 from runtime.errors import DeviceError
 from runtime.experts import copying
-from runtime.experts.copying import TransferError
 from runtime.experts.link import HostLink
+from runtime.experts.tickets import TransferError
 
 COUNT = 12
 
@@ -42,6 +42,15 @@ def taken(engine: Engine, prompt: Any, count: int, seed: int = 0) -> tuple[list[
     except (RequestError, KeyboardInterrupt) as error:
         return got, error
     return got, None
+
+
+def order(cache: Any, layer: int, demand: bool) -> None:
+    """Order a copy of an expert that has no slot to slot 0."""
+    table = cache.residency.tables[layer]
+    expert = next(e for e in range(cache.store.experts) if table.find(e) is None)
+    label = (0, layer, expert, "demand" if demand else "guess")
+    cache.store.claim(label)
+    cache.residency.send(label, 0)
 
 
 def fails_cleanly(rig: Any, prompt: list[int], link: Any) -> bool:
@@ -183,14 +192,14 @@ def test_closing_does_not_wait_for_ever_and_memory_stays_until_the_piece_has_pas
     engine = Engine.load(variant(), EngineOptions(device="cpu", dtype="float32", offload="always", slots=2))
     assert engine.runner.cache
     engine.runner.cache.copies.link = gate = Gate()
-    engine.runner.cache.residency.submit(0, 0, 0, demand=True)
+    order(engine.runner.cache, layer=0, demand=True)
     assert gate.reached_it.wait(60)
-    copies, arena = engine.runner.cache.copies, weakref.ref(engine.runner.cache.arena)
+    copies, arena = engine.runner.cache.copies, weakref.ref(engine.runner.cache.store.arena)
     engine.close()
     assert copies.closed and not copies.ended and not hasattr(engine.runner.cache, "pool")
     del engine
     gc.collect()
-    assert arena() is not None and hasattr(arena(), "blobs"), "a piece of it is under way"
+    assert arena() is not None and hasattr(arena(), "berths"), "a piece of it is under way"
     gate.open.set()
     copies.thread.join(60)
     gc.collect()
@@ -207,12 +216,12 @@ def test_no_thread_outlives_its_engine_and_no_memory(variant: Callable[..., Path
         next(tokens)
         cache = engine.runner.cache
         assert cache
-        cache.residency.submit(1, 0, 0, demand=False)  # never waited for
+        order(cache, layer=1, demand=False)  # never waited for
         thread = cache.copies.thread
         if closed:
             engine.close()
             assert threads() == before
-            assert not hasattr(cache, "pool") and not hasattr(cache.arena, "blobs")
+            assert not hasattr(cache, "pool") and not hasattr(cache.store.arena, "berths")
         del engine, cache, tokens
         gc.collect()
         thread.join(60)
@@ -286,7 +295,7 @@ def test_interrupted_between_any_two_lines(rig: Any) -> None:
 def test_a_load_that_fails_anywhere_leaves_no_thread(variant: Callable[..., Path]) -> None:
     """An error comes at every other line that makes an engine and its cache, from the arena to the first
     use."""
-    files = ("runtime/startup.py", "runtime/runner.py", "experts/cache.py", "experts/copying.py")
+    files = ("startup.py", "runner.py", "cache.py", "making.py", "copying.py")
     ends = ("close", "end", "let_go", "drop", "in_its_thread")
     folder, before, left, failed = variant(), threads(), [0], list[str]()
     options = EngineOptions(device="cpu", dtype="float32", offload="always", slots=2)
@@ -316,7 +325,9 @@ def test_a_load_that_fails_anywhere_leaves_no_thread(variant: Callable[..., Path
         await_threads(before)
         if loaded:
             break
-    assert len(failed) > 25 and {"make", "over", "__init__", "start", "load_weights"} <= set(failed)
+    assert len(failed) > 25 and {"make_cache", "cache_over", "__init__", "start", "load_weights"} <= set(
+        failed
+    )
     await_threads(before)
 
 

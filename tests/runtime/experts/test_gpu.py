@@ -33,12 +33,12 @@ def test_what_computing_sees_after_a_mark_has_arrived(
     many runs."""
     monkeypatch.setattr(arena_module, "PIN_BYTES", 2 * BLOB)
     pin = locked != "none"
-    arena = Arena(1, 8, size, pin, GPU)
-    middle = arena.blob(0, 4).data_ptr()
+    arena = Arena(8, size, pin, GPU)
+    middle = arena.berth(4).data_ptr()
     ways = {"all": None, "half": lambda source: source.data_ptr() < middle, "none": arena.locked}
     assert arena.pinned == pin and len(arena.registered) == 4 * pin
     for e in range(8):
-        arena.blob(0, e).fill_(e + 1)
+        arena.berth(e).fill_(e + 1)
     copies = CopyEngine(CudaLink(GPU, ways[locked]))
     copies.start(arena)
     try:
@@ -47,7 +47,7 @@ def test_what_computing_sees_after_a_mark_has_arrived(
         free = [copies.link.used()] * 2
         for n in range(24):
             e, slot = n % 8, n % 2
-            ticket = copies.submit(arena.blob(0, e), slots[slot], demand, free[slot])
+            ticket = copies.submit(arena.berth(e)[:size], slots[slot], demand, free[slot])
             copies.wait(ticket)
             busy = busy @ busy / 2048  # the device lags, so copies could overtake it
             sums.append((slots[slot].long().sum(), (e + 1) * size))

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from runtime.experts.copying import TransferError
 from runtime.experts.link import HostLink
+from runtime.experts.tickets import TransferError
 from tests.runtime.experts.test_bookkeeping import Events, agree, recount
 
 COUNT = 12
@@ -73,7 +73,7 @@ class QueuedLink(HostLink):
 def make_link(rigs: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., QueuedLink]]:
     """Makes a link to an arena that is page-locked in `all` of its parts or in `some`."""
     rig = rigs(4)
-    middle = rig.arena.blob(1, 4).data_ptr()
+    middle = rig.arena.berth(rig.experts + 4).data_ptr()
 
     def unlocked(source: Tensor) -> bool:
         return source.data_ptr() >= middle

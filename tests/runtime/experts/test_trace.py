@@ -13,18 +13,21 @@ from hypothesis import strategies as st
 
 from runtime.experts.trace import (
     Copy,
+    Drop,
     Event,
     Guess,
     Header,
     Hit,
     Miss,
     Ranking,
+    Read,
     Routing,
     Stall,
     TraceError,
     TraceWriter,
     UsedGuess,
     WastedGuess,
+    WriteBack,
 )
 from tools.trace.read import read_trace
 
@@ -37,13 +40,15 @@ HEADER = Header(
     policy="lru",
     seed=7,
     expert_bytes=1000,
+    berths=9,
+    spare_berths=2,
     options={"lookahead": 1, "link_gbps": None},
 )
 
 STEP, LAYER, EXPERT = st.integers(0, 1 << 40), st.integers(0, 2), st.integers(0, 7)
 EXPERTS = st.lists(EXPERT, min_size=1, max_size=8, unique=True).map(tuple)
 BYTES, SECONDS = st.integers(0, 1 << 50), st.floats(0, 1e9)
-DISTANCE = st.integers(1, 2)
+DISTANCE, KIND = st.integers(1, 2), st.sampled_from(["demand", "guess"])
 EVENTS = st.lists(
     st.one_of(
         st.builds(Routing, STEP, LAYER, st.integers(1, 512), EXPERTS),
@@ -54,11 +59,14 @@ EVENTS = st.lists(
         ),
         st.builds(Ranking, STEP, LAYER, DISTANCE, EXPERTS),
         st.builds(Hit, STEP, LAYER, EXPERT),
-        st.builds(Miss, STEP, LAYER, EXPERT, st.none() | EXPERT),
+        st.builds(Miss, STEP, LAYER, EXPERT, st.none() | EXPERT, st.sampled_from(["host", "file"])),
         st.builds(Guess, STEP, LAYER, EXPERT, DISTANCE, EXPERT),
         st.builds(UsedGuess, STEP, LAYER, EXPERT),
         st.builds(WastedGuess, STEP, LAYER, EXPERT, BYTES),
-        st.builds(Copy, STEP, LAYER, EXPERT, st.sampled_from(["demand", "guess"]), BYTES, SECONDS),
+        st.builds(Copy, STEP, LAYER, EXPERT, KIND, BYTES, SECONDS),
+        st.builds(Read, STEP, LAYER, EXPERT, KIND, BYTES, SECONDS),
+        st.builds(WriteBack, STEP, LAYER, EXPERT, BYTES, SECONDS),
+        st.builds(Drop, STEP, LAYER, EXPERT),
         st.builds(Stall, STEP, LAYER, EXPERT, SECONDS),
     ),
     max_size=20,
@@ -179,4 +187,5 @@ def test_an_event_is_one_short_line() -> None:
     writer.add(Miss(123456, 31, 7, 5))
     lines = file.getvalue().splitlines()
     assert json.loads(lines[0])["format"] == "mixtral-trace"
-    assert lines[1:] == ['{"event": "miss", "step": 123456, "layer": 31, "expert": 7, "evicted": 5}']
+    expected = '{"event": "miss", "step": 123456, "layer": 31, "expert": 7, "evicted": 5, "source": "host"}'
+    assert lines[1:] == [expected]
