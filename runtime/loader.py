@@ -26,6 +26,7 @@ from model.quant.spec import QuantSpec
 from model.quant.streams import matrix_fields
 from model.quant.tensor import QuantizedTensor
 from model.target import Target
+from runtime.expanding import cost_of_expanding, memory_bandwidth
 from runtime.planning.costs import attention_shapes, maps_experts, matrix_bytes
 
 WORKERS = 2  # one reads while the other converts
@@ -53,7 +54,7 @@ def load_model(
     Raises `ModelError` if a file cannot be read, or no longer matches its header.
     """
     model = empty_model(checkpoint.config, checkpoint.formats, dtype, device, experts)
-    for message in slow_products(model, form):
+    for message in slow_products(model, form, device):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     parameters = dict(model.named_parameters())
     if files:
@@ -123,8 +124,9 @@ def empty_model(
     return model.requires_grad_(False)
 
 
-def slow_products(model: Mixtral, form: ExpertFormat) -> list[str]:
-    """One line for each reason that keeps weights from the fast kernels, with the names of these weights."""
+def slow_products(model: Mixtral, form: ExpertFormat, device: torch.device) -> list[str]:
+    """One line for each reason that keeps weights from the fast kernels, with the names of these weights. Of
+    a GPU it says what that costs."""
     users: dict[str, dict[str, None]] = {}  # names by reason, each once and in order
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and module.remark:
@@ -137,6 +139,8 @@ def slow_products(model: Mixtral, form: ExpertFormat) -> list[str]:
         *others, last = names
         listed = f"{', '.join(others)} and {last}" if others else last
         lines.append(f"{listed}: computed slowly, because the fast product {reason}")
+    if lines and device.type == "cuda":  # there one reason keeps all weights from the kernels
+        lines[-1] += f"; {cost_of_expanding(model, form, memory_bandwidth(device))}"
     return lines
 
 

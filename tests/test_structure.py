@@ -27,7 +27,7 @@ OTHERS = {
     "tools": {"torch", "safetensors", "numpy", "sentencepiece", "hqq", "tqdm", "matplotlib"},
     "dev": {
         "torch", "numpy", "hqq", "sentencepiece", "matplotlib", "transformers", "accelerate",
-        "llama_cpp", "gguf",
+        "llama_cpp", "gguf", "triton",
     },
 }  # fmt: skip
 TRITON = "model/kernels/"

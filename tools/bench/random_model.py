@@ -56,7 +56,7 @@ def random_model(
         return resident[-1]
 
     model = empty_model(config, formats, dtype, device, provide or all_there)
-    for message in slow_products(model, form):
+    for message in slow_products(model, form, device):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     for weight in model.parameters():
         if weight.dim() == 2:  # norms are all ones

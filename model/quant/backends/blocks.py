@@ -21,6 +21,9 @@ from model.target import Target
 
 CPU_BLOCK = 1 << 19  # weights: 2 MiB of float32
 GPU_BLOCK = 1 << 24
+MOVED = (
+    35  # bytes of a GPU's memory for a weight, about: codes, float32 and 16 bits are each written and read
+)
 
 
 class Blocks:
