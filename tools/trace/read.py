@@ -103,18 +103,10 @@ def parse_header(content: dict[str, Any]) -> Header:
         raise ValueError(f"format version {quoted(version)}; this program reads version {VERSION}")
     check_names(content, [f.name for f in dataclasses.fields(Header)], "the header")
     content = {"berths": 0, "spare_berths": 0} | content
-    for name in (
-        "layers",
-        "experts",
-        "experts_per_token",
-        "spares",
-        "seed",
-        "expert_bytes",
-        "berths",
-        "spare_berths",
-    ):
-        least = 1 if name in ("layers", "experts", "experts_per_token", "expert_bytes") else 0
-        require(whole(content[name]) and content[name] >= least, name, content, f"a whole number >= {least}")
+    least = dict.fromkeys(("layers", "experts", "experts_per_token", "expert_bytes"), 1)
+    least |= dict.fromkeys(("spares", "seed", "berths", "spare_berths"), 0)
+    for name, low in least.items():
+        require(whole(content[name]) and content[name] >= low, name, content, f"a whole number >= {low}")
     for name in ("layers", "experts"):
         require(content[name] <= MOST[name], name, content, f"at most {MOST[name]}")
     L, E = content["layers"], content["experts"]

@@ -143,11 +143,12 @@ def replayed_ratios(layers: list[list[Routing]], experts: int, seed: int) -> dic
     number of slots that is left out."""
     steps = counted(layers)
     accesses = sum(len(r.experts) for routings in layers for r in routings if r.step in steps)
+    used = [(layer, routings) for layer, routings in enumerate(layers) if routings]
     ratios: dict[str, list[float | None]] = {name: [None] * experts for name in (*POLICIES, "belady")}
     for slots in replayed(experts):
         for name, by_slots in ratios.items():
             hits = 0
-            for layer, routings in enumerate(layers):
+            for layer, routings in used:
                 needs = [routing.experts for routing in routings]
                 found = replayed_hits(needs, slots, name, seed, layer)
                 hits += sum(n for n, r in zip(found, routings, strict=True) if r.step in steps)
