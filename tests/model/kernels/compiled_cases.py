@@ -148,18 +148,19 @@ def test_all_codes_of_one_row_are_under_way_at_once(compiler: Compiler) -> None:
         assert 128 not in compiler.widths[compiler.widths.index(64) :]
 
 
-def compute_experts(text: str, D: int, ffn: int, dtype: torch.dtype) -> None:
+def compute_experts(text: str, D: int, ffn: int, dtype: torch.dtype, absent: bool = False) -> None:
     layout = BlobLayout(QuantSpec.parse(text), D, ffn)
     end = matrix_fields("w2", (D, ffn), layout.spec, layout.w2_offset(dtype), dtype)[-1].end
     pool = torch.empty(1, end, dtype=torch.uint8)
     slots, weights = torch.zeros(2, dtype=torch.int32), torch.ones(2)
-    experts_by_slot(torch.empty(1, D, dtype=dtype), pool, slots, weights, layout)
+    experts_by_slot(torch.empty(1, D, dtype=dtype), pool, slots, weights, layout, absent=absent)
 
 
 def test_experts(compiler: Compiler) -> None:
     formats = ("16", "8", "4", "3g128", "2") if compiler.capability in BROADLY else ("16", "3g128")
     for text in formats:
         compute_experts(text, 4096, 14336, compiler.dtypes[0])
+    compute_experts("3g128", 4096, 14336, compiler.dtypes[0], absent=True)
     compiler.check("gate_up", "down")
 
 

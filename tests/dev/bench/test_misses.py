@@ -1,0 +1,41 @@
+"""The measurement of missed experts, on a model that takes no time. How fast is not a test's business."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dev.bench import command as bench
+from dev.bench import misses, tiers
+
+BRIEF = ["--tokens", "6", "--repeats", "2", "--json"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = {"vocab": 2048, "hidden": 128, "heads": 2, "kv_heads": 1, "head_dim": 64, "ffn": 128}
+    monkeypatch.setattr(tiers, "SHAPE", dataclasses.replace(tiers.SHAPE, layers=3, **narrow))
+    monkeypatch.setattr(misses, "ALONE", 0.01)
+    monkeypatch.setattr("runtime.experts.rates.SECONDS", 0.02)
+
+
+def test_all_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["misses", *BRIEF]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert [len(at["ways"]) for at in report["links"]] == [3, 3, 3] and report["slots"] == [4] * 3
+    for at in report["links"]:
+        rows = {row["way"]: row for row in at["ways"]}
+        assert list(rows) == list(misses.WAYS)
+        better = max(rows["copy"]["tokens_per_s"], rows["compute"]["tokens_per_s"])
+        for row in rows.values():
+            assert row["share_of_bound"] == pytest.approx(at["bound_ms"] / 1e3 * row["tokens_per_s"])
+            assert row["of_better"] == pytest.approx(row["tokens_per_s"] / better)
+        assert rows["copy"]["computed"] == rows["copy"]["difference"] == 0
+        assert rows["compute"]["computed"] > 0 and rows["compute"]["difference"] < 2
+    assert err.count("\n") == 6 and "\n1/2, 2 of 2: copy " in err
+
+
+def test_too_long_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["misses", "--tokens", "2000"]) == 2
+    assert "5 turns of 2000 tokens do not fit the model's context of 4096" in capsys.readouterr().err
