@@ -64,6 +64,9 @@ def measure(cache: ExpertCache, x: Tensor) -> tuple[float, float]:  # x [1, D]
     host, copies, chance = cache.exchange.host, cache.copies, random.Random(0)
     size, weights = cache.store.size, torch.ones(1, 1, device="cpu")
     blobs = [cache.store.memory(key) for key in cache.store.berths.where]
+    if not blobs:  # so few berths that loading left them empty; pages that nobody has written to are all one
+        arena = cache.store.arena
+        blobs = [arena.berth(n)[:size].fill_(1) for n in range(cache.store.berths.count)]
 
     def compute() -> None:
         memory = chance.choice(blobs)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime import Engine, EngineOptions
 from runtime.experts.files import DiskLink, Extent
 
 WIDTHS = (4, 3, 2)
@@ -73,3 +74,15 @@ def none_lost(cache: Any) -> None:
     for expert in berths.where:
         layer, e = divmod(expert, cache.store.experts)
         assert (expert in berths.doubles) == (residency.tables[layer].find(e) is not None)
+
+
+@pytest.mark.parametrize("misses", ["compute", "auto"])
+def test_rates_are_measured_with_the_fewest_berths(rigs: Any, sample: Any, misses: str) -> None:
+    """Loading leaves these berths empty."""
+    rig = rigs(4, "bfloat16")
+    options = EngineOptions(
+        device="cpu", dtype="bfloat16", offload="always", slots=2, berths=2, misses=misses, threads=1
+    )
+    with Engine.load(rig.folder, options) as engine:
+        assert engine.plan.cpu_gbps > 0 and engine.plan.link_gbps > 0
+        assert sample(engine, rig.ids(9), 12) == rig.tokens(rig.ids(9), 12)
