@@ -58,7 +58,7 @@ def test_it_runs(run: Run, tmp_path: Path) -> None:
     given = cells()
     settings = given["parameters"]
     settings.source = settings.source.replace("VRAM = None", 'VRAM = "15GiB"')
-    settings.source = settings.source.replace("\nRAM = None", '\nRAM = "20GiB"')
+    settings.source = settings.source.replace("\nRAM = None", '\nRAM = "11GiB"')
     assert settings.source.count("GiB") == cells()["parameters"].source.count("GiB") + 2
     out = run(*given.values())
 
@@ -66,9 +66,13 @@ def test_it_runs(run: Run, tmp_path: Path) -> None:
     assert "host memory: " in out["machine"] and "disk: " in out["machine"]
 
     table, ours = out["plan"].split("This machine:")
-    assert re.search(r"^ +8GiB +12GiB +16GiB +24GiB\s*$", table, re.MULTILINE)
-    assert re.search(r"^slots per layer +2 in 14 layers", table, re.MULTILINE) and "a miss takes" in table
+    assert re.search(r"^ +8GiB +15GiB +24GiB\s*$", table, re.MULTILINE)
+    assert re.search(r"^slots per layer +2 in ", table, re.MULTILINE) and "a miss takes" in table
     assert re.search(r"^15GiB +GiB +bytes\s*$", ours, re.MULTILINE) and "slots per layer" in ours
+    assert (
+        re.search(r"^berths in host memory +\d+ of 256\s*$", ours, re.MULTILINE)
+        and "in float16 on cuda" in ours
+    )
 
     assert "native, 9 files, attention 4, experts 2, head 8" in out["quantize"]
     assert (tmp_path / "work/notebook/demo-quantized/quantization.json").exists()
