@@ -65,6 +65,8 @@ class Stats:
                 f"{format_bytes(self.copied_bytes)} copied, {format_bytes(self.wasted_bytes)} wasted; "
                 f"waited {self.stall_seconds:.2f} s for copies"
             )
+        if self.computed:
+            cached += f"; {self.computed} of {self.misses} misses computed on the CPU"
         if self.read_bytes or self.written_back_bytes:
             cached += (
                 f"\ntiers: {format_bytes(self.read_bytes)} read from files, "

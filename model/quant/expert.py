@@ -64,13 +64,19 @@ class ExpertFormat:
 
     def on(self, target: Target, dtype: torch.dtype) -> "ExpertFormat":
         """The same bytes in memory as another device computes them: by its fastest backend that keeps them
-        so."""
-        backends, remark = {}, None
+        so. The remark says why a faster one cannot, for the reference in float32, too."""
+        backends: dict[str, type[Backend]] = {}
+        remark = None
         for name, shape in self.shapes.items() if self.spec.quantized else ():
             kept = [field for field in self.kept if field.name.startswith(name + ".")]
-            fit = [b for b in BACKENDS if b.fields(name, shape, self.spec, kept[0].offset) == kept]
-            backends[name], reason = pick_backend(self.spec, shape, dtype, target, fit)
-            remark = remark or reason
+            fit = [
+                backend
+                for backend in BACKENDS
+                if target.device.type in backend.devices
+                and backend.fields(name, shape, self.spec, kept[0].offset) == kept
+            ]
+            remark = remark or fit[0].unsupported(self.spec, shape, dtype, target)
+            backends[name], _ = pick_backend(self.spec, shape, dtype, target, fit)
         return replace(self, backends=backends, remark=remark, layout=None)
 
     @property

@@ -4,7 +4,8 @@ Each layer computes from the experts in its slots, while the missing ones come f
 decides which expert is where, and has a drawing of it. Here is what computes.
 
 The result is bit for bit that of a resident model. The same calls compute each expert's contribution from the
-same bytes, and contributions are added in ascending order of expert, in whichever order experts arrived.
+same bytes, and contributions are added in ascending order of expert, in whichever order experts arrived. If
+the host computes some of a token's experts, its bits are its own, and the result is the sum of two sums.
 """
 
 import weakref

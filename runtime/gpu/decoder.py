@@ -11,6 +11,10 @@ the host can bring a missing expert. A token then goes this way:
    router. To this graph a hit and a miss are the same.
 5. This repeats for every layer. The last part ends with the logits.
 
+If the host computes some of the missing experts, a layer has one more part. Part 0 also writes what the
+experts take to pinned memory. Part 1 leaves out the host's experts, and ends after the layer's others. Part 2
+fetches the sum that the host has written to pinned memory by then, adds it, and goes on.
+
 With a new KV cache, the first step launches its kernels one by one. Then its parts are captured, and later
 steps replay them. A captured part allocates nothing, and reads nothing of the host's but pinned memory. One
 graph or many, the same kernels read the same bytes, so they give the same bits.

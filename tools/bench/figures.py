@@ -51,6 +51,7 @@ def traffic(counted: Stats, tokens: int, blob: int) -> dict[str, float]:
     return {
         "hit_ratio": counted.hits / max(counted.hits + counted.misses, 1),
         "misses_per_token": counted.misses / tokens,
+        "computed_per_token": counted.computed / tokens,
         "missed_bytes_per_token": counted.misses / tokens * blob,
         "copied_bytes_per_token": counted.copied_bytes / tokens,
         "wasted_share_of_bytes": counted.wasted_bytes / max(counted.copied_bytes, 1),

@@ -24,10 +24,9 @@ from runtime.stats import Stats
 from tools.bench.figures import Turn, bound, device_memory, median_seconds, traffic
 from tools.bench.stage import Stage, random_ids, staged
 from tools.bench.subject import add_arguments as add_subject
-from tools.bench.ways import LADDER
+from tools.bench.ways import FORGETFUL, LADDER
 
 SLOTS = 4
-FORGETTING = ("no cache", "whole layers")
 WARM_UP = 16  # tokens before the first that counts, so that slots hold what they hold in a long text
 
 
@@ -84,7 +83,7 @@ def measure(stage: Stage, tokens: int, repeats: int) -> dict[str, Any]:
     def turn(way: str, repeat: int) -> Turn:
         text = texts[repeat]
         # Where nothing is kept, one token leaves what sixteen would, and takes long enough.
-        warm_up = text[WARM_UP - 1 if way in FORGETTING else 0 : WARM_UP]
+        warm_up = text[WARM_UP - 1 if way in FORGETFUL else 0 : WARM_UP]
         return stage.play(way, lambda p: p.decode(warm_up), lambda p: p.decode(text[WARM_UP:]))[1]
 
     first = turn(list(stage.ways)[1], 0)

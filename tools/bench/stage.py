@@ -13,12 +13,13 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
+from runtime.errors import OptionError
 from runtime.gpu.decoder import Decoder, make_decoder
 from runtime.planning.memory import reserve
 from runtime.stats import Stats
 from tools.bench.figures import Turn
 from tools.bench.subject import Subject, make_cache, make_subject, no_experts
-from tools.bench.ways import Way, make_ways
+from tools.bench.ways import FORGETFUL, Way, make_ways
 
 
 @dataclass
@@ -58,6 +59,8 @@ class Stage:
         self.cache = make_cache(subject) if subject.store is not None else None
         self.ways: dict[str, Way | None] = {"resident": None}
         if self.cache is not None:
+            if self.cache.divided and (copying := sorted(set(names) & set(FORGETFUL))):
+                raise OptionError(f"{copying[0]!r} copies all experts; leave it out, or leave out --misses")
             self.ways = {**make_ways(self.cache, names)}
         self.kv = KVCache.allocate(subject.config, 1, plan.context, plan.dtype, plan.device)
         reserve(plan.device, plan.workspace_bytes)  # as an engine does

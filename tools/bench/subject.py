@@ -32,6 +32,7 @@ from runtime.experts.berths import Berths
 from runtime.experts.cache import ExpertCache
 from runtime.experts.making import cache_over, make_channels
 from runtime.experts.policy import make_policy
+from runtime.experts.rates import divide_misses
 from runtime.experts.store import Store
 from runtime.experts.tiers import SPARE_BERTHS
 from runtime.loader import load_model, load_resident
@@ -125,6 +126,7 @@ class Subject:
             "policy": options.policy,
             "lookahead": options.lookahead if options.prefetch else 0,
             "prefetch": options.prefetch,
+            "misses": options.misses,
             "expert_bytes": plan.blob_bytes,
             "host_memory": f"{'pinned' if self.store.pinned else 'pageable'}, {self.store.count} blobs "
             f"({size}) for {self.config.layers * self.config.experts} experts",
@@ -155,6 +157,8 @@ def make_subject(args: argparse.Namespace, tokens: int, **defaults: Any) -> Subj
             f"a benchmark holds all {plan.experts} experts in host memory, and {plan.berths} have berths; "
             "leave out --berths, raise --ram, or take a model of fewer bits"
         )
+    if plan.device.type == "cpu" and plan.misses != "copy":
+        raise OptionError("on a CPU, only dev.bench misses measures --misses; leave it out")
     form = ExpertFormat.of(config, formats.experts, plan.dtype, Target.of(plan.device))
     link, memory = measure_rates(plan.device, options)
     if args.enforce:
@@ -256,4 +260,6 @@ def make_cache(subject: Subject) -> ExpertCache:
     for n, blob in enumerate(cache.pool):  # uninitialized memory may hold no numbers, or not be there yet
         blob.copy_(cache.pool[n % DISTINCT] if n >= DISTINCT else store.berth(n))
     wait(plan.device)  # later copies to the slots come from another stream
+    if options.misses != "copy":
+        subject.plan = divide_misses(cache, plan, options)
     return cache

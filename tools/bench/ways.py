@@ -18,7 +18,8 @@ from model.quant.expert import BoundExpert, ExpertFormat
 from model.router import Choice
 from runtime.experts.cache import ExpertCache, LayerExperts
 
-LADDER = ("full", "no prefetch", "no cache", "whole layers")
+FORGETFUL = ("no cache", "whole layers")
+LADDER = ("full", "no prefetch", *FORGETFUL)
 
 
 @dataclass(frozen=True)

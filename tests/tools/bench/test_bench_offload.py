@@ -66,3 +66,8 @@ def test_a_long_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     took = 700 / report["prompt"]["tokens_per_s"] * 1e3
     assert bound["share_of_bound"] == pytest.approx(bound["bound_ms"] / took)
     assert bench.main(["prefill", str(DEMO), "--tokens", "20", "--repeats", "1", "--device", "cpu"]) == 0
+
+
+def test_computing_misses_is_measured_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["offload", str(DEMO), "--misses", "auto", *BRIEF]) == 2
+    assert "only dev.bench misses measures --misses" in capsys.readouterr().err
