@@ -140,6 +140,7 @@ class Engine:
             expert_bytes=runner.plan.blob_bytes,
             berths=runner.plan.berths * tiered,
             spare_berths=SPARE_BERTHS * tiered,
+            in_berths=runner.cache.store.berths.contents() if tiered else (),
             options={"lookahead": options.lookahead, "prefetch": options.prefetch},
         )
         writer = TraceWriter.open(path, header)

@@ -73,6 +73,10 @@ class Berths:
         """The berth that holds or receives the expert, if any. Changes nothing."""
         return self.where.get(expert)
 
+    def contents(self) -> tuple[int, ...]:
+        """The experts in berths, in the order of these."""
+        return tuple(sorted(self.where, key=self.where.__getitem__))
+
     def can_hold(self, expert: int) -> bool:
         """Whether the expert may be guessed. If it has no berth, `take` will find one that costs nothing."""
         if self.complete:

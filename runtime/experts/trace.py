@@ -45,6 +45,7 @@ class Header:
     expert_bytes: int  # one expert's blob
     berths: int = 0  # experts that host memory has room for; 0 if it has all of them
     spare_berths: int = 0  # of these, doubles that are left alone: see `runtime.experts.berths`
+    in_berths: tuple[int, ...] = ()  # who was there at first, by berth: layer * experts + expert
     options: Mapping[str, Any] = field(default_factory=dict)  # other settings, as JSON
 
 
@@ -149,7 +150,7 @@ class Read:
     step: int
     layer: int
     expert: int
-    kind: str  # as for `Copy`
+    kind: str  # as for `Copy`, or "compute" if it was read for the host and got no slot
     bytes: int
     seconds: float  # that the disk was busy with it
 

@@ -1,7 +1,7 @@
 """What a trace of the expert cache says.
 
     python -m tools.trace summary TRACE [--json]    hit ratios, recorded and replayed; recall; bytes; waits
-    python -m tools.trace plot TRACE --out DIR      experts.png, hit_ratio.png, recall.png
+    python -m tools.trace plot TRACE --out DIR      experts.png, hit_ratio.png, recall.png, tiers.png
 
 A trace is recorded by `python -m runtime.generate --trace FILE`.
 """

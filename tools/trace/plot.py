@@ -7,11 +7,18 @@ from typing import Any
 from model.checkpoint.writer import replacing
 from runtime.experts.trace import TraceError
 from tools.trace.read import Trace
-from tools.trace.statistics import accesses_by_layer, recall, replayed_ratios, routing_by_layer
+from tools.trace.statistics import accesses_by_layer, places, recall, replayed_ratios, routing_by_layer
 
 DPI = 150
 MAX_SIDE, MAX_PIXELS = 1 << 16, 1 << 26  # the longest side that can be drawn; what fits any memory
 CACHED, MISSED = "0.87", "tab:red"
+BARS = 50  # at most
+PLACES = {
+    "in a slot": "tab:green",
+    "in host memory": "tab:orange",
+    "computed by the host": "tab:blue",
+    "in a file": "tab:red",
+}
 LINES = {
     "belady": {"color": "black", "linestyle": "--", "label": "Belady's optimum"},
     "lru": {"color": "tab:blue", "marker": "o", "label": "LRU"},
@@ -43,6 +50,7 @@ def plot(trace: Trace, out: Path, layers: Sequence[int] | None = None, tokens: i
         ("experts", lambda figure: draw_experts(figure, trace, layers, tokens)),
         ("hit_ratio", lambda figure: draw_hit_ratio(figure, trace)),
         ("recall", lambda figure: draw_recall(figure, trace)),
+        ("tiers", lambda figure: draw_tiers(figure, trace)),
     ):
         figure = Figure(figsize=(6, 4), layout="constrained", dpi=DPI)
         if draw(figure):
@@ -132,7 +140,8 @@ def draw_hit_ratio(figure: Any, trace: Trace) -> bool:
         if not slots:
             return False
         panel.plot(slots, [value for value in ratios[name] if value is not None], **style)
-    finish(panel, trace.header.experts, "slots per layer", "hit ratio")
+    count_along(panel, trace.header.experts)
+    finish(panel, "slots per layer", "hit ratio")
     return True
 
 
@@ -144,17 +153,43 @@ def draw_recall(figure: Any, trace: Trace) -> bool:
         panel.plot(range(1, len(shares) + 1), shares, marker="o", label=label)
     E = trace.header.experts
     panel.plot(range(1, E + 1), [g / E for g in range(1, E + 1)], color="tab:gray", ls=":", label="by chance")
-    finish(panel, E, "experts guessed", "share of the chosen experts among the guesses")
+    count_along(panel, E)
+    finish(panel, "experts guessed", "share of the chosen experts among the guesses")
     return bool(found)
 
 
-def finish(panel: Any, experts: int, x: str, y: str) -> None:
-    """Label the axes, of which x counts experts or slots and y is a ratio."""
+def draw_tiers(figure: Any, trace: Trace) -> bool:
+    """Draw where needed experts were, in bars that each stand for some decoded tokens. Returns False if host
+    memory has all experts."""
+    found = places(trace) if trace.header.berths else []
+    if not found:
+        return False
+    width = -(-len(found) // BARS)  # in tokens
+    groups = [found[start : start + width] for start in range(0, len(found), width)]
+    panel, below = figure.subplots(), [0.0] * len(groups)
+    for place, color in PLACES.items():
+        if not any(counts[place] for counts in found):
+            continue
+        shares = [sum(c[place] for c in group) / sum(c.total() for c in group) for group in groups]
+        starts = range(0, len(found), width)
+        panel.bar(starts, shares, width, below, align="edge", color=color, label=place)
+        below = [bottom + share for bottom, share in zip(below, shares, strict=True)]
+    finish(panel, "decoded token", "where needed experts were")
+    panel.legend(loc="lower left")
+    return True
+
+
+def finish(panel: Any, x: str, y: str) -> None:
+    """Label the axes, of which y is a ratio."""
     panel.set_xlabel(x)
     panel.set_ylabel(y)
-    panel.set_xticks(range(1, experts + 1) if experts <= 16 else range(0, experts + 1, 8))
     panel.set_ylim(0, 1.02)
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
+
+
+def count_along(panel: Any, experts: int) -> None:
+    """Have x count experts or slots."""
+    panel.set_xticks(range(1, experts + 1) if experts <= 16 else range(0, experts + 1, 8))

@@ -18,9 +18,10 @@ MAX_NUMBER = 1 << 53  # up to here floats are exact, and no sum of such numbers 
 POLICY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 EVENTS: dict[str, Callable[..., Event]] = {name: kind for kind, name in NAMES.items()}
 FIELDS = {name: [f.name for f in dataclasses.fields(kind)] for kind, name in NAMES.items()}
+KINDS = ("demand", "guess", "placed", "compute")  # of a copy or a read
 SOURCES = ("host", "file", "compute")  # of a miss
 # Fields that traces of earlier programs lack: all experts had berths, and the device computed all.
-ADDED = {"berths", "spare_berths", "source", "placed"}
+ADDED = {"berths", "spare_berths", "in_berths", "source", "placed"}
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,10 @@ def parse_header(content: dict[str, Any]) -> Header:
     if (version := content.pop("version", None)) != VERSION:
         raise ValueError(f"format version {quoted(version)}; this program reads version {VERSION}")
     check_names(content, [f.name for f in dataclasses.fields(Header)], "the header")
-    content = {"berths": 0, "spare_berths": 0} | content
-    least = dict.fromkeys(("layers", "experts", "experts_per_token", "expert_bytes"), 1)
-    least |= dict.fromkeys(("spares", "seed", "berths", "spare_berths"), 0)
-    for name, low in least.items():
-        require(whole(content[name]) and content[name] >= low, name, content, f"a whole number >= {low}")
+    content = {"berths": 0, "spare_berths": 0, "in_berths": []} | content
+    for name in ("layers", "experts", "experts_per_token", "spares", "seed", "expert_bytes"):
+        least = 0 if name in ("spares", "seed") else 1
+        require(whole(content[name]) and content[name] >= least, name, content, f"a whole number >= {least}")
     for name in ("layers", "experts"):
         require(content[name] <= MOST[name], name, content, f"at most {MOST[name]}")
     L, E = content["layers"], content["experts"]
@@ -114,13 +114,22 @@ def parse_header(content: dict[str, Any]) -> Header:
     counts = isinstance(slots, list) and len(slots) == L and all(whole(s) and s >= 1 for s in slots)
     require(counts, "slots", content, f"{L} whole numbers >= 1, one for each layer")
     require(content["experts_per_token"] <= E, "experts_per_token", content, f"at most {E}, the experts")
+    for name, most in (("berths", L * E), ("spare_berths", content["berths"])):
+        count = content[name]
+        require(whole(count) and 0 <= count <= most, name, content, f"a whole number from 0 to {most}")
+    there = content["in_berths"]
+    known = isinstance(there, list) and all(whole(e) and 0 <= e < L * E for e in there)
+    known = known and len(set(there)) == len(there) <= content["berths"]
+    require(
+        known, "in_berths", content, f"different experts from 0 to {L * E - 1}, of each berth at most one"
+    )
     policy, options = content["policy"], content["options"]
     require(isinstance(policy, str) and bool(POLICY.fullmatch(policy)), "policy", content, "a name")
     plain = isinstance(options, dict) and all(
         value is None or isinstance(value, str | bool) or number(value) for value in options.values()
     )
     require(plain, "options", content, "an object of plain values")
-    return Header(**content | {"slots": tuple(slots)})
+    return Header(**content | {"slots": tuple(slots), "in_berths": tuple(there)})
 
 
 def parse_event(content: dict[str, Any], header: Header) -> Event:
@@ -163,7 +172,7 @@ def parse_field(name: str, value: Any, header: Header) -> Any:
         good = value is None or (isinstance(value, list) and all(number(w) and w >= 0 for w in value))
         expected, value = "numbers >= 0, or null", tuple(value) if good and value is not None else value
     elif name == "kind":
-        good, expected = value in ("demand", "guess", "placed"), '"demand", "guess" or "placed"'
+        good, expected = value in KINDS, '"demand", "guess", "placed" or "compute"'
     elif name == "source":
         good, expected = value in SOURCES, '"host", "file" or "compute"'
     elif name == "placed":

@@ -30,6 +30,35 @@ class Access:
         return f"{self.expert} {'hits' if self.hit else 'misses'}{gone}"
 
 
+class Rule:
+    """A policy as the documentation describes it."""
+
+    def __init__(self, policy: str, seed: int, number: int) -> None:
+        """`number` is the layer's, or for berths that of all layers."""
+        self.policy = policy
+        self.uses = 0
+        self.last: dict[int, int] = {}  # of every expert that was ever used: the number of that use
+        self.counts: dict[int, float] = {}
+        self.generator = random.Random(f"{seed} {number}")
+
+    def use(self, expert: int) -> None:
+        self.uses += 1
+        self.last[expert] = self.uses
+        self.counts[expert] = self.counts.get(expert, 0.0) + 1
+        if self.uses % HALF_LIFE == 0:
+            self.counts = {e: count / 2 for e, count in self.counts.items()}
+
+    def victim(self, candidates: Sequence[int]) -> int:  # in order of arrival
+        if self.policy == "lru":
+            return min(candidates, key=self.last.__getitem__)
+        if self.policy == "lfu":
+            return min(candidates, key=lambda e: (self.counts[e], self.last[e]))
+        if self.policy == "random":
+            return sorted(candidates)[self.generator.randrange(len(candidates))]
+        assert self.policy == "static", self.policy
+        return candidates[-1]
+
+
 def replay(
     needs: Iterable[Sequence[int]],
     slots: int,
@@ -50,38 +79,14 @@ def replay(
     2 hits; 0 misses, 1 goes
     """
     resident: list[int] = []  # oldest arrival first
-    recency: list[int] = []  # all experts ever used, least recent first
-    counts: dict[int, float] = {}
-    accesses = 0
-    generator = random.Random(f"{seed} {layer}")
-
-    def use(expert: int) -> None:
-        nonlocal accesses, counts
-        if expert in recency:
-            recency.remove(expert)
-        recency.append(expert)
-        counts[expert] = counts.get(expert, 0.0) + 1
-        accesses += 1
-        if accesses % HALF_LIFE == 0:
-            counts = {e: count / 2 for e, count in counts.items()}
-
-    def victim(candidates: list[int]) -> int:  # in order of arrival
-        if policy == "lru":
-            return min(candidates, key=recency.index)
-        if policy == "lfu":
-            return min(candidates, key=lambda e: (counts[e], recency.index(e)))
-        if policy == "random":
-            return sorted(candidates)[generator.randrange(len(candidates))]
-        assert policy == "static", policy
-        return candidates[-1]
-
+    rule = Rule(policy, seed, layer)
     steps = []
     for need, computed in zip(needs, itertools.repeat({}) if by_host is None else by_host, strict=False):
         step = [Access(e, hit=True) for e in need if e in resident]
         missing = sorted((e for e in need if e not in resident), key=computed.__contains__)
         protected = [access.expert for access in step]
         for expert in protected:
-            use(expert)
+            rule.use(expert)
         for expert in missing:
             if not computed.get(expert, True):
                 step.append(Access(expert, hit=False, placed=False))
@@ -89,10 +94,10 @@ def replay(
             evicted = None
             if len(resident) == slots:
                 candidates = [e for e in resident if e not in protected] or [protected.pop(0)]
-                evicted = victim(candidates)
+                evicted = rule.victim(candidates)
                 resident.remove(evicted)
             resident.append(expert)
-            use(expert)
+            rule.use(expert)
             protected.append(expert)
             step.append(Access(expert, hit=False, evicted=evicted))
         steps.append(step)

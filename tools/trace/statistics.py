@@ -5,25 +5,31 @@ Every step of the trace is replayed, because each leaves the cache as the next o
 decode steps (those of one token) unless there are none: a chunk of a prompt needs most experts anyway.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from runtime.experts.trace import (
     Copy,
+    Drop,
     Event,
     Guess,
     Hit,
     Miss,
     Ranking,
+    Read,
     Routing,
     Stall,
     UsedGuess,
     WastedGuess,
+    WriteBack,
 )
+from tools.trace.berths import berths_agree
 from tools.trace.read import Trace
 from tools.trace.replay import POLICIES, Access, optimum, replay
 
+SOURCES = {"host": "in host memory", "file": "in a file", "compute": "computed by the host"}  # of misses
 REPLAYS = 32  # numbers of slots at most; the time of each grows with the square of a step's experts
 
 
@@ -48,12 +54,40 @@ def summarize(trace: Trace) -> dict[str, Any]:
         "bytes": {
             "demand": sum(e.bytes for e in events if isinstance(e, Copy) and e.kind == "demand"),
             "guess": sum(e.bytes for e in events if isinstance(e, Copy) and e.kind == "guess"),
+            "placed": sum(e.bytes for e in events if isinstance(e, Copy) and e.kind == "placed"),
             "wasted": sum(e.bytes for e in events if isinstance(e, WastedGuess)),
         },
         "seconds": {
             "copying": sum(e.seconds for e in events if isinstance(e, Copy)),
             "stalled": sum(e.seconds for e in events if isinstance(e, Stall)),
         },
+        "tiers": tiers(trace) if header.berths else None,
+    }
+
+
+def tiers(trace: Trace) -> dict[str, Any]:
+    """What went on between slots, host memory and files, where host memory lacks some experts."""
+    events = trace.events
+    sources = [event.source for event in events if isinstance(event, Miss)]
+    reads = [event for event in events if isinstance(event, Read)]
+    moved: dict[str, Sequence[Copy | Read | WriteBack]] = {
+        "to_slots": [event for event in events if isinstance(event, Copy)],
+        "written_back": [event for event in events if isinstance(event, WriteBack)],
+        "read": reads,
+    }
+    return {
+        "misses": {source: sources.count(source) for source in SOURCES},
+        "agrees": berths_agree(trace),
+        "channels": {
+            name: {
+                "experts": len(copies),
+                "bytes": sum(event.bytes for event in copies),
+                "seconds": sum(event.seconds for event in copies),
+            }
+            for name, copies in moved.items()
+        },
+        "read_for_guesses": sum(event.kind == "guess" for event in reads),
+        "drops": count(events, Drop),
     }
 
 
@@ -93,6 +127,16 @@ def computed_by_layer(trace: Trace) -> list[dict[int, dict[int, bool]]]:
         if isinstance(event, Miss) and event.source == "compute":
             layers[event.layer][event.step][event.expert] = event.placed
     return layers
+
+
+def places(trace: Trace) -> list[Counter[str]]:
+    """For each decoded token, how many of the needed experts were where."""
+    tokens, found = step_tokens(routing_by_layer(trace)), defaultdict[int, Counter[str]](Counter)
+    for event in trace.events:
+        if isinstance(event, Hit | Miss) and tokens.get(event.step) == 1:
+            place = "in a slot" if isinstance(event, Hit) else SOURCES[event.source]
+            found[event.step][place] += 1
+    return list(found.values())
 
 
 def step_tokens(layers: list[list[Routing]]) -> dict[int, int]:

@@ -6,6 +6,11 @@ from runtime.units import format_bytes
 from tools.text import table
 from tools.trace.statistics import replayed
 
+CHANNELS = {
+    "to_slots": "host memory to slots",
+    "written_back": "slots to host memory",
+    "read": "files to host memory",
+}
 AGREES = {
     True: "A simulation of this policy gives the same hits, misses and victims, one by one.",
     False: "warning: a simulation of this policy gives other hits, misses or victims.",
@@ -23,6 +28,8 @@ def as_text(report: dict[str, Any]) -> str:
     ]
     if report["recall"]:
         sections.append(f"Recall of the lookahead gate by guesses, {steps}\n{by_guesses(report)}")
+    if report["tiers"]:
+        sections.append(tiers(report))
     return "\n\n".join([*sections, costs(report)])
 
 
@@ -75,11 +82,34 @@ def by_guesses(report: dict[str, Any]) -> str:
 
 def costs(report: dict[str, Any]) -> str:
     guesses, moved, seconds = report["guesses"], report["bytes"], report["seconds"]
+    placed = f"{format_bytes(moved['placed'])} of what the host computed, " if moved["placed"] else ""
     return (
         f"guesses  {guesses['issued']} issued, {guesses['used']} used, {guesses['wasted']} wasted\n"
-        f"copied   {format_bytes(moved['demand'])} on demand, {format_bytes(moved['guess'])} for guesses, "
-        f"of which {format_bytes(moved['wasted'])} wasted\n"
+        f"copied   {format_bytes(moved['demand'])} on demand, {placed}"
+        f"{format_bytes(moved['guess'])} for guesses, of which {format_bytes(moved['wasted'])} wasted\n"
         f"time     {seconds['copying']:.3f} s copying, {seconds['stalled']:.3f} s waiting for copies"
+    )
+
+
+def tiers(report: dict[str, Any]) -> str:
+    trace, found, misses = report["trace"], report["tiers"], report["tiers"]["misses"]
+    every = trace["layers"] * trace["experts"]
+    rows = [
+        {"from, to": CHANNELS[name], "experts": moved["experts"], "bytes": format_bytes(moved["bytes"])}
+        | {"seconds busy": f"{moved['seconds']:.3f}"}
+        for name, moved in found["channels"].items()
+    ]
+    verdict = {
+        True: "A simulation of host memory gives the same sources and drops, one by one.",
+        False: "warning: a simulation of host memory gives other sources or drops.",
+    }.get(found["agrees"], "The policy is not one that can be simulated here.")
+    return (
+        f"Tiers: {sum(trace['slots'])} slots, {trace['berths']} berths for {every} experts\n"
+        f"{table(rows, '  ')}\n"
+        f"misses   {misses['host']} were in host memory, {misses['file']} only in files, the host computed "
+        f"{misses['compute']}\n"
+        f"read     {found['channels']['read']['experts']}, of which {found['read_for_guesses']} for guesses\n"
+        f"dropped  {found['drops']} from host memory\n{verdict}"
     )
 
 

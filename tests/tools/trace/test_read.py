@@ -69,9 +69,10 @@ ROUTING: dict[str, Any] = {
         ({"event": "\x1b[2J\n" + "x" * 10**5}, r"event is '\x1b[2J\nxx"),
         (HIT | {"\x1b[2J\n" + "x" * 10**5: 1}, r"hit has the unknown '\x1b[2J\nxx"),
         (HIT | {"expert": "\x1b[2J\n" + "x" * 10**5}, r"hit: expert is '\x1b[2J\nxx"),
+        (HIT | {"event": "miss", "evicted": None, "source": "sky"}, "miss: source is 'sky', and must be"),
         (
             HIT | {"event": "copy", "kind": "gift", "bytes": 1, "seconds": 1},
-            'copy: kind is \'gift\', and must be "demand", "guess" or "placed"',
+            'copy: kind is \'gift\', and must be "demand", "guess", "placed" or "compute"',
         ),
         (
             HIT | {"event": "miss", "evicted": None, "source": "sky"},
@@ -106,14 +107,23 @@ def test_a_wrong_line_is_named(
         ({"seed": 1 << 60}, f"seed is {1 << 60}, and must be a whole number >= 0"),
         ({"slots": [10**400]}, "slots is [1000"),
         ({"version": "\x1b[2J" * 10**4}, r"format version '\x1b[2J"),
-        ({"berths": -1}, "berths is -1, and must be a whole number >= 0"),
-        ({"spare_berths": 1.5}, "spare_berths is 1.5, and must be a whole number >= 0"),
+        ({"berths": -1}, "berths is -1, and must be a whole number from 0 to 6"),
+        ({"spare_berths": 1.5}, "spare_berths is 1.5, and must be a whole number from 0 to 0"),
         ({"policy": 1}, "policy is 1, and must be a name"),
         ({"policy": "\x1b[2J"}, r"policy is '\x1b[2J', and must be a name"),
         ({"options": []}, "options is [], and must be an object"),
         ({"options": {"a": [[[]]]}}, "options is {'a': [[[]]]}, and must be an object of plain values"),
         ({"options": {"a": 10**400}}, "options is {'a': 1000"),
         ({"extra": 1}, "the header has the unknown 'extra'"),
+        ({"berths": 7}, "berths is 7, and must be a whole number from 0 to 6"),
+        ({"berths": 3, "spare_berths": 4}, "spare_berths is 4, and must be a whole number from 0 to 3"),
+        (
+            {"berths": 1, "in_berths": [0, 1]},
+            "in_berths is [0, 1], and must be different experts from 0 to 5",
+        ),
+        ({"berths": 3, "in_berths": [0, 0]}, "in_berths is [0, 0], and must be different experts"),
+        ({"berths": 3, "in_berths": [6]}, "in_berths is [6], and must be different experts from 0 to 5"),
+        ({"in_berths": None}, "in_berths is None, and must be different experts"),
     ],
 )
 def test_a_wrong_header_is_named(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:

@@ -158,7 +158,7 @@ def test_sums_are_those_of_a_worked_example() -> None:
     # Among the first 1, 2, 3: of (1, 2) 1, 2, 2; of (1, 3) 1, 1, 2; of (3, 4) none; of (1, 3) 1, 2, 2.
     assert report["recall"] == {1: [3 / 8, 5 / 8, 6 / 8]}
     assert report["guesses"] == {"issued": 2, "used": 1, "wasted": 1}
-    assert report["bytes"] == {"demand": 100, "guess": 160, "wasted": 60}
+    assert report["bytes"] == {"demand": 100, "guess": 160, "placed": 0, "wasted": 60}
     assert report["seconds"] == {"copying": 1.0, "stalled": 0.125}
 
 
