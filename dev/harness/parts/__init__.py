@@ -12,6 +12,7 @@ from dev.harness.parts.options import open_options
 from dev.harness.parts.signals import open_signals
 from dev.harness.parts.soak import open_soak
 from dev.harness.parts.templates import open_template
+from dev.harness.parts.tiers import open_tiers
 from dev.harness.parts.tokenizers import open_tokenizer
 from dev.harness.parts.traces import open_trace
 
@@ -33,5 +34,6 @@ PARTS = {
         Part("signals", open_signals, patience=180),
         Part("interrupts", open_interrupts, patience=30),
         Part("soak", open_soak),
+        Part("tiers", open_tiers),
     )
 }
