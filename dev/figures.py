@@ -1,4 +1,4 @@
-"""The drawings in README and docs: how experts move, a layer's timeline, a slot's life, the parts.
+"""The drawings in README and docs: how experts move, a layer's timeline, a slot's life, tiers, the parts.
 
     python -m dev.figures
     python -m dev.figures --out somewhere
@@ -251,6 +251,46 @@ def draw_slot() -> Canvas:
     return c
 
 
+def draw_tiers() -> Canvas:
+    """Slots, berths and the file, where host memory lacks some experts, and what moves between them."""
+    c = Canvas(800, 350)
+    c.box(10, 10, 250, 330, fill="white")
+    c.text(25, 30, "GPU", 12, weight="bold")
+    c.text(25, 60, "slots of layer 3, which needs 1 and 6", 9)
+    for i, (expert, fill) in enumerate({"2": HIT, "7": HIT, "6": MISS, "1": MISS}.items()):
+        c.box(25 + 56 * i, 78, 50, 36, expert, fill)
+    c.text(25, 136, "1 and 6 are in what were spares", 8.5, color=FAINT)
+    c.text(25, 232, "spares", 9)
+    for i, expert in enumerate(("", "", "0", "4")):
+        c.box(25 + 56 * i, 250, 50, 36, expert, TRUNK if expert else "white")
+    c.text(25, 308, "the slots of 0 and 4 are spares now", 8.5, color=FAINT)
+
+    c.box(325, 10, 265, 330, fill="white")
+    c.text(340, 30, "host memory", 12, weight="bold")
+    c.text(340, 60, "berths of all layers", 9)
+    for i, (expert, fill) in enumerate({"1": MISS, "6": MISS, "2": HIT, "3": PLAIN}.items()):
+        c.box(340 + 60 * i, 78, 54, 36, expert, fill)
+    c.text(340, 136, "1, 6, 2: doubles, which a slot has, too", 8.5, color=FAINT)
+    c.text(340, 156, "3: a single, the only copy in memory", 8.5, color=FAINT)
+    for i, expert in enumerate(("0", "4")):
+        c.box(340 + 60 * i, 250, 54, 36, expert, TRUNK)
+    c.text(340, 308, "in berths that held the oldest doubles", 8.5, color=FAINT)
+
+    c.box(655, 10, 135, 330, fill="white")
+    c.text(670, 30, "file", 12, weight="bold")
+    c.text(670, 60, "every expert", 9)
+    for number in range(8):
+        fill = MISS if number == 6 else PLAIN
+        c.box(670 + 56 * (number % 2), 78 + 52 * (number // 2), 50, 36, str(number), fill)
+    c.text(292, 60, "copy", 9.5, "center", DEMAND_INK)
+    c.arrow((323, 96), (263, 96), DEMAND_INK)
+    c.text(622, 60, "read", 9.5, "center", DEMAND_INK)
+    c.arrow((653, 96), (593, 96), DEMAND_INK)
+    c.text(292, 236, "write\nback", 9.5, "center", GUESS_INK)
+    c.arrow((263, 268), (323, 268), GUESS_INK)
+    return c
+
+
 def draw_parts() -> Canvas:
     """What depends on what. An arrow is an import."""
     c = Canvas(800, 375)
@@ -289,6 +329,7 @@ FIGURES: dict[str, Callable[[], Canvas]] = {
     "offloading": draw_offloading,
     "timeline": draw_timeline,
     "slot": draw_slot,
+    "tiers": draw_tiers,
     "parts": draw_parts,
 }
 
