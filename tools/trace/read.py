@@ -21,7 +21,8 @@ FIELDS = {name: [f.name for f in dataclasses.fields(kind)] for kind, name in NAM
 KINDS = ("demand", "guess", "placed", "compute")  # of a copy or a read
 SOURCES = ("host", "file", "compute")  # of a miss
 # Fields that traces of earlier programs lack: all experts had berths, and the device computed all.
-ADDED = {"berths", "spare_berths", "in_berths", "source", "placed"}
+ADDED_TO_HEADER: dict[str, Any] = {"berths": 0, "spare_berths": 0, "in_berths": []}
+ADDED = {*ADDED_TO_HEADER, "source", "placed"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def parse_header(content: dict[str, Any]) -> Header:
     if (version := content.pop("version", None)) != VERSION:
         raise ValueError(f"format version {quoted(version)}; this program reads version {VERSION}")
     check_names(content, [f.name for f in dataclasses.fields(Header)], "the header")
-    content = {"berths": 0, "spare_berths": 0, "in_berths": []} | content
+    content = ADDED_TO_HEADER | content
     for name in ("layers", "experts", "experts_per_token", "spares", "seed", "expert_bytes"):
         least = 0 if name in ("spares", "seed") else 1
         require(whole(content[name]) and content[name] >= least, name, content, f"a whole number >= {least}")
