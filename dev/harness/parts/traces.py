@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +18,8 @@ from dev.harness.subject import OFFLOADED, Subject
 from runtime import Engine
 from tools.trace import command as trace
 
+BERTHS = 3  # of 8 experts, 4 of which are in slots
+
 
 @contextmanager
 def open_trace(subject: Subject) -> Iterator[Case]:
@@ -24,7 +27,7 @@ def open_trace(subject: Subject) -> Iterator[Case]:
     lines = recorded(subject, file)
     original = file.read_bytes()
     known = json.loads(run_main(trace.main, ["summary", str(file), "--json"]).out)
-    if not known["replay_agrees"]:
+    if not known["replay_agrees"] or not known["tiers"]["agrees"]:
         raise Wrong("the undamaged trace does not agree with its policy")
 
     def case(chance: Random) -> Verdict:
@@ -39,7 +42,8 @@ def open_trace(subject: Subject) -> Iterator[Case]:
 
 
 def recorded(subject: Subject, file: Path) -> list[bytes]:
-    with Engine.load(subject.hf, OFFLOADED) as engine, engine.recording(file):
+    options = replace(OFFLOADED, berths=BERTHS)
+    with Engine.load(subject.native, options) as engine, engine.recording(file):
         for prompt in PROMPTS:
             answer(engine, prompt)
     return file.read_bytes().splitlines(keepends=True)
