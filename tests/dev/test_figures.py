@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dev import figures
+from dev import canvas, figures
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:
@@ -13,5 +13,5 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     for name in figures.FIGURES:
         data = (tmp_path / f"{name}.png").read_bytes()
         assert data.startswith(b"\x89PNG")
-        assert int.from_bytes(data[16:20], "big") == 8 * figures.DPI  # pixels wide
+        assert int.from_bytes(data[16:20], "big") == 8 * canvas.DPI  # pixels wide
         assert (figures.OUT / f"{name}.png").is_file()
