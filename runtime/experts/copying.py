@@ -30,7 +30,7 @@ from typing import Any
 from torch import Tensor
 
 from runtime.experts.link import Link
-from runtime.experts.tickets import Source, Ticket, TransferError, describe
+from runtime.experts.tickets import Source, Ticket, TransferError, failed
 
 CLOSED = "the engine is closed; load it again"
 PATIENCE = 0.05  # seconds at most that a wait for a copy goes on after the engine was closed
@@ -55,6 +55,7 @@ class CopyEngine:
         self.wasted_whole = self.wasted_parts = 0  # bytes; only one thread writes each
         self.finished: Callable[[Ticket], None] | None = None  # called with every complete copy
         self.keep: tuple[Any, ...] = ()
+        self.partners: Iterable[CopyEngine] = ()  # copies wait for each other, so they end together
         self.thread = threading.Thread(target=self.serve, name=name, daemon=True)
 
     @property
@@ -151,8 +152,7 @@ class CopyEngine:
         if ticket.moved < count:
             if ticket.error is None:
                 raise TransferError(CLOSED)
-            reason = describe(ticket.error)
-            raise TransferError(f"an expert could not be copied to the device ({reason}); try again")
+            raise failed(ticket.error, "an expert could not be copied to the device") from ticket.error
         self.link.reached(ticket.mark(count))
         return waited
 
@@ -240,8 +240,13 @@ class CopyEngine:
                     self.advance(ticket)
         finally:
             self.closed = True
+            for partner in self.partners:
+                partner.end()
             while not self.orders.empty():
                 self.orders.get()()
+            for ticket in (*self.demands, *self.guesses):
+                ticket.error = ticket.error or TransferError(CLOSED)
+                ticket.finish()
             while self.waits:
                 self.waits.popleft()[2].release()
             self.demands.clear()
@@ -271,8 +276,9 @@ class CopyEngine:
             end = min(start + self.link.piece, ticket.fed())
             piece = self.link.prepare(ticket.source[start:end], ticket.demand)
             with self.turn:
-                # The computing thread may have cancelled the copy, or moved the rest of it.
-                if ticket.moved == start and not ticket.cancelled and ticket.era == self.era:
+                # The computing thread may have cancelled the copy, or moved the rest of it, or failed to.
+                stopped = ticket.cancelled or ticket.settled or ticket.era < self.era
+                if ticket.moved == start and not stopped:
                     self.move_piece(ticket, piece)
                     moved = True
         except BaseException as error:  # `wait` raises it in the thread that needs this copy

@@ -13,11 +13,12 @@ that was written to or cut short is found by every read, and no expert of it is 
 """
 
 import ctypes
+import errno
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +32,11 @@ from model.quant.expert import ExpertFormat
 from runtime.errors import LoadError
 from runtime.experts.arena import DIRECT
 from runtime.experts.link import Pace
+from runtime.experts.tickets import ReadError
 
 READERS = 4  # reads under way at a time: more gain little on an SSD
 PART = 4 << 20  # bytes of one read
 AGAIN = "load the model again"
-
-
-class ReadError(OSError):
-    """An expert could not be read from its file."""
 
 
 class OpenFile:
@@ -68,26 +66,38 @@ class OpenFile:
             raise ReadError(f"{self.path} was written to after it was opened; {AGAIN}")
 
     def read(self, offset: int, memory: memoryview, least: int) -> None:
-        """Fill `memory` from `offset` on. At the file's end, `least` bytes are enough. Raises `OSError`."""
+        """Fill `memory` from `offset` on. At the file's end, `least` bytes are enough. Raises `ReadError`."""
         done = 0
         while done < least:
-            count = read_at(self, memory[done:], offset + done)
+            direct = self.direct
+            try:
+                count = read_at(self, memory[done:], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not direct:
+                    raise ReadError(f"{self.path}: {error.strerror}; try again") from error
+                self.direct = go_direct(
+                    self.descriptor, False
+                )  # its blocks are larger, or it accepts direct reads and does not do them
+                continue
+            if direct and done + count < least:
+                count -= count % DIRECT  # the next read begins with a block, too
             if not count:
                 raise ReadError(f"{self.path} ended {least - done} bytes early; {AGAIN}")
             done += count
 
 
-def go_direct(descriptor: int) -> bool:
-    """Have reads of an open file go around the system's cache. Returns whether they do."""
+def go_direct(descriptor: int, wanted: bool = True) -> bool:
+    """Have reads of an open file go around the system's cache, or no longer. Returns whether they do."""
     if not hasattr(os, "O_DIRECT") or sys.platform == "win32":
         return False
     import fcntl
 
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT
     try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | (os.O_DIRECT if wanted else 0))
     except OSError:  # a file system in memory, or of a network
         return False
-    return True
+    return wanted
 
 
 def read_at(file: OpenFile, memory: memoryview, offset: int) -> int:
@@ -191,8 +201,14 @@ class DiskLink:
         overwritten, too."""
         began = time.perf_counter()
         source.file.check()
-        for _ in self.readers.map(lambda part: source.file.read(*part), parts(source, target)):
-            pass
+        reads: list[Future[None]] = []
+        try:
+            for part in parts(source, target):
+                reads.append(self.readers.submit(source.file.read, *part))
+        finally:
+            wait(reads)  # after an error, too: nothing may write to the berth then
+        for read in reads:
+            read.result()
         source.file.check()
         self.pace.spend(source.bytes, began)
 

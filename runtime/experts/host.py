@@ -24,7 +24,7 @@ from model.router import Choice
 from runtime.errors import RequestError
 from runtime.experts.copying import CLOSED, LIMIT, PATIENCE
 from runtime.experts.store import Loan
-from runtime.experts.tickets import Ticket, TransferError, describe
+from runtime.experts.tickets import Ticket, TransferError, describe, failed
 
 MOST_BOUND = 1 << 12
 
@@ -158,8 +158,7 @@ class HostExperts:
             moved.wait(PATIENCE)
             moved.clear()
         if not fill.complete:
-            reason = describe(fill.error) if fill.error else CLOSED
-            raise TransferError(f"an expert did not arrive in host memory ({reason}); try again")
+            raise failed(fill.error or TransferError(CLOSED), "an expert did not arrive in host memory")
         if (mark := fill.marks[-1][1]) is not None:  # it comes from the device
             mark.synchronize()
 

@@ -242,7 +242,7 @@ class Residency:
         if guess is not None and self.tickets[guess.slot].error is not None:
             self.drop(guess)
             guess = None
-        source = self.store.source(layer, expert)
+        source = self.store.source(layer, expert) if guess is None else "host"
         if guess is not None:
             slot = guess.slot
             self.store.adopt(layer, expert, self.tickets[slot], kind == "demand")

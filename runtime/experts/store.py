@@ -47,6 +47,10 @@ class Channels:
     back: CopyEngine | None = None
     reads: CopyEngine | None = None
 
+    def __post_init__(self) -> None:
+        for engine in self.all:
+            engine.partners = [other for other in self.all if other is not engine]
+
     @property
     def all(self) -> list[CopyEngine]:
         return [engine for engine in (self.up, self.back, self.reads) if engine is not None]

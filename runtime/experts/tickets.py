@@ -23,6 +23,10 @@ class TransferError(RequestError):
     """An expert did not arrive. The request that needed it fails, and the next request copies it again."""
 
 
+class ReadError(TransferError):
+    """An expert could not be read from its file."""
+
+
 @dataclass(eq=False)
 class Ticket:
     """A copy of `source` to `target` [bytes] uint8, and how far it has come."""
@@ -64,7 +68,7 @@ class Ticket:
         if feeder is None:
             return int(self.source.numel())
         if feeder.moved <= self.moved:
-            raise feeder.error or TransferError("its bytes were given up")
+            raise feeder.error or TransferError("an expert was given up before it arrived; try again")
         return feeder.moved
 
     def finish(self) -> None:
@@ -77,6 +81,19 @@ class Ticket:
         """Have the engines look again whose copies wait for this one."""
         for wake in tuple(self.wakes):
             wake()
+
+
+def failed(error: BaseException, what: str) -> TransferError:
+    """The error of a thread that needs a copy that failed. Those that say all are passed on as they are.
+
+    >>> failed(OSError("no such bus"), "an expert could not be copied")
+    TransferError('an expert could not be copied (no such bus); try again')
+    >>> failed(ReadError("model.safetensors: Input/output error; try again"), "an expert could not be copied")
+    TransferError('model.safetensors: Input/output error; try again')
+    """
+    if isinstance(error, TransferError):
+        return TransferError(str(error))
+    return TransferError(f"{what} ({describe(error)}); try again")
 
 
 def describe(error: BaseException) -> str:
