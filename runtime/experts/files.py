@@ -75,9 +75,7 @@ class OpenFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or not direct:
                     raise ReadError(f"{self.path}: {error.strerror}; try again") from error
-                self.direct = go_direct(
-                    self.descriptor, False
-                )  # its blocks are larger, or it accepts direct reads and does not do them
+                self.direct = go_direct(self.descriptor, False)  # it takes the flag, and then no such read
                 continue
             if direct and done + count < least:
                 count -= count % DIRECT  # the next read begins with a block, too
