@@ -1,0 +1,90 @@
+"""Loads that fail leave no thread, and no file open."""
+
+import contextlib
+import gc
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import Engine, EngineOptions, LoadError
+from runtime.errors import DeviceError
+from tests.runtime.experts.test_faults import threads
+from tests.runtime.experts.test_files import descriptors
+
+
+@pytest.mark.parametrize("tiers", [False, True])
+def test_a_load_that_fails_anywhere(variant: Callable[..., Path], rigs: Any, tiers: bool) -> None:
+    """An error comes at every other line that makes an engine and its cache, from the arena to the first
+    use."""
+    made = ("startup.py", "runner.py", "cache.py", "making.py", "copying.py")
+    made = (*made, "store.py", "experts/files.py") if tiers else made
+    ends = ("close", "end", "let_go", "drop", "in_its_thread", "all", "wake_up")
+    folder = rigs(4).folder if tiers else variant()
+    options = EngineOptions(
+        device="cpu", dtype="float32", offload="always", slots=2, berths=7 if tiers else None
+    )
+    before, left, failed, stride = threads(), [0], list[str](), 9 if tiers else 2
+
+    def watch(frame: Any, event: str, arg: Any) -> Any:
+        name = frame.f_code.co_name
+        if not frame.f_code.co_filename.endswith(made) or name in ends or name.startswith("<"):
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                failed.append(name)
+                raise MemoryError
+        return watch
+
+    gc.collect()
+    files = descriptors()
+    for n in range(12, 4000, stride):
+        left[0] = n
+        sys.settrace(watch)
+        loaded = False
+        with contextlib.suppress(MemoryError, DeviceError):
+            try:
+                Engine.load(folder, options).close()
+                loaded = True
+            finally:
+                sys.settrace(None)
+        gc.collect()
+        await_(lambda: threads() == before and descriptors() == files)
+        if loaded:
+            break
+    assert loaded and len(failed) > 25
+    assert {"make_cache", "cache_over", "__init__", "start", "load_weights"} <= set(failed)
+
+
+def await_(what: Callable[[], bool]) -> None:
+    """Wait for what finalizers do."""
+    deadline = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < deadline, threads()
+        time.sleep(1e-3)
+
+
+def test_a_file_cut_off_between_opening_and_reading(variant: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(variant(), tmp_path / "cut")
+    (file,) = folder.glob("*.safetensors")
+    before, data = threads(), file.read_bytes()
+
+    @contextmanager
+    def shrinking(total: int) -> Iterator[Callable[[int], None]]:
+        file.write_bytes(data[: len(data) // 2])  # headers have been checked by now
+        yield lambda size: None
+
+    options = EngineOptions(device="cpu", dtype="float32", offload="always")
+    with pytest.raises(LoadError, match=r"ended \d+ bytes early") as caught:
+        Engine.load(folder, options, progress=shrinking)
+    assert "\n" not in str(caught.value) and threads() == before
+    file.write_bytes(data)
+    with Engine.load(folder, options) as engine:
+        assert len(engine.logits([1, 2])) == 2
+    assert threads() == before
