@@ -55,7 +55,7 @@ class CopyEngine:
         self.wasted_whole = self.wasted_parts = 0  # bytes; only one thread writes each
         self.finished: Callable[[Ticket], None] | None = None  # called with every complete copy
         self.keep: tuple[Any, ...] = ()
-        self.partners: Iterable[CopyEngine] = ()  # copies wait for each other, so they end together
+        self.end_all: Callable[[], object] = nothing  # ends the engines that wait for this one's copies
         self.thread = threading.Thread(target=self.serve, name=name, daemon=True)
 
     @property
@@ -103,11 +103,9 @@ class CopyEngine:
     def promote(self, ticket: Ticket) -> None:
         """Turn a guess into a demand: the rest of it is needed now."""
         ticket.demand = True
-        if ticket.complete:
-            return
-        if self.can_move_at_once(ticket):
+        if not ticket.complete and self.can_move_at_once(ticket):
             self.move_at_once(ticket)
-        else:
+        elif not ticket.complete:
             self.orders.put(partial(self.prefer, ticket))
 
     def cancel(self, ticket: Ticket) -> None:
@@ -240,17 +238,14 @@ class CopyEngine:
                     self.advance(ticket)
         finally:
             self.closed = True
-            for partner in self.partners:
-                partner.end()
+            self.end_all()
             while not self.orders.empty():
                 self.orders.get()()
             for ticket in (*self.demands, *self.guesses):
                 ticket.error = ticket.error or TransferError(CLOSED)
-                ticket.finish()
+                self.discard(ticket)
             while self.waits:
                 self.waits.popleft()[2].release()
-            self.demands.clear()
-            self.guesses.clear()
             # With `turn` held, what the computing thread puts on the link comes before this, or finds the
             # engine closed.
             with self.turn, contextlib.suppress(Exception):  # the device may be lost
@@ -277,8 +272,9 @@ class CopyEngine:
             piece = self.link.prepare(ticket.source[start:end], ticket.demand)
             with self.turn:
                 # The computing thread may have cancelled the copy, or moved the rest of it, or failed to.
-                stopped = ticket.cancelled or ticket.settled or ticket.era < self.era
-                if ticket.moved == start and not stopped:
+                if ticket.moved == start and not (
+                    ticket.cancelled or ticket.settled or ticket.era < self.era
+                ):
                     self.move_piece(ticket, piece)
                     moved = True
         except BaseException as error:  # `wait` raises it in the thread that needs this copy

@@ -49,7 +49,7 @@ class Channels:
 
     def __post_init__(self) -> None:
         for engine in self.all:
-            engine.partners = [other for other in self.all if other is not engine]
+            engine.end_all = self.end
 
     @property
     def all(self) -> list[CopyEngine]:
