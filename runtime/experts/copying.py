@@ -117,8 +117,7 @@ class CopyEngine:
             self.orders.put(partial(self.drop, ticket))
 
     def cancel_all(self) -> None:
-        """Stop every copy that is not complete. This includes copies whose tickets never reached the caller,
-        because an interrupt came in between."""
+        """Stop every copy that is not complete, also one whose ticket an interrupt kept from the caller."""
         self.era += 1
         self.orders.put(self.drop_old)
 
@@ -271,10 +270,9 @@ class CopyEngine:
             end = min(start + self.link.piece, ticket.fed())
             piece = self.link.prepare(ticket.source[start:end], ticket.demand)
             with self.turn:
-                # The computing thread may have cancelled the copy, or moved the rest of it, or failed to.
-                if ticket.moved == start and not (
-                    ticket.cancelled or ticket.settled or ticket.era < self.era
-                ):
+                # The computing thread may have cancelled the copy, moved the rest of it, or failed to.
+                gone = ticket.cancelled or ticket.settled or ticket.era < self.era
+                if ticket.moved == start and not gone:
                     self.move_piece(ticket, piece)
                     moved = True
         except BaseException as error:  # `wait` raises it in the thread that needs this copy

@@ -181,14 +181,20 @@ def test_berths_are_as_described(rigs: Any, jitter: Any, sample: Any, policy: st
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_nothing_is_read_twice_if_slots_and_berths_have_room(
-    rigs: Any, jitter: Any, sample: Any, policy: str
-) -> None:
-    """Three slots in each of three layers, and berths for the others and the spare ones."""
-    rig, read = rigs(4), 0
-    for seed in range(3):
-        case = {"slots": [3, 3, 3], "berths": 24 - 9 + SPARE, "policy": policy, "lookahead": 0}
-        shelf = check(rig, jitter, sample, case, 100, seed)
-        assert max(Counter(shelf.read).values()) == 1
-        read += len(shelf.read)
-    assert read > 20
+def test_nothing_is_read_twice_if_slots_and_berths_have_room(rigs: Any, sample: Any, policy: str) -> None:
+    """Three slots in each of three layers, and berths for the others and the spare ones. A prompt fills the
+    slots. From then on, what was in memory once remains there."""
+    rig, events, berths = rigs(4), Events(), 24 - 9 + SPARE
+    shelf = Shelf(berths, rig.layers, rig.experts, policy)
+    with rig.cached(3, policy, 2, 2, berths=berths) as cache:
+        cache.record(events)
+        sample(rig.engine, rig.ids(100), 2)
+        replay(events, shelf)
+        first = len(shelf.read)
+        events.clear()
+        shelf.dropped.clear()
+        for seed in range(1, 5):
+            sample(rig.engine, rig.ids(100, seed), 20)
+        replay(events, shelf)
+        assert sum(isinstance(event, Miss) for event in events) > 100 and first > 5 and not shelf.dropped
+        assert max(Counter(shelf.read[first:]).values(), default=0) <= 1
