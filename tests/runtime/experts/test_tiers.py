@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -42,11 +43,12 @@ def cases(layers: int) -> st.SearchStrategy[dict[str, Any]]:
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_bit_for_bit(rigs: Any, jitter: Any, sample: Any, bits: int, dtype: str) -> None:
-    rig = rigs(bits, dtype)
+@pytest.mark.parametrize("examples", [25, pytest.param(400, marks=pytest.mark.slow)])
+def test_bit_for_bit(rigs: Any, jitter: Any, sample: Any, bits: int, dtype: str, examples: int) -> None:
+    rig, moved = rigs(bits, dtype), Counter[str]()
     longest = rig.form.blob_bytes
 
-    @settings(max_examples=25)
+    @settings(max_examples=examples)
     @given(
         case=cases(rig.layers), prompt=st.sampled_from((1, 7, 200)), count=st.sampled_from((4,) * 9 + (128,)),
         seed=st.integers(0, 99),
@@ -55,11 +57,18 @@ def test_bit_for_bit(rigs: Any, jitter: Any, sample: Any, bits: int, dtype: str)
         ids = rig.ids(prompt)
         links = {"link": jitter(seed, longest), "back": jitter(seed + 1, longest)}
         with rig.cached(**case, **links, disk=lambda files: JitterDisk(files, seed)) as cache:
+            cache.store.dropped = lambda layer, expert: moved.update(("dropped",))
             assert torch.equal(rig.engine.logits(ids), rig.logits(ids))
             assert sample(rig.engine, ids, count) == rig.tokens(ids, count)
             none_lost(cache)
+            channels = cache.store.channels
+            moved.update(
+                read=channels.reads.moved, back=channels.back.moved, guesses=cache.count().used_guesses
+            )
 
     all_cases()
+    assert min(moved[what] for what in ("read", "back")) > 20 * longest
+    assert min(moved[what] for what in ("dropped", "guesses")) > 10
 
 
 def none_lost(cache: Any) -> None:
