@@ -144,6 +144,8 @@ def load_weights(
         if progress:  # the others are read when they are needed
             progress((config.layers * config.experts - len(berths)) * form.stored[-1].end)
         model = load_model(checkpoint, form, dtype, device, cache.layer, berths, progress, files)
+        if tiers:
+            tiers.check()
         if options.lookahead and options.prefetch:
             model.look_ahead(options.lookahead)
     except BaseException:

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,16 @@ class ExpertFiles:
                 first = checkpoint.layout.filling([prefix + field.name for field in form.stored])[0]
                 places[layer, e] = first.path, first.offset
         return ExpertFiles(places, form.stored[-1].end, direct)
+
+    def check(self) -> None:
+        """Raises `LoadError` if a file is no longer the one of its name, or was written to. What was read by
+        that name meanwhile may be of another model."""
+        for path, file in self.files.items():
+            with suppress(OSError):
+                same = os.path.samestat(path.stat(), os.fstat(file.descriptor))
+                if same and file.state() == file.opened:
+                    continue
+            raise LoadError(f"{path} was replaced or written to while the model was loaded; {AGAIN}")
 
     def extent(self, layer: int, expert: int) -> Extent:
         return self.extents[layer, expert]

@@ -88,3 +88,35 @@ def test_a_file_cut_off_between_opening_and_reading(variant: Callable[..., Path]
     with Engine.load(folder, options) as engine:
         assert len(engine.logits([1, 2])) == 2
     assert threads() == before
+
+
+@pytest.mark.parametrize("change", ["replaced", "written"])
+def test_a_file_that_changes_during_the_load(rigs: Any, tmp_path: Path, change: str) -> None:
+    """Some experts are in memory by then, and the others would be read from another file."""
+    folder = shutil.copytree(rigs(4).folder, tmp_path / "model")
+    path = max(folder.glob("*.safetensors"))
+    kept, before = path.read_bytes(), threads()
+
+    @contextmanager
+    def changing(total: int) -> Iterator[Callable[[int], None]]:
+        """Acts when half of everything has been read."""
+        read = 0
+
+        def advance(size: int) -> None:
+            nonlocal read
+            if read <= total // 2 < read + size:
+                if change == "written":
+                    path.touch()
+                else:
+                    path.unlink()
+                    path.write_bytes(kept)
+            read += size
+
+        yield advance
+
+    options = EngineOptions(device="cpu", dtype="float32", offload="always", slots=2, berths=7)
+    with pytest.raises(LoadError, match=rf"{path.name} was replaced or written to .*; load the model again$"):
+        Engine.load(folder, options, progress=changing)
+    assert threads() == before
+    path.write_bytes(kept)
+    Engine.load(folder, options).close()

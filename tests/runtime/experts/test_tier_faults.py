@@ -267,6 +267,6 @@ def test_tickets_keep_no_others(rigs: Any, sample: Any) -> None:
         for _ in range(4):
             sample(rig.engine, rig.ids(3), 100)
             gc.collect()
-            counts.append(sum(isinstance(found, Ticket) for found in gc.get_objects()))
+            counts.append(sum(type(found) is Ticket for found in gc.get_objects()))
         bound = len(cache.pool) + 3 * cache.store.berths.count
     assert max(counts) <= bound, (counts, bound)
