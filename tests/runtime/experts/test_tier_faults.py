@@ -16,6 +16,7 @@ import torch
 from runtime.experts import files as module
 from runtime.experts.files import DIRECT, DiskLink, ExpertFiles, OpenFile
 from runtime.experts.link import HostLink
+from runtime.experts.split import Split
 from runtime.experts.tickets import Ticket, TransferError
 from tests.runtime.experts.test_faults import taken
 from tests.runtime.experts.test_tiers import none_lost
@@ -141,6 +142,26 @@ def test_half_of_everything_fails(rigs: Any, reads: Reads, faulty: Any) -> None:
             if error is None:
                 none_lost(cache)
         assert all(outcomes[::3]) and not any(outcomes[2::3])
+
+
+@pytest.mark.parametrize("copy", [0.5, 1.5])  # against 1.0 to compute an expert
+def test_reads_that_fail_while_the_host_computes(rigs: Any, reads: Reads, sample: Any, copy: float) -> None:
+    """Without guesses, who computes an expert depends on slots alone, which are empty at first."""
+    rig, failed, prompt = rigs(4), 0, rigs(4).ids(3)
+    with rig.cached(2, berths=5, lookahead=0, disk=small, split=Split(copy, 1.0, demand=True)) as cache:
+        expected = sample(rig.engine, prompt, COUNT)
+        for n in (*range(10), *range(10, 400, 29)):
+            cache.residency.forget()
+            reads.count = 0
+            reads.spoil = lambda k, n=n: OSError(errno.EIO, "gone") if k == n else None
+            got, error = taken(rig.engine, prompt, COUNT)
+            reads.spoil = lambda k: None
+            assert got == expected[: len(got)]
+            assert error is None or (isinstance(error, TransferError) and "gone; try again" in str(error))
+            failed += error is not None
+            cache.residency.forget()
+            assert taken(rig.engine, prompt, COUNT) == (expected, None)
+        assert cache.count().computed > 100 and failed > 10
 
 
 # --- what was found
