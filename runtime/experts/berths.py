@@ -13,6 +13,10 @@ it gets that of the oldest double, whose expert stays in its slot. But a few dou
 their copies to slots may still be under way. Then a single has to go, which the policy picks. It is read from
 its file when it is needed again.
 
+At a miss, the missing expert gets its berth first, and then the one that it evicts. For the policy, an expert
+is used when it comes to a berth and when it leaves its slot. Once all slots are in use, berths for all
+experts that have no slot and for those few doubles are enough: no single goes any more.
+
 A guess never makes a single go, and takes a berth only if enough remain for experts that are needed. So it
 always finds a berth. Nothing here depends on how long a copy takes.
 """
