@@ -14,7 +14,9 @@ hits. The host computes the other n - k. The layer takes
 
     time(k) = max(left of hits and of brought experts, added up, (n - k) * compute)
 
-and k is the least number with the least time. With "compute", only guessed experts may be brought.
+and k is the least number with the least time(k) + demanded(k) / 2. Here demanded(k) is what brought experts
+that were not guessed take on the link, whose time is worth something: guesses could use it, and about half of
+them save the host an expert. With "compute", only guessed experts may be brought.
 
 **Meanwhile** the link is free for `time - left of hits and brought experts`. It carries in the background,
 in the order in which they were sent for:
@@ -73,12 +75,14 @@ class Split:
         guessed = [e for e in missed if (layer, e) in self.left]
         nearest = sorted(missed, key=lambda e: (self.left.get((layer, e), self.copy), e not in guessed, e))
         most = len(missed) if self.demand else len(guessed)
-        link, brought, time = waits, 0, max(waits, len(missed) * self.compute)
-        spent = link
+        brought, spent, time = 0, waits, max(waits, len(missed) * self.compute)
+        link, demanded, least = waits, 0.0, time
         for k, e in enumerate(nearest[:most], start=1):
             link += self.left.get((layer, e), self.copy)
-            if (taken := max(link, (len(missed) - k) * self.compute)) < time:
-                brought, time, spent = k, taken, link
+            demanded += 0.0 if e in guessed else self.copy
+            taken = max(link, (len(missed) - k) * self.compute)
+            if taken + demanded / 2 < least:
+                brought, spent, time, least = k, link, taken, taken + demanded / 2
         for e in nearest[:brought]:
             self.drop(layer, e)
         self.free = time - spent
