@@ -231,7 +231,8 @@ def test_delays_change_nothing(
     berths: int | None, pair: tuple[float, bool],
 ) -> None:  # fmt: skip
     rig = rigs(4, "bfloat16")
-    texts, accesses = [], []
+    texts: list[Any] = []
+    accesses: list[Any] = []
     for seed in range(3):
         monkeypatch.setattr("tests.runtime.experts.conftest.HostExperts", lambda form, s=seed: Slow(form, s))
         links = {"link": jitter(seed, rig.form.blob_bytes), "back": jitter(seed, rig.form.blob_bytes)}
@@ -243,6 +244,8 @@ def test_delays_change_nothing(
             assert cache.count().computed > 10
         events.clear()
     assert texts[0] == texts[1] == texts[2] and accesses[0] == accesses[1] == accesses[2]
+    # Of two experts a token, and with one device's kernels, the two sums give the bits of one.
+    assert texts[0] == [rig.tokens(rig.ids(5, n), 12) for n in range(2)]
 
 
 def test_an_error_of_the_host_is_one_of_its_request(
