@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from runtime import Engine, EngineOptions, RequestError, SamplingParams
+from runtime.experts import copying
 from runtime.experts import files as module
 from runtime.experts.files import OpenFile
 from runtime.experts.split import Split
@@ -222,6 +223,29 @@ def test_closing_while_a_channel_is_busy(
     close_busy()
     gc.collect()
     assert descriptors() == files, "those of mappings are closed with the last tensor"
+
+
+def test_closing_does_not_wait_for_ever_for_a_read(
+    rigs: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory stays until the read has ended, and its file stays open."""
+    monkeypatch.setattr(copying, "LIMIT", 0.1)
+    before, gate = threads(), ReadGate()
+    engine = Engine.load(folder, EngineOptions(**OPTIONS))
+    cache = engine.runner.cache
+    assert cache and cache.store.files
+    monkeypatch.setattr(module, "read_at", gate)
+    request = threading.Thread(target=taken, args=(engine, rigs(4).ids(9), COUNT))
+    request.start()
+    assert gate.reached_it.wait(60)
+    began = time.monotonic()
+    engine.close()
+    assert time.monotonic() - began < 5 and len(threads()) > len(before)
+    assert cache.store.files.files and hasattr(cache.store.arena, "berths")
+    gate.open.set()
+    request.join(60)
+    await_(lambda: threads() == before)
+    assert not cache.store.files.files
 
 
 @pytest.mark.parametrize("closed", [True, False])
