@@ -132,7 +132,9 @@ def main(count: int) -> None:
         print(f"{type(link).__name__} {link.pace.rate}: {count} interrupts, {done} copies right, "
               f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
     demo = Path(__file__).parents[3] / "runtime/demo"
-    for options in ({"offload": "never"}, {"offload": "always", "slots": 2, "prefetch": 2, "lookahead": 2}):
+    offloaded = {"offload": "always", "slots": 2, "prefetch": 2, "lookahead": 2}
+    divided = {"misses": "auto", "link_gbps": 1.0, "cpu_gbps": 2.0}
+    for options in ({"offload": "never"}, offloaded, offloaded | divided):
         began = time.monotonic()
         with Engine.load(demo, EngineOptions(device="cpu", context=64, **options)) as engine:  # type: ignore[arg-type]
             hammer_requests(count // 10, engine, [5, 6, 7])

@@ -18,7 +18,11 @@ def test_interrupts_of_copies_leave_nothing_locked_and_no_wrong_byte(link: Any) 
     assert hammer_copies(500, link()) == 500 * 4
 
 
-@pytest.mark.parametrize("options", [{"offload": "never"}, {"offload": "always", "slots": 2, "prefetch": 2}])
+OFFLOADED: dict[str, Any] = {"offload": "always", "slots": 2, "prefetch": 2}
+OPTIONS = [{"offload": "never"}, OFFLOADED, OFFLOADED | {"misses": "auto", "link_gbps": 1.0, "cpu_gbps": 2.0}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_interrupts_of_requests_leave_nothing_locked_and_no_wrong_token(
     checkpoint: Path, options: dict[str, Any]
 ) -> None:
