@@ -137,8 +137,8 @@ def unlocked_remedy() -> str:
 
 
 def current(device: torch.device | None) -> AbstractContextManager[object]:
-    """Send the driver's calls to `device` while inside. Sent to another device, they would create a context
-    there, which takes some 500 MB."""
+    """Send this thread's calls of the driver to `device` while inside. Sent to another device, they would
+    create a context there, which takes some 500 MB."""
     return contextlib.nullcontext() if device is None else torch.cuda.device(device)
 
 

@@ -27,8 +27,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from runtime.experts.arena import current
 from runtime.experts.link import Link
 from runtime.experts.tickets import Source, Ticket, TransferError, failed
 
@@ -40,9 +42,9 @@ LIMIT = 10.0  # seconds at most that closing waits for the piece under way
 class CopyEngine:
     """The queue in front of a link, and the thread that serves it. One thread at a time gives orders."""
 
-    def __init__(self, link: Link, name: str = "expert-copies") -> None:
-        """`name` is that of its thread."""
-        self.link = link
+    def __init__(self, link: Link, name: str = "expert-copies", device: torch.device | None = None) -> None:
+        """`name` is that of its thread, whose calls of the driver go to the GPU `device`."""
+        self.link, self.device = link, device
         self.orders: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # for the copy thread
         self.turn = threading.Lock()  # held to put a piece on the link and count it
         self.demands: deque[Ticket] = deque()  # only the copy thread touches these two
@@ -72,15 +74,9 @@ class CopyEngine:
         self.thread.start()
 
     def submit(
-        self,
-        source: Source,
-        target: Tensor,
-        demand: bool,
-        free: Any = None,
-        label: Any = None,
-        after: Iterable[Ticket | None] = (),
-        feeder: Ticket | None = None,
-    ) -> Ticket:
+        self, source: Source, target: Tensor, demand: bool, free: Any = None, label: Any = None,
+        after: Iterable[Ticket | None] = (), feeder: Ticket | None = None,
+    ) -> Ticket:  # fmt: skip
         """Order a copy, which may begin after the mark `free` and the copies in `after`, and of whose source
         `feeder` is still filling the rest.
 
@@ -231,10 +227,11 @@ class CopyEngine:
     def serve(self) -> None:
         """Copy until told to end. Then give up what is left, and close the link."""
         try:
-            while not self.closed:
-                ticket = self.take_orders()
-                if ticket is not None and not self.closed:
-                    self.advance(ticket)
+            with current(self.device):
+                while not self.closed:
+                    ticket = self.take_orders()
+                    if ticket is not None and not self.closed:
+                        self.advance(ticket)
         finally:
             self.closed = True
             self.end_all()

@@ -120,6 +120,8 @@ class CudaReturn:
             target.copy_(source, non_blocking=True)
             mark = torch.cuda.Event()
             mark.record(self.stream)
+        if not self.locked:  # from memory that is not page-locked, `CudaLink.stage` reads without marks
+            mark.synchronize()
         return mark
 
     def reached(self, mark: torch.cuda.Event) -> None:

@@ -22,6 +22,7 @@ from model.moe import OneToken
 from model.quant.expert import BoundExpert, ExpertFormat, outputs_of
 from model.router import Choice
 from runtime.errors import RequestError
+from runtime.experts.arena import current
 from runtime.experts.copying import CLOSED, LIMIT, PATIENCE
 from runtime.experts.store import Loan
 from runtime.experts.tickets import Ticket, TransferError, describe, failed
@@ -55,9 +56,9 @@ class Job:
 class HostExperts:
     """Computes experts that lie in host memory. One thread at a time gives it jobs."""
 
-    def __init__(self, form: ExpertFormat) -> None:
-        """`form` is the CPU's for the bytes in host memory."""
-        self.form = form
+    def __init__(self, form: ExpertFormat, device: torch.device | None = None) -> None:
+        """`form` is the CPU's for the bytes in host memory. Some of them come from the GPU `device`."""
+        self.form, self.device = form, device
         self.bound: dict[int, BoundExpert] = {}  # by address
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.closed = False
@@ -120,7 +121,7 @@ class HostExperts:
         """Compute until told to end."""
         torch.set_num_threads(self.threads)
         self.started.set()
-        with torch.inference_mode():
+        with torch.inference_mode(), current(self.device):
             while not self.closed:
                 if (job := self.jobs.get()) is not None:
                     try:

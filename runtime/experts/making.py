@@ -100,9 +100,14 @@ def make_channels(
     rate = link_gbps * 1e9 if link_gbps else None
     up: Link = HostLink(rate)
     back: Link = HostLink(rate)
-    if device.type == "cuda":
+    gpu = device if device.type == "cuda" else None
+    if gpu:
         up, back = CudaLink(device, None if arena.pinned else arena.locked), CudaReturn(device, arena.pinned)
     if files is None:
-        return Channels(CopyEngine(up))
+        return Channels(CopyEngine(up, device=gpu))
     reads = DiskLink(files, disk_gbps * 1e9 if disk_gbps else None)
-    return Channels(CopyEngine(up), CopyEngine(back, "expert-returns"), CopyEngine(reads, "expert-reading"))
+    return Channels(
+        CopyEngine(up, device=gpu),
+        CopyEngine(back, "expert-returns", gpu),
+        CopyEngine(reads, "expert-reading", gpu),
+    )

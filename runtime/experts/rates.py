@@ -44,7 +44,8 @@ def divide_misses(cache: ExpertCache, plan: Plan, options: EngineOptions) -> Pla
         )
     hidden, dtype = form.shapes["w13"][1], plan.dtype
     layers = len(plan.slots_per_layer)
-    cache.open_exchange(Exchange(HostExperts(form), layers, hidden, dtype, plan.device))
+    host = HostExperts(form, plan.device if plan.device.type == "cuda" else None)
+    cache.open_exchange(Exchange(host, layers, hidden, dtype, plan.device))
     link, cpu = options.link_gbps, options.cpu_gbps
     if link is None or cpu is None:
         try:

@@ -3,14 +3,17 @@ stand-ins."""
 
 import threading
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from runtime.experts import cuda_link
 from runtime.experts.copying import CopyEngine
-from runtime.experts.cuda_link import PIECE, CudaLink
+from runtime.experts.cuda_link import PIECE, CudaLink, CudaReturn
+from runtime.experts.files import ExpertFiles
+from runtime.experts.host import HostExperts
+from runtime.experts.making import make_channels
 from runtime.experts.tickets import TransferError
 from runtime.gpu import streams
 from runtime.gpu.streams import Streams
@@ -146,6 +149,51 @@ def test_some_of_the_memory_is_page_locked(monkeypatch: pytest.MonkeyPatch) -> N
         link.move(staged, target, True)
         waits = [f"host waits for e{2 * n - 3}"] if n == 2 else []
         assert cuda.take() == [*waits, *pieces(f"e{2 * n}", f"e{2 * n + 1}")]
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_back_to_the_host(locked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy up from memory that is not page-locked reads it without marks, so what comes back has to be
+    there."""
+    cuda = Cuda(monkeypatch)
+    link = CudaReturn(CPU, locked)
+    source, target = torch.arange(10, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)
+    assert link.blocks(source) is not locked
+    link.begin(link.used())
+    link.move(link.prepare(source, True), target, True)
+    waits = [] if locked else ["host waits for e1"]
+    assert torch.equal(source, target)
+    assert cuda.take() == ["e0 on compute", "returns waits for e0", "on returns", "e1 on returns", *waits]
+
+
+def test_no_thread_calls_the_driver_of_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins with the first GPU as its current one. To wait for a mark there would make a
+    context."""
+    Cuda(monkeypatch)
+    inside: dict[str, torch.device] = {}
+
+    class Current:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            inside[threading.current_thread().name] = self.device
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    second, files = torch.device("cuda", 1), ExpertFiles({}, 10, direct=False)
+    arena: Any = SimpleNamespace(pinned=True)
+    engines = make_channels(second, arena, files).all
+    host = HostExperts(cast(Any, None), second)
+    for engine in engines:
+        engine.start()
+        engine.settle()
+    host.start()
+    assert all(engine.close() for engine in engines)
+    host.close()
+    names = ("expert-copies", "expert-returns", "expert-reading", "expert-host")
+    assert inside == dict.fromkeys(names, second)
 
 
 def test_the_thread_that_computes_puts_what_it_needs_on_the_stream_itself(
