@@ -18,9 +18,11 @@ Words, each with one meaning:
     choose         what a router does for a token
     slot           one expert's place on the device; `slots` is a count of them
     blob           one expert as a run of bytes
-    pool, arena    all slots' blobs on the device; every expert's blob in host memory
+    berth          one expert's place in host memory
+    pool, arena    the memory of all slots, on the device; of all berths, in host memory
+    tiers          slots, berths and files, if not every expert has a berth
     demand, guess  the copy of an expert that is needed, or that will probably be
-    spare          a slot of no layer, for guesses
+    spare          a slot of no layer, for guesses and for experts that leave
     pin            keep a slot's expert until it has been computed
     stall          computing waits for a copy
     trunk          what every token needs: all but the experts and the KV cache

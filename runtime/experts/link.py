@@ -31,7 +31,7 @@ class Link(Protocol):
         ...
 
     def begin(self, free: Any) -> None:
-        """Let the moves that follow overwrite a slot only after computing has passed the mark `free`."""
+        """Let the moves that follow come after a mark of the device, such as the last use of a slot."""
         ...
 
     def prepare(self, source: Any, demand: bool) -> Any:

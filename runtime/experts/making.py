@@ -37,7 +37,7 @@ def make_cache(
 ) -> ExpertCache:
     """A cache with slots and spares, and an arena with `berths` for the `experts` of all layers. With fewer
     than all, `files` have the others, and `SPARE_SLOTS` of the spares are for experts that leave. On a CPU,
-    copies and reads are slowed down to the given rates.
+    copies and reads are slowed down to the given rates; a GPU's are not.
 
     The caller fills the berths (`Store.load`), and closes the cache after its last use. That closes the
     files. Raises `DeviceError` if the host cannot give that much memory.
@@ -96,7 +96,8 @@ def make_channels(
     link_gbps: float | None = None,
     disk_gbps: float | None = None,
 ) -> Channels:
-    """A channel to the device, and with files those back from it and from the files."""
+    """A channel to the device, and with files those back from it and from the files. The rates are a CPU's
+    alone."""
     rate = link_gbps * 1e9 if link_gbps else None
     up: Link = HostLink(rate)
     back: Link = HostLink(rate)
@@ -105,7 +106,7 @@ def make_channels(
         up, back = CudaLink(device, None if arena.pinned else arena.locked), CudaReturn(device, arena.pinned)
     if files is None:
         return Channels(CopyEngine(up, device=gpu))
-    reads = DiskLink(files, disk_gbps * 1e9 if disk_gbps else None)
+    reads = DiskLink(files, disk_gbps * 1e9 if disk_gbps and not gpu else None)
     return Channels(
         CopyEngine(up, device=gpu),
         CopyEngine(back, "expert-returns", gpu),

@@ -119,7 +119,7 @@ class Plan:
             f"{format_bytes(self.blob_bytes)} an expert; "
             f"arena {format_bytes(self.arena_bytes)} of host memory"
         )
-        return f"{slots}\n{self.describe_tiers()}" if self.tiered or self.link_gbps else slots
+        return f"{slots}\n{self.describe_tiers()}" if self.tiered or self.costs_of_misses else slots
 
     def describe_tiers(self) -> str:
         """Where experts are, and what it takes to bring one to the device.
@@ -133,6 +133,13 @@ class Plan:
         places = f"tiers: {sum(self.slots_per_layer)} slots, {self.berths} berths"
         if self.tiered:
             places += f", {self.file_experts} experts read from files"
+        costs = self.costs_of_misses
+        return f"{places}; a miss takes {', '.join(costs)}" if costs else places
+
+    @property
+    def costs_of_misses(self) -> list[str]:
+        """What a missing expert takes from each place, with the rates. Rates that a load measures have three
+        digits, so the plan shows all of them."""
         costs = []
         if self.host_miss_seconds and self.link_gbps:
             costs.append(
@@ -140,7 +147,10 @@ class Plan:
             )
         if self.file_miss_seconds and self.disk_gbps and self.tiered:
             costs.append(f"{milliseconds(self.file_miss_seconds)} from files ({self.disk_gbps:.3g} GB/s)")
-        return f"{places}; a miss takes {', '.join(costs)}" if costs else places
+        if self.cpu_gbps and self.misses != "copy":
+            took = milliseconds(self.blob_bytes / self.cpu_gbps / 1e9)
+            costs.append(f"{took} computed on the CPU ({self.cpu_gbps:.3g} GB/s)")
+        return costs
 
 
 def milliseconds(seconds: float) -> str:

@@ -25,6 +25,7 @@ from runtime.planning.request import Request
 from runtime.planning.search import best_plan, excess_bytes
 from runtime.units import format_bytes
 
+FOR_MISSES = ("berths", "misses", "disk_gbps", "cpu_gbps")  # options that matter only if experts are missing
 EXPERTS = ".block_sparse_moe.experts."  # in the names of experts' weights
 
 
@@ -54,14 +55,40 @@ def plan_model(
     """Plan a model in these formats for this machine. `files` is `Checkpoint.mappable`; by default nothing is
     mapped, and every expert needs a berth.
 
-    Warns if the model is larger than memory. Raises as `pick_device`, `Request.make` and `make_plan` do.
+    Warns if the model is larger than memory, and of options that change nothing. Raises as `pick_device`,
+    `Request.make` and `make_plan` do.
     """
     target = Target.of(pick_device(options.device))
     request = Request.make(config, formats, options, target, files=files)
     plan = make_plan(request)
     if line := larger_than_memory(request, plan):
         warnings.warn(line, RuntimeWarning, stacklevel=5)  # the caller of Engine.load or Engine.plan
+    if line := without_effect(options, plan):
+        warnings.warn(line, RuntimeWarning, stacklevel=5)
     return plan
+
+
+def without_effect(options: EngineOptions, plan: Plan) -> str | None:
+    """One line if options about missing experts were given that change nothing; None if there are none.
+
+    >>> from dataclasses import replace
+    >>> sizes = (size << 20 for size in (10, 4, 6, 0, 20, 0))
+    >>> plan = Plan(torch.device("cpu"), torch.float32, 4096, 2048, *sizes, (4, 4), 0, 1 << 20)
+    >>> without_effect(EngineOptions(berths=9, misses="auto"), plan)
+    "berths 9 and misses 'auto' change nothing, because all experts are on the device; leave them out, or add --slots N"
+    >>> without_effect(EngineOptions(cpu_gbps=30), replace(plan, arena_bytes=20 << 20))
+    'cpu_gbps 30.0 changes nothing, because the CPU computes no missing experts; leave it out, or add --misses auto'
+    """  # noqa: E501
+    given = {name: value for name in FOR_MISSES if (value := getattr(options, name)) not in (None, "copy")}
+    reason, remedy = "all experts are on the device", "--slots N"
+    if not plan.resident:
+        given = {name: value for name, value in given.items() if name == "cpu_gbps" and plan.misses == "copy"}
+        reason, remedy = "the CPU computes no missing experts", "--misses auto"
+    if not given:
+        return None
+    listed, several = " and ".join(f"{name} {value!r}" for name, value in given.items()), len(given) > 1
+    changes, them = ("change", "them") if several else ("changes", "it")
+    return f"{listed} {changes} nothing, because {reason}; leave {them} out, or add {remedy}"
 
 
 def larger_than_memory(request: Request, plan: Plan) -> str | None:

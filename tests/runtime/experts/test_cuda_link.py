@@ -184,7 +184,8 @@ def test_no_thread_calls_the_driver_of_another_device(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device", Current)
     second, files = torch.device("cuda", 1), ExpertFiles({}, 10, direct=False)
     arena: Any = SimpleNamespace(pinned=True)
-    engines = make_channels(second, arena, files).all
+    engines = make_channels(second, arena, files, link_gbps=1, disk_gbps=1).all
+    assert cast(Any, engines[2].link).pace.rate is None, "a GPU's rates are for its plan alone"
     host = HostExperts(cast(Any, None), second)
     for engine in engines:
         engine.start()

@@ -222,5 +222,10 @@ def test_a_plan_says_its_tiers() -> None:
     assert str(every).splitlines()[2] == (
         "tiers: 6 slots, 15 berths; a miss takes 9.2 ms from host memory (0.01 GB/s)"
     )
+    some = small(offload="always", slots=2, misses="auto", cpu_gbps=0.02)
+    assert str(some).splitlines()[2] == (
+        "tiers: 6 slots, 15 berths; a miss takes 4.6 ms computed on the CPU (0.02 GB/s)"
+    )
+    assert len(str(small(offload="always", slots=2, cpu_gbps=0.02)).splitlines()) == 2
     assert len(str(small(offload="always", slots=2)).splitlines()) == 2
     assert len(str(small(link_gbps=1, disk_gbps=1)).splitlines()) == 1
