@@ -62,7 +62,7 @@ class Layer:
 CASES = [
     ("4g32", 32, 96, torch.bfloat16), ("3g32", 64, 32, torch.bfloat16), ("2", 32, 32, torch.bfloat16),
     ("8g32", 32, 32, torch.bfloat16), ("4g16m2", 96, 32, torch.float32), ("2", 32, 96, torch.float16),
-    ("8", 32, 64, torch.float16), ("4", 32, 64, torch.float16), ("3", 32, 64, torch.float16),
+    ("8", 64, 64, torch.float16), ("4", 64, 64, torch.float16), ("3", 64, 64, torch.float16),
     ("3g16m1", 96, 96, torch.bfloat16), ("4m1", 64, 64, torch.float16),
     ("16", 36, 10, torch.bfloat16), ("16", 20, 6, torch.float32), ("16", 1028, 4, torch.float16),
 ]  # fmt: skip
