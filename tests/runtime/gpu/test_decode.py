@@ -344,7 +344,7 @@ class Cuda:
 
         compute = Stream("compute")
         own: Any = Stream("capturing")
-        patch.setattr("runtime.gpu.graphs.streams", lambda device: Streams(own, own))
+        patch.setattr("runtime.gpu.graphs.streams", lambda device: Streams(own, own, own))
         patch.setattr(torch.cuda, "current_stream", lambda device: compute)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
