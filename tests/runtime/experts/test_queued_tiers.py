@@ -17,6 +17,7 @@ from torch import Tensor
 
 from runtime import RequestError
 from runtime.experts.link import HostLink
+from runtime.experts.split import Split
 
 
 class Mark(threading.Event):
@@ -106,6 +107,28 @@ def test_streams_are_ordered_by_marks_alone(rigs: Any, sample: Any) -> None:
     )  # fmt: skip
     def all_cases(case: dict[str, Any], seed: int) -> None:
         assert not wrong(rig, sample, Stream, case, seed)
+
+    all_cases()
+
+
+def test_the_host_computes_what_comes_back(rigs: Any, sample: Any) -> None:
+    """From a berth whose bytes are still on their way, and that a read or a copy back will overwrite."""
+    rig = rigs(4, "bfloat16")
+
+    @settings(max_examples=10)
+    @given(
+        case=st.fixed_dictionaries(
+            {
+                "slots": st.integers(2, 4), "berths": st.integers(2, 20), "lookahead": st.integers(0, 2),
+                "policy": st.sampled_from(("lru", "random")),
+            }
+        ),
+        seed=st.integers(0, 99),
+        demand=st.booleans(),
+    )  # fmt: skip
+    def all_cases(case: dict[str, Any], seed: int, demand: bool) -> None:
+        split = Split(copy=1.0, compute=0.7, demand=demand)
+        assert not wrong(rig, sample, Stream, case | {"split": split}, seed, delay=0.005)
 
     all_cases()
 
