@@ -21,7 +21,7 @@ from runtime.experts.policy import policy_name
 from runtime.experts.tiers import SPARE_BERTHS, SPARE_SLOTS
 from runtime.experts.trace import Header, TraceWriter
 from runtime.gpu.warm_up import Bar
-from runtime.options import EngineOptions, SamplingParams
+from runtime.options import RATES, EngineOptions, SamplingParams
 from runtime.planning.attribute import planned
 from runtime.planning.plan import Plan
 from runtime.requests import check_ids, more_context
@@ -141,7 +141,8 @@ class Engine:
             berths=runner.plan.berths * tiered,
             spare_berths=SPARE_BERTHS * tiered,
             in_berths=runner.cache.store.berths.contents() if tiered else (),
-            options={"lookahead": options.lookahead, "prefetch": options.prefetch},
+            options={name: getattr(options, name) for name in ("lookahead", "prefetch", "misses")}
+            | {name: getattr(runner.plan, name) for name in RATES},
         )
         writer = TraceWriter.open(path, header)
         try:

@@ -14,11 +14,12 @@ SLACK = 1e-3  # seconds that a busy link may catch up on, where sleeping took lo
 
 
 class Link(Protocol):
-    """Moves bytes from host memory to the device, a piece at a time.
+    """Moves bytes a piece at a time: from host memory to the device, back from there, or from files.
 
-    Two threads use a link. The computing thread calls `blocks`, `reached` and `used`. The copy thread calls
-    `prepare`, `begin`, `move` and `close`. For a copy that does not block, the computing thread calls `begin`
-    and `move` itself. The copy engine sees to it that only one thread at a time is in `begin` or `move`.
+    Two threads use a link. The computing thread calls `blocks`, and `reached` and `used` of the link to the
+    device. The copy thread calls `prepare`, `begin`, `move` and `close`. For a copy that does not block, the
+    computing thread calls `begin` and `move` itself. The copy engine sees to it that only one thread at a
+    time is in `begin` or `move`.
 
     A source is a tensor, or for a disk a part of a file. A mark is a point in the work of a device. What it
     is made of is the link's own affair.

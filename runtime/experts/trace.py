@@ -46,7 +46,7 @@ class Header:
     berths: int = 0  # experts that host memory has room for; 0 if it has all of them
     spare_berths: int = 0  # of these, doubles that are left alone: see `runtime.experts.berths`
     in_berths: tuple[int, ...] = ()  # who was there at first, by berth: layer * experts + expert
-    options: Mapping[str, Any] = field(default_factory=dict)  # other settings, as JSON
+    options: Mapping[str, Any] = field(default_factory=dict)  # other settings, and rates; as JSON
 
 
 @dataclass(frozen=True)

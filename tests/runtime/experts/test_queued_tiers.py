@@ -88,7 +88,8 @@ def wrong(
             right = right and sample(rig.engine, ids, 24) == rig.tokens(ids, 24)
         except RequestError:  # some bytes are no numbers
             right = False
-        assert cache.store.channels.back.moved > 0 or case["berths"] > 22
+        if right:  # wrong bytes choose other experts, of which perhaps none has to go back
+            assert cache.store.channels.back.moved > 0 or case["berths"] > 22
     return not right
 
 
