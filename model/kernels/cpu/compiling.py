@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import torch
 from numba.core import caching, registry
 from numba.core.ccallback import CFunc
 
@@ -69,6 +70,7 @@ def grid(parallel: bool) -> Any:
 
     name_for_cache(run, "grid", parallel)
     dispatcher = numba.njit(parallel=parallel, nogil=True)(run)
+    own = torch.get_num_threads()
     try:
         finish(dispatcher, run, functools.partial(dispatcher.compile, GRID.args))
     except ValueError as error:  # it looks for a library of threads when it compiles, or finds compiled
@@ -76,6 +78,9 @@ def grid(parallel: bool) -> Any:
         raise ModelError(
             f"numba cannot start threads ({reason}); NUMBA_THREADING_LAYER is {layer}, leave it out"
         ) from error
+    finally:  # starting threads of OpenMP, numba sets the number that PyTorch takes in this thread
+        if torch.get_num_threads() != own:
+            torch.set_num_threads(own)
     dispatcher.disable_compile()
     return dispatcher
 

@@ -173,3 +173,14 @@ print(int(["numba_parallel_for" in text for text in code] == [True, False]))
 def test_several_threads_compute(tmp_path: Path) -> None:
     """In a new cache: numba shows the code of what it has just compiled alone."""
     assert compile_in(tmp_path, THREADS) == 1
+
+
+def test_starting_threads_leaves_pytorchs_number() -> None:
+    """Otherwise an engine would change the bits of float32 products of the program around it."""
+    code = (
+        "import torch; from model.kernels.cpu import launching; "
+        "launching.compile_grids(); print(torch.get_num_threads())"
+    )
+    words = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | words, capture_output=True, text=True)
+    assert run.stdout == "1\n", run.stderr
