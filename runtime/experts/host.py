@@ -121,19 +121,22 @@ class HostExperts:
         """Compute until told to end."""
         torch.set_num_threads(self.threads)
         self.started.set()
-        with torch.inference_mode(), current(self.device):
-            while not self.closed:
-                if (job := self.jobs.get()) is not None:
-                    try:
-                        job.result = self.compute(job)
-                    except BaseException as error:  # `wait` raises it in the thread that needs the result
-                        job.error = error
-                    finish(job)
-                    del job
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (job := self.jobs.get_nowait()) is not None:
-                    finish(job)
+        try:
+            with torch.inference_mode(), current(self.device):
+                while not self.closed:
+                    if (job := self.jobs.get()) is not None:
+                        try:
+                            job.result = self.compute(job)
+                        except BaseException as error:  # `wait` raises it in the thread that needs the result
+                            job.error = error
+                        finish(job)
+                        del job
+        finally:  # nobody waits for a thread that has ended
+            self.closed = True
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    if (job := self.jobs.get_nowait()) is not None:
+                        finish(job)
 
     def compute(self, job: Job) -> Tensor:
         sums = OneToken(job.x, Choice(job.weights, job.weights), job.ids)

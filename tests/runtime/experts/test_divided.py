@@ -2,6 +2,7 @@
 says, whatever the delays, and the sums are those of plain PyTorch."""
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -296,3 +297,18 @@ def test_the_thread_ends_with_the_cache(rig: Any) -> None:
     assert not host.thread.is_alive()
     with pytest.raises(RequestError, match="closed"):
         host.wait(host.begin([], torch.ones(1, 8), [], torch.ones(1, 0)))
+
+
+def test_nobody_waits_for_a_thread_that_has_ended(
+    rig: Any, sample: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(device: torch.device | None) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr("runtime.experts.host.current", lost)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    with (
+        rig.cached(2, split=make_split((2.0, False))),
+        pytest.raises(RequestError, match="the engine is closed"),
+    ):
+        sample(rig.engine, rig.ids(5), COUNT)
