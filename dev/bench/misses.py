@@ -14,11 +14,11 @@ device is as slow as the CPU, and both share the memory with the copies.
 
 The bound is a token's least time with the misses that "copy" has. Of its three terms the largest counts:
 
-    device and CPU, both busy all the time, compute the trunk and all experts
+    the device computes the trunk, and then device and CPU all experts, at the rate that they reach together
     link and CPU, both busy all the time, bring or compute the missed ones (the link also during the trunk)
     the device computes the trunk and the hits
 
-It holds for any schedule at all. It knows nothing of layers that come one after the other, nor that nobody
+It knows nothing of layers that come one after the other, nor that nobody
 knows ahead which experts will be missed. `of_better` is a way's speed over that of the better of copy and
 compute.
 
@@ -47,9 +47,12 @@ from model.quant.expert import ExpertFormat
 from model.target import Target
 from runtime.errors import OptionError
 from runtime.experts.cache import ExpertCache
+from runtime.experts.host import Job
 from runtime.experts.link import HostLink
 from runtime.experts.rates import divide_misses, measure
 from runtime.experts.split import Split
+from runtime.experts.store import Loan
+from runtime.experts.tickets import Ticket
 from runtime.options import DTYPES, EngineOptions
 from runtime.planning.planner import plan_checkpoint
 from runtime.process.threads import using_threads
@@ -84,26 +87,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with subject(args) as folder, using_threads(args.threads), ExitStack() as stack:
         stage = Stage(open_checkpoint(folder), args, stack)
         about = {"checkpoint": stage.checkpoint.description, "threads_each": args.threads}
-        return about | stage.describe() | {"links": [stage.measure(times) for times in LINKS]}
+        return about | stage.describe() | {"ways": [row for times in LINKS for row in stage.measure(times)]}
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds: of an expert on link, CPU and device, and of a token's trunk."""
+    """Seconds: of an expert on link, CPU and device, of one where device and CPU both compute, and of a
+    token's trunk."""
 
     link: float
     cpu: float
     device: float
+    together: float
     trunk: float
 
     def bound(self, hits: float, misses: float) -> float:
         """The least seconds of a token with so many hits and misses.
 
-        >>> rates = Rates(link=4.0, cpu=1.0, device=0.5, trunk=0.0)
+        >>> rates = Rates(link=4.0, cpu=1.0, device=0.5, together=0.375, trunk=0.0)
         >>> rates.bound(hits=9, misses=1), rates.bound(hits=0, misses=5), rates.bound(hits=0, misses=0)
         (4.5, 4.0, 0.0)
         """
-        both = self.trunk + (hits + misses) / (1 / self.cpu + 1 / self.device)
+        both = self.trunk + (hits + misses) * self.together
         brought = (misses + self.trunk / self.cpu) / (1 / self.cpu + 1 / self.link) if misses else 0.0
         return max(both, brought, self.trunk + hits * self.device)
 
@@ -134,7 +139,8 @@ class Stage:
         for _ in range(2):  # again beside a slow link, which leaves the CPU more of the memory
             self.cpu = measure(cache, self.x)[1]  # GB/s
             cache.copies.link = HostLink(self.cpu / LINKS[0] * 1e9)  # it is idle now
-        self.device = seconds_alone([partial(expert, self.x) for expert in cache.bound])
+        on_device = [partial(expert, self.x) for expert in cache.bound]
+        self.device, self.together = seconds_alone(on_device), seconds_together(on_device, cache, self.x)
         self.begin(self.resident)
         computing = median_seconds([self.resident.turn(text)[0] for text in self.texts]) / self.tokens
         self.computing = computing
@@ -192,18 +198,20 @@ class Stage:
             "expert_bytes": self.size,
             "cpu_gb_per_s": self.cpu,
             "device_gb_per_s": self.size / self.device / 1e9,
+            "together_gb_per_s": self.size / self.together / 1e9,
             "computing_ms": self.computing * 1e3,
             "trunk_ms": self.trunk * 1e3,
             "differences": self.differences(),
         }
 
-    def measure(self, times: int) -> dict[str, Any]:
-        """All ways in turn, over a link on which an expert takes `times` as long as on the CPU."""
+    def measure(self, times: int) -> list[dict[str, Any]]:
+        """A row for each way. All take turns, over a link on which an expert takes `times` as long as on the
+        CPU."""
         for way in self.ways.values():
             assert way.cache is not None
             way.cache.copies.link = HostLink(self.cpu / times * 1e9)  # it is idle now
         link, cpu = measure(self.cache("auto"), self.x)  # GB/s, of one while the other works
-        rates = Rates(self.size / link / 1e9, self.size / cpu / 1e9, self.device, self.trunk)
+        rates = Rates(self.size / link / 1e9, self.size / cpu / 1e9, self.device, self.together, self.trunk)
         for name in ("compute", "auto"):
             self.cache(name).residency.split = Split(rates.link, rates.cpu, demand=name == "auto")
         for way in self.ways.values():
@@ -218,21 +226,20 @@ class Stage:
         bound = rates.bound(counted.hits / tokens, counted.misses / tokens)
         seconds = {name: median_seconds(way.turns) / self.tokens for name, way in self.ways.items()}
         better = min(seconds["copy"], seconds["compute"])
-        return {
-            "link_gb_per_s": link,
-            "cpu_gb_per_s": cpu,
-            "bound_ms": bound * 1e3,
-            "ways": [
-                {
-                    "way": name,
-                    "tokens_per_s": 1 / taken,
-                    "share_of_bound": bound / taken,
-                    "of_better": better / taken,
-                }
-                | self.count(self.ways[name])
-                for name, taken in seconds.items()
-            ],
-        }
+        return [
+            {
+                "link": f"1/{times}",
+                "way": name,
+                "link_gb_per_s": link,
+                "cpu_gb_per_s": cpu,
+                "bound_ms": bound * 1e3,
+                "tokens_per_s": 1 / taken,
+                "share_of_bound": bound / taken,
+                "of_better": better / taken,
+            }
+            | self.count(self.ways[name])
+            for name, taken in seconds.items()
+        ]
 
     def count(self, way: Way) -> dict[str, float]:
         """What became of experts, per token."""
@@ -254,4 +261,27 @@ def seconds_alone(works: Sequence[Callable[[], object]]) -> float:
         while (passed := time.perf_counter() - start) < ALONE:
             chance.choice(works)()
             done += 1
+    return passed / done
+
+
+def seconds_together(works: Sequence[Callable[[], object]], cache: ExpertCache, x: Tensor) -> float:
+    """Of one of these works or of an expert that the CPU computes, while both go on. They share the memory,
+    so this is more than what each alone would suggest."""
+    assert cache.exchange is not None
+    host, chance, done = cache.exchange.host, random.Random(0), 0
+    memories = [cache.store.memory(key) for key in cache.store.berths.where]
+
+    def begin() -> Job:
+        memory = chance.choice(memories)
+        loan = Loan(0, memory, None, Ticket(memory, memory, demand=True))
+        return host.begin([loan], x, [0], torch.ones(1, 1))
+
+    job, start = begin(), time.perf_counter()
+    with torch.inference_mode():
+        while (passed := time.perf_counter() - start) < ALONE:
+            chance.choice(works)()
+            done += 1
+            if job.result is not None:
+                job, done = begin(), done + 1
+    host.wait(job)
     return passed / done

@@ -23,13 +23,14 @@ def test_all_ways(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["misses", *BRIEF]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert [len(at["ways"]) for at in report["links"]] == [3, 3, 3] and report["slots"] == [4] * 3
-    for at in report["links"]:
-        rows = {row["way"]: row for row in at["ways"]}
-        assert list(rows) == list(misses.WAYS)
+    links = [(row["link"], row["way"]) for row in report["ways"]]
+    assert links == [(f"1/{n}", way) for n in (2, 4, 8) for way in misses.WAYS] and report["slots"] == [4] * 3
+    assert report["together_gb_per_s"] > 0
+    for link in ("1/2", "1/4", "1/8"):
+        rows = {row["way"]: row for row in report["ways"] if row["link"] == link}
         better = max(rows["copy"]["tokens_per_s"], rows["compute"]["tokens_per_s"])
         for row in rows.values():
-            assert row["share_of_bound"] == pytest.approx(at["bound_ms"] / 1e3 * row["tokens_per_s"])
+            assert row["share_of_bound"] == pytest.approx(row["bound_ms"] / 1e3 * row["tokens_per_s"])
             assert row["of_better"] == pytest.approx(row["tokens_per_s"] / better)
         assert rows["copy"]["computed"] == 0 and rows["compute"]["computed"] > 0
     differences = report["differences"]
