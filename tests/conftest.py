@@ -37,6 +37,27 @@ def pytest_make_collect_report(
     return report
 
 
+MANY = 500  # tests: whoever runs fewer looks for one thing
+
+
+@pytest.hookimpl(trylast=True)  # after tests have been deselected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among many tests, those marked `aside` come last. What they wait for runs beside the others."""
+    from runtime.process.threads import usable_processors
+    from tests.model.kernels.running import begin_aside
+
+    aside = {item: mark for item in items if (mark := item.get_closest_marker("aside"))}
+    if len(items) > MANY and aside and usable_processors() > 1 and not config.option.collectonly:
+        items[:] = [item for item in items if item not in aside] + list(aside)
+        begin_aside([(mark.args[0], mark.kwargs) for mark in aside.values()])
+
+
+def pytest_sessionfinish() -> None:
+    from tests.model.kernels.running import end_aside
+
+    end_aside()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def patient_progress() -> Generator[None, None, None]:
     """Nothing says how far it is, however slow the machine: what a command prints does not depend on that."""

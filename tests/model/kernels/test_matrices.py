@@ -22,18 +22,22 @@ from model.target import Target
 from tests.model.kernels.running import run_cases, triton
 from tests.model.reference import TINY
 
-FILES = ["matrix_cases.py", "expert_cases.py"]
+FILES = ["tests/model/kernels/matrix_cases.py", "tests/model/kernels/expert_cases.py"]
+COMPILED = "tests/model/kernels/compiled_cases.py"
 
 
 @triton
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, marks=pytest.mark.aside(file, TRITON_INTERPRET="1")) for file in FILES]
+)
 def test_in_the_interpreter(file: str, tmp_path: Path) -> None:
-    run_cases(f"tests/model/kernels/{file}", tmp_path, TRITON_INTERPRET="1")
+    run_cases(file, tmp_path, TRITON_INTERPRET="1")
 
 
 @triton
+@pytest.mark.aside(COMPILED)
 def test_compiled_without_a_gpu(tmp_path: Path) -> None:
-    run_cases("tests/model/kernels/compiled_cases.py", tmp_path)
+    run_cases(COMPILED, tmp_path)
 
 
 @pytest.mark.slow
@@ -50,7 +54,7 @@ def test_widely_compiled_without_a_gpu(capability: int, tmp_path: Path) -> None:
 def test_on_a_gpu(file: str, tmp_path: Path) -> None:
     if reason := unsupported(Target.of(torch.device("cuda")), torch.float16):
         pytest.skip(f"Triton's kernels: {reason}")
-    run_cases(f"tests/model/kernels/{file}", tmp_path)
+    run_cases(file, tmp_path)
 
 
 # --- on the host
