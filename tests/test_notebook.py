@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_it_runs(run: Run, tmp_path: Path) -> None:
     assert "slots: 3 in each of 8 layers" in before and len(text.split()) > 20
     assert re.search(r"decode 99 tokens.*hit ratio 0\.[1-9]", stats, re.DOTALL)
 
-    assert out["trace"].count("<image/png>") == 3
+    assert out["trace"].count("<image/png>") == (3 if find_spec("matplotlib") else 0)
     assert len(re.findall(r"^> .+\?\n\s*\S", out["chat"], re.MULTILINE)) == 2
     turns = re.findall(r"the conversation has (\d+) tokens", out["chat"])
     assert 48 < int(turns[0]) < int(turns[1]) - 48 and "tokens and " in out["chat"]

@@ -77,7 +77,17 @@ def test_a_gpu_multiplies_from_packed_bytes_where_it_can(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, backend, remark in (((8, 0), Fused, None), ((7, 5), Blocks, "capability 8.0, and this")):
+    old = (
+        (Blocks, "8.0 for bfloat16, and this one has 7.5; use --dtype float16")
+        if dtype == BF16
+        else (Fused, None)
+    )
+    older = "capability 8.0, and this" if dtype == BF16 else "capability 7.5, and this"
+    for capability, (backend, remark) in {
+        (8, 0): (Fused, None),
+        (7, 5): old,
+        (7, 0): (Blocks, older),
+    }.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         monkeypatch.setattr(launching, "uncompiled", lambda device: None)
         chosen, said = pick_backend(QuantSpec(2), (48, 96), dtype, Target.of(torch.device("cuda")))
@@ -119,17 +129,19 @@ def test_scratch_is_what_a_product_expands(without_numba: str) -> None:
     assert scratch_bytes(14336, BF16, HERE) == 8 * 512 * 14336
     assert scratch_bytes(14336, F32, HERE) == 8 * blocks.CPU_BLOCK
     assert scratch_bytes(64, BF16, HERE) == 8 * blocks.CPU_BLOCK, "some of a model's matrices may take it"
-    gpu, old = Target.hypothetical(), Target.hypothetical((7, 5))
+    gpu, old, older = (Target.hypothetical(capability) for capability in ((8, 0), (7, 5), (7, 0)))
     assert [scratch_bytes(14336, dtype, gpu) for dtype in (BF16, F32)] == [64 << 20, 128 << 20]
     assert scratch_bytes(1 << 22, F16, gpu) == 16 * 2 << 22, "a matrix is expanded by 16 rows at least"
-    assert scratch_bytes(14336, F16, old) == 8 * blocks.GPU_BLOCK
+    assert scratch_bytes(14336, F16, old) == 64 << 20
+    assert scratch_bytes(14336, BF16, old) == scratch_bytes(14336, F16, older) == 8 * blocks.GPU_BLOCK
 
 
 def test_a_hypothetical_gpu_is_judged_by_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "untried", lambda device: pytest.fail("it is not there"))
     assert pick_backend(QuantSpec(2), (48, 96), BF16, Target.hypothetical((9, 0))) == (Fused, None)
-    backend, said = pick_backend(QuantSpec(2), (48, 96), F16, Target.hypothetical((7, 5)))
-    assert backend is Blocks and said is not None and "8.0, and this one has 7.5" in said
+    assert pick_backend(QuantSpec(2), (48, 96), F16, Target.hypothetical((7, 5))) == (Fused, None)
+    backend, said = pick_backend(QuantSpec(2), (48, 96), F16, Target.hypothetical((7, 0)))
+    assert backend is Blocks and said is not None and "7.5, and this one has 7.0" in said
     assert has_fast_product(F16, Target.hypothetical())
 
 
