@@ -89,6 +89,8 @@ def measure(cache: ExpertCache, x: Tensor) -> tuple[float, float]:  # x [1, D]
         computed += 1
         under_way = [ticket for ticket in under_way if not ticket.complete]
         under_way += [copy(chance.choice(slots)) for _ in range(AHEAD - len(under_way))]
-    moved = copies.moved - before
+    moved = max(copies.moved - before, 1)
+    copies.cancel_all()
+    copies.settle()  # the piece under way counts no more
     cache.start_over()
     return tuple(float(f"{count / passed / 1e9:.3g}") for count in (moved, computed * size))  # type: ignore
