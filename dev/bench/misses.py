@@ -102,7 +102,7 @@ class Rates:
     trunk: float
 
     def bound(self, hits: float, misses: float) -> float:
-        """The least seconds of a token with so many hits and misses.
+        """The shortest time of a token with this many hits and misses, in seconds.
 
         >>> rates = Rates(link=4.0, cpu=1.0, device=0.5, together=0.375, trunk=0.0)
         >>> rates.bound(hits=9, misses=1), rates.bound(hits=0, misses=5), rates.bound(hits=0, misses=0)

@@ -242,14 +242,13 @@ class Residency:
         if guess is not None and self.tickets[guess.slot].error is not None:
             self.drop(guess)
             guess = None
-        source = self.store.source(layer, expert) if guess is None else "host"
         if guess is not None:
-            slot = guess.slot
+            source, slot = "host", guess.slot
             self.store.adopt(layer, expert, self.tickets[slot], kind == "demand")
             given, evicted = table.adopt(expert, slot)
             self.spares.exchange(slot, self.leave(layer, evicted, given))
         else:
-            label = self.label(layer, expert, kind)
+            label, source = self.label(layer, expert, kind), self.store.source(layer, expert)
             self.store.claim(label)
             given, evicted = table.place(expert)
             slot = self.leave(layer, evicted, given)
