@@ -21,9 +21,9 @@ from torch import Tensor
 from model.checkpoint import foreign
 from model.checkpoint.files import check_folder, weight_files
 from model.checkpoint.mapped import in_runs
-from model.checkpoint.native import native_layout, read_format
+from model.checkpoint.native import NativeFormat, native_layout, read_format
 from model.checkpoint.pieces import Layout, Piece, match
-from model.checkpoint.safetensors import byte_view, read_header, readable
+from model.checkpoint.safetensors import Header, byte_view, read_header, readable
 from model.config import ModelConfig
 from model.errors import ModelError, quoted
 from model.mixtral import Mixtral
@@ -93,6 +93,14 @@ class Checkpoint:
         for name in self.layout.shapes.keys() - parameters.keys():
             raise ModelError(f"{self.folder}: parameter {name!r} is only in the checkpoint")
         self.fill(parameters, progress)
+
+    def read(self, name: str, device: torch.device) -> Tensor:
+        """One parameter, or one stream of a native checkpoint, in the dtype of the file. Raises as `fill`
+        does."""
+        dtype = self.layout.filling([name])[0].dtype
+        tensor = torch.empty(self.layout.shapes[name], dtype=dtype, device=device)
+        self.fill({name: tensor})
+        return tensor
 
     def fill(
         self,
@@ -173,15 +181,27 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         check_folder(folder)
         foreign.check_files(folder)
         config, native = ModelConfig.read(folder), read_format(folder)
-        files = weight_files(folder)
-        headers = {path: read_header(path) for path in files}
+        headers = {path: read_header(path) for path in weight_files(folder)}
     except OSError as error:
         raise ModelError(f"{folder}: cannot be read ({error.strerror})") from error
+    return described(folder, config, native, headers)
+
+
+def checkpoint_of(folder: Path, headers: Mapping[Path, Header]) -> Checkpoint:
+    """The checkpoint whose configuration is in `folder`, and whose weight files have these headers. The files
+    need not be there yet. Raises `ModelError` as `open_checkpoint` does."""
+    return described(folder, ModelConfig.read(folder), read_format(folder), headers)
+
+
+def described(
+    folder: Path, config: ModelConfig, native: NativeFormat | None, headers: Mapping[Path, Header]
+) -> Checkpoint:
+    """Compare headers with what the configuration says of them."""
     if native is None:
         foreign.check_tensors(folder, (name for header in headers.values() for name in header.tensors))
-        return Checkpoint(folder, config, match(folder, headers, config), len(files))
+        return Checkpoint(folder, config, match(folder, headers, config), len(headers))
     layout = native_layout(folder, headers, config, native)
-    return Checkpoint(folder, config, layout, len(files), native.formats)
+    return Checkpoint(folder, config, layout, len(headers), native.formats)
 
 
 def check_tensors(folder: Path, tensors: Mapping[str, Tensor], layout: Layout) -> None:

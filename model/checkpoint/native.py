@@ -5,6 +5,7 @@ of its layer's file, with its tensors in the order of `model.quant.streams.exper
 `config.json` and in every file's metadata, and the two have to agree.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,7 @@ class StoredParameter:
     name: str
     spec: QuantSpec
     tensors: tuple[TensorSpec, ...]
+    weights: int  # their number
 
     @property
     def matrix(self) -> str:
@@ -173,7 +175,7 @@ def stored_parameters(
         name = template.format(n=n, e=e)
         fields = matrix_fields(name.removesuffix(".weight"), (sum(rows), *row), spec, dtype=dtype)
         tensors = tuple(TensorSpec(field.name, field.dtype, field.shape) for field in fields)
-        yield n if "{n}" in template else -1, StoredParameter(name, spec, tensors)
+        yield n if "{n}" in template else -1, StoredParameter(name, spec, tensors, sum(rows) * math.prod(row))
 
 
 def stream_count(config: ModelConfig, formats: Formats) -> int:

@@ -116,8 +116,13 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> b
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file, completely or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, contents: bytes) -> None:
+    """Write a small file, completely or not at all."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(contents)
 
 
 @contextmanager

@@ -15,18 +15,15 @@ that were recorded when it was written.
 import argparse
 import errno
 import json
-import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
-from model.checkpoint import open_checkpoint
-from model.checkpoint.native import NativeFormat, native_shards
+from model.checkpoint.files import weight_files
+from model.checkpoint.native import NativeFormat, Shard, native_shards
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.quant.formats import DEFAULT, UNQUANTIZED, Formats
@@ -38,8 +35,10 @@ from runtime.process.threads import pick_threads, using_threads
 from runtime.shell.arguments import at_least_one, new_parser
 from runtime.shell.command import DONE, INTERRUPTED, one_line, put, run, say
 from tools.quantize.job import Job, write_output
-from tools.quantize.journal import Errors
-from tools.quantize.names import RECORD, files_to_copy, tokenizer_missing
+from tools.quantize.names import RECORD, copied_from, files_to_copy, tokenizer_missing
+from tools.quantize.sources.opening import open_path
+from tools.quantize.sources.source import Source, sampled
+from tools.quantize.summary import facts, summary
 from tools.quantize.verify import verify
 from tools.quantize.version1 import (
     from_version1,
@@ -76,12 +75,10 @@ def convert(argv: list[str] | None) -> int | None:
     try:
         with shortage_as(DeviceError, REMEDY), using_threads(1):  # the pool's workers are the threads
             job = make_job(args)
-            if not args.tokenizer and (missing := tokenizer_missing(args.source)):
-                warnings.warn(missing, RuntimeWarning, stacklevel=2)
             record = write_output(job, args.force, threads, args.quiet)
     except OSError as error:
         raise MixtralError(explain(error, args.out)) from error
-    put((json.dumps(record, indent=2) if args.json else summary(job.out, record["errors"])) + "\n")
+    put((json.dumps(record, indent=2) if args.json else summary(job.out, record)) + "\n")
     if args.verify:
         return report(args.out, args.quiet, to_stderr if args.json else put)
     return None
@@ -177,37 +174,72 @@ def make_job(args: argparse.Namespace) -> Job:
     or `TokenizerError`."""
     if is_version1(args.source):
         return conversion(args)
-    source, out, device = args.source, args.out, args.device or pick_device(None)
-    checkpoint = open_checkpoint(source)
-    if checkpoint.native:
-        raise ModelError(f"{source}: quantized already ({checkpoint.description}); start from 16 bits")
-    check_apart(source, out)
-    formats = pick_formats(args, checkpoint.config)
-    format = NativeFormat(formats, source.resolve().name)
-    dtype = checkpoint.dtype if checkpoint.dtype.itemsize == 2 else torch.bfloat16
-    shards = native_shards(checkpoint.config, formats, dtype)
-    copied = files_to_copy(source, args.tokenizer)
-    make = partial(from_weights, checkpoint, dtype, device)
-    return Job("quantizing", checkpoint, out, format, dtype, device.type, shards, copied, make)
+    source, device = open_path(args.source), args.device or pick_device(None)
+    check_apart(args.source, args.out)
+    formats = pick_formats(args, source.config)
+    shards = native_shards(source.config, formats, source.dtype)
+    return Job(
+        what="quantizing",
+        config=source.config,
+        fingerprint=source.files.fingerprint(),
+        out=args.out,
+        format=NativeFormat(formats, source.files.name),
+        dtype=source.dtype,
+        device=device.type,
+        shards=shards,
+        copied=pick_tokenizer(args, source.tokenizer),
+        size=lambda parameter: source.size(parameter.name),
+        make=partial(from_weights, source, device),
+        bring=partial(bring, source),
+        facts=facts(source, shards),
+    )
+
+
+def bring(source: Source, now: Shard, later: Sequence[Shard]) -> None:
+    """Have in place what this shard is made from. What those after it need may stay."""
+    wanted, kept = (
+        {path for shard in shards for parameter in shard.parameters for path in source.paths(parameter.name)}
+        for shards in ([now], later)
+    )
+    source.files.bring(wanted, kept)
 
 
 def conversion(args: argparse.Namespace) -> Job:
     """The job that converts a checkpoint of version 1. Raises as `make_job` does."""
-    source, out = args.source, args.out
+    source = args.source
     if given := [f"--{name}" for name in (*MATRICES, "device") if getattr(args, name)]:
         raise MixtralError(
             f"{source}: of version 1, which is converted as it is; leave out {' and '.join(given)}, "
             "or start from 16 bits"
         )
     checkpoint, format = open_version1(source)
-    check_apart(source, out)
+    check_apart(source, args.out)
     shards = native_shards(checkpoint.config, format.formats, checkpoint.dtype)
-    copied = files_to_copy(source, args.tokenizer)
-    specs = {stored.name: stored.spec for stored in stored_parameters(checkpoint.config, checkpoint.formats)}
+    stored = {
+        parameter.name: parameter for parameter in stored_parameters(checkpoint.config, checkpoint.formats)
+    }
     matrices = {parameter.matrix for shard in shards for parameter in shard.parameters}
-    make, known = partial(from_version1, checkpoint, specs), recorded_errors(source, matrices)
-    dtype = checkpoint.dtype
-    return Job("converting", checkpoint, out, format, dtype, "cpu", shards, copied, make, known)
+    return Job(
+        what="converting",
+        config=checkpoint.config,
+        fingerprint=sampled(weight_files(source)),
+        out=args.out,
+        format=format,
+        dtype=checkpoint.dtype,
+        device="cpu",
+        shards=shards,
+        copied=pick_tokenizer(args, copied_from(source)),
+        size=lambda parameter: sum(tensor.bytes for tensor in stored[parameter.name].tensors),
+        make=partial(from_version1, checkpoint, {name: each.spec for name, each in stored.items()}),
+        known=recorded_errors(source, matrices),
+    )
+
+
+def pick_tokenizer(args: argparse.Namespace, found: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
+    """The files that go along: those of `--tokenizer`, or else `found`. Warns if there is no tokenizer."""
+    if not args.tokenizer and (missing := tokenizer_missing(args.source, found)):
+        warnings.warn(missing, RuntimeWarning, stacklevel=2)
+    return files_to_copy(found, args.tokenizer)
 
 
 def check_apart(source: Path, out: Path) -> None:
@@ -228,23 +260,6 @@ def pick_formats(args: argparse.Namespace, config: ModelConfig) -> Formats:
             warnings.warn(f"{reason}; it stays at 16 bits", RuntimeWarning, stacklevel=2)
             return replace(formats, head=UNQUANTIZED)
     return formats
-
-
-def summary(out: Path, errors: Errors) -> str:
-    """A line for each kind of matrix, such as `experts.w13`: the mean error, and the worst one with its
-    name."""
-    kinds: dict[str, dict[str, float]] = {}
-    for name, error in errors.items():
-        kind = ".".join([part for part in name.split(".") if not part.isdecimal()][-2:])
-        kinds.setdefault(kind, {})[name] = error
-    lines = [f"{out}: {open_checkpoint(out).description}"]
-    for kind, by_name in kinds.items():
-        worst = max(by_name, key=by_name.__getitem__)
-        mean = statistics.fmean(by_name.values())
-        lines.append(
-            f"{kind}: relative error {mean:.4f} on average, {by_name[worst]:.4f} at worst in {worst}"
-        )
-    return "\n".join(lines)
 
 
 def explain(error: OSError, out: Path) -> str:

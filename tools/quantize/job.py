@@ -2,21 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
 from model.checkpoint.native import NativeFormat, Shard, StoredParameter
 from model.checkpoint.safetensors import readable
-from model.checkpoint.writer import Writer, write_text
-from model.config import to_hf
+from model.checkpoint.writer import Writer, write_bytes, write_text
+from model.config import ModelConfig, to_hf
 from runtime.shell.command import say
 from runtime.shell.progress import progress
 from tools.quantize.journal import Errors, Journal, settings
@@ -36,22 +35,32 @@ Make = Callable[[StoredParameter, Executor], tuple[list[Tensor], float | None]]
 
 @dataclass(frozen=True)
 class Job:
-    """A checkpoint to make another of, how, and where to.
+    """A checkpoint to make, from what, and how.
 
-    `make` returns a parameter's tensors as they are to be written, and the error of quantizing it if that is
-    done now. `known` are errors of matrices that were quantized before.
+    fingerprint  of the files that it is made from
+    copied       files that go along, or their contents, by their name in the output
+    size         gives the bytes of the source that a parameter is made from
+    make         gives a parameter's tensors as they are to be written, and the error of quantizing it if that
+                 is done now
+    bring        is given a shard and those after it, and puts in place what `make` reads for the shard
+    known        errors of matrices that were quantized before
+    facts        further entries of the record
     """
 
     what: str  # is done, as progress names it
-    source: Checkpoint
+    config: ModelConfig
+    fingerprint: str
     out: Path
     format: NativeFormat
     dtype: torch.dtype  # of tensors that are not quantized
     device: str  # the type of the device that computes
     shards: list[Shard]
-    copied: dict[str, Path]  # files that go along, by their name in the output
+    copied: Mapping[str, Path | bytes]
+    size: Callable[[StoredParameter], int]
     make: Make
+    bring: Callable[[Shard, Sequence[Shard]], None] = lambda now, later: None
     known: Errors | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def matrices(self) -> dict[str, list[str]]:
@@ -66,12 +75,9 @@ class Job:
         """The names of all files of the output."""
         return [*(shard.name for shard in self.shards), INDEX, *self.copied, RECORD, CONFIG]
 
-    def source_bytes(self, parameter: StoredParameter) -> int:
-        layout = self.source.layout
-        names = [parameter.name]
-        if parameter.name not in layout.shapes:  # the source is quantized, too
-            names = [tensor.name for tensor in parameter.tensors]
-        return sum(piece.bytes for piece in layout.filling(names))
+    def source_bytes(self, shards: Sequence[Shard]) -> int:
+        """The bytes of the source that these shards are made from."""
+        return sum(self.size(parameter) for shard in shards for parameter in shard.parameters)
 
 
 def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, Any]:
@@ -79,9 +85,9 @@ def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, 
 
     Raises `MixtralError`, `ModelError` or `OSError`. Finished files stay, and a later call goes on from them.
     """
-    folder, metadata, source = job.out, job.format.metadata(), job.source
+    folder, metadata = job.out, job.format.metadata()
     with reserved(folder):
-        ours = settings(source.folder, source.config, job.format, job.device)
+        ours = settings(job.config, job.format, job.device, job.fingerprint)
         journal = claim(folder, ours, job.files, job.matrices, force)
         journal.keep({s.name for s in job.shards if not difference(folder / s.name, s, metadata)})
         missing = [shard for shard in job.shards if shard.name not in journal.shards]
@@ -91,7 +97,8 @@ def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, 
         for path in rest:
             path.unlink(missing_ok=True)
         with byte_bar(job, missing, quiet) as advance, ThreadPoolExecutor(threads) as pool:
-            for shard in missing:
+            for place, shard in enumerate(missing):
+                job.bring(shard, missing[place + 1 :])
                 errors, digest = write_shard(job, shard, advance, pool)
                 journal.shards[shard.name], journal.digests[shard.name] = errors, digest
                 journal.save(folder)
@@ -108,7 +115,7 @@ def write_shard(job: Job, shard: Shard, advance: Callable[[int], None], pool: Ex
                 errors[parameter.matrix] = error
             for tensor, stored in zip(tensors, parameter.tensors, strict=True):
                 writer.write(stored.name, tensor)
-            advance(job.source_bytes(parameter))
+            advance(job.size(parameter))
     return errors, digest.hexdigest()
 
 
@@ -118,11 +125,14 @@ def finish(job: Job, journal: Journal) -> dict[str, Any]:
     total = sum(tensor.bytes for tensor, _ in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": {tensor.name: file for tensor, file in tensors}}
     write_json(job.out / INDEX, index)
-    for name, path in job.copied.items():
-        copy(path, job.out / name)
+    for name, contents in job.copied.items():
+        if isinstance(contents, Path):
+            copy(contents, job.out / name)
+        else:
+            write_bytes(job.out / name, contents)
     found = record(job, journal)
     write_json(job.out / RECORD, found)
-    config = to_hf(job.source.config, str(job.dtype).removeprefix("torch."))
+    config = to_hf(job.config, str(job.dtype).removeprefix("torch."))
     write_json(job.out / CONFIG, config | {"quantization_config": job.format.section()})
     journal.remove(job.out)
     return found
@@ -142,6 +152,7 @@ def record(job: Job, journal: Journal) -> dict[str, Any]:
         "device": job.device,
         "files": job.files,
         "sha256": {name: journal.digests[name] for name in names},
+        **job.facts,
         "errors": errors if job.known is None else job.known,
     }
 
@@ -149,12 +160,12 @@ def record(job: Job, journal: Journal) -> dict[str, Any]:
 @contextmanager
 def byte_bar(job: Job, missing: list[Shard], quiet: bool) -> Iterator[Callable[[int], None]]:
     """Show how many of the source's bytes are done. Yields a function that takes each number of bytes."""
-    parameters = [parameter for shard in missing for parameter in shard.parameters]
-    done = job.source.bytes - sum(job.source_bytes(parameter) for parameter in parameters)
+    total = job.source_bytes(job.shards)
+    done = total - job.source_bytes(missing)
     if done and not quiet:
-        say(f"going on after {readable(done)} of {readable(job.source.bytes)}")
+        say(f"going on after {readable(done)} of {readable(total)}")
     if quiet:
         yield lambda size: None
         return
-    with progress(job.source.bytes, job.what, "", done, readable) as advance:
+    with progress(total, job.what, "", done, readable) as advance:
         yield advance

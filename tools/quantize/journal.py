@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from model.checkpoint.files import weight_files
 from model.checkpoint.native import NativeFormat
 from model.checkpoint.writer import write_text
 from model.config import ModelConfig, read_json, to_hf
@@ -19,7 +18,6 @@ from tools.quantize.names import is_ours
 
 NAME = "quantize.journal.json"
 MAX_BYTES = 64 << 20
-SAMPLE = 1 << 16  # bytes of weights from the middle of each file
 
 Errors = dict[str, float]  # relative error of every matrix
 
@@ -116,9 +114,10 @@ def damaged(folder: Path) -> MixtralError:
     return MixtralError(f"{folder / NAME}: damaged; remove the folder and begin again")
 
 
-def settings(source: Path, config: ModelConfig, native: NativeFormat, device: str) -> dict[str, Any]:
-    """What decides the bytes of the output."""
-    return {**native.section(), "device": device, "source_files": fingerprint(source, config)}
+def settings(config: ModelConfig, native: NativeFormat, device: str, fingerprint: str) -> dict[str, Any]:
+    """What decides the bytes of the output. `fingerprint` is that of the source's files."""
+    source = hashlib.sha256(f"{json.dumps(to_hf(config))}{fingerprint}".encode()).hexdigest()
+    return {**native.section(), "device": device, "source_files": source}
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
@@ -135,20 +134,6 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
         if ours.get(key) != theirs.get(key):
             return what
     return "another version of this program"
-
-
-def fingerprint(folder: Path, config: ModelConfig) -> str:
-    """A digest of the configuration, and of every weight file's name, size, header and middle."""
-    digest = hashlib.sha256(json.dumps(to_hf(config)).encode())
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(length))
-            file.seek(max(8 + length, (8 + length + size) // 2 - SAMPLE // 2))
-            digest.update(file.read(SAMPLE))
-    return digest.hexdigest()
 
 
 def recorded_files(path: Path) -> list[str]:

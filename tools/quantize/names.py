@@ -1,5 +1,6 @@
 """The names of files that `tools.quantize` writes. It replaces and removes no others."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from model.checkpoint.files import SHARD
@@ -37,16 +38,17 @@ def is_tokenizer(name: str) -> bool:
     return ending == "" or (ending[0] == "." and ending[1:].isalnum())
 
 
-def files_to_copy(source: Path, tokenizer: Path | None = None) -> dict[str, Path]:
+def files_to_copy(
+    found: Mapping[str, Path | bytes], tokenizer: Path | None = None
+) -> dict[str, Path | bytes]:
     """The files that go along with the weights, by their new names: tokenizer, chat template, and settings of
-    generation.
+    generation. `found` are those of the source, or their contents.
 
     If `tokenizer` is a folder, its files replace all of the source's but the settings of generation. If it is
     a file, it replaces the source's tokenizer. Raises `TokenizerError` if it holds no tokenizer.
     """
-    found = copied_from(source)
     if tokenizer is None:
-        return found
+        return dict(found)
     file = find_model(tokenizer)
     read_model(file)
     if tokenizer.is_dir():
@@ -57,7 +59,8 @@ def files_to_copy(source: Path, tokenizer: Path | None = None) -> dict[str, Path
     return dict(sorted({**others, name: file}.items()))
 
 
-def copied_from(folder: Path) -> dict[str, Path]:
+def copied_from(folder: Path) -> dict[str, Path | bytes]:
+    """The files of a folder that go along, by their names."""
     names = sorted({*COPIED, *(path.name for path in folder.glob(TOKENIZER + ".*"))})
     return {
         name: folder / name
@@ -66,8 +69,10 @@ def copied_from(folder: Path) -> dict[str, Path]:
     }
 
 
-def tokenizer_missing(source: Path) -> str | None:
-    """Why an output with this folder's tokenizer cannot generate text; None if it can."""
+def tokenizer_missing(source: Path, found: Mapping[str, Path | bytes]) -> str | None:
+    """Why an output with the tokenizer that was found in `source` cannot generate text; None if it can."""
+    if isinstance(found.get(TOKENIZER), bytes):
+        return None
     try:
         read_model(find_model(source))
     except TokenizerError as error:

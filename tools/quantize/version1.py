@@ -45,7 +45,7 @@ from model.quant.streams import CODES
 from model.quant.tensor import QuantizedTensor, by_block
 from tools.quantize.journal import MAX_BYTES, Errors, is_errors
 from tools.quantize.names import RECORD
-from tools.quantize.weights import converted, read
+from tools.quantize.weights import converted
 
 VERSION = 1
 STEPS = 4  # a multiple of these was stored
@@ -128,7 +128,7 @@ def stored_parameters(config: ModelConfig, formats: Formats) -> Iterator[StoredP
     for template, n, e in instances(config):
         spec, (rows, row) = formats.spec_of(template), shapes[template]
         name, shape = template.format(n=n, e=e), (sum(rows), *row)
-        yield StoredParameter(name, spec, tuple(tensors(name, shape, spec)))
+        yield StoredParameter(name, spec, tuple(tensors(name, shape, spec)), math.prod(shape))
 
 
 def recorded_errors(folder: Path, matrices: Container[str]) -> Errors:
@@ -169,10 +169,10 @@ def from_version1(
     """
     cpu = torch.device("cpu")
     if not parameter.spec.quantized:
-        weight = read(source, parameter.name, cpu)
+        weight = source.read(parameter.name, cpu)
         return [converted(parameter.name, weight, source.dtype)], None
     names = [tensor.name for tensor in parameter.tensors]
-    streams = {name.rpartition(".")[2]: read(source, name, cpu) for name in names}
+    streams = {name.rpartition(".")[2]: source.read(name, cpu) for name in names}
     if not torch.isfinite(streams["steps"]).all():
         raise ModelError(f"{parameter.matrix}: has steps that are not finite numbers; the source is damaged")
     made = convert(streams, specs[parameter.name], parameter.spec)

@@ -6,39 +6,26 @@ from concurrent.futures import Executor
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
 from model.checkpoint.native import StoredParameter
 from model.errors import ModelError
 from model.quant.solve import quantize
+from tools.quantize.sources.source import Source
 
 
 def from_weights(
-    source: Checkpoint,
-    dtype: torch.dtype,
-    device: torch.device,
-    parameter: StoredParameter,
-    pool: Executor,
+    source: Source, device: torch.device, parameter: StoredParameter, pool: Executor
 ) -> tuple[list[Tensor], float | None]:
-    """One parameter's tensors, and the relative error of quantizing it. What is not quantized is in `dtype`,
-    and has no error.
+    """One parameter's tensors, and the relative error of quantizing it. What is not quantized has none.
 
     Raises `ModelError` if weights are not finite, or too large for the format.
     """
-    weight = read(source, parameter.name, device)
+    weight = source.read(parameter.name, device)
     if not parameter.spec.quantized:
-        return [converted(parameter.name, weight, dtype)], None
+        return [converted(parameter.name, weight, parameter.tensors[0].dtype)], None
     made, error = quantize(weight, parameter.spec, parameter.matrix, pool)
     if not math.isfinite(error):
         raise ModelError(f"{parameter.matrix}: has weights too large to quantize")
     return list(made.streams().values()), error
-
-
-def read(source: Checkpoint, name: str, device: torch.device) -> Tensor:
-    """One tensor of the source, in the source's dtype."""
-    layout = source.layout
-    tensor = torch.empty(layout.shapes[name], dtype=layout.filling([name])[0].dtype, device=device)
-    source.fill({name: tensor})
-    return tensor
 
 
 def converted(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

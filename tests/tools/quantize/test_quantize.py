@@ -32,7 +32,7 @@ from tools.quantize import lock, output
 from tools.quantize.journal import NAME as JOURNAL
 from tools.quantize.journal import Journal
 from tools.quantize.lock import locked
-from tools.quantize.names import COPIED, files_to_copy
+from tools.quantize.names import COPIED, copied_from
 from tools.quantize.weights import converted
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -510,7 +510,7 @@ def test_what_goes_along(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).touch()
     (tmp_path / "tokenizer.model.v4").mkdir()
-    assert sorted(files_to_copy(tmp_path)) == sorted([*COPIED, "tokenizer.model.v3"])
+    assert sorted(copied_from(tmp_path)) == sorted([*COPIED, "tokenizer.model.v3"])
 
 
 def test_a_run_goes_on_with_another_tokenizer(

@@ -1,0 +1,65 @@
+"""Checkpoints of 16 or 32 bits, in HF's or Mistral's layout."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from model.checkpoint.load import checkpoint_of
+from model.config import ModelConfig
+from model.errors import ModelError
+from tools.quantize.names import copied_from
+from tools.quantize.sources.source import ModelFiles
+
+GATE = "layers.0.block_sparse_moe.gate.weight"
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """See `source.Source`."""
+
+    files: ModelFiles
+    checkpoint: Checkpoint
+    lossy: str | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype = self.checkpoint.dtype
+        return dtype if dtype.itemsize == 2 else torch.bfloat16
+
+    @property
+    def gates(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def description(self) -> str:
+        return self.checkpoint.description
+
+    @property
+    def tokenizer(self) -> Mapping[str, Path | bytes]:
+        return copied_from(self.files.folder)
+
+    def size(self, parameter: str) -> int:
+        return sum(piece.bytes for piece in self.checkpoint.layout.filling([parameter]))
+
+    def paths(self, parameter: str) -> Collection[Path]:
+        return {piece.path for piece in self.checkpoint.layout.filling([parameter])}
+
+    def read(self, parameter: str, device: torch.device) -> Tensor:
+        return self.checkpoint.read(parameter, device)
+
+
+def open_folder(files: ModelFiles) -> FolderSource:
+    """Check configuration, names, shapes and dtypes. Raises `ModelError` if the weights are not those of a
+    Mixtral, or are quantized."""
+    checkpoint = checkpoint_of(files.folder, files.headers)
+    if checkpoint.native:
+        raise ModelError(f"{files.folder}: quantized already ({checkpoint.description}); start from 16 bits")
+    return FolderSource(files, checkpoint)

@@ -1,0 +1,31 @@
+"""Tells which kind of model there is, and opens it."""
+
+from pathlib import Path
+
+from model.checkpoint import foreign
+from model.checkpoint.files import check_folder, weight_files
+from model.checkpoint.safetensors import read_header
+from model.errors import ModelError
+from tools.quantize.sources.folder import open_folder
+from tools.quantize.sources.source import ModelFiles, Source
+
+
+def open_path(path: Path) -> Source:
+    """Open the model in a folder. Raises `ModelError` if it cannot be quantized."""
+    return open_source(files_in(path))
+
+
+def files_in(folder: Path) -> ModelFiles:
+    """The files of a folder of safetensors files, with their headers read."""
+    try:
+        check_folder(folder)
+        foreign.check_files(folder)
+        paths = weight_files(folder)
+        return ModelFiles.of_folder(folder, paths, {path: read_header(path) for path in paths})
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def open_source(files: ModelFiles) -> Source:
+    """Open a model whose weights are safetensors files. Only their headers need to be there."""
+    return open_folder(files)
