@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint.foreign import GGUF, START_OVER, STEMS
+from model.checkpoint.foreign import CONVERT, GGUF, STEMS
 from model.config import read_json
 from model.errors import ModelError, quoted
 
@@ -44,7 +44,7 @@ def check_folder(folder: Path) -> None:
     if not folder.exists():
         raise ModelError(f"{folder}: no such folder")
     if not folder.is_dir() and folder.suffix.lower() == GGUF:
-        raise ModelError(f"{folder}: a GGUF file, which is not read here; {START_OVER}")
+        raise ModelError(f"{folder}: a GGUF file; {CONVERT.format(folder)}")
     if not folder.is_dir():
         raise ModelError(f"{folder}: a file; a checkpoint is a folder with a configuration and weights in it")
     if not any(folder.iterdir()):

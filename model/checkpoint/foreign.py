@@ -3,53 +3,66 @@
 A refusal can then say what the checkpoint is, and what to do instead.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from model.errors import ModelError, quoted
 
 START_OVER = "start from the 16-bit checkpoint, and quantize it with tools.quantize"
+CONVERT = "convert it with python -m tools.quantize {} OUT"
+CLOSED = "a pickle, which runs code when opened and is never read"
 GGUF = ".gguf"
 STEMS = ("model", "consolidated")  # of files that are read here: HF's and Mistral's, the same weights twice
 
+FILES = {  # patterns of names, in small letters, what such a file is, and what to do; the first one counts
+    "adapter_config.json": (
+        "a LoRA adapter, which changes a model and is not one",
+        "merge it into its 16-bit base model, and load that",
+    ),
+    f"*{GGUF}": ("the weights are in GGUF", CONVERT),
+    "qmodel.pt": (f"quantized by HQQ, in {CLOSED}", START_OVER),
+    "gptq_model*.safetensors": ("the weights were quantized by GPTQ", START_OVER),
+    "output*.safetensors": ("the weights were quantized by ExLlama", START_OVER),
+    "*.npz": ("the weights are MLX's", START_OVER),
+    "mlc-chat-config.json": ("the weights were compiled by MLC", START_OVER),
+    "openvino_*.bin": ("the weights are OpenVINO's", START_OVER),
+    "*.onnx": ("the weights are in ONNX", START_OVER),
+    "*.engine": ("the weights were compiled by TensorRT", START_OVER),
+    "ggml*.bin": ("the weights are in GGML, which was before GGUF", START_OVER),
+    "*.msgpack": ("the weights are Flax's", "take those in safetensors"),
+    "*.h5": ("the weights are TensorFlow's", "take those in safetensors"),
+}
 ENDINGS = {  # of tensors' names, and what such tensors mean; the first one that occurs counts
-    ".codes": "were quantized by tools.quantize, and config.json does not say so",
-    ".W_q": "were quantized by HQQ",
-    ".qweight": "were quantized by GPTQ or AWQ",
-    ".absmax": "were quantized by bitsandbytes",
-    ".SCB": "were quantized by bitsandbytes",
-    ".q_weight": "were quantized by ExLlamaV2",
-    ".trellis": "were quantized by ExLlamaV3",
-    ".weight_packed": "were quantized by compressed-tensors",
-    ".weight_scale": "are in FP8",
-    ".weight_scale_inv": "are in FP8",
-    ".input_scale": "are in FP8",
-    ".lora_A.weight": "are a LoRA adapter, not a model",
-    ".scales": "were quantized by MLX",
+    ".codes": ("were quantized by tools.quantize, and config.json does not say so", START_OVER),
+    ".W_q": ("were quantized by HQQ", CONVERT),
+    ".qweight": ("were quantized by GPTQ or AWQ", START_OVER),
+    ".absmax": ("were quantized by bitsandbytes", START_OVER),
+    ".SCB": ("were quantized by bitsandbytes", START_OVER),
+    ".q_weight": ("were quantized by ExLlamaV2", START_OVER),
+    ".trellis": ("were quantized by ExLlamaV3", START_OVER),
+    ".weight_packed": ("were quantized by compressed-tensors", START_OVER),
+    ".weight_scale": ("are in FP8", START_OVER),
+    ".weight_scale_inv": ("are in FP8", START_OVER),
+    ".input_scale": ("are in FP8", START_OVER),
+    ".lora_A.weight": ("are a LoRA adapter, not a model", START_OVER),
+    ".scales": ("were quantized by MLX", START_OVER),
 }
 
 
 def check_files(folder: Path) -> None:
     """Raises `ModelError` if the folder has another program's weights, and none that are read here."""
-    names = sorted(path.name for path in folder.iterdir())
+    check_names(folder, [path.name for path in folder.iterdir()])
+
+
+def check_names(model: Path | str, names: Collection[str]) -> None:
+    """The same for a model whose files have these names."""
     if any(name.startswith(STEMS) and ".safetensors" in name for name in names):
         return
-    if "adapter_config.json" in names:
-        raise ModelError(
-            f"{folder}: a LoRA adapter (adapter_config.json), which changes a model and is not one; merge it "
-            "into its 16-bit base model, and load that"
-        )
-    if packed := [name for name in names if name.lower().endswith(GGUF)]:
-        raise ModelError(f"{folder}: the weights are in GGUF ({quoted(packed[0])}); {START_OVER}")
-    if any(name.endswith(".npz") for name in names):
-        raise ModelError(
-            f"{folder}: the weights were written by MLX (.npz), and are not read here; {START_OVER}"
-        )
-    if "qmodel.pt" in names:
-        raise ModelError(
-            f"{folder}: the weights were quantized by HQQ and are a pickle (qmodel.pt), which runs code when "
-            f"opened and is never read; {START_OVER}"
-        )
+    for pattern, (what, remedy) in FILES.items():
+        for name in sorted(names):
+            if fnmatchcase(name.lower(), pattern):
+                raise ModelError(f"{model}: {what} ({quoted(name)}); {remedy.format(model)}")
 
 
 def check_tensors(folder: Path, names: Iterable[str]) -> None:
@@ -59,6 +72,8 @@ def check_tensors(folder: Path, names: Iterable[str]) -> None:
         for ending in ENDINGS:
             if name.endswith(ending):
                 found.setdefault(ending, name)
-    for ending, what in ENDINGS.items():
+    for ending, (what, remedy) in ENDINGS.items():
         if ending in found:
-            raise ModelError(f"{folder}: the weights {what} (tensor {quoted(found[ending])}); {START_OVER}")
+            raise ModelError(
+                f"{folder}: the weights {what} (tensor {quoted(found[ending])}); {remedy.format(folder)}"
+            )

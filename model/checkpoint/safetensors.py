@@ -25,6 +25,7 @@ from model.errors import ModelError, quoted
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MAX_ELEMENTS = 1 << 60
+LFS = b"version "  # the first bytes of what Git leaves in place of a large file
 MAX_DIMENSIONS = 64  # torch's limit
 
 DTYPES = {
@@ -81,6 +82,10 @@ def read_header(path: Path) -> Header:
             if len(prefix) < 8:
                 raise ModelError(
                     f"{path}: {file_bytes} bytes, too short for a safetensors file; download it again"
+                )
+            if prefix == LFS:
+                raise ModelError(
+                    f"{path}: a Git LFS pointer ({file_bytes} bytes), not the file; run `git lfs pull`"
                 )
             if length > MAX_HEADER_BYTES:
                 raise ModelError(

@@ -152,11 +152,15 @@ def test_the_arithmetic_is_that_of_the_tables(spelling: str) -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter (adapter_config.json)"),
-        (["model.Q4_K_M.gguf", "config.json"], "the weights are in GGUF ('model.Q4_K_M.gguf'); start from"),
-        (["\x1b[2J.gguf"], r"GGUF ('\x1b[2J.gguf')"),
-        (["weights.0.npz", "config.json"], "written by MLX (.npz), and are not read here; start from"),
-        (["qmodel.pt", "config.json"], "quantized by HQQ and are a pickle (qmodel.pt), which runs code"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "not one ('adapter_config.json'); merge it",
+        ),
+        (["model.Q4_K_M.gguf", "config.json"], "in GGUF ('model.Q4_K_M.gguf'); convert it with python -m"),
+        (["\x1b[2J.GGUF"], r"GGUF ('\x1b[2J.GGUF')"),
+        (["output-00001-of-00002.safetensors", "config.json"], "quantized by ExLlama ('output-00001-of-"),
+        (["qmodel.pt", "config.json"], "by HQQ, in a pickle, which runs code when opened and is never read"),
+        (["openvino_model.bin", "openvino_model.xml"], "OpenVINO's ('openvino_model.bin'); start from"),
     ],
 )
 def test_folders_of_other_programs_are_named(tmp_path: Path, files: list[str], said: str) -> None:
@@ -165,15 +169,24 @@ def test_folders_of_other_programs_are_named(tmp_path: Path, files: list[str], s
     for name in files:
         (folder / name).write_text("{}")
     assert said in refusal(folder)
-    if files[0].endswith(".gguf"):
-        assert "a GGUF file, which is not read here" in refusal(folder / files[0])
+    if files[0].lower().endswith(".gguf"):
+        assert f"a GGUF file; convert it with python -m tools.quantize {folder}" in refusal(folder / files[0])
+
+
+def test_what_is_read_here_counts_before_what_is_not(hf: Path) -> None:
+    for name in ("model.gguf", "qmodel.pt", "adapter_config.json", "pytorch_model.bin"):
+        (hf / name).write_text("{}")
+    assert open_checkpoint(hf).files == 1
+
+
+def test_a_pointer_is_not_the_file(hf: Path) -> None:
+    (hf / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "a Git LFS pointer (56 bytes), not the file; run `git lfs pull`" in refusal(hf)
 
 
 @pytest.mark.parametrize(
     ("tensor", "who"),
     [
-        ("w1.W_q", "HQQ"),
-        ("model.layers.0.self_attn.q_proj.W_q", "HQQ"),
         ("model.layers.0.block_sparse_moe.experts.0.w1.qweight", "GPTQ or AWQ"),
         ("model.layers.0.self_attn.q_proj.weight.absmax", "bitsandbytes"),
         ("model.layers.0.block_sparse_moe.switch_mlp.up_proj.scales", "MLX"),
@@ -184,6 +197,14 @@ def test_tensors_of_other_programs_are_named(rewrite: Callable[..., Path], tenso
     said = refusal(rewrite({tensor: torch.zeros(2)}))
     assert who in said and repr(tensor) in said
     assert "start from the 16-bit checkpoint, and quantize it with tools.quantize" in said
+
+
+@pytest.mark.parametrize("tensor", ["w1.W_q", "model.layers.0.self_attn.q_proj.W_q"])
+def test_tensors_that_can_be_converted(rewrite: Callable[..., Path], tensor: str) -> None:
+    folder = rewrite({tensor: torch.zeros(2)})
+    assert f"by HQQ (tensor {tensor!r}); convert it with python -m tools.quantize {folder} OUT" in (
+        refusal(folder)
+    )
 
 
 def test_the_same_name_in_many_files_does_not_hide_who_made_them(hf: Path) -> None:
