@@ -85,7 +85,7 @@ def read_header(path: Path) -> Header:
                 )
             if prefix == LFS:
                 raise ModelError(
-                    f"{path}: a Git LFS pointer ({file_bytes} bytes), not the file; run `git lfs pull`"
+                    f"{path}: a Git LFS pointer ({file_bytes} bytes), not the file; run git lfs pull"
                 )
             if length > MAX_HEADER_BYTES:
                 raise ModelError(

@@ -181,7 +181,7 @@ def test_what_is_read_here_counts_before_what_is_not(hf: Path) -> None:
 
 def test_a_pointer_is_not_the_file(hf: Path) -> None:
     (hf / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    assert "a Git LFS pointer (56 bytes), not the file; run `git lfs pull`" in refusal(hf)
+    assert "a Git LFS pointer (56 bytes), not the file; run git lfs pull" in refusal(hf)
 
 
 @pytest.mark.parametrize(
