@@ -1,4 +1,4 @@
-"""Progress of work that takes more than a second, on stderr: a bar on a terminal, and two lines elsewhere."""
+"""Progress of work that takes more than a second, on stderr: a bar on a terminal, and lines elsewhere."""
 
 import sys
 import time
@@ -9,6 +9,7 @@ from runtime.shell.command import say
 from runtime.units import format_bytes
 
 PATIENCE = 1.0  # seconds of work before anything is shown
+MINUTE = 60.0  # seconds between two lines of a log
 
 
 @contextmanager
@@ -20,7 +21,7 @@ def progress(
     `what` names the work, and `unit` what is counted. `form` writes a count where there is no bar. `done` of
     the `total` is done before the work begins.
     """
-    report = bar if sys.stderr.isatty() else two_lines
+    report = bar if sys.stderr.isatty() else lines
     with report(total, what, unit, done, form) as advance:
         yield advance
 
@@ -43,22 +44,40 @@ def bar(
 
 
 @contextmanager
-def two_lines(
+def lines(
     total: int, what: str, unit: str, done: int, form: Callable[[int], str]
 ) -> Iterator[Callable[[int], None]]:
-    """Print a line when the work has taken a second and one at its end, for a log."""
-    began, said = time.monotonic(), False
+    """Print lines for a log: after a second, after each further minute with the time left, and at the end."""
+    began = time.monotonic()
+    first, due = done, began + PATIENCE
+    said = False
 
     def advance(count: int) -> None:
-        nonlocal done, said
+        nonlocal done, due, said
         done += count
-        if not said and time.monotonic() - began > PATIENCE:
-            said = True
-            say(f"{what}: {form(done)} of {form(total)}{unit}")
+        now = time.monotonic()
+        if now < due:
+            return
+        rest = (now - began) * (total - done) / max(done - first, 1)
+        left = f", {duration(rest)} left" if said else ""
+        say(f"{what}: {form(done)} of {form(total)}{unit}{left}")
+        said, due = True, now + MINUTE
 
     yield advance
     if said:
-        say(f"{what}: done, {form(total)}{unit} in {time.monotonic() - began:.1f} s")
+        say(f"{what}: done, {form(total)}{unit} in {duration(time.monotonic() - began)}")
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> duration(2.34), duration(59.96), duration(61), duration(3600 * 2 + 60 * 5)
+    ('2.3 s', '60.0 s', '1 min', '2 h 5 min')
+    """
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def byte_progress(total: int, what: str, done: int = 0) -> AbstractContextManager[Callable[[int], None]]:

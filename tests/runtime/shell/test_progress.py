@@ -1,4 +1,6 @@
-"""Progress: nothing of short work, two lines in a log, a bar on a terminal."""
+"""Progress: nothing of short work, a line a minute in a log, a bar on a terminal."""
+
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +22,25 @@ def test_a_log_gets_two_lines_of_long_work(
     first, last = capsys.readouterr().err.splitlines()
     assert first == "loading: 1.0 KiB of 4.0 KiB"
     assert last.startswith("loading: done, 4.0 KiB in ")
+
+
+def test_a_log_gets_a_line_a_minute_with_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(module, "PATIENCE", 1.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    with progress(1000, "scoring", " tokens", done=400) as advance:
+        for _ in range(150):  # a token a second, up to the last 450 at once
+            now += 1
+            advance(1)
+        advance(450)
+    assert capsys.readouterr().err.splitlines() == [
+        "scoring: 401 of 1,000 tokens",
+        "scoring: 461 of 1,000 tokens, 9 min left",
+        "scoring: 521 of 1,000 tokens, 8 min left",
+        "scoring: done, 1,000 tokens in 2 min",
+    ]
 
 
 def test_work_that_fails_is_not_said_to_be_done(
