@@ -1,6 +1,8 @@
 """What `tools.quantize` takes models from. Each kind is one file, and all of them keep to one protocol.
 
-source.py   the protocol, and the files of a model
-opening.py  tells which kind a model is
-folder.py   16- or 32-bit checkpoints in HF's or Mistral's layout
+source.py      the protocol, and the files of a model
+opening.py     tells which kind a model is
+folder.py      16- or 32-bit checkpoints in HF's or Mistral's layout
+offloading.py  the checkpoint of mixtral-offloading
+stored.py      what sources of safetensors files share
 """

@@ -7,6 +7,7 @@ from model.checkpoint.files import check_folder, weight_files
 from model.checkpoint.safetensors import read_header
 from model.errors import ModelError
 from tools.quantize.sources.folder import open_folder
+from tools.quantize.sources.offloading import is_offloading, open_offloading
 from tools.quantize.sources.source import ModelFiles, Source
 
 
@@ -28,4 +29,4 @@ def files_in(folder: Path) -> ModelFiles:
 
 def open_source(files: ModelFiles) -> Source:
     """Open a model whose weights are safetensors files. Only their headers need to be there."""
-    return open_folder(files)
+    return open_offloading(files) if is_offloading(files) else open_folder(files)

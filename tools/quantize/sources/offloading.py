@@ -1,0 +1,269 @@
+"""The checkpoint of mixtral-offloading (arXiv 2312.17238), which an early version of hqq quantized.
+
+The trunk is one file, in which tensors have HF's names. Every expert is a file, in which names are the
+expert's own: `w1.W_q`. Only the index tells which expert a file is. A matrix [N, K] with groups of `gs`
+weights is seven tensors, with X = N K / gs groups of which `sg` share a scale:
+
+    W_q                    uint8    [gs * bits / 8, X]
+    meta.scale_q           uint8    [sg, X / sg]
+    meta.meta_scale.scale  float16  [1, X / sg], and so is .zero
+    meta.zero_q            uint8    [1, X]
+    meta.meta_zero.scale   float16  [], and so is .zero
+
+Nothing records `bits`, `gs` and `sg`: they follow from the shapes. Groups run along the outputs: with
+G = N / gs, row n belongs to group n % G of its column. W_q is the codes of all weights, row by row, cut into
+8 / bits equal parts, of which a byte holds one code each, the first part in the highest bits.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.checkpoint.files import MAX_INDEX_BYTES
+from model.checkpoint.names import HF, Rows
+from model.checkpoint.pieces import check_count, check_names
+from model.checkpoint.safetensors import DTYPES, TensorEntry, readable
+from model.config import ModelConfig, read_json
+from model.errors import ModelError, quoted
+from model.parameters import ATTENTION, EXPERT, copies
+from tools.quantize.names import copied_from
+from tools.quantize.sources.source import ModelFiles
+from tools.quantize.sources.stored import FLOATS, fills, read_tensor, widest
+
+INDEX = "model.safetensors.index.json"
+SCALES = ("meta.meta_scale.scale", "meta.meta_scale.zero")
+ZEROS = ("meta.meta_zero.scale", "meta.meta_zero.zero")
+ENDINGS = ("W_q", "meta.scale_q", *SCALES, "meta.zero_q", *ZEROS)
+BITS = (2, 4, 8)
+EXAMPLES = {"attention": ATTENTION[0], "experts": EXPERT + "w13.weight"}
+SIGN = ".meta.scale_q"  # what names of this format end with, and no other's
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A quantized matrix [N, K] in a file: `tensors` has its seven tensors by what their names end with."""
+
+    path: Path
+    name: str
+    N: int
+    K: int
+    bits: int
+    groups: int  # of a column
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float16, unless scales of scales are float32."""
+        return widest([DTYPES[self.tensors[ending].dtype] for ending in SCALES])
+
+    def get(self, ending: str) -> Tensor:
+        return read_tensor(self.path, f"{self.name}.{ending}", self.tensors[ending])
+
+    def read(self) -> Tensor:  # [N, K]
+        """The weights, by the formula of that version of hqq, with each step rounded as it did."""
+        parts, G, K = 8 // self.bits, self.groups, self.K
+        scale, zero = self.get("meta.scale_q").half(), self.get("meta.zero_q").half()
+        scale = ((scale - self.get(SCALES[1])) * self.get(SCALES[0])).view(1, G, K)
+        zero = ((zero - self.get(ZEROS[1])) * self.get(ZEROS[0])).view(1, G, K)
+        packed = self.get("W_q").view(-1, G, K)
+        weights = torch.empty(parts, *packed.shape, dtype=self.dtype)
+        for part in range(parts):
+            codes = (packed >> 8 - self.bits * (part + 1)) & (1 << self.bits) - 1
+            torch.mul(codes.half() - zero, scale, out=weights[part])
+        return weights.view(self.N, K)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A tensor of a file that is not quantized."""
+
+    path: Path
+    name: str
+    entry: TensorEntry
+
+    @property
+    def bytes(self) -> int:
+        return self.entry.bytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.entry.dtype]
+
+    def read(self) -> Tensor:
+        return read_tensor(self.path, self.name, self.entry)
+
+
+@dataclass(frozen=True)
+class OffloadingSource:
+    """See `source.Source`. `parts` has what makes up each parameter, in the order of its rows."""
+
+    files: ModelFiles
+    config: ModelConfig
+    parts: Mapping[str, list[Matrix | Plain]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16
+
+    @property
+    def gates(self) -> torch.dtype:
+        return widest(
+            [part.dtype for name, parts in self.parts.items() if ".gate." in name for part in parts]
+        )
+
+    @property
+    def description(self) -> str:
+        total = sum(map(self.size, self.parts))
+        return f"mixtral-offloading, {len(self.files.paths)} files, {self.widths}, {readable(total)}"
+
+    @property
+    def lossy(self) -> str | None:
+        return f"mixtral-offloading's HQQ ({self.widths})"
+
+    @property
+    def widths(self) -> str:
+        """The bits of the first layer's matrices."""
+        first = {kind: self.parts[EXAMPLES[kind].format(n=0, e=0)][0] for kind in EXAMPLES}
+        return ", ".join(f"{kind} {part.bits}" for kind, part in first.items() if isinstance(part, Matrix))
+
+    @property
+    def tokenizer(self) -> Mapping[str, Path | bytes]:
+        return copied_from(self.files.folder)
+
+    def size(self, parameter: str) -> int:
+        return sum(part.bytes for part in self.parts[parameter])
+
+    def paths(self, parameter: str) -> Collection[Path]:
+        return {part.path for part in self.parts[parameter]}
+
+    def read(self, parameter: str, device: torch.device) -> Tensor:
+        read = [part.read().to(device) for part in self.parts[parameter]]
+        return torch.cat(read) if len(read) > 1 else read[0]
+
+
+def is_offloading(files: ModelFiles) -> bool:
+    """Whether the weights are in this format, by the tensors' names."""
+    return any(name.endswith(SIGN) for header in files.headers.values() for name in header.tensors)
+
+
+def open_offloading(files: ModelFiles) -> OffloadingSource:
+    """Check configuration, index, names, shapes and dtypes. Raises `ModelError` if anything is not as this
+    format has it."""
+    config = ModelConfig.read(files.folder)
+    found = sum(len(header.tensors) for header in files.headers.values())
+    check_count(
+        files.folder, config, sum(copies(name, config) for names in HF.values() for name in names), found
+    )
+    experts = expert_files(files, config)
+    trunk = {
+        name: (path, entry)
+        for path, header in files.headers.items()
+        if path not in experts.values()
+        for name, entry in header.tensors.items()
+    }
+    needed = fills(HF, config)
+    check_names(files.folder, [*trunk_names(needed)], trunk)
+    for path in experts.values():
+        check_names(
+            path, [f"w{i}.{ending}" for i in (1, 2, 3) for ending in ENDINGS], files.headers[path].tensors
+        )
+    parts: dict[str, list[Matrix | Plain]] = {}
+    part: Matrix | Plain
+    for parameter, sources in needed.items():
+        for name, rows in sources:
+            module = name.removesuffix(".weight")
+            if ".experts." in name:
+                expert, _, local = module.rpartition(".")
+                path = experts[expert]
+                tensors = files.headers[path].tensors
+                part = matrix(path, local, rows.shape, {e: tensors[f"{local}.{e}"] for e in ENDINGS})
+            elif is_matrix(name):
+                path = trunk[f"{module}.W_q"][0]
+                part = matrix(path, module, rows.shape, {e: trunk[f"{module}.{e}"][1] for e in ENDINGS})
+            else:
+                part = plain(*trunk[name], name, rows.shape)
+            parts.setdefault(parameter, []).append(part)
+    return OffloadingSource(files, config, parts)
+
+
+def expert_files(files: ModelFiles, config: ModelConfig) -> dict[str, Path]:
+    """The file of every expert, by the expert's name, as the index says. Raises `ModelError` if it names
+    none, one that is not there, or one for two experts."""
+    path = files.folder / INDEX
+    weight_map = read_json(path, MAX_INDEX_BYTES).get("weight_map")
+    by_name = {file.name: file for file in files.paths}
+    found: dict[str, Path] = {}
+    for layer in range(config.layers):
+        for e in range(config.experts):
+            expert = f"model.layers.{layer}.block_sparse_moe.experts.{e}"
+            name = weight_map.get(f"{expert}.w1.W_q") if isinstance(weight_map, dict) else None
+            if not isinstance(name, str) or name not in by_name:
+                raise ModelError(
+                    f"{path}: {expert} is in {quoted(name)}, which is not there; download it again"
+                )
+            found[expert] = by_name[name]
+    if len(set(found.values())) < len(found):
+        raise ModelError(f"{path}: two of {len(found)} experts are in the same file; download it again")
+    return found
+
+
+def is_matrix(name: str) -> bool:
+    return ".self_attn." in name
+
+
+def trunk_names(needed: Mapping[str, list[tuple[str, Rows]]]) -> Collection[str]:
+    """The names of all tensors but those of experts."""
+    names: list[str] = []
+    for sources in needed.values():
+        for name, _ in sources:
+            if is_matrix(name):
+                names += [f"{name.removesuffix('.weight')}.{ending}" for ending in ENDINGS]
+            elif ".experts." not in name:
+                names.append(name)
+    return names
+
+
+def plain(path: Path, entry: TensorEntry, name: str, shape: tuple[int, ...]) -> Plain:
+    if entry.shape != shape or entry.dtype not in FLOATS:
+        raise ModelError(
+            f"{path}: tensor {quoted(name)} is {entry.dtype} {quoted(list(entry.shape))}, and must be "
+            f"{' or '.join(FLOATS)} {list(shape)}"
+        )
+    return Plain(path, name, entry)
+
+
+def matrix(path: Path, name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]) -> Matrix:
+    """Derive bits and groups, and check all shapes. Raises `ModelError` if they do not fit together."""
+    N, K = shape
+    codes, X = math.prod(tensors["W_q"].shape), math.prod(tensors["meta.zero_q"].shape)
+    bits, rest = divmod(8 * codes, N * K)
+    if rest or bits not in BITS or not X or X % K or N % (X // K) or (N * K // X) % (8 // bits):
+        raise ModelError(
+            f"{path}: {quoted(name)} has {codes} bytes of codes and {X} zeros, which make no matrix {[N, K]} "
+            f"of {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits; download it again"
+        )
+    sg = (*tensors["meta.scale_q"].shape, 1)[0]
+    per_group = [1, X // sg] if sg and not X % sg else [1, X]
+    due: dict[str, tuple[tuple[str, ...], list[int]]] = {
+        "W_q": (("U8",), list(tensors["W_q"].shape)),
+        "meta.scale_q": (("U8",), [X // per_group[1], per_group[1]]),
+        "meta.zero_q": (("U8",), [1, X]),
+        **dict.fromkeys(SCALES, (("F16", "F32"), per_group)),
+        **dict.fromkeys(ZEROS, (("F16", "F32"), [])),
+    }
+    for ending, (dtypes, sizes) in due.items():
+        entry = tensors[ending]
+        if entry.dtype not in dtypes or list(entry.shape) != sizes:
+            raise ModelError(
+                f"{path}: tensor {quoted(f'{name}.{ending}')} is {entry.dtype} {quoted(list(entry.shape))}, "
+                f"and must be {' or '.join(dtypes)} {sizes}; download it again"
+            )
+    return Matrix(path, name, N, K, bits, X // K, tensors)

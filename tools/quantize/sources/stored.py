@@ -1,0 +1,38 @@
+"""Tensors of safetensors files that have no place in Mixtral's parameters as they are."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.checkpoint.load import read_bytes
+from model.checkpoint.names import Rows, Table, stored_tensors
+from model.checkpoint.pieces import Piece
+from model.checkpoint.safetensors import DTYPES, TensorEntry
+from model.config import ModelConfig
+
+FLOATS = ("F16", "BF16", "F32")
+
+
+def fills(table: Table, config: ModelConfig) -> dict[str, list[tuple[str, Rows]]]:
+    """For every parameter the tensors that make it up, each with its rows, in the spelling of `table`."""
+    found: dict[str, list[tuple[str, Rows]]] = {}
+    for name, stored in stored_tensors(table, config).items():
+        for rows in stored.fills:
+            found.setdefault(rows.parameter, []).append((name, rows))
+    return found
+
+
+def read_tensor(path: Path, name: str, entry: TensorEntry) -> Tensor:
+    """Read one tensor, on the CPU. Raises `ModelError` if the file cannot be read, or has changed."""
+    dtype = DTYPES[entry.dtype]
+    tensor = torch.empty(entry.shape, dtype=dtype, device="cpu")
+    read_bytes(Piece(path, name, entry.offset, dtype, Rows(name, 0, entry.shape)), tensor)
+    return tensor
+
+
+def widest(dtypes: Mapping[str, torch.dtype] | list[torch.dtype]) -> torch.dtype:
+    """The dtype that holds the numbers of all of these."""
+    kinds = set(dtypes.values() if isinstance(dtypes, Mapping) else dtypes)
+    return kinds.pop() if len(kinds) == 1 else torch.float32
