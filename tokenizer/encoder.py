@@ -6,39 +6,40 @@ from collections.abc import Iterable
 
 from sentencepiece import SentencePieceProcessor
 
-from tokenizer.vocabulary import WITHOUT_PREFIX
+from tokenizer.settings import Prefix
+from tokenizer.vocabulary import SPACE, WITHOUT_PREFIX
 
 
 class Encoder:
     """A sentencepiece model, and the same model without the space that it puts before every text."""
 
-    def __init__(self, model: bytes, legacy: bool = True) -> None:
-        """`model` is a serialized model. `legacy` is described in `tokenizer.settings.Settings`.
+    def __init__(self, model: bytes, prefix: Prefix = Prefix.EVERY) -> None:
+        """`model` is a serialized model. `prefix` says which texts begin with its space.
 
         Raises `RuntimeError` or another error of sentencepiece if sentencepiece refuses the model.
         """
-        self.legacy = legacy
-        self.processor = SentencePieceProcessor(model_proto=model)
-        self.inner = self.processor if legacy else SentencePieceProcessor(model_proto=model + WITHOUT_PREFIX)
+        self.prefix = prefix
+        self.processor = self.bare = SentencePieceProcessor(model_proto=model)
+        if prefix is not Prefix.EVERY:
+            self.bare = SentencePieceProcessor(model_proto=model + WITHOUT_PREFIX)
         self.bos_id: int = self.processor.bos_id()
         self.eos_id: int = self.processor.eos_id()
 
     def encode(self, parts: Iterable[str | int]) -> list[int]:
-        """Return the ids of texts and of the tokens between them. An int in `parts` is a token's id.
-
-        In a legacy folder every text begins with the encoder's space. In others only a text that comes first
-        does, and only if it does not begin with a space of its own. Transformers does the same.
-        """
+        """Return the ids of texts and of the tokens between them. An int in `parts` is a token's id."""
         ids: list[int] = []
-        first = True
-        for part in parts:
+        for place, part in enumerate(parts):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                as_is = self.legacy or (first and not part.startswith(" "))
-                ids += (self.processor if as_is else self.inner).encode(part)
-            first = False
+                ids += (self.processor if self.adds_space(part, place == 0) else self.bare).encode(part)
         return ids
+
+    def adds_space(self, text: str, first: bool) -> bool:
+        """Tell whether a text begins with the encoder's space. Transformers does the same."""
+        if self.prefix is Prefix.EVERY or self.prefix is Prefix.NEVER:
+            return self.prefix is Prefix.EVERY
+        return (first or self.prefix is Prefix.SPACELESS) and not text.startswith((" ", SPACE))
 
     def decode(self, ids: list[int]) -> str:
         return str(self.processor.decode(ids))

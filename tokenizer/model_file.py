@@ -1,4 +1,4 @@
-"""Find and read the `tokenizer.model` of a checkpoint."""
+"""Find and read the tokenizer's file of a checkpoint: `tokenizer.model`, or else `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 
 from tokenizer.errors import TokenizerError, quoted
 
-NAME = "tokenizer.model"
+NAME, JSON = "tokenizer.model", "tokenizer.json"
+MOST = {JSON: 64 << 20}  # bytes. Such files have a few megabytes
 MAX_BYTES = 16 << 20  # Mixtral's have half a megabyte. The limit keeps us from reading a file of weights
 
 
 def find_model(path: str | PathLike[str]) -> Path:
     """Return the tokenizer file that `path` means: the file itself, or the one in a checkpoint folder.
 
-    In a folder this is `tokenizer.model`, or else the only `tokenizer.model.*`. Mistral also uses names such
-    as `tokenizer.model.v3`.
+    In a folder this is `tokenizer.model`, or else the only `tokenizer.model.*`, or else `tokenizer.json`.
+    Mistral also uses names such as `tokenizer.model.v3`.
 
     Raises `TokenizerError` if the folder holds none, or several without a `tokenizer.model`, or cannot be
     searched.
@@ -46,12 +47,9 @@ def _find(path: Path) -> Path:
         raise TokenizerError(
             f"{path}: holds {len(found)} tokenizers ({names}); give the path of one, or name it {NAME}"
         )
-    if (path / "tokenizer.json").is_file():
-        raise TokenizerError(
-            f"{path}: holds tokenizer.json only, and this runtime reads sentencepiece; "
-            f"copy {NAME} from the original checkpoint"
-        )
-    raise TokenizerError(f"{path}: holds no {NAME}; copy it from the original checkpoint")
+    if (path / JSON).is_file():
+        return path / JSON
+    raise TokenizerError(f"{path}: holds no {NAME} and no {JSON}; copy one from the original checkpoint")
 
 
 def read_model(file: Path) -> bytes:
@@ -60,10 +58,10 @@ def read_model(file: Path) -> bytes:
     Raises `TokenizerError` if it cannot be read, is empty or far too large, or is a Git LFS pointer.
     """
     try:
-        size = file.stat().st_size
-        if size > MAX_BYTES:
+        size, most = file.stat().st_size, MOST.get(file.name, MAX_BYTES)
+        if size > most:
             raise TokenizerError(
-                f"{file}: {size} bytes is too large for a sentencepiece model (limit {MAX_BYTES}); "
+                f"{file}: {size} bytes is too large for a tokenizer (limit {most}); "
                 "give the path of tokenizer.model"
             )
         data = file.read_bytes()

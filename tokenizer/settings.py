@@ -1,4 +1,4 @@
-"""What the files beside `tokenizer.model` say: added tokens, special tokens, the chat template.
+"""What the files beside the tokenizer say: added tokens, special tokens, the chat template.
 
 Fine-tunes add tokens to Mixtral's vocabulary and bring a chat template. `tokenizer_config.json` says so, or
 in older folders `added_tokens.json` and `special_tokens_map.json`. The template may have a file of its own.
@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 from tokenizer.added_tokens import AddedToken
@@ -39,11 +40,20 @@ class Template:
     source: str
 
 
+class Prefix(Enum):
+    """Which texts the encoder begins with a space of its own. Special tokens part one text from the next."""
+
+    EVERY = "every text"
+    SPACELESS = "every text that does not begin with a space"
+    FIRST = "the text that comes first, if it does not begin with a space"
+    NEVER = "none"
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a folder says about its tokenizer.
 
-    legacy    every text between two special tokens begins as a text of its own, with the encoder's space
+    prefix    which texts begin with the encoder's space
     added     added tokens, with their ids
     special   special tokens without an id (it is UNPLACED), which their content finds
     names     what templates call special tokens: {"bos_token": "<s>", ...}. None for a null in a file
@@ -51,7 +61,7 @@ class Settings:
     template  the chat template, if there is one
     """
 
-    legacy: bool = True
+    prefix: Prefix = Prefix.EVERY
     added: tuple[AddedToken, ...] = ()
     special: tuple[AddedToken, ...] = ()
     names: Mapping[str, str | None] = field(default_factory=dict)
@@ -86,7 +96,7 @@ def read_settings(folder: Path | None, chat_template: Path | None = None) -> Set
         for name, values in ((CONFIG, config), (SPECIAL, special))
     )
     return Settings(
-        legacy=legacy is not False,
+        prefix=Prefix.FIRST if legacy is False else Prefix.EVERY,
         added=added,
         special=steering,
         names={
@@ -110,6 +120,19 @@ def declared_tokens(file: Path, declared: object) -> tuple[AddedToken, ...]:
             raise refusal(file, f"{what} is {quoted(value)}", "an object with 'content'")
         place = int(key) if re.fullmatch("[0-9]{1,7}", key) else None
         tokens.append(token_of(file, value, known(file, place, what), what))
+    return distinct(file, tokens)
+
+
+def numbered_tokens(file: Path, listed: object) -> tuple[AddedToken, ...]:
+    """Read `added_tokens` in `tokenizer.json`: [{"id": 32000, "content": "<|im_end|>", ...}]."""
+    if not isinstance(listed, list) or len(listed) > MAX_TOKENS:
+        raise refusal(file, "added_tokens is no list, or too long", f"one of up to {MAX_TOKENS} tokens")
+    tokens = []
+    for value in listed:
+        what = f"added token {quoted(value)}"
+        if not isinstance(value, Mapping):
+            raise refusal(file, what, "an object with 'id' and 'content'")
+        tokens.append(token_of(file, value, known(file, value.get("id"), what), what))
     return distinct(file, tokens)
 
 

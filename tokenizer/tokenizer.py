@@ -18,6 +18,7 @@ from tokenizer.settings import Settings, Template, read_settings
 from tokenizer.specials import Specials, extend, place, sort_tokens
 from tokenizer.stream import StreamDecoder
 from tokenizer.template import render, turn_end
+from tokenizer.tokenizer_json import turn
 from tokenizer.vocabulary import Vocabulary, parse_model
 from tokenizer.wire import WireError
 
@@ -64,9 +65,9 @@ class Tokenizer:
         chat_template: str | PathLike[str] | None = None,
         vocab: int | None = None,
     ) -> Tokenizer:
-        """Load from a checkpoint folder, or from the `tokenizer.model` itself.
+        """Load from a checkpoint folder, or from the `tokenizer.model` or `tokenizer.json` itself.
 
-        In a folder, the files beside `tokenizer.model` count too (see `tokenizer.settings`). The template in
+        In a folder, the files beside it count too (see `tokenizer.settings`). The template in
         the file `chat_template`, or else the folder's own, writes conversations. If there is none, or the
         folder's is Mistral's, they have the format of Mistral's reference encoder. `vocab` is the number of
         the model's ids.
@@ -76,7 +77,10 @@ class Tokenizer:
         file = find_model(path)
         folder = file.parent if Path(path) != file else None
         settings = read_settings(folder, Path(chat_template) if chat_template is not None else None)
-        vocabulary, encoder = load_model(file, settings)
+        data = read_model(file)
+        if file.suffix == ".json":
+            data, settings = turn(file, data, settings)
+        vocabulary, encoder = load_model(file, data, settings)
         tokens = place(settings, encoder.piece_id, len(vocabulary.decoded), vocab)
         specials = sort_tokens(settings, tokens, vocabulary, encoder)
         template = settings.template
@@ -163,9 +167,9 @@ class Tokenizer:
         return [part] if isinstance(part, int) else self.specials.words.split(part)
 
 
-def load_model(file: Path, settings: Settings) -> tuple[Vocabulary, Encoder]:
-    """Read a sentencepiece model from a file. Raises `TokenizerError` if the file cannot be used."""
-    data = read_model(file)
+def load_model(file: Path, data: bytes, settings: Settings) -> tuple[Vocabulary, Encoder]:
+    """Make an encoder of a sentencepiece model. `file` is where it comes from. Raises `TokenizerError` if
+    it cannot be used."""
     special = {token.content for token in (*settings.added, *settings.special) if token.special}
     try:
         vocabulary, safe_model = parse_model(data, special)
@@ -174,7 +178,7 @@ def load_model(file: Path, settings: Settings) -> tuple[Vocabulary, Encoder]:
             f"{file}: {error}; not a sentencepiece model, or cut short: download it again"
         ) from None
     try:
-        encoder = Encoder(safe_model, settings.legacy)
+        encoder = Encoder(safe_model, settings.prefix)
         probe = encoder.encode([PROBE])
         expected = encoder.decode(probe)
     except (RuntimeError, ValueError, LookupError, OSError):

@@ -48,10 +48,10 @@ def test_several_versions_are_ambiguous(tmp_path: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    assert "holds no tokenizer.model; copy it" in refusal(tmp_path)
+    assert "holds no tokenizer.model and no tokenizer.json; copy one" in refusal(tmp_path)
     assert "no such file or folder" in refusal(tmp_path / "missing")
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert "holds tokenizer.json only" in refusal(tmp_path)
+    assert "model is None, and must be an object; take tokenizer.model" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_float32_sources_float16_sources_and_the_summary(run: Run, tmp_path: Pat
         folder = tmp_path / str(dtype)
         save_hf(model(), folder, dtype)
         status, printed, err = run(source=folder, out=tmp_path / f"{dtype}-out")
-        assert status == 0 and f"warning: {folder}: holds no tokenizer.model; " in err
+        assert status == 0 and f"warning: {folder}: holds no tokenizer.model and " in err
         assert open_checkpoint(tmp_path / f"{dtype}-out").dtype == kept
     assert f"native, 3 files, {DEFAULT}, " in printed
     assert "experts.w13: relative error 0.08" in printed and printed.count(" at worst in layers.") == 4
