@@ -51,7 +51,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert "holds no tokenizer.model and no tokenizer.json; copy one" in refusal(tmp_path)
     assert "no such file or folder" in refusal(tmp_path / "missing")
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert "model is None, and must be an object; take tokenizer.model" in refusal(tmp_path)
+    assert "does not replace spaces, as sentencepiece does; take tokenizer.model" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
