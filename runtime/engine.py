@@ -27,7 +27,7 @@ from runtime.planning.plan import Plan
 from runtime.requests import check_ids, more_context
 from runtime.runner import ModelRunner
 from runtime.session import DEFAULT_PARAMS, Session, Token
-from runtime.startup import Judge, plan_folder, start
+from runtime.startup import Judge, plan_named, start
 from runtime.stats import Stats
 from tokenizer import Tokenizer
 
@@ -55,19 +55,24 @@ class Engine:
         progress: Bar | None = None,
         compiling: Bar | None = None,
         judge: Judge | None = None,
+        downloading: Bar | None = None,
     ) -> "Engine":
         """Load the checkpoint in folder `path`, or the demo model that comes with the package if it is None.
 
+        If there is no such folder, a path like `org/name` or `org/name@revision` is a model at the Hugging
+        Face hub. It comes from the Hugging Face cache, and what the cache lacks is downloaded.
+
         `progress(total)` is entered while weights are read. It gives a function that the engine calls with
-        each number of bytes read (see `runtime.shell.progress.byte_bar`). `compiling` does the same while a
-        GPU's kernels are compiled, and counts stages. The engine calls `judge` with the tokenizer, the plan
-        and the configuration before it reads any weight. An error that `judge` raises ends the load.
+        each number of bytes read (see `runtime.shell.progress.byte_bar`). `downloading` does the same while
+        files are downloaded, and `compiling` while kernels are compiled, which counts stages. The engine
+        calls `judge` with the tokenizer, the plan and the configuration before it reads any weight. An error
+        that `judge` raises ends the load.
 
         Raises `LoadError` if the checkpoint cannot be used, `DeviceError` if this machine cannot run it
         (before anything is read), and `OptionError` if an option does not fit the model.
         """
-        folder = DEMO if path is None else Path(path)
-        return Engine(*start(folder, options or EngineOptions(), progress, compiling, judge))
+        name, options = DEMO if path is None else path, options or EngineOptions()
+        return Engine(*start(name, options, progress, compiling, judge, downloading))
 
     @planned
     @staticmethod
@@ -77,13 +82,14 @@ class Engine:
             plan = Engine.plan("path/to/checkpoint", EngineOptions(vram="11GiB"))
             print(plan.where, plan.device_bytes, plan.host_bytes, plan.resident)
 
-        Of the checkpoint in folder `path`, or of the demo model, this reads headers only, and it allocates
-        nothing. Where experts do not all fit, it may copy or read for a moment to learn the rates that the
-        options leave open. The `plan` of a loaded engine is the `Plan` that it keeps to.
+        Of the checkpoint in folder `path`, of a model at the hub, or of the demo model, this reads headers
+        only, and it allocates nothing. Where experts do not all fit, it may copy or read for a moment to
+        learn the rates that the options leave open. The `plan` of a loaded engine is the `Plan` that it keeps
+        to.
 
         Raises as `load` does, except that errors in the tokenizer and in the weights are not found.
         """
-        return plan_folder(DEMO if path is None else Path(path), options or EngineOptions())
+        return plan_named(DEMO if path is None else path, options or EngineOptions())
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams = DEFAULT_PARAMS

@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, TextIO
 from runtime.errors import OptionError
 from runtime.options import EngineOptions, SamplingParams
 from runtime.requests import check_bias, check_room
-from runtime.shell.arguments import add_flags, from_flags, group, new_parser
+from runtime.shell.arguments import MODEL_HELP, add_flags, from_flags, group, new_parser
 from runtime.shell.aside import check_writable, written_aside
 from runtime.shell.conversation import converse, show
-from runtime.shell.progress import byte_bar, kernel_bar
+from runtime.shell.progress import byte_bar, download_bar, kernel_bar
 from runtime.shell.prompts import read_prompt
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ def generate(argv: list[str] | None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("runtime.generate", __doc__)
     prompt = group(parser, "model and prompt")
-    prompt.add_argument(
-        "--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)"
-    )
+    prompt.add_argument("--model", metavar="MODEL", help=f"{MODEL_HELP} (default: the demo model)")
     source = prompt.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="text to continue, or with --chat to answer")
     source.add_argument(
@@ -91,13 +89,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def say_plan(model: Path | None, options: EngineOptions) -> None:
+def say_plan(model: str | None, options: EngineOptions) -> None:
     """Print the memory that an engine would take. This reads no weights."""
-    from model.checkpoint import open_checkpoint
     from runtime.engine import DEMO
+    from runtime.hub.opening import open_headers
     from runtime.planning.planner import plan_checkpoint
 
-    checkpoint = open_checkpoint(model or DEMO)
+    checkpoint = open_headers(model or DEMO)
     plan = plan_checkpoint(checkpoint, options)
     for line in f"{checkpoint.description}, in {plan.where}: {plan}".splitlines():
         say(line)
@@ -109,12 +107,15 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
 
     by_turns = args.chat and args.prompt is None and args.prompt_file is None and sys.stdin.isatty()
     prompt = None if by_turns else read_prompt(args.prompt, args.prompt_file)
-    loading, compiling = (None, None) if args.quiet else (byte_bar, kernel_bar)
+    bars = (None, None, None) if args.quiet else (byte_bar, kernel_bar, download_bar)
+    loading, compiling, downloading = bars
     if args.trace:
         check_writable(args.trace)
     with (
         written_aside(args.stats_file) if args.stats_file else nullcontext() as stats_file,
-        Engine.load(args.model, options, loading, compiling, partial(judge, args, params, prompt)) as engine,
+        Engine.load(
+            args.model, options, loading, compiling, partial(judge, args, params, prompt), downloading
+        ) as engine,
     ):
         if not args.quiet:
             for line in f"{engine.plan.where}: {engine.plan}".splitlines():

@@ -1,4 +1,4 @@
-"""From a checkpoint's folder to a model that serves requests: plan, tokenizer, weights, warm-up.
+"""From a model's name to a model that serves requests: plan, tokenizer, weights, warm-up.
 
 Nothing is allocated before the plan is made, and no weight is read before everything that can be checked
 without it has been.
@@ -7,7 +7,7 @@ without it has been.
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from pathlib import Path
+from os import PathLike
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from runtime.experts.files import ExpertFiles
 from runtime.experts.making import make_cache
 from runtime.experts.rates import divide_misses
 from runtime.gpu.warm_up import Bar, prepare
+from runtime.hub.opening import find_folder, open_headers
 from runtime.loader import kernels_to_compile, load_model, load_resident
 from runtime.options import EngineOptions
 from runtime.planning.plan import Plan
@@ -41,23 +42,28 @@ REMEDY = "lower --context, give the model fewer bits (python -m tools.quantize),
 Judge = Callable[[Tokenizer, Plan, ModelConfig], None]
 
 
-def plan_folder(folder: Path, options: EngineOptions) -> Plan:
-    """Plan the checkpoint in `folder` without loading it. See `Engine.plan`."""
+def plan_named(name: str | PathLike[str], options: EngineOptions) -> Plan:
+    """Plan a model without loading it. See `Engine.plan`."""
     with restore_interrupts(), shortage_as(DeviceError, REMEDY):
         try:
-            return plan_checkpoint(open_checkpoint(folder), options)
+            return plan_checkpoint(open_headers(name), options)
         except ModelError as error:
             raise LoadError(str(error)) from error
 
 
 def start(
-    folder: Path, options: EngineOptions, progress: Bar | None, compiling: Bar | None, judge: Judge | None
+    name: str | PathLike[str],
+    options: EngineOptions,
+    progress: Bar | None,
+    compiling: Bar | None,
+    judge: Judge | None,
+    downloading: Bar | None,
 ) -> tuple[ModelRunner, Tokenizer]:
-    """Load the checkpoint in `folder`. The arguments and errors are those of `Engine.load`."""
+    """Load the model of this name. The arguments and errors are those of `Engine.load`."""
     with restore_interrupts(), shortage_as(DeviceError, REMEDY), using_threads(options.threads):
         start_threads()
         try:
-            checkpoint = open_checkpoint(folder)
+            checkpoint = open_checkpoint(find_folder(name, downloading))
             plan = plan_checkpoint(checkpoint, options)
             tokenizer = load_tokenizer(checkpoint, options)
             if judge:

@@ -32,10 +32,11 @@ from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from runtime.engine import DEMO, Engine
 from runtime.errors import OptionError, RequestError
+from runtime.hub.opening import find_folder
 from runtime.options import EngineOptions
 from runtime.planning.plan import PREFILL_CHUNK
-from runtime.shell.arguments import add_flags, from_flags, new_parser
-from runtime.shell.progress import byte_bar, kernel_bar, progress
+from runtime.shell.arguments import MODEL_HELP, add_flags, from_flags, new_parser
+from runtime.shell.progress import byte_bar, download_bar, kernel_bar, progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +198,7 @@ def measure(argv: list[str] | None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("tools.perplexity", __doc__)
     parser.add_argument(
-        "model", type=Path, nargs="?", default=DEMO, help="checkpoint folder (default: the demo model)"
+        "model", type=Path, nargs="?", default=DEMO, help=f"{MODEL_HELP} (default: the demo model)"
     )
     parser.add_argument(
         "--text", type=Path, nargs="+", action="extend", required=True, metavar="FILE", help="UTF-8 files"
@@ -232,6 +233,7 @@ def check_window(window: int | None, stride: int | None, context: int | None) ->
 def make_report(args: argparse.Namespace, options: EngineOptions) -> dict[str, Any]:
     """Read the texts, load the model, and score them."""
     texts = {str(path): read_text(path) for path in args.text}
+    args.model = find_folder(args.model, download_bar)
     checkpoint = open_checkpoint(args.model)
     if args.window is not None and args.window > checkpoint.config.context:
         raise OptionError(

@@ -26,11 +26,9 @@ import argparse
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import torch
 
-from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.quant.formats import KINDS, PLAIN, Formats
@@ -38,10 +36,11 @@ from model.quant.spec import QuantSpec
 from model.shapes import SHAPES
 from model.target import Target
 from runtime.errors import DeviceError, OptionError
+from runtime.hub.opening import open_headers
 from runtime.options import EngineOptions
 from runtime.planning.planner import make_plan
 from runtime.planning.request import Budgets, Request
-from runtime.shell.arguments import add_flag, from_flags, new_parser
+from runtime.shell.arguments import MODEL_HELP, add_flag, from_flags, new_parser
 from tools.sheet import Column, Sheet, as_json, as_text
 
 ENGINE_FLAGS = (
@@ -62,7 +61,7 @@ def make_sheet(args: argparse.Namespace) -> Sheet:
     for label, sizes in make_sizes(args):
         options = from_flags(EngineOptions, argparse.Namespace(**vars(args) | sizes))
         requests.append((label, make_request(model, files, options, target)))
-    return Sheet(args.shape or str(args.model), [make_column(*column) for column in requests])
+    return Sheet(args.shape or args.model, [make_column(*column) for column in requests])
 
 
 def make_sizes(args: argparse.Namespace) -> list[tuple[str, dict[str, str | None]]]:
@@ -93,7 +92,7 @@ def describe_model(args: argparse.Namespace) -> tuple[tuple[ModelConfig, Formats
         asked = {kind: QuantSpec.parse(text) for kind, text in given.items() if text is not None}
     except ModelError as error:
         raise OptionError(str(error)) from error
-    checkpoint = None if args.shape else open_checkpoint(args.model)
+    checkpoint = None if args.shape else open_headers(args.model)
     config = checkpoint.config if checkpoint else SHAPES[args.shape]
     stored = checkpoint.formats if checkpoint else PLAIN
     formats, files = dataclasses.replace(stored, **asked), checkpoint.mappable if checkpoint else None
@@ -136,7 +135,7 @@ def capability(text: str) -> tuple[int, int]:
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("tools.plan", __doc__)
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="checkpoint folder")
+    model.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     model.add_argument("--shape", choices=tuple(SHAPES), help="a model that need not be there")
     parser.add_argument(
         "--attention",

@@ -1,7 +1,7 @@
 """Finds the files of a folder that are the checkpoint's weights, without reading them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +11,39 @@ from model.errors import ModelError, quoted
 
 SHARD = re.compile(r"(?P<stem>[a-z]+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 MAX_INDEX_BYTES = 16 << 20  # a line a tensor; other programs' quantized models have thousands
+INDEX = ".safetensors.index.json"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the checkpoint in `folder`, in the order of their names.
+    """The safetensors files of the checkpoint in `folder`, in the order of their names. Raises as
+    `weight_names` does."""
+    check_folder(folder)
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    return [folder / name for name in weight_names(folder, names, folder)]
+
+
+def weight_names(model: Path | str, names: Collection[str], folder: Path) -> list[str]:
+    """Of a checkpoint's files those with weights. `names` are all of them, and the index is in `folder`.
 
     For each stem this looks for one whole file, then for the shards that an index lists, then for numbered
     shards without an index. Raises `ModelError` if a shard is missing, or if there are no readable weights.
     """
-    check_folder(folder)
     for stem in STEMS:
-        if (folder / f"{stem}.safetensors").is_file():
-            return [folder / f"{stem}.safetensors"]
-        if (folder / f"{stem}.safetensors.index.json").is_file():
-            return indexed_shards(folder / f"{stem}.safetensors.index.json")
-        if shards := numbered_shards(folder, stem):
+        if f"{stem}.safetensors" in names:
+            return [f"{stem}.safetensors"]
+        if f"{stem}{INDEX}" in names:
+            return indexed_shards(folder / f"{stem}{INDEX}", names)
+        if shards := numbered_shards(model, names, stem):
             return shards
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles:
         raise ModelError(
-            f"{folder}: the weights are pickles ({some(pickles)}), which run code when opened and are "
+            f"{model}: the weights are pickles ({some(pickles)}), which run code when opened and are "
             "never read; download or convert to safetensors"
         )
     raise ModelError(
-        f"{folder}: no weights (model.safetensors or consolidated.safetensors, whole or in shards)"
+        f"{model}: no weights (model.safetensors or consolidated.safetensors, whole or in shards)"
     )
 
 
@@ -51,10 +59,10 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: empty; a checkpoint is a folder with a configuration and weights in it")
 
 
-def indexed_shards(index: Path) -> list[Path]:
+def indexed_shards(index: Path, names: Collection[str]) -> list[str]:
     """The shards that an index's `weight_map` {tensor: file} lists.
 
-    Raises `ModelError` unless all of them are beside the index.
+    Raises `ModelError` unless all of them are among `names`.
     """
     weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -64,8 +72,8 @@ def indexed_shards(index: Path) -> list[Path]:
             raise ModelError(
                 f"{index}: tensor {quoted(tensor)} is in {quoted(name)}, which is not a file name"
             )
-    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
+    shards = sorted(set(weight_map.values()))
+    missing = [name for name in shards if name not in names]
     if missing:
         raise ModelError(
             f"{index}: {len(missing)} of {len(shards)} shards missing ({some(missing)}); download again"
@@ -84,20 +92,19 @@ def is_plain_name(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[\w.+-]{1,240}\.safetensors", name, re.ASCII) is not None
 
 
-def numbered_shards(folder: Path, stem: str) -> list[Path]:
+def numbered_shards(model: Path | str, names: Collection[str], stem: str) -> list[str]:
     """All shards like `stem-00001-of-00003.safetensors`, if there are any. Raises `ModelError` if some are
     missing."""
-    found = {path: match for path in folder.iterdir() if (match := SHARD.fullmatch(path.name))}
-    found = {path: match for path, match in found.items() if match["stem"] == stem}
+    found = {name: match for name in names if (match := SHARD.fullmatch(name)) and match["stem"] == stem}
     counts = {int(match["count"]) for match in found.values()}
     if len(counts) > 1:
-        raise ModelError(f"{folder}: shards of different exports, of {some(sorted(counts))} files")
+        raise ModelError(f"{model}: shards of different exports, of {some(sorted(counts))} files")
     for count in counts:
-        names = (f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
-        missing = [name for name in names if folder / name not in found]
+        every = (f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+        missing = [name for name in every if name not in found]
         if missing:
             raise ModelError(
-                f"{folder}: {len(missing)} of {count} shards missing ({some(missing)}); download again"
+                f"{model}: {len(missing)} of {count} shards missing ({some(missing)}); download again"
             )
     return sorted(found)
 

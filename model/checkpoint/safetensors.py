@@ -13,7 +13,7 @@ every size and place in a `Header` is true of the file, and needs no further che
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from model.errors import ModelError, quoted
 
+PREFIX = 8  # bytes, the header's length
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MAX_ELEMENTS = 1 << 60
 LFS = b"version "  # the first bytes of what Git leaves in place of a large file
@@ -76,24 +77,29 @@ def read_header(path: Path) -> Header:
         if not path.is_file():
             raise ModelError(f"{path}: no such file")
         with path.open("rb") as file:
-            file_bytes = path.stat().st_size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8:
-                raise ModelError(
-                    f"{path}: {file_bytes} bytes, too short for a safetensors file; download it again"
-                )
-            if prefix == LFS:
-                raise ModelError(
-                    f"{path}: a Git LFS pointer ({file_bytes} bytes), not the file; run git lfs pull"
-                )
-            if length > MAX_HEADER_BYTES:
-                raise ModelError(
-                    f"{path}: not a safetensors file (its first 8 bytes promise a header of {length} bytes)"
-                )
-            text = file.read(length)
+            size = path.stat().st_size
+            prefix = file.read(PREFIX)
+            return parse_header(path, prefix, lambda length: file.read(length), size)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def parse_header(path: Path, prefix: bytes, read: Callable[[int], bytes], file_bytes: int) -> Header:
+    """Check the header of a file of `file_bytes` bytes, which begins with `prefix`. `read` is called with the
+    number of bytes that the header has after it.
+
+    Raises `ModelError` as `read_header` does.
+    """
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < PREFIX:
+        raise ModelError(f"{path}: {file_bytes} bytes, too short for a safetensors file; download it again")
+    if prefix == LFS:
+        raise ModelError(f"{path}: a Git LFS pointer ({file_bytes} bytes), not the file; run git lfs pull")
+    if length > MAX_HEADER_BYTES:
+        raise ModelError(
+            f"{path}: not a safetensors file (its first 8 bytes promise a header of {length} bytes)"
+        )
+    text = read(length)
     if len(text) < length:
         raise ModelError(
             f"{path}: {file_bytes} bytes, and its header alone is {length}; "
@@ -103,7 +109,7 @@ def read_header(path: Path) -> Header:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ModelError(f"{path}: __metadata__ is not a map of strings")
-    start = 8 + length
+    start = PREFIX + length
     tensors = [(name, parse_entry(path, name, entry, start)) for name, entry in entries.items()]
     tensors.sort(key=lambda item: (item[1].offset, item[1].bytes))
     check_extent(path, tensors, start, file_bytes)

@@ -8,6 +8,8 @@ from runtime.shell.command import put
 
 Options = TypeVar("Options")
 
+MODEL_HELP = "a checkpoint's folder, or org/name or org/name@revision at the Hugging Face hub"
+
 # The titles under which `--help` shows the fields of options, in this order.
 GROUPS = {
     "model and prompt": ("chat_template",),

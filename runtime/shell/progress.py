@@ -90,6 +90,11 @@ def byte_bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
     return byte_progress(total, "loading")
 
 
+def download_bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Show the progress of a download."""
+    return byte_progress(total, "downloading")
+
+
 def kernel_bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
     """Show the progress of compiling kernels. The first time on a machine takes seconds."""
     return progress(total, "compiling kernels", " stages")

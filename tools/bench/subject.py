@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,12 +34,14 @@ from runtime.experts.policy import make_policy
 from runtime.experts.rates import divide_misses
 from runtime.experts.store import Store
 from runtime.experts.tiers import SPARE_BERTHS
+from runtime.hub.opening import find_folder
 from runtime.loader import load_model, load_resident
 from runtime.options import EngineOptions
 from runtime.planning.plan import Plan
 from runtime.planning.planner import plan_model
 from runtime.planning.request import DEFAULT_CONTEXT
-from runtime.shell.arguments import add_flags, at_least_one, from_flags
+from runtime.shell.arguments import MODEL_HELP, add_flags, at_least_one, from_flags
+from runtime.shell.progress import download_bar
 from runtime.units import format_bytes, parse_bytes
 from tools.bench.link import give_back, measure_link, measure_memory, wait
 from tools.bench.random_model import random_blobs, random_model
@@ -53,7 +54,7 @@ REPEATS = 3  # of the measurements of link and memory
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say which model to measure, and all engine options."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("model", type=Path, nargs="?", help="a checkpoint folder")
+    source.add_argument("model", nargs="?", help=MODEL_HELP)
     source.add_argument("--shape", choices=SHAPES, help="a model of random weights, made in memory")
     parser.add_argument("--layers", type=at_least_one, help="of the random model (default: the shape's)")
     for kind, spec in DEFAULT.by_kind().items():
@@ -183,7 +184,7 @@ def find_model(
         return None, config, formats, about
     for name in [*given, *["layers"] * (args.layers is not None)]:
         raise OptionError(f"--{name} is for a random model; a checkpoint has its own")
-    checkpoint = open_checkpoint(args.model)
+    checkpoint = open_checkpoint(find_folder(args.model, download_bar))
     return checkpoint, checkpoint.config, checkpoint.formats, checkpoint.description
 
 
