@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from model.config import ModelConfig
-from model.parameters import instances, parameter_rows
+from model.parameters import EXPERT, instances, parameter_rows
 
 Table = Mapping[str, tuple[str, ...]]
 
@@ -62,12 +62,47 @@ MISTRAL: Table = {  # consolidated.safetensors, as mistral-inference reads it
     ),
     "layers.{n}.block_sparse_moe.experts.{e}.w2.weight": ("layers.{n}.feed_forward.experts.{e}.w2.weight",),
 }
+GGUF_TRUNK: Table = {
+    "embed_tokens.weight": ("token_embd.weight",),
+    "norm.weight": ("output_norm.weight",),
+    "lm_head.weight": ("output.weight",),
+    "layers.{n}.input_layernorm.weight": ("blk.{n}.attn_norm.weight",),
+    "layers.{n}.self_attn.qkv_proj.weight": (
+        "blk.{n}.attn_q.weight",
+        "blk.{n}.attn_k.weight",
+        "blk.{n}.attn_v.weight",
+    ),
+    "layers.{n}.self_attn.o_proj.weight": ("blk.{n}.attn_output.weight",),
+    "layers.{n}.post_attention_layernorm.weight": ("blk.{n}.ffn_norm.weight",),
+    "layers.{n}.block_sparse_moe.gate.weight": ("blk.{n}.ffn_gate_inp.weight",),
+}
+GGUF: Mapping[str, Table] = {  # llama.cpp's files, which `tools.quantize` reads
+    "experts stacked": {
+        **GGUF_TRUNK,
+        EXPERT + "w13.weight": ("blk.{n}.ffn_gate_exps.weight", "blk.{n}.ffn_up_exps.weight"),
+        EXPERT + "w2.weight": ("blk.{n}.ffn_down_exps.weight",),
+    },
+    "experts stacked, gate and up in one": {
+        **GGUF_TRUNK,
+        EXPERT + "w13.weight": ("blk.{n}.ffn_gate_up_exps.weight",),
+        EXPERT + "w2.weight": ("blk.{n}.ffn_down_exps.weight",),
+    },
+    "a tensor per expert": {  # until April 2024
+        **GGUF_TRUNK,
+        EXPERT + "w13.weight": ("blk.{n}.ffn_gate.{e}.weight", "blk.{n}.ffn_up.{e}.weight"),
+        EXPERT + "w2.weight": ("blk.{n}.ffn_down.{e}.weight",),
+    },
+}
 SPELLINGS: Mapping[str, Table] = {"HF": HF, "HF, experts stacked": HF_STACKED, "Mistral": MISTRAL}
 
 # Tensors whose rows are in another order than ours; see `load.rotate_half_order`.
-INTERLEAVED = {"layers.{n}.attention.wq.weight", "layers.{n}.attention.wk.weight"}
+INTERLEAVED = {
+    "layers.{n}.attention.wq.weight", "layers.{n}.attention.wk.weight",
+    "blk.{n}.attn_q.weight", "blk.{n}.attn_k.weight",
+}  # fmt: skip
 # Endings of tensors that old exports have, and that follow from the configuration.
 IGNORED = (".rotary_emb.inv_freq",)
+GGUF_IGNORED = (".attn_rot_embd.weight",)
 
 
 @dataclass(frozen=True)

@@ -144,14 +144,14 @@ def collect(folder: Path, headers: Mapping[Path, Header]) -> dict[str, tuple[Pat
     return found
 
 
-def recognize(names: Iterable[str]) -> str:
+def recognize(names: Iterable[str], spellings: Mapping[str, Table] = SPELLINGS) -> str:
     """The spelling that has most of these names, judged by the first layer and its first expert."""
     present = set(names)
 
     def shared(table: Table) -> int:
         return sum(source.format(n=0, e=0) in present for sources in table.values() for source in sources)
 
-    return max(SPELLINGS, key=lambda spelling: shared(SPELLINGS[spelling]))
+    return max(spellings, key=lambda spelling: shared(spellings[spelling]))
 
 
 def check_names(folder: Path, expected: Iterable[str], found: Iterable[str]) -> None:

@@ -1,0 +1,72 @@
+"""The configuration of a Mixtral in GGUF, from the keys of its header.
+
+Defaults are those of llama.cpp. Its architecture `llama` is Mixtral if there are experts.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model.config import Fields, ModelConfig
+from model.errors import ModelError, quoted
+
+ARCHITECTURE = "general.architecture"
+EOS, EOT, BOS = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "bos"))
+SCALING = "rope.scaling."
+
+
+def read_config(path: Path, keys: Mapping[str, Any], vocab: int) -> ModelConfig:
+    """The configuration, with `vocab` rows in the embeddings. Raises `ModelError` if it is not a Mixtral's."""
+    found = keys.get(ARCHITECTURE)
+    if found != "llama":
+        raise ModelError(
+            f"{path}: {ARCHITECTURE} is {quoted(found)}; only 'llama' with experts is supported, as GGUF "
+            "calls Mixtral"
+        )
+    own = {name.removeprefix("llama."): value for name, value in keys.items() if name.startswith("llama.")}
+    get = Fields(f"{path}: key llama", own)
+    if get.int("expert_count", 0) < 1:
+        raise ModelError(f"{path}: a Llama without experts; only Mixtral is supported")
+    heads, hidden = get.int("attention.head_count"), get.int("embedding_length")
+    head_dim = get.int("attention.key_length", hidden // max(heads, 1))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if (size := get.int(name, head_dim)) != head_dim:
+            raise ModelError(f"{path}: llama.{name} is {size}, and Mixtral's is the head's {head_dim}")
+    check_scaling(path, own)
+    ends = [id for name in (EOS, EOT) if (id := token_id(path, keys, name, vocab)) is not None]
+    bos = token_id(path, keys, BOS, vocab)
+    return ModelConfig(
+        vocab=vocab,
+        hidden=hidden,
+        layers=get.int("block_count"),
+        heads=heads,
+        kv_heads=get.int("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        ffn=get.int("feed_forward_length"),
+        experts=get.int("expert_count"),
+        experts_per_token=get.int("expert_used_count"),
+        context=get.int("context_length"),
+        rope_theta=get.float("rope.freq_base", 1e4),
+        norm_eps=get.float("attention.layer_norm_rms_epsilon"),
+        bos_id=1 if bos is None else bos,
+        eos_ids=tuple(dict.fromkeys(ends)) or (2,),
+    )
+
+
+def token_id(path: Path, keys: Mapping[str, Any], name: str, vocab: int) -> int | None:
+    """The id of a token that ends or begins a text, if the file has one."""
+    found = keys.get(name)
+    if found is not None and (type(found) is not int or not 0 <= found < vocab):
+        raise ModelError(f"{path}: {name} is {quoted(found)}, and must be an id below {vocab}")
+    return found
+
+
+def check_scaling(path: Path, own: Mapping[str, Any]) -> None:
+    """Raises `ModelError` if rotary embedding is scaled."""
+    kind = own.get(SCALING + "type", "linear")
+    factor = own.get(SCALING + "factor", own.get("rope.scale_linear", 1.0))
+    if kind != "none" and (kind != "linear" or factor not in (0, 1)):
+        raise ModelError(
+            f"{path}: llama.{SCALING}type is {quoted(kind)}, with the factor {quoted(factor)}; Mixtral's "
+            "rotary embedding is not scaled"
+        )
