@@ -16,8 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The other packages that tests import. What needs a GPU needs none of these.
 EXTRA = {
-    "accelerate", "hqq", "hypothesis", "matplotlib", "mistral_common", "nbclient", "nbformat", "numba",
-    "transformers",
+    "accelerate", "gguf", "hqq", "hypothesis", "matplotlib", "mistral_common", "nbclient", "nbformat",
+    "numba", "transformers",
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ OTHERS = {
     "model": {"torch", "safetensors", "numpy", "hqq"},
     "tokenizer": {"sentencepiece", "numpy", "jinja2"},
     "runtime": {"torch", "safetensors", "numpy", "tqdm"},
-    "tools": {"torch", "safetensors", "numpy", "sentencepiece", "hqq", "tqdm", "matplotlib"},
+    "tools": {"torch", "safetensors", "numpy", "sentencepiece", "hqq", "tqdm", "matplotlib", "gguf"},
     "dev": {
         "torch", "numpy", "hqq", "sentencepiece", "matplotlib", "transformers", "accelerate",
         "llama_cpp", "gguf", "triton",
@@ -212,7 +212,7 @@ def test_quantize_is_spelled_one_way() -> None:
     ] == []
 
 
-ABSENT = "transformers accelerate hqq triton matplotlib numba"
+ABSENT = "transformers accelerate hqq triton matplotlib numba gguf"
 
 
 @pytest.mark.parametrize(

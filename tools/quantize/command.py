@@ -129,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
         "source",
         type=Path,
         metavar="SRC",
-        help="checkpoint folder, HF or Mistral layout, or one of version 1",
+        help="checkpoint folder, HF or Mistral layout, or one of version 1; or a model in GGUF",
     )
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?", help="folder to write, made if need be")
     spec, device = parsed_by(QuantSpec.parse), parsed_by(pick_device)
@@ -187,7 +187,7 @@ def make_job(args: argparse.Namespace) -> Job:
         dtype=source.dtype,
         device=device.type,
         shards=shards,
-        copied=pick_tokenizer(args, source.tokenizer),
+        copied=pick_tokenizer(args, own_tokenizer(source, args.tokenizer)),
         size=lambda parameter: source.size(parameter.name),
         make=partial(from_weights, source, device),
         bring=partial(bring, source),
@@ -233,6 +233,16 @@ def conversion(args: argparse.Namespace) -> Job:
         make=partial(from_version1, checkpoint, {name: each.spec for name, each in stored.items()}),
         known=recorded_errors(source, matrices),
     )
+
+
+def own_tokenizer(source: Source, other: Path | None) -> Mapping[str, Path | bytes]:
+    """The files of the source's tokenizer. One that cannot be read is no fault if there is an `other`."""
+    try:
+        return source.tokenizer
+    except ModelError:
+        if other is None:
+            raise
+        return {}
 
 
 def pick_tokenizer(args: argparse.Namespace, found: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:

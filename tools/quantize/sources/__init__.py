@@ -4,5 +4,7 @@ source.py      the protocol, and the files of a model
 opening.py     tells which kind a model is
 folder.py      16- or 32-bit checkpoints in HF's or Mistral's layout
 offloading.py  the checkpoint of mixtral-offloading
+gguf.py        llama.cpp's format, with gguf_header.py, gguf_files.py, gguf_types.py, gguf_config.py and
+               gguf_tokenizer.py
 stored.py      what sources of safetensors files share
 """

@@ -106,7 +106,9 @@ class GgufSource:
 
     @property
     def gates(self) -> torch.dtype:
-        return widest([part.dtype for name, parts in self.parts.items() if ".gate." in name for part in parts])
+        return widest(
+            [part.dtype for name, parts in self.parts.items() if ".gate." in name for part in parts]
+        )
 
     @property
     def sizes(self) -> Counter[str]:
@@ -199,8 +201,8 @@ def check_tensor(path: Path, name: str, tensor: GgufTensor, shape: tuple[int, ..
         )
     if tensor.kind.name not in readable_kinds():
         raise ModelError(
-            f"{path}: tensor {quoted(name)} is {tensor.kind.name}, which the package gguf does not read; take "
-            f"a file of other types ({some(sorted(readable_kinds()))})"
+            f"{path}: tensor {quoted(name)} is {tensor.kind.name}, which the package gguf does not read; "
+            f"take a file of other types ({some(sorted(readable_kinds()))})"
         )
 
 

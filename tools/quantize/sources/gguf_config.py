@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from model.config import Fields, ModelConfig
 from model.errors import ModelError, quoted
 
@@ -16,7 +18,7 @@ SCALING = "rope.scaling."
 
 
 def read_config(path: Path, keys: Mapping[str, Any], vocab: int) -> ModelConfig:
-    """The configuration, with `vocab` rows in the embeddings. Raises `ModelError` if it is not a Mixtral's."""
+    """The configuration. The embeddings have `vocab` rows. Raises `ModelError` if it is not a Mixtral's."""
     found = keys.get(ARCHITECTURE)
     if found != "llama":
         raise ModelError(
@@ -46,11 +48,20 @@ def read_config(path: Path, keys: Mapping[str, Any], vocab: int) -> ModelConfig:
         experts=get.int("expert_count"),
         experts_per_token=get.int("expert_used_count"),
         context=get.int("context_length"),
-        rope_theta=get.float("rope.freq_base", 1e4),
-        norm_eps=get.float("attention.layer_norm_rms_epsilon"),
+        rope_theta=decimal(get.float("rope.freq_base", 1e4)),
+        norm_eps=decimal(get.float("attention.layer_norm_rms_epsilon")),
         bos_id=1 if bos is None else bos,
         eos_ids=tuple(dict.fromkeys(ends)) or (2,),
     )
+
+
+def decimal(value: float) -> float:
+    """The shortest number that float32, in which files have fractions, rounds to `value`.
+
+    >>> decimal(9.999999747378752e-06)
+    1e-05
+    """
+    return float(str(np.float32(value)))
 
 
 def token_id(path: Path, keys: Mapping[str, Any], name: str, vocab: int) -> int | None:

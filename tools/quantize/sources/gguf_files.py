@@ -106,8 +106,8 @@ def check_part(path: Path, header: GgufHeader, place: int, count: int) -> None:
     number, parts = header.keys.get(NUMBER, 0), header.keys.get(COUNT, 1)
     if count == 1 and parts not in (0, 1):
         raise ModelError(
-            f"{path}: one of {quoted(parts)} parts; put all of them into one folder, with names that end like "
-            "-00001-of-00002.gguf"
+            f"{path}: one of {quoted(parts)} parts; put all of them into one folder, with names that end "
+            "like -00001-of-00002.gguf"
         )
     if count > 1 and (number, parts) != (place, count):
         raise ModelError(

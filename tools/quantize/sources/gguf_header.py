@@ -42,7 +42,7 @@ LEAST = {TEXT: 8, ARRAY: 12} | {kind: struct.calcsize("<" + code) for kind, code
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of a file: `bytes` bytes from absolute position `offset`. Its last dimension is innermost."""
+    """One tensor of a file: `bytes` bytes from absolute position `offset`, row-major."""
 
     kind: Kind
     shape: tuple[int, ...]

@@ -93,7 +93,7 @@ class Source(Protocol):
     @property
     def tokenizer(self) -> Mapping[str, Path | bytes]:
         """The files beside the weights that go along, by the name that they get, or their contents: those of
-        the tokenizer, and settings of generation."""
+        the tokenizer, and settings of generation. Raises `ModelError` for a tokenizer that cannot be read."""
         ...
 
     def size(self, parameter: str) -> int:
