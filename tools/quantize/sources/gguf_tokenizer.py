@@ -87,17 +87,22 @@ def model_of(pieces: Sequence[Piece], ids: Mapping[str, int | None], dummy_prefi
     """The sentencepiece model. Exporters that see the unknown piece among special tokens make it a control
     piece, and a fine-tune's end token need not be the model's.
 
-    Raises `TokenizerError` if there is no such model.
+    Raises `TokenizerError` if there is no such model, or if an exporter that read `tokenizer.json` has given
+    all pieces the same score. The ids do not tell the scores: Mixtral's runs of spaces come first and have
+    the lowest.
     """
+    scores = [piece.score for piece in pieces if piece.kind is Kind.NORMAL]
+    if len(scores) > 1 and len(set(scores)) == 1:
+        raise TokenizerError(f"all {len(scores)} pieces have the score {scores[0]}, so none is better")
     places = {piece.text: i for i, piece in enumerate(pieces)}
     unk = next((i for i, piece in enumerate(pieces) if piece.kind is Kind.UNKNOWN), None)
     if unk is None:
         unk = places.get("<unk>", ids["unk_token"])
     made = []
-    for i, (piece, score) in enumerate(zip(pieces, scores_of(pieces), strict=True)):
+    for i, piece in enumerate(pieces):
         kind = Kind.UNKNOWN if i == unk else piece.kind
         text = piece.text.replace(" ", SPACE) if kind is Kind.USER_DEFINED else piece.text
-        made.append(Piece(text, score, kind))
+        made.append(Piece(text, piece.score, kind))
     bos, eos = places.get("<s>", ids["bos_token"]), places.get("</s>", ids["eos_token"])
     return serialize(
         made,
@@ -106,24 +111,6 @@ def model_of(pieces: Sequence[Piece], ids: Mapping[str, int | None], dummy_prefi
         eos_id=-1 if eos is None else eos,
         dummy_prefix=dummy_prefix,
     )
-
-
-def scores_of(pieces: Sequence[Piece]) -> list[float]:
-    """The scores of these pieces. Exporters that read `tokenizer.json` give all the same score. Then they
-    follow from the ids, in whose order the pieces of a byte-pair encoding were found.
-
-    Raises `TokenizerError` if they were not found in this order.
-    """
-    normal = [piece for piece in pieces if piece.kind is Kind.NORMAL]
-    if len({piece.score for piece in normal}) != 1 or len(normal) < 2:
-        return [piece.score for piece in pieces]
-    known = {piece.text for piece in normal if len(piece.text) == 1}
-    for piece in normal:
-        text = piece.text
-        if len(text) > 1 and not any(text[:i] in known and text[i:] in known for i in range(1, len(text))):
-            raise TokenizerError(f"all {len(normal)} pieces have one score, and {quoted(text)} has no parts")
-        known.add(text)
-    return [-float(i) for i in range(len(pieces))]
 
 
 def settings_of(
