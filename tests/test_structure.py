@@ -24,7 +24,7 @@ OTHERS = {
     "model": {"torch", "safetensors", "numpy", "hqq"},
     "tokenizer": {"sentencepiece", "numpy", "jinja2"},
     "runtime": {"torch", "safetensors", "numpy", "tqdm"},
-    "tools": {"torch", "safetensors", "numpy", "sentencepiece", "hqq", "tqdm", "matplotlib", "gguf"},
+    "tools": {"torch", "safetensors", "numpy", "sentencepiece", "hqq", "tqdm", "matplotlib"},
     "dev": {
         "torch", "numpy", "hqq", "sentencepiece", "matplotlib", "transformers", "accelerate",
         "llama_cpp", "gguf", "triton",
