@@ -79,8 +79,7 @@ class LoopbackHub:
                 self.hub = hub
                 super().setup()
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
@@ -92,6 +91,15 @@ class LoopbackHub:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
+
+
+class QuietServer(ThreadingHTTPServer):
+    """Says nothing of connections that the other side broke off."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass
 
 
 class Answers(BaseHTTPRequestHandler):

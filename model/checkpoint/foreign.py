@@ -50,6 +50,11 @@ ENDINGS = {  # of tensors' names, and what such tensors mean; the first one that
 }
 
 
+def has_safetensors(names: Iterable[str]) -> bool:
+    """Whether files of these names may be weights that are read here."""
+    return any(name.startswith(STEMS) and ".safetensors" in name for name in names)
+
+
 def check_files(folder: Path) -> None:
     """Raises `ModelError` if the folder has another program's weights, and none that are read here."""
     check_names(folder, [path.name for path in folder.iterdir()])
@@ -57,7 +62,7 @@ def check_files(folder: Path) -> None:
 
 def check_names(model: Path | str, names: Collection[str]) -> None:
     """The same for a model whose files have these names."""
-    if any(name.startswith(STEMS) and ".safetensors" in name for name in names):
+    if has_safetensors(names):
         return
     for pattern, (what, remedy) in FILES.items():
         for name in sorted(names):

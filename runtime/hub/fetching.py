@@ -42,33 +42,34 @@ def fetch(remote: Remote, file: str, target: Path, advance: Advance) -> None:
     os.replace(part, target)
 
 
-def receive_all(remote: Remote, file: str, out: BinaryIO, size: int, advance: Advance) -> None:
-    """Append what a file of `size` bytes lacks. A connection that breaks is made again."""
+def receive_all(remote: Remote, file: str, out: BinaryIO, stop: int, advance: Advance) -> None:
+    """Write a file's bytes to `out` from its position to `stop`. A connection that breaks is made again."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     fruitless = 0
-    while (done := out.tell()) < size:
+    while (at := out.tell()) < stop:
         try:
-            receive(remote, file, out, done, size, advance)
+            receive(remote, file, out, at, stop, advance)
         except HTTPError as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code not in TRANSIENT:
                 raise
-            fruitless = 0 if out.tell() > done else fruitless + 1
+            fruitless = 0 if out.tell() > at else fruitless + 1
             if fruitless == TRIES:
                 raise
             time.sleep(PAUSE)
 
 
-def receive(remote: Remote, file: str, out: BinaryIO, start: int, size: int, advance: Advance) -> None:
-    """Append a file's bytes from `start` on as they come."""
+def receive(remote: Remote, file: str, out: BinaryIO, start: int, stop: int, advance: Advance) -> None:
+    """Write bytes `start` to `stop` - 1 of a file as they come."""
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
+    size = remote.files[file].bytes
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
     with get_session().stream(
         "GET", remote.url(file), headers=headers, follow_redirects=True, timeout=TIMEOUT
     ) as response:
         hf_raise_for_status(response)
-        if response.status_code != 206 or not response.headers.get("Content-Range", "").endswith(f"/{size}"):
+        if response.headers.get("Content-Range") != f"bytes {start}-{stop - 1}/{size}":
             raise OSError(
                 f"{remote.name.repo}: {file} is not served from byte {start} of {size} (status "
                 f"{response.status_code}); the hub, or a proxy before it, is at fault"

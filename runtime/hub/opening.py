@@ -7,7 +7,7 @@ from pathlib import Path
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.checkpoint.load import checkpoint_of
 from model.checkpoint.safetensors import PREFIX, Header, parse_header
-from runtime.hub.cache import Bar, bring_small, cached, has_weights, snapshot
+from runtime.hub.cache import Bar, bring_small, cached, has_tokenizer, has_weights, snapshot
 from runtime.hub.errors import explained
 from runtime.hub.names import HubName
 from runtime.hub.needed import weights
@@ -29,6 +29,16 @@ def find_folder(name: str | PathLike[str], progress: Bar | None = None) -> Path:
         return Path(name)
     with explained(hub):
         return snapshot(hub, progress)
+
+
+def find_settings(name: str | PathLike[str]) -> Path:
+    """Like `find_folder`, but what is missing of the weights stays away: for tokenizers."""
+    hub = HubName.parse(name)
+    if hub is None:
+        return Path(name)
+    with explained(hub):
+        folder = cached(hub)
+        return folder if folder and has_tokenizer(folder) else bring_small(Remote.find(hub))
 
 
 def open_headers(name: str | PathLike[str]) -> Checkpoint:

@@ -1,7 +1,7 @@
 """Quantize a Mixtral checkpoint by HQQ. This takes the memory of a few tensors, however large the model.
 
     python -m tools.quantize path/to/Mixtral-8x7B-v0.1 OUT --attention 4 --experts 3g128
-    python -m tools.quantize path/to/Mixtral-8x7B-v0.1 OUT --experts 2g64 --head 16 --json
+    python -m tools.quantize mistralai/Mixtral-8x7B-v0.1 OUT --experts 2g64 --head 16 --json
     python -m tools.quantize CHECKPOINT_OF_VERSION_1 OUT
     python -m tools.quantize --verify OUT
 
@@ -16,7 +16,7 @@ import argparse
 import errno
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,15 +29,18 @@ from model.errors import ModelError
 from model.quant.formats import DEFAULT, UNQUANTIZED, Formats
 from model.quant.spec import QuantSpec
 from runtime.errors import DeviceError, MixtralError
+from runtime.hub.names import HubName
+from runtime.hub.opening import find_settings
 from runtime.planning.device import pick_device
 from runtime.process.shortage import shortage_as
 from runtime.process.threads import pick_threads, using_threads
 from runtime.shell.arguments import at_least_one, new_parser
 from runtime.shell.command import DONE, INTERRUPTED, one_line, put, run, say
+from runtime.shell.progress import download_bar
 from tools.quantize.job import Job, write_output
 from tools.quantize.names import RECORD, copied_from, files_to_copy, tokenizer_missing
-from tools.quantize.sources.opening import open_path
-from tools.quantize.sources.source import Source, sampled
+from tools.quantize.sources.opening import open_model
+from tools.quantize.sources.source import Extent, Source, sampled
 from tools.quantize.summary import facts, summary
 from tools.quantize.verify import verify
 from tools.quantize.version1 import (
@@ -70,7 +73,7 @@ def convert(argv: list[str] | None) -> int | None:
     """Do what the command line asks. Returns an exit status, or None. Every failure is raised."""
     args = parse(argv)
     if args.out is None:
-        return report(args.source, args.quiet, put)
+        return report(Path(args.source), args.quiet, put)
     threads = pick_threads(args.threads)
     try:
         with shortage_as(DeviceError, REMEDY), using_threads(1):  # the pool's workers are the threads
@@ -127,9 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("tools.quantize", __doc__)
     parser.add_argument(
         "source",
-        type=Path,
         metavar="SRC",
-        help="checkpoint folder, HF or Mistral layout, or one of version 1; or a model in GGUF",
+        help="a checkpoint's folder, a GGUF file, or org/name or org/name@revision at the Hugging Face hub",
     )
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?", help="folder to write, made if need be")
     spec, device = parsed_by(QuantSpec.parse), parsed_by(pick_device)
@@ -142,9 +144,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tokenizer",
-        type=Path,
         metavar="PATH",
-        help="take the tokenizer from this file or folder instead of SRC",
+        help="take the tokenizer from this file, folder or model at the hub instead of SRC",
     )
     parser.add_argument(
         "--verify",
@@ -172,10 +173,11 @@ def parsed_by(parse: Callable[[str], Value]) -> Callable[[str], Value]:
 def make_job(args: argparse.Namespace) -> Job:
     """The job, checked as far as possible without looking at the output. Raises `ModelError`, `MixtralError`
     or `TokenizerError`."""
-    if is_version1(args.source):
+    if HubName.parse(args.source) is None and is_version1(Path(args.source)):
         return conversion(args)
-    source, device = open_path(args.source), args.device or pick_device(None)
-    check_apart(args.source, args.out)
+    bar = None if args.quiet else download_bar
+    source, device = open_model(args.source, args.out, bar), args.device or pick_device(None)
+    check_apart(source.files.folder, args.out)
     formats = pick_formats(args, source.config)
     shards = native_shards(source.config, formats, source.dtype)
     return Job(
@@ -187,26 +189,28 @@ def make_job(args: argparse.Namespace) -> Job:
         dtype=source.dtype,
         device=device.type,
         shards=shards,
-        copied=pick_tokenizer(args, own_tokenizer(source, args.tokenizer)),
+        copied=pick_tokenizer(args, source.files.folder, own_tokenizer(source, args.tokenizer)),
         size=lambda parameter: source.size(parameter.name),
         make=partial(from_weights, source, device),
-        bring=partial(bring, source),
+        bring=lambda shard: source.files.bring(extents(source, shard)),
+        commit=source.files.commit,
+        room=max(map(partial(total_bytes, source), shards)) if source.files.commit else 0,
         facts=facts(source, shards),
     )
 
 
-def bring(source: Source, now: Shard, later: Sequence[Shard]) -> None:
-    """Have in place what this shard is made from. What those after it need may stay."""
-    wanted, kept = (
-        {path for shard in shards for parameter in shard.parameters for path in source.paths(parameter.name)}
-        for shards in ([now], later)
-    )
-    source.files.bring(wanted, kept)
+def extents(source: Source, shard: Shard) -> list[Extent]:
+    """The bytes of the source that a file of the output is made from."""
+    return [extent for parameter in shard.parameters for extent in source.extents(parameter.name)]
+
+
+def total_bytes(source: Source, shard: Shard) -> int:
+    return sum(stop - start for _, start, stop in extents(source, shard))
 
 
 def conversion(args: argparse.Namespace) -> Job:
     """The job that converts a checkpoint of version 1. Raises as `make_job` does."""
-    source = args.source
+    source = Path(args.source)
     if given := [f"--{name}" for name in (*MATRICES, "device") if getattr(args, name)]:
         raise MixtralError(
             f"{source}: of version 1, which is converted as it is; leave out {' and '.join(given)}, "
@@ -228,14 +232,14 @@ def conversion(args: argparse.Namespace) -> Job:
         dtype=checkpoint.dtype,
         device="cpu",
         shards=shards,
-        copied=pick_tokenizer(args, copied_from(source)),
+        copied=pick_tokenizer(args, source, copied_from(source)),
         size=lambda parameter: sum(tensor.bytes for tensor in stored[parameter.name].tensors),
         make=partial(from_version1, checkpoint, {name: each.spec for name, each in stored.items()}),
         known=recorded_errors(source, matrices),
     )
 
 
-def own_tokenizer(source: Source, other: Path | None) -> Mapping[str, Path | bytes]:
+def own_tokenizer(source: Source, other: str | None) -> Mapping[str, Path | bytes]:
     """The files of the source's tokenizer. One that cannot be read is no fault if there is an `other`."""
     try:
         return source.tokenizer
@@ -245,11 +249,16 @@ def own_tokenizer(source: Source, other: Path | None) -> Mapping[str, Path | byt
         return {}
 
 
-def pick_tokenizer(args: argparse.Namespace, found: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """The files that go along: those of `--tokenizer`, or else `found`. Warns if there is no tokenizer."""
-    if not args.tokenizer and (missing := tokenizer_missing(args.source, found)):
-        warnings.warn(missing, RuntimeWarning, stacklevel=2)
-    return files_to_copy(found, args.tokenizer)
+def pick_tokenizer(
+    args: argparse.Namespace, folder: Path, found: Mapping[str, Path | bytes]
+) -> dict[str, Path | bytes]:
+    """The files that go along: those of `--tokenizer`, or else `found` in the source's folder. Warns if there
+    is no tokenizer."""
+    if args.tokenizer is None:
+        if missing := tokenizer_missing(folder, found):
+            warnings.warn(missing, RuntimeWarning, stacklevel=2)
+        return files_to_copy(found)
+    return files_to_copy(found, find_settings(args.tokenizer))
 
 
 def check_apart(source: Path, out: Path) -> None:

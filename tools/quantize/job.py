@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from model.config import ModelConfig, to_hf
 from runtime.shell.command import say
 from runtime.shell.progress import progress
 from tools.quantize.journal import Errors, Journal, settings
-from tools.quantize.names import CONFIG, INDEX, RECORD
+from tools.quantize.names import CONFIG, DOWNLOAD, INDEX, RECORD
 from tools.quantize.output import (
     check_space,
     claim,
@@ -42,7 +43,9 @@ class Job:
     size         gives the bytes of the source that a parameter is made from
     make         gives a parameter's tensors as they are to be written, and the error of quantizing it if that
                  is done now
-    bring        is given a shard and those after it, and puts in place what `make` reads for the shard
+    bring        puts in place what `make` reads for a shard
+    commit       of the source, if it is at the hub
+    room         bytes that the disk needs besides those of the output
     known        errors of matrices that were quantized before
     facts        further entries of the record
     """
@@ -58,7 +61,9 @@ class Job:
     copied: Mapping[str, Path | bytes]
     size: Callable[[StoredParameter], int]
     make: Make
-    bring: Callable[[Shard, Sequence[Shard]], None] = lambda now, later: None
+    bring: Callable[[Shard], None] = lambda shard: None
+    commit: str = ""
+    room: int = 0
     known: Errors | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -87,18 +92,18 @@ def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, 
     """
     folder, metadata = job.out, job.format.metadata()
     with reserved(folder):
-        ours = settings(job.config, job.format, job.device, job.fingerprint)
+        ours = settings(job.config, job.format, job.device, job.fingerprint, job.commit)
         journal = claim(folder, ours, job.files, job.matrices, force)
         journal.keep({s.name for s in job.shards if not difference(folder / s.name, s, metadata)})
         missing = [shard for shard in job.shards if shard.name not in journal.shards]
         rest = leftovers(folder, journal, journal.shards)
-        check_space(folder, sum(shard_bytes(shard, metadata) for shard in missing), rest)
+        check_space(folder, sum(shard_bytes(shard, metadata) for shard in missing) + job.room, rest)
         journal.save(folder)
         for path in rest:
             path.unlink(missing_ok=True)
         with byte_bar(job, missing, quiet) as advance, ThreadPoolExecutor(threads) as pool:
-            for place, shard in enumerate(missing):
-                job.bring(shard, missing[place + 1 :])
+            for shard in missing:
+                job.bring(shard)
                 errors, digest = write_shard(job, shard, advance, pool)
                 journal.shards[shard.name], journal.digests[shard.name] = errors, digest
                 journal.save(folder)
@@ -121,6 +126,7 @@ def write_shard(job: Job, shard: Shard, advance: Callable[[int], None], pool: Ex
 
 def finish(job: Job, journal: Journal) -> dict[str, Any]:
     """Write the files other than weights, `config.json` last, and remove the journal. Returns the record."""
+    shutil.rmtree(job.out / DOWNLOAD, ignore_errors=True)
     tensors = [(tensor, shard.name) for shard in job.shards for tensor in shard.tensors]
     total = sum(tensor.bytes for tensor, _ in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": {tensor.name: file for tensor, file in tensors}}

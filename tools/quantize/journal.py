@@ -114,10 +114,27 @@ def damaged(folder: Path) -> MixtralError:
     return MixtralError(f"{folder / NAME}: damaged; remove the folder and begin again")
 
 
-def settings(config: ModelConfig, native: NativeFormat, device: str, fingerprint: str) -> dict[str, Any]:
-    """What decides the bytes of the output. `fingerprint` is that of the source's files."""
+def settings(
+    config: ModelConfig, native: NativeFormat, device: str, fingerprint: str, commit: str = ""
+) -> dict[str, Any]:
+    """What decides the bytes of the output. `fingerprint` is that of the source's files, which are of
+    `commit` if they are at the hub."""
     source = hashlib.sha256(f"{json.dumps(to_hf(config))}{fingerprint}".encode()).hexdigest()
-    return {**native.section(), "device": device, "source_files": source}
+    at = {"commit": commit} if commit else {}
+    return {**native.section(), "device": device, "source_files": source, **at}
+
+
+def begun_at(folder: Path, source: str) -> str | None:
+    """The commit at which an unfinished run in `folder` found a model of this name at the hub; None if there
+    is no such run."""
+    try:
+        journal = Journal.read(folder)
+    except MixtralError:  # which is said later
+        return None
+    if journal is None or journal.settings.get("source") != source:
+        return None
+    commit = journal.settings.get("commit")
+    return commit if isinstance(commit, str) else None
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:

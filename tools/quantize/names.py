@@ -9,6 +9,7 @@ from tokenizer.model_file import NAME as TOKENIZER
 from tokenizer.model_file import find_model, read_model
 
 CONFIG, INDEX, RECORD = "config.json", "model.safetensors.index.json", "quantization.json"
+DOWNLOAD = "quantize.download"  # a folder of what the next file is made from, if the source is at the hub
 GENERATION = "generation_config.json"
 COPIED = (
     TOKENIZER, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -12,7 +12,7 @@ from model.checkpoint.load import checkpoint_of
 from model.config import ModelConfig
 from model.errors import ModelError
 from tools.quantize.names import copied_from
-from tools.quantize.sources.source import ModelFiles
+from tools.quantize.sources.source import Extent, ModelFiles
 
 GATE = "layers.0.block_sparse_moe.gate.weight"
 
@@ -47,10 +47,11 @@ class FolderSource:
         return copied_from(self.files.folder)
 
     def size(self, parameter: str) -> int:
-        return sum(piece.bytes for piece in self.checkpoint.layout.filling([parameter]))
+        return sum(stop - start for _, start, stop in self.extents(parameter))
 
-    def paths(self, parameter: str) -> Collection[Path]:
-        return {piece.path for piece in self.checkpoint.layout.filling([parameter])}
+    def extents(self, parameter: str) -> Collection[Extent]:
+        pieces = self.checkpoint.layout.filling([parameter])
+        return [(piece.path, piece.offset, piece.offset + piece.bytes) for piece in pieces]
 
     def read(self, parameter: str, device: torch.device) -> Tensor:
         return self.checkpoint.read(parameter, device)

@@ -28,7 +28,7 @@ from tools.quantize.sources.gguf_files import GgufFiles, open_files
 from tools.quantize.sources.gguf_header import GgufTensor
 from tools.quantize.sources.gguf_tokenizer import tokenizer_files
 from tools.quantize.sources.gguf_types import PLAIN, Kind, dequantize, readable_kinds
-from tools.quantize.sources.source import ModelFiles, sampled
+from tools.quantize.sources.source import Extent, ModelFiles, sampled
 from tools.quantize.sources.stored import widest
 
 PIECE = 1 << 20  # weights; their bytes, and what numpy makes of them on the way, take some 40 MB
@@ -140,8 +140,8 @@ class GgufSource:
     def size(self, parameter: str) -> int:
         return sum(part.bytes for part in self.parts[parameter])
 
-    def paths(self, parameter: str) -> Collection[Path]:
-        return {part.path for part in self.parts[parameter]}
+    def extents(self, parameter: str) -> Collection[Extent]:
+        return [(part.path, part.offset, part.offset + part.bytes) for part in self.parts[parameter]]
 
     def read(self, parameter: str, device: torch.device) -> Tensor:
         parts = self.parts[parameter]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint.files import some
-from model.checkpoint.foreign import GGUF, STEMS
+from model.checkpoint.foreign import GGUF, has_safetensors
 from model.errors import ModelError, quoted
 from tools.quantize.sources.gguf_header import GgufHeader, GgufTensor, read_gguf
 
@@ -33,8 +33,7 @@ def is_gguf(path: Path) -> bool:
     """Whether this is a GGUF file, or a folder that has such files and no weights in safetensors."""
     if path.is_dir():
         names = [each.name for each in path.iterdir()]
-        plain = any(name.startswith(STEMS) and ".safetensors" in name for name in names)
-        return not plain and any(name.lower().endswith(GGUF) for name in names)
+        return not has_safetensors(names) and any(name.lower().endswith(GGUF) for name in names)
     return path.suffix.lower() == GGUF
 
 

@@ -31,8 +31,8 @@ from model.config import ModelConfig, read_json
 from model.errors import ModelError, quoted
 from model.parameters import ATTENTION, EXPERT, copies
 from tools.quantize.names import copied_from
-from tools.quantize.sources.source import ModelFiles
-from tools.quantize.sources.stored import FLOATS, fills, read_tensor, widest
+from tools.quantize.sources.source import Extent, ModelFiles
+from tools.quantize.sources.stored import FLOATS, extent_of, fills, read_tensor, widest
 
 INDEX = "model.safetensors.index.json"
 SCALES = ("meta.meta_scale.scale", "meta.meta_scale.zero")
@@ -56,8 +56,8 @@ class Matrix:
     tensors: Mapping[str, TensorEntry]
 
     @property
-    def bytes(self) -> int:
-        return sum(entry.bytes for entry in self.tensors.values())
+    def extents(self) -> list[Extent]:
+        return [extent_of(self.path, entry) for entry in self.tensors.values()]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,8 +90,8 @@ class Plain:
     entry: TensorEntry
 
     @property
-    def bytes(self) -> int:
-        return self.entry.bytes
+    def extents(self) -> list[Extent]:
+        return [extent_of(self.path, self.entry)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,10 +139,10 @@ class OffloadingSource:
         return copied_from(self.files.folder)
 
     def size(self, parameter: str) -> int:
-        return sum(part.bytes for part in self.parts[parameter])
+        return sum(stop - start for _, start, stop in self.extents(parameter))
 
-    def paths(self, parameter: str) -> Collection[Path]:
-        return {part.path for part in self.parts[parameter]}
+    def extents(self, parameter: str) -> Collection[Extent]:
+        return [extent for part in self.parts[parameter] for extent in part.extents]
 
     def read(self, parameter: str, device: torch.device) -> Tensor:
         read = [part.read().to(device) for part in self.parts[parameter]]

@@ -1,16 +1,43 @@
 """Tells which kind of model there is, and opens it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from model.checkpoint import foreign
 from model.checkpoint.files import check_folder, weight_files
 from model.checkpoint.safetensors import read_header
 from model.errors import ModelError
+from runtime.hub.cache import Bar, cached, has_weights
+from runtime.hub.errors import explained
+from runtime.hub.names import HubName
+from runtime.hub.remote import Remote
+from tools.quantize.journal import begun_at
 from tools.quantize.sources.folder import open_folder
 from tools.quantize.sources.gguf import open_gguf
 from tools.quantize.sources.gguf_files import is_gguf
+from tools.quantize.sources.hub import download_gguf, files_at_hub, source_name
 from tools.quantize.sources.offloading import is_offloading, open_offloading
 from tools.quantize.sources.source import ModelFiles, Source
+
+
+def open_model(name: str, out: Path, progress: Bar | None = None) -> Source:
+    """Open the model of this name, a path or one at the hub, to make the output `out`.
+
+    At the hub, weights in safetensors come when they are needed, unless the Hugging Face cache has them all.
+    `progress` is as for `Engine.load`. Raises `ModelError` if the model cannot be quantized, and `LoadError`
+    if it cannot be had.
+    """
+    hub = HubName.parse(name)
+    if hub is None:
+        return open_path(Path(name))
+    with explained(hub):
+        commit, folder = begun_at(out, source_name(hub)), cached(hub)
+        if folder and has_weights(folder) and commit is None:
+            return open_source(replace(files_in(folder), name=source_name(hub)))
+        remote = Remote.find(hub, commit)
+        if hub.file or not foreign.has_safetensors(remote.files):
+            return open_gguf(download_gguf(remote, progress))
+        return open_source(files_at_hub(remote, out))
 
 
 def open_path(path: Path) -> Source:

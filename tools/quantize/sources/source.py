@@ -16,7 +16,8 @@ from model.config import ModelConfig
 SAMPLE = 1 << 16  # bytes from the middle of each file
 HEAD = 1 << 20  # bytes from the beginning, where headers are
 
-Bring = Callable[[Collection[Path], Collection[Path]], None]
+Extent = tuple[Path, int, int]  # bytes of a file: the first, and the one after the last
+Bring = Callable[[Collection[Extent]], None]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class ModelFiles:
     name         of the model
     headers      those of the weight files that are safetensors files, checked against the files' sizes
     fingerprint  gives a digest that other files would not have
-    bring        takes two collections of paths. It puts the first ones in place before they are read, and may
-                 delete those that are in neither. The files of a folder are there, so nothing is done
+    bring        puts bytes of weight files in place before they are read, and may take away all others. The
+                 files of a folder are there, so nothing is done
+    commit       which the files are of, if they are at the hub
     """
 
     name: str
@@ -35,7 +37,8 @@ class ModelFiles:
     paths: Sequence[Path]
     headers: Mapping[Path, Header]
     fingerprint: Callable[[], str]
-    bring: Bring = lambda now, later: None
+    bring: Bring = lambda extents: None
+    commit: str = ""
 
     @staticmethod
     def of_folder(folder: Path, paths: Sequence[Path], headers: Mapping[Path, Header]) -> "ModelFiles":
@@ -100,8 +103,8 @@ class Source(Protocol):
         """The number of bytes that the files spend on a parameter."""
         ...
 
-    def paths(self, parameter: str) -> Collection[Path]:
-        """The weight files that `read` opens."""
+    def extents(self, parameter: str) -> Collection[Extent]:
+        """The bytes of weight files that `read` reads."""
         ...
 
     def read(self, parameter: str, device: torch.device) -> Tensor:

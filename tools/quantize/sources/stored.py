@@ -11,6 +11,7 @@ from model.checkpoint.names import Rows, Table, stored_tensors
 from model.checkpoint.pieces import Piece
 from model.checkpoint.safetensors import DTYPES, TensorEntry
 from model.config import ModelConfig
+from tools.quantize.sources.source import Extent
 
 FLOATS = ("F16", "BF16", "F32")
 
@@ -22,6 +23,11 @@ def fills(table: Table, config: ModelConfig) -> dict[str, list[tuple[str, Rows]]
         for rows in stored.fills:
             found.setdefault(rows.parameter, []).append((name, rows))
     return found
+
+
+def extent_of(path: Path, entry: TensorEntry) -> Extent:
+    """The bytes of a tensor."""
+    return path, entry.offset, entry.offset + entry.bytes
 
 
 def read_tensor(path: Path, name: str, entry: TensorEntry) -> Tensor:

@@ -168,7 +168,7 @@ def test_a_model_in_parts(hf: Mapping[str, Tensor], tmp_path: Path, given: str) 
     source = open_gguf(folder if given == "folder" else folder / given)
     assert source.files.name == "x" and len(source.files.paths) == 3 and source.config == SHAPE
     same(source, {name: whole.read(name, CPU).float() for name in whole.parts})
-    assert {path.name for name in source.parts for path in source.paths(name)} == {*names}
+    assert {path.name for name in source.parts for path, _, _ in source.extents(name)} == {*names}
 
 
 def test_one_expert_of_many_is_read_alone(
