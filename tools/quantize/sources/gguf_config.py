@@ -14,7 +14,7 @@ from model.errors import ModelError, quoted
 
 ARCHITECTURE = "general.architecture"
 EOS, EOT, BOS = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "bos"))
-SCALING = "rope.scaling."
+SCALING = "llama.rope.scaling."
 
 
 def read_config(path: Path, keys: Mapping[str, Any], vocab: int) -> ModelConfig:
@@ -25,31 +25,30 @@ def read_config(path: Path, keys: Mapping[str, Any], vocab: int) -> ModelConfig:
             f"{path}: {ARCHITECTURE} is {quoted(found)}; only 'llama' with experts is supported, as GGUF "
             "calls Mixtral"
         )
-    own = {name.removeprefix("llama."): value for name, value in keys.items() if name.startswith("llama.")}
-    get = Fields(f"{path}: key llama", own)
-    if get.int("expert_count", 0) < 1:
+    get = Fields(str(path), keys)
+    if get.int("llama.expert_count", 0) < 1:
         raise ModelError(f"{path}: a Llama without experts; only Mixtral is supported")
-    heads, hidden = get.int("attention.head_count"), get.int("embedding_length")
-    head_dim = get.int("attention.key_length", hidden // max(heads, 1))
-    for name in ("attention.value_length", "rope.dimension_count"):
+    heads, hidden = get.int("llama.attention.head_count"), get.int("llama.embedding_length")
+    head_dim = get.int("llama.attention.key_length", hidden // max(heads, 1))
+    for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if (size := get.int(name, head_dim)) != head_dim:
-            raise ModelError(f"{path}: llama.{name} is {size}, and Mixtral's is the head's {head_dim}")
-    check_scaling(path, own)
+            raise ModelError(f"{path}: {name} is {size}, and Mixtral's is the head's {head_dim}")
+    check_scaling(path, keys)
     ends = [id for name in (EOS, EOT) if (id := token_id(path, keys, name, vocab)) is not None]
     bos = token_id(path, keys, BOS, vocab)
     return ModelConfig(
         vocab=vocab,
         hidden=hidden,
-        layers=get.int("block_count"),
+        layers=get.int("llama.block_count"),
         heads=heads,
-        kv_heads=get.int("attention.head_count_kv", heads),
+        kv_heads=get.int("llama.attention.head_count_kv", heads),
         head_dim=head_dim,
-        ffn=get.int("feed_forward_length"),
-        experts=get.int("expert_count"),
-        experts_per_token=get.int("expert_used_count"),
-        context=get.int("context_length"),
-        rope_theta=decimal(get.float("rope.freq_base", 1e4)),
-        norm_eps=decimal(get.float("attention.layer_norm_rms_epsilon")),
+        ffn=get.int("llama.feed_forward_length"),
+        experts=get.int("llama.expert_count"),
+        experts_per_token=get.int("llama.expert_used_count"),
+        context=get.int("llama.context_length"),
+        rope_theta=decimal(get.float("llama.rope.freq_base", 1e4)),
+        norm_eps=decimal(get.float("llama.attention.layer_norm_rms_epsilon")),
         bos_id=1 if bos is None else bos,
         eos_ids=tuple(dict.fromkeys(ends)) or (2,),
     )
@@ -72,12 +71,12 @@ def token_id(path: Path, keys: Mapping[str, Any], name: str, vocab: int) -> int 
     return found
 
 
-def check_scaling(path: Path, own: Mapping[str, Any]) -> None:
+def check_scaling(path: Path, keys: Mapping[str, Any]) -> None:
     """Raises `ModelError` if rotary embedding is scaled."""
-    kind = own.get(SCALING + "type", "linear")
-    factor = own.get(SCALING + "factor", own.get("rope.scale_linear", 1.0))
+    kind = keys.get(SCALING + "type", "linear")
+    factor = keys.get(SCALING + "factor", keys.get("llama.rope.scale_linear", 1.0))
     if kind != "none" and (kind != "linear" or factor not in (0, 1)):
         raise ModelError(
-            f"{path}: llama.{SCALING}type is {quoted(kind)}, with the factor {quoted(factor)}; Mixtral's "
+            f"{path}: {SCALING}type is {quoted(kind)}, with the factor {quoted(factor)}; Mixtral's "
             "rotary embedding is not scaled"
         )
