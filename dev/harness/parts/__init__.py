@@ -3,6 +3,7 @@
 from dev.harness.part import Part
 from dev.harness.parts.configs import open_configs
 from dev.harness.parts.faults import open_allocation, open_io, open_threads
+from dev.harness.parts.gguf import open_gguf
 from dev.harness.parts.headers import open_headers
 from dev.harness.parts.index import open_index
 from dev.harness.parts.interrupts import open_interrupts
@@ -20,6 +21,7 @@ PARTS = {
     part.name: part
     for part in (
         Part("headers", open_headers),
+        Part("gguf", open_gguf),
         Part("index", open_index),
         Part("configs", open_configs),
         Part("tokenizer", open_tokenizer),

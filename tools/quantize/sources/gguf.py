@@ -31,7 +31,7 @@ from tools.quantize.sources.gguf_types import PLAIN, Kind, dequantize, readable_
 from tools.quantize.sources.source import Extent, ModelFiles, sampled
 from tools.quantize.sources.stored import widest
 
-PIECE = 1 << 20  # weights; their bytes, and what numpy makes of them on the way, take some 40 MB
+PIECE = 1 << 20  # weights; with their bytes, and what numpy makes on the way, a thread takes some 8 MB
 THREADS = 2
 EMBEDDINGS, HEAD, FREQUENCIES = "token_embd.weight", "output.weight", "rope_freqs.weight"
 

@@ -171,9 +171,10 @@ def test_a_model_in_parts(hf: Mapping[str, Tensor], tmp_path: Path, given: str) 
     assert {path.name for name in source.parts for path, _, _ in source.extents(name)} == {*names}
 
 
-def test_one_expert_of_many_is_read_alone(
+def test_one_expert_of_many_is_read_alone_and_in_pieces(
     hf: Mapping[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(source_module, "PIECE", 20 * SHAPE.hidden)
     tensors = gguf_tensors(SHAPE, hf, "merged")
     write_gguf(tmp_path / "x.gguf", tensors, of_one_type(Type.Q8_0), facts_of(SHAPE))
     source, read = open_gguf(tmp_path / "x.gguf"), []
@@ -187,6 +188,10 @@ def test_one_expert_of_many_is_read_alone(
     name = "layers.1.block_sparse_moe.experts.1.w13.weight"
     source.read(name, CPU)
     assert sum(read) == source.size(name) == 2 * SHAPE.ffn * SHAPE.hidden // 32 * 34
+    assert max(read) == 20 * SHAPE.hidden // 32 * 34
+    read.clear()
+    source.read("layers.1.self_attn.qkv_proj.weight", CPU)  # of q and k a whole head, though it is larger
+    assert max(read) == SHAPE.head_dim * SHAPE.hidden // 32 * 34
 
 
 def test_a_file_that_shrinks(hf: Mapping[str, Tensor], tmp_path: Path) -> None:
