@@ -32,7 +32,7 @@ from model.errors import ModelError, quoted
 from model.parameters import ATTENTION, EXPERT, copies
 from tools.quantize.names import copied_from
 from tools.quantize.sources.source import Extent, ModelFiles
-from tools.quantize.sources.stored import FLOATS, extent_of, fills, read_tensor, widest
+from tools.quantize.sources.stored import Plain, extent_of, fills, plain, read_tensor, widest
 
 INDEX = "model.safetensors.index.json"
 SCALES = ("meta.meta_scale.scale", "meta.meta_scale.zero")
@@ -79,26 +79,6 @@ class Matrix:
             codes = (packed >> 8 - self.bits * (part + 1)) & (1 << self.bits) - 1
             torch.mul(codes.half() - zero, scale, out=weights[part])
         return weights.view(self.N, K)
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A tensor of a file that is not quantized."""
-
-    path: Path
-    name: str
-    entry: TensorEntry
-
-    @property
-    def extents(self) -> list[Extent]:
-        return [extent_of(self.path, self.entry)]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.entry.dtype]
-
-    def read(self) -> Tensor:
-        return read_tensor(self.path, self.name, self.entry)
 
 
 @dataclass(frozen=True)
@@ -229,15 +209,6 @@ def trunk_names(needed: Mapping[str, list[tuple[str, Rows]]]) -> Collection[str]
             elif ".experts." not in name:
                 names.append(name)
     return names
-
-
-def plain(path: Path, entry: TensorEntry, name: str, shape: tuple[int, ...]) -> Plain:
-    if entry.shape != shape or entry.dtype not in FLOATS:
-        raise ModelError(
-            f"{path}: tensor {quoted(name)} is {entry.dtype} {quoted(list(entry.shape))}, and must be "
-            f"{' or '.join(FLOATS)} {list(shape)}"
-        )
-    return Plain(path, name, entry)
 
 
 def matrix(path: Path, name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]) -> Matrix:

@@ -15,6 +15,7 @@ from tools.quantize.journal import begun_at
 from tools.quantize.sources.folder import open_folder
 from tools.quantize.sources.gguf import open_gguf
 from tools.quantize.sources.gguf_files import is_gguf
+from tools.quantize.sources.hqq import is_hqq, open_hqq
 from tools.quantize.sources.hub import download_gguf, files_at_hub, source_name
 from tools.quantize.sources.offloading import is_offloading, open_offloading
 from tools.quantize.sources.source import ModelFiles, Source
@@ -58,4 +59,6 @@ def files_in(folder: Path) -> ModelFiles:
 
 def open_source(files: ModelFiles) -> Source:
     """Open a model whose weights are safetensors files. Only their headers need to be there."""
-    return open_offloading(files) if is_offloading(files) else open_folder(files)
+    if is_offloading(files):
+        return open_offloading(files)
+    return open_hqq(files) if is_hqq(files) else open_folder(files)
