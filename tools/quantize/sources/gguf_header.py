@@ -231,7 +231,9 @@ def read_tensor(reader: Reader, where: str, align: int) -> tuple[Kind, tuple[int
         raise ModelError(f"{where} has the impossible shape {quoted(list(shape))}")
     kind = kinds().get(number)
     if kind is None:
-        raise ModelError(f"{where} is of type number {number}, which is unknown; is the file damaged?")
+        raise ModelError(
+            f"{where} is of type number {number}, which the package gguf does not know; take another file"
+        )
     if shape[-1] % kind.weights:
         raise ModelError(
             f"{where} is {kind.name} {list(shape)}, and rows of {kind.name} have multiples of {kind.weights} "

@@ -18,9 +18,11 @@ from transformers import MixtralForCausalLM
 
 from model.checkpoint import save_hf
 from model.checkpoint.safetensors import DTYPES, read_header
-from model.config import to_hf
-from runtime import Engine, EngineOptions, LoadError
+from model.config import ModelConfig, to_hf
+from runtime import Engine, EngineOptions, LoadError, SamplingParams
+from runtime.engine import DEMO
 from tests.model.checkpoint.conftest import random_model, read_all
+from tests.tools.quantize.sources.gguf_vocabulary import keys_of
 from tests.tools.quantize.sources.gguf_writer import (
     Kinds,
     facts_of,
@@ -119,6 +121,22 @@ def test_quantized_again(
     assert {"tokenizer.model", "tokenizer_config.json"} < {path.name for path in out.iterdir()}
     with Engine.load(out, EngineOptions(device="cpu")) as engine:
         assert engine.tokenizer.encode("ab a") == [1, 261, 259, 260, 261, 259]
+
+
+def test_the_demo_comes_back(tmp_path: Path) -> None:
+    """A trained model, with its tokenizer: the same text as before, and the same logits to the bit."""
+    config, kinds = ModelConfig.read(DEMO), of_one_type(Type.BF16)
+    facts = facts_of(config) | keys_of(DEMO, config.vocab, "today")
+    write_gguf(tmp_path / "x.gguf", gguf_tensors(config, read_all(DEMO), "split"), kinds, facts)
+    assert quantize.main([str(tmp_path / "x.gguf"), str(tmp_path / "out"), *AT_16]) == 0
+    texts, logits = [], []
+    for folder in (DEMO, tmp_path / "out"):
+        with Engine.load(folder, EngineOptions(device="cpu", dtype="float32")) as engine:
+            greedy = SamplingParams(max_new_tokens=30, temperature=0)
+            texts.append("".join(token.text for token in engine.generate("The little fox", greedy)))
+            logits.append(engine.logits(engine.tokenizer.encode("Once upon a time")))
+    assert texts[0] == texts[1] and len(texts[0]) > 20
+    assert torch.equal(*logits)
 
 
 def test_the_engine_says_how_to_convert_it(hf: Mapping[str, Tensor], tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_larger_model_with_added_words(tmp_path: Path, load: Any, converter: s
     folder = make_folder(tmp_path / "original", settings)
     (folder / "tokenizer.model").write_bytes(larger(900))
     made, original = load(keys_of(folder, 910, converter), 910), Tokenizer.load(folder, vocab=910)
-    same(made, original)
+    same(made, original, TEXTS if converter == "today" else 500)
     assert 900 in made.encode("a foxglove") and 902 in made.encode("two words")
     assert made.decode([902]) == "two words"
 
