@@ -33,6 +33,8 @@ class ModelConfig:
     `context` is the longest sequence that the model was trained for, in tokens. Mixtral attends to all of it.
     Older files name a sliding window, which Mixtral does not have. Raises `ModelError` if a number is out of
     range.
+
+    `rope_factor` is that of linear scaling: rotary embedding divides positions by it.
     """
 
     vocab: int  # V
@@ -49,6 +51,7 @@ class ModelConfig:
     norm_eps: float
     bos_id: int = 1
     eos_ids: tuple[int, ...] = (2,)
+    rope_factor: float = 1.0
 
     def __post_init__(self) -> None:
         for name, most in MOST.items():
@@ -105,10 +108,6 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
         found = quoted(config.get("model_type"))
         raise ModelError(f"config.json: model_type is {found}; only 'mixtral' is supported")
     check_quantization(config)
-    if config.get("tie_word_embeddings"):
-        raise ModelError(
-            "config.json: tie_word_embeddings is true; Mixtral's embeddings and head are separate"
-        )
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(f"config.json: hidden_act is {quoted(config['hidden_act'])}; Mixtral's is 'silu'")
     if (window := config.get("sliding_window")) is not None:
@@ -120,6 +119,7 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
     heads, hidden = get.int("num_attention_heads"), get.int("hidden_size")
     vocab = get.int("vocab_size")
     ends = eos_ids({"eos_token_id": 2} | dict(config), vocab) + eos_ids(generation or {}, vocab)
+    rope_theta, rope_factor = hf_rope(config)
     return ModelConfig(
         vocab=vocab,
         hidden=hidden,
@@ -131,10 +131,11 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = No
         experts=get.int("num_local_experts", 8),
         experts_per_token=get.int("num_experts_per_tok", 2),
         context=get.int("max_position_embeddings", 32768),
-        rope_theta=hf_rope_theta(config),
+        rope_theta=rope_theta,
         norm_eps=get.float("rms_norm_eps", 1e-5),
         bos_id=get.int("bos_token_id", 1),
         eos_ids=tuple(dict.fromkeys(ends)),
+        rope_factor=rope_factor,
     )
 
 
@@ -175,6 +176,7 @@ def from_mistral(params: Mapping[str, Any]) -> ModelConfig:
 
 def to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
     """The contents of a `config.json` that `from_hf` and Transformers read back as `config`."""
+    linear = {"rope_scaling": {"rope_type": "linear", "factor": config.rope_factor}}
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -189,6 +191,7 @@ def to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
         "num_experts_per_tok": config.experts_per_token,
         "max_position_embeddings": config.context,
         "rope_theta": config.rope_theta,
+        **(linear if config.rope_factor != 1 else {}),
         "rms_norm_eps": config.norm_eps,
         "bos_token_id": config.bos_id,
         "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids),
@@ -199,14 +202,33 @@ def to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
     }
 
 
-def hf_rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base, from `rope_theta` or from `rope_parameters` in newer files."""
-    nested = section(config, "rope_parameters")
-    scaling = nested | section(config, "rope_scaling")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ModelError(f"config.json: rope_type is {quoted(kind)}; Mixtral's is 'default' (unscaled)")
-    return Fields("config.json", dict(config) | nested).float("rope_theta", 1e6)
+def hf_rope(config: Mapping[str, Any]) -> tuple[float, float]:
+    """The rotary base and the factor of linear scaling. Newer files have them in `rope_parameters`, older
+    ones in `rope_theta` and `rope_scaling`, which counts if a file has both."""
+    source = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    found = section(config, source)
+    theta = Fields("config.json", dict(config) | found).float("rope_theta", 1e6)
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise ModelError(
+            f"config.json: rope_type is {quoted(kind)}; only 'default' and 'linear' are supported"
+        )
+    share = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if share not in (None, 1):
+        raise ModelError(
+            f"config.json: partial_rotary_factor is {quoted(share)}; Mixtral turns all dimensions of a head"
+        )
+    return theta, Fields(f"config.json {source}", found).float("factor") if kind == "linear" else 1.0
+
+
+def ties_embeddings(folder: Path) -> bool:
+    """Whether the configuration in `folder` says that the head is the embeddings' matrix. Then a file may
+    hold one of the two. Raises `ModelError` if it does not say so clearly."""
+    path = folder / "config.json"
+    tied = read_json(path).get("tie_word_embeddings") if path.is_file() else None
+    if not isinstance(tied, bool | None):
+        raise ModelError(f"config.json: tie_word_embeddings is {quoted(tied)}, and must be true or false")
+    return bool(tied)
 
 
 def eos_ids(config: Mapping[str, Any], vocab: int) -> tuple[int, ...]:

@@ -123,7 +123,9 @@ class Mixtral(nn.Module):
         )
         self.norm = RMSNorm(config, dtype, device)
         self.lm_head = (head or plain)(config.hidden, config.vocab)
-        self.rope = Rope.table(config.context, config.head_dim, config.rope_theta, dtype, device)
+        self.rope = Rope.table(
+            config.context, config.head_dim, config.rope_theta, dtype, device, config.rope_factor
+        )
 
     @property
     def blocks(self) -> list[Block]:

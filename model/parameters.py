@@ -9,6 +9,7 @@ from model.config import ModelConfig
 
 EXPERT = "layers.{n}.block_sparse_moe.experts.{e}."  # what the names of an expert's matrices begin with
 ATTENTION = ("layers.{n}.self_attn.qkv_proj.weight", "layers.{n}.self_attn.o_proj.weight")
+EMBEDDINGS = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 

@@ -22,11 +22,19 @@ class Rope:
 
     @staticmethod
     def table(
-        positions: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+        positions: int,
+        head_dim: int,
+        theta: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        factor: float = 1.0,
     ) -> "Rope":
-        """The table for positions 0 to `positions` - 1. Computed in float32, then rounded to `dtype` once."""
+        """The table for positions 0 to `positions` - 1. Computed in float32, then rounded to `dtype` once.
+
+        Linear scaling divides all angles by `factor`.
+        """
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim  # [K/2]
-        frequencies = 1.0 / theta**exponents  # [K/2]; theta**-exponents would round differently
+        frequencies = 1.0 / theta**exponents / factor  # [K/2]; theta**-exponents would round differently
         angles = torch.outer(torch.arange(positions, device=device).float(), frequencies)  # [T, K/2]
         cos, sin = angles.cos(), angles.sin()
         return Rope(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))

@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.linear import pack
 from model.mixtral import Mixtral
 from model.moe import Experts
-from model.parameters import EXPERT, HEAD
+from model.parameters import EMBEDDINGS, EXPERT, HEAD
 from model.quant.expert import BlobExperts, ExpertFormat
 from model.quant.formats import Formats
 from model.quant.product import QuantizedLinear
@@ -30,7 +30,6 @@ from runtime.expanding import cost_of_expanding, memory_bandwidth
 from runtime.planning.costs import attention_shapes, maps_experts, matrix_bytes
 
 WORKERS = 2  # one reads while the other converts
-EMBEDDINGS = "embed_tokens.weight"
 
 
 def load_model(

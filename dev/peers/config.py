@@ -11,6 +11,8 @@ FORMULAS: dict[str, Any] = {"attn_implementation": "eager", "experts_implementat
 
 
 def their_config(config: ModelConfig) -> MixtralConfig:
+    linear = {"rope_type": "linear", "factor": config.rope_factor}
+    scaling = {"rope_type": "default"} if config.rope_factor == 1 else linear
     return MixtralConfig(
         vocab_size=config.vocab,
         hidden_size=config.hidden,
@@ -23,7 +25,7 @@ def their_config(config: ModelConfig) -> MixtralConfig:
         rms_norm_eps=config.norm_eps,
         num_experts_per_tok=config.experts_per_token,
         num_local_experts=config.experts,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_parameters={**scaling, "rope_theta": config.rope_theta},
         bos_token_id=None,
         eos_token_id=None,
         **FORMULAS,

@@ -1,4 +1,5 @@
 """Reads the weights of a checkpoint into a model: one pass over the files, which reads each byte once.
+If embeddings and head are tied, their bytes are read for each of them.
 
 A weight that is on the CPU in the dtype of the file is read into its own memory. Other weights go through two
 buffers of `CHUNK_BYTES`, and are converted from there. So the process is charged for the model and these
@@ -24,7 +25,7 @@ from model.checkpoint.mapped import in_runs
 from model.checkpoint.native import NativeFormat, native_layout, read_format
 from model.checkpoint.pieces import Layout, Piece, match
 from model.checkpoint.safetensors import Header, byte_view, read_header, readable
-from model.config import ModelConfig
+from model.config import ModelConfig, ties_embeddings
 from model.errors import ModelError, quoted
 from model.mixtral import Mixtral
 from model.quant.formats import PLAIN, Formats
@@ -199,7 +200,8 @@ def described(
     """Compare headers with what the configuration says of them."""
     if native is None:
         foreign.check_tensors(folder, (name for header in headers.values() for name in header.tensors))
-        return Checkpoint(folder, config, match(folder, headers, config), len(headers))
+        layout = match(folder, headers, config, ties_embeddings(folder))
+        return Checkpoint(folder, config, layout, len(headers))
     layout = native_layout(folder, headers, config, native)
     return Checkpoint(folder, config, layout, len(headers), native.formats)
 

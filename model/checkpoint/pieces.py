@@ -16,7 +16,7 @@ from model.checkpoint.names import IGNORED, SPELLINGS, Rows, Table, stored_tenso
 from model.checkpoint.safetensors import DTYPES, Header, TensorEntry
 from model.config import ModelConfig
 from model.errors import ModelError, quoted
-from model.parameters import copies
+from model.parameters import EMBEDDINGS, HEAD, copies
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 MANY = 1000  # tensors; more than twice the files' tensors and these means another model's configuration
@@ -70,7 +70,7 @@ class Layout:
 
     spelling: str
     pieces: tuple[Piece, ...]
-    shapes: Mapping[str, tuple[int, ...]]  # of all parameters, each of which is filled exactly once
+    shapes: Mapping[str, tuple[int, ...]]  # of all parameters; each of their rows is filled exactly once
     places: Mapping[str, tuple[int, ...]]  # indices into `pieces` of those that fill a parameter
 
     @staticmethod
@@ -89,8 +89,10 @@ class Layout:
         return [self.pieces[place] for place in sorted(i for name in parameters for i in self.places[name])]
 
 
-def match(folder: Path, headers: Mapping[Path, Header], config: ModelConfig) -> Layout:
+def match(folder: Path, headers: Mapping[Path, Header], config: ModelConfig, tied: bool = False) -> Layout:
     """The layout of the checkpoint in `folder`, whose files have these headers.
+
+    If embeddings and head are `tied` and the files have one of them, its bytes fill both.
 
     Raises `ModelError`, which names the tensors, if some are missing, unexpected, in two files, or of the
     wrong shape or dtype.
@@ -98,9 +100,18 @@ def match(folder: Path, headers: Mapping[Path, Header], config: ModelConfig) -> 
     found = collect(folder, headers)
     spelling = recognize(found)
     table = SPELLINGS[spelling]
+    if tied:
+        tie(found, table)
     count = sum(copies(source, config) for sources in table.values() for source in sources)
     check_count(folder, config, count, len(found))
     expected = stored_tensors(table, config)
+    (head,) = table[HEAD]
+    if {*expected} - {*found} == {head}:
+        raise ModelError(
+            f"{folder}: no tensor {quoted(head)}, and config.json does not say that the embeddings "
+            "take its place (tie_word_embeddings); the files are incomplete or belong to another "
+            "configuration"
+        )
     check_names(folder, expected, found)
     pieces = []
     for name, stored in expected.items():
@@ -115,6 +126,17 @@ def match(folder: Path, headers: Mapping[Path, Header], config: ModelConfig) -> 
             offset += piece.bytes
         assert offset == entry.offset + entry.bytes, name
     return Layout.of(spelling, pieces, headers)
+
+
+def tie(found: dict[str, tuple[Path, TensorEntry]], table: Table) -> None:
+    """Let the embeddings' tensor be the head's, too, or the other way round, if only one is there.
+
+    If both are, they may differ, and each is what it is: Transformers does the same.
+    """
+    (embeddings,), (head,) = table[EMBEDDINGS], table[HEAD]
+    for one, other in ((embeddings, head), (head, embeddings)):
+        if one in found:
+            found.setdefault(other, found[one])
 
 
 def check_count(folder: Path, config: ModelConfig, expected: int, found: int) -> None:

@@ -12,10 +12,12 @@ from model.config import ModelConfig
 from model.mixtral import Mixtral
 
 
-def random_oracle(config: ModelConfig, seed: int) -> MixtralForCausalLM:
+def random_oracle(config: ModelConfig, seed: int, tied: bool = False) -> MixtralForCausalLM:
     """Transformers' model, initialized by Transformers, but with norms that are not all ones."""
     torch.manual_seed(seed)
-    oracle = MixtralForCausalLM(their_config(config)).eval()
+    theirs = their_config(config)
+    theirs.tie_word_embeddings = tied
+    oracle = MixtralForCausalLM(theirs).eval()
     with torch.no_grad():
         for parameter in oracle.parameters():
             if parameter.dim() == 1:

@@ -18,6 +18,7 @@ from model.config import (
     from_hf,
     from_mistral,
     read_json,
+    ties_embeddings,
     to_hf,
 )
 from model.errors import ModelError
@@ -107,7 +108,78 @@ def test_published_files() -> None:
     ],
 )
 def test_rope_spellings(change: dict[str, Any], theta: float) -> None:
-    assert from_hf(without(MIXTRAL_8X7B, "rope_theta") | change).rope_theta == theta
+    found = from_hf(without(MIXTRAL_8X7B, "rope_theta") | change)
+    assert (found.rope_theta, found.rope_factor) == (theta, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4}},
+        {"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 2.5}},
+        {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.5}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}, "rope_theta": 1e4},
+        {"rope_scaling": {"type": "default", "factor": 4.0}, "rope_theta": 1e4},
+        {"rope_scaling": {"factor": 4.0}},
+        {"rope_scaling": {}, "rope_theta": 1e4},
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5e5}, "rope_theta": 1e4},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+        },
+        {
+            "rope_parameters": {"rope_type": "linear", "factor": 8.0},
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_theta": 5e5,
+        },
+        {"rope_parameters": {"rope_type": "linear", "factor": 3.0}, "rope_scaling": None},
+    ],
+)
+def test_rotary_embedding_is_read_as_transformers_reads_it(change: dict[str, Any]) -> None:
+    written = without(MIXTRAL_8X7B, "rope_theta") | change
+    theirs = MixtralConfig.from_dict(json.loads(json.dumps(written))).rope_parameters
+    ours = from_hf(written)
+    assert theirs["rope_type"] in ("default", "linear")
+    factor = theirs["factor"] if theirs["rope_type"] == "linear" else 1
+    assert (ours.rope_theta, ours.rope_factor) == (theirs["rope_theta"], factor)
+
+
+@pytest.mark.parametrize(("said", "tied"), [(True, True), (False, False), (None, False)])
+def test_tied_embeddings(tmp_path: Path, said: bool | None, tied: bool) -> None:
+    write(tmp_path / "config.json", MIXTRAL_8X7B | {"tie_word_embeddings": said})
+    assert ties_embeddings(tmp_path) is tied
+    assert ModelConfig.read(tmp_path) == EXPECTED_8X7B
+
+
+def test_tied_embeddings_by_default(tmp_path: Path) -> None:
+    write(tmp_path / "params.json", PARAMS_8X7B)
+    assert not ties_embeddings(tmp_path)
+    write(tmp_path / "config.json", without(MIXTRAL_8X7B, "tie_word_embeddings"))
+    assert not ties_embeddings(tmp_path)
+
+
+@pytest.mark.parametrize("said", ["true", 1, 0, {}, []])
+def test_embeddings_neither_tied_nor_not_are_refused(tmp_path: Path, said: Any) -> None:
+    write(tmp_path / "config.json", {"tie_word_embeddings": said})
+    with pytest.raises(ModelError, match=r"tie_word_embeddings is .*, and must be true or false"):
+        ties_embeddings(tmp_path)
+
+
+def test_a_mixtral_of_llama_3_experts() -> None:
+    """Of another vocabulary and other ends, and not scaled as Llama 3.1 is."""
+    merged = MIXTRAL_8X7B | {
+        "vocab_size": 128256, "bos_token_id": 128000, "eos_token_id": [128001, 128009], "rope_theta": 5e5,
+        "max_position_embeddings": 8192, "num_local_experts": 4, "rope_scaling": None,
+    }  # fmt: skip
+    assert from_hf(merged) == replace(
+        EXPECTED_8X7B, vocab=128256, bos_id=128000, eos_ids=(128001, 128009), rope_theta=5e5, context=8192,
+        experts=4,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="rope_type is 'llama3'"):
+        from_hf(merged | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}})
 
 
 def test_a_sliding_window_is_ignored_with_a_warning(recwarn: pytest.WarningsRecorder) -> None:
@@ -210,10 +282,21 @@ def test_a_missing_field_is_named(name: str) -> None:
         ),
         ({"quantization_config": {"bits": 4}}, r"quantized by 'another program'"),
         ({"quantization": {"group_size": 64, "bits": 4}}, r"quantized by 'mlx'"),
-        ({"tie_word_embeddings": True}, r"tie_word_embeddings is true"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_type is 'linear'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope_type is 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, r"config\.json rope_scaling: factor is None"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, r"rope_scaling: factor is 0, .* positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, r"rope_scaling: factor is '2'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": -2.0}},
+            r"rope_parameters: factor is -2\.0, and must be a positive number",
+        ),
+        *(
+            ({"rope_scaling": {key: kind, "factor": 2.0}}, rf"rope_type is '{kind}'; only .* 'linear' are")
+            for key in ("type", "rope_type")
+            for kind in ("dynamic", "yarn", "longrope", "llama3", "su", "proportional")
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),
+        ({"partial_rotary_factor": 0.25}, r"partial_rotary_factor is 0\.25"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, r"rope_type is 'dynamic'"),
         ({"rope_parameters": "default"}, r"rope_parameters is 'default'"),
         ({"rope_scaling": [1]}, r"rope_scaling is \[1\]"),
@@ -380,6 +463,12 @@ def test_transformers_reads_what_we_write(name: str) -> None:
     assert str(theirs.dtype) == "torch.float16" and theirs.architectures == ["MixtralForCausalLM"]
 
 
+@pytest.mark.parametrize("factor", [2.0, 2.5, 8.0])
+def test_transformers_reads_our_linear_scaling(factor: float) -> None:
+    theirs = MixtralConfig(**to_hf(replace(TINY, rope_theta=12345.0, rope_factor=factor)))
+    assert theirs.rope_parameters == {"rope_type": "linear", "factor": factor, "rope_theta": 12345.0}
+
+
 @pytest.mark.parametrize("head_dim", [None, 24])
 @pytest.mark.parametrize("eos", [2, [2, 32]])
 def test_we_read_what_transformers_writes(tmp_path: Path, head_dim: int | None, eos: int | list[int]) -> None:
@@ -435,6 +524,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         experts_per_token=draw(st.integers(1, experts)),
         context=draw(up_to("context")),
         rope_theta=draw(st.floats(1.0, 1e9)),
+        rope_factor=draw(st.just(1.0) | st.floats(2.0**-10, 2.0**10)),
         norm_eps=draw(st.floats(1e-12, 1.0)),
         bos_id=draw(tokens),
         eos_ids=tuple(draw(st.lists(tokens, unique=True, max_size=3))),

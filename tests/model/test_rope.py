@@ -71,6 +71,20 @@ def test_table_is_transformers_to_the_bit_far_out() -> None:
     assert torch.equal(Rope.table(FAR, 128, 1e6, torch.float32, CPU).cos, cos[0])
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0, 2.5, 3.0, 4.0, 7.3, 8.0, 0.5])
+def test_linear_scaling_is_transformers_to_the_bit(factor: float) -> None:
+    config = replace(GEOMETRIES["8x7B's ratios"], head_dim=128, context=FAR, rope_factor=factor)
+    cos, _ = MixtralRotaryEmbedding(their_config(config))(torch.empty(1), torch.arange(FAR)[None])
+    assert torch.equal(Rope.table(FAR, 128, 1e6, torch.float32, CPU, factor).cos, cos[0])
+
+
+def test_linear_scaling_divides_positions() -> None:
+    """A factor of 4 has at position 4 p the rotation that position p has without."""
+    plain, scaled = (Rope.table(400, 64, 1e4, torch.float64, CPU, factor) for factor in (1.0, 4.0))
+    torch.testing.assert_close(scaled.cos[::4], plain.cos[:100], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scaled.sin[::4], plain.sin[:100], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_table_is_transformers(name: str) -> None:
     config = GEOMETRIES[name]

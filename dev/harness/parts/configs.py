@@ -29,6 +29,8 @@ OTHERS: dict[str, Any] = {  # other files that a checkpoint may have
 }  # fmt: skip
 HARMLESS = {
     "_name_or_path": "x", "transformers_version": "9.9", "use_cache": False, "router_jitter_noise": 0.1,
+    "tie_word_embeddings": True,  # the files have a head
+    "rope_scaling": {"type": "linear", "factor": 1.0},
 }  # fmt: skip
 STRANGE = (
     "rope_scaling", "rope_parameters", "quantization_config", "eos_token_id", "head_dim", "sliding_window",
@@ -75,6 +77,14 @@ def changed(original: Any, chance: Random) -> Any:
         return mutated(original, chance)
     numbers = [name for name, value in original.items() if isinstance(value, (int, float))]
     if not numbers or chance.random() < 0.3:
-        strange = weird(chance) if chance.random() < 0.7 else {"type": "linear", "factor": weird(chance)}
-        return {**original, chance.choice(STRANGE): strange}
+        if chance.random() < 0.3:
+            return {**original, chance.choice(STRANGE[:2]): scaling(chance)}
+        return {**original, chance.choice(STRANGE): weird(chance)}
     return {**original, chance.choice(numbers): chance.choice(NUMBERS)}
+
+
+def scaling(chance: Random) -> dict[str, Any]:
+    """Of rotary embedding: what may be right, or almost."""
+    factor = chance.choice(NUMBERS) if chance.random() < 0.7 else weird(chance)
+    kind = chance.choice(("linear", "linear", "default", "dynamic", "yarn", None))
+    return {chance.choice(("type", "rope_type")): kind, "factor": factor, "rope_theta": 1e4}
