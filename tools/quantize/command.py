@@ -2,6 +2,7 @@
 
     python -m tools.quantize path/to/Mixtral-8x7B-v0.1 OUT --attention 4 --experts 3g128
     python -m tools.quantize mistralai/Mixtral-8x7B-v0.1 OUT --experts 2g64 --head 16 --json
+    python -m tools.quantize mixtral-8x7b-v0.1.Q5_K_M.gguf OUT
     python -m tools.quantize CHECKPOINT_OF_VERSION_1 OUT
     python -m tools.quantize --verify OUT
 

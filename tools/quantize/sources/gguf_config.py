@@ -15,6 +15,7 @@ from model.errors import ModelError, quoted
 ARCHITECTURE = "general.architecture"
 EOS, EOT, BOS = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "bos"))
 SCALING = "llama.rope.scaling."
+FACTOR, OLD_FACTOR = f"{SCALING}factor", "llama.rope.scale_linear"
 
 
 def read_config(path: Path, keys: Mapping[str, Any], vocab: int) -> ModelConfig:
@@ -33,7 +34,6 @@ def read_config(path: Path, keys: Mapping[str, Any], vocab: int) -> ModelConfig:
     for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if (size := get.int(name, head_dim)) != head_dim:
             raise ModelError(f"{path}: {name} is {size}, and Mixtral's is the head's {head_dim}")
-    check_scaling(path, keys)
     ends = [id for name in (EOS, EOT) if (id := token_id(path, keys, name, vocab)) is not None]
     bos = token_id(path, keys, BOS, vocab)
     return ModelConfig(
@@ -51,6 +51,7 @@ def read_config(path: Path, keys: Mapping[str, Any], vocab: int) -> ModelConfig:
         norm_eps=decimal(get.float("llama.attention.layer_norm_rms_epsilon")),
         bos_id=1 if bos is None else bos,
         eos_ids=tuple(dict.fromkeys(ends)) or (2,),
+        rope_factor=rope_factor(path, keys),
     )
 
 
@@ -71,12 +72,12 @@ def token_id(path: Path, keys: Mapping[str, Any], name: str, vocab: int) -> int 
     return found
 
 
-def check_scaling(path: Path, keys: Mapping[str, Any]) -> None:
-    """Raises `ModelError` if rotary embedding is scaled."""
+def rope_factor(path: Path, keys: Mapping[str, Any]) -> float:
+    """The factor of rotary embedding's linear scaling; 1 if it is not scaled, which a 0 means, too."""
     kind = keys.get(SCALING + "type", "linear")
-    factor = keys.get(SCALING + "factor", keys.get("llama.rope.scale_linear", 1.0))
-    if kind != "none" and (kind != "linear" or factor not in (0, 1)):
-        raise ModelError(
-            f"{path}: {SCALING}type is {quoted(kind)}, with the factor {quoted(factor)}; Mixtral's "
-            "rotary embedding is not scaled"
-        )
+    if kind not in ("none", "linear"):
+        raise ModelError(f"{path}: {SCALING}type is {quoted(kind)}; only 'none' and 'linear' are supported")
+    name = FACTOR if FACTOR in keys else OLD_FACTOR
+    if kind == "none" or keys.get(name) == 0:
+        return 1.0
+    return decimal(Fields(str(path), keys).float(name, 1.0))

@@ -79,6 +79,8 @@ def facts_of(config: ModelConfig) -> dict[str, Any]:
         "llama.attention.layer_norm_rms_epsilon": config.norm_eps,
         "llama.rope.freq_base": config.rope_theta,
         "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.scaling.type": "linear" if config.rope_factor != 1 else None,
+        "llama.rope.scaling.factor": config.rope_factor if config.rope_factor != 1 else None,
         "llama.expert_count": config.experts,
         "llama.expert_used_count": config.experts_per_token,
     }

@@ -90,14 +90,16 @@ def stored(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(("name", "experts"), [*((name, "merged") for name in KINDS), ("Q8_0", "split"),
                                                ("mixed", "fused")])  # fmt: skip
 def test_logits(hf: Mapping[str, Tensor], tmp_path: Path, name: str, experts: str) -> None:
-    write_gguf(tmp_path / "x.gguf", gguf_tensors(CONFIG, hf, experts), KINDS[name], FACTS)
+    config = replace(CONFIG, rope_factor=2.5) if experts == "split" else CONFIG
+    facts = FACTS | facts_of(config)
+    write_gguf(tmp_path / "x.gguf", gguf_tensors(config, hf, experts), KINDS[name], facts)
     out, peer = tmp_path / "out", tmp_path / "peer"
     assert quantize.main([str(tmp_path / "x.gguf"), str(out), *AT_16]) == 0
     peer.mkdir()
     dtypes = stored(out)
     assert dtypes["others"] == ("BF16" if name == "BF16" else "F16")
     save_file(rounded(hf, KINDS[name], dtypes), peer / "model.safetensors", {"format": "pt"})
-    (peer / "config.json").write_text(json.dumps(to_hf(CONFIG, "float32")))
+    (peer / "config.json").write_text(json.dumps(to_hf(config, "float32")))
     theirs = MixtralForCausalLM.from_pretrained(peer, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = theirs(torch.tensor([IDS])).logits[0]

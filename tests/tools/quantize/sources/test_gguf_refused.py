@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ def write(path: Path, tensors: Tensors, **changes: Any) -> Path:
     return path
 
 
-SCALED = "; Mixtral's rotary embedding is not scaled"
 KEYS: list[tuple[dict[str, Any], str]] = [
     ({"expert_count": None}, "F: a Llama without experts; only Mixtral is supported"),
     ({"expert_count": 0}, "F: a Llama without experts; only Mixtral is supported"),
@@ -69,7 +69,11 @@ KEYS: list[tuple[dict[str, Any], str]] = [
     ({"rope__freq_base": 0.0}, "F: llama.rope.freq_base is 0.0, and must be a positive number that "
      "float32 holds"),
     ({"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0},
-     f"F: llama.rope.scaling.type is 'yarn', with the factor 4.0{SCALED}"),
+     "F: llama.rope.scaling.type is 'yarn'; only 'none' and 'linear' are supported"),
+    ({"rope__scaling__factor": -2.0},
+     "F: llama.rope.scaling.factor is -2.0, and must be a positive number that float32 holds"),
+    ({"rope__scale_linear": "x"},
+     "F: llama.rope.scale_linear is 'x', and must be a positive number that float32 holds"),
     ({"attention__layer_norm_rms_epsilon": float("nan")}, "F: llama.attention.layer_norm_rms_epsilon is "
      "nan, and must be a positive number that float32 holds"),
     ({"attention__layer_norm_rms_epsilon": None}, "F: llama.attention.layer_norm_rms_epsilon is None, "
@@ -139,10 +143,17 @@ def test_frequencies_of_1_and_what_follows_from_the_configuration(tmp_path: Path
     assert open_gguf(path).config == SHAPE
 
 
-@pytest.mark.parametrize("keys", [{}, {"type": "none", "factor": 4.0}, {"type": "linear", "factor": 1.0}])
-def test_scaling_that_scales_nothing(tmp_path: Path, tensors: Tensors, keys: Mapping[str, Any]) -> None:
-    changes = {f"rope__scaling__{name}": value for name, value in keys.items()}
-    assert open_gguf(write(tmp_path / "x.gguf", tensors, **changes)).config == SHAPE
+SCALINGS: list[tuple[dict[str, Any], float]] = [
+    ({}, 1.0), ({"scaling__type": "none", "scaling__factor": 4.0}, 1.0), ({"scaling__type": "linear"}, 1.0),
+    ({"scaling__type": "linear", "scaling__factor": 4.1}, 4.1), ({"scaling__factor": 2.0}, 2.0),
+    ({"scaling__factor": 0.0}, 1.0), ({"scale_linear": 8.0}, 8.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "factor"), SCALINGS)
+def test_linear_scaling(tmp_path: Path, tensors: Tensors, keys: Mapping[str, Any], factor: float) -> None:
+    path = write(tmp_path / "x.gguf", tensors, **{f"rope__{name}": value for name, value in keys.items()})
+    assert open_gguf(path).config == replace(SHAPE, rope_factor=factor)
 
 
 def test_ends_and_defaults(tmp_path: Path, tensors: Tensors) -> None:
