@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from model.checkpoint.files import SHARD
-from tokenizer.errors import TokenizerError
+from tokenizer import Tokenizer, TokenizerError
+from tokenizer.model_file import JSON, find_model, read_model
 from tokenizer.model_file import NAME as TOKENIZER
-from tokenizer.model_file import find_model, read_model
 
 CONFIG, INDEX, RECORD = "config.json", "model.safetensors.index.json", "quantization.json"
 DOWNLOAD = "quantize.download"  # a folder of what the next file is made from, if the source is at the hub
@@ -75,7 +75,10 @@ def tokenizer_missing(source: Path, found: Mapping[str, Path | bytes]) -> str | 
     if isinstance(found.get(TOKENIZER), bytes):
         return None
     try:
-        read_model(find_model(source))
+        file = find_model(source)
+        read_model(file)
+        if file.name == JSON:
+            Tokenizer.load(source)  # which may find that it cannot be turned into a sentencepiece model
     except TokenizerError as error:
         return f"{error}, or name another by --tokenizer: without one the output generates no text"
     return None
