@@ -15,8 +15,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from model.errors import ModelError
 from runtime.engine import DEMO
 from tests.tokenizer.conftest import train
+from tests.tokenizer.hard_texts import PAGE, hard_text
 from tests.tokenizer.templates import STYLES, make_folder, token
-from tests.tokenizer.test_tokenizer_json import PAGE, hard_text
 from tests.tools.quantize.sources.gguf_vocabulary import CONVERTERS, keys_of, pieces_of, without_scores
 from tests.tools.quantize.sources.gguf_writer import tokens_of
 from tokenizer import Tokenizer
@@ -56,8 +56,8 @@ def load(tmp_path: Path) -> Callable[[dict[str, Any], int], Tokenizer]:
 
 
 def texts(count: int) -> list[str]:
-    chance, page = random.Random(3), PAGE.read_text("utf-8")
-    return [hard_text(chance, page) for _ in range(count)]
+    chance = random.Random(3)
+    return [hard_text(chance) for _ in range(count)]
 
 
 def same(made: Tokenizer, original: Tokenizer, count: int = 500) -> None:
@@ -98,7 +98,7 @@ def test_fine_tunes(tmp_path: Path, load: Any, style: str, converter: str) -> No
 
 def larger(vocab: int) -> bytes:
     """A model with more pieces than the small one, of English."""
-    model, lines = io.BytesIO(), PAGE.read_text("utf-8").splitlines()
+    model, lines = io.BytesIO(), PAGE.splitlines()
     SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1,
