@@ -1,5 +1,6 @@
 """A whole step by Triton's kernels, against `Mixtral.forward`. `test_step.py` runs it in its own process."""
 
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -27,13 +28,15 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def random_network(spec: QuantSpec, dtype: torch.dtype = torch.float32) -> Mixtral:
-    form = ExpertFormat.of(CONFIG, spec, dtype, Target.of(DEVICE))
+def random_network(
+    spec: QuantSpec, dtype: torch.dtype = torch.float32, config: ModelConfig = CONFIG
+) -> Mixtral:
+    form = ExpertFormat.of(config, spec, dtype, Target.of(DEVICE))
     linear, head = (
         partial(QuantizedLinear, spec=QuantSpec(bits), dtype=dtype, device=DEVICE) for bits in (4, 8)
     )
-    experts = lambda layer: BlobExperts.empty(form, CONFIG.experts, DEVICE)  # noqa: E731
-    model = Mixtral(CONFIG, dtype, DEVICE, experts, linear, head).requires_grad_(False)
+    experts = lambda layer: BlobExperts.empty(form, config.experts, DEVICE)  # noqa: E731
+    model = Mixtral(config, dtype, DEVICE, experts, linear, head).requires_grad_(False)
     for seed, module in enumerate(model.modules()):
         if isinstance(module, QuantizedLinear):
             module.store(make_matrix(module.spec, *module.shape, seed=seed))
@@ -52,22 +55,24 @@ def random_network(spec: QuantSpec, dtype: torch.dtype = torch.float32) -> Mixtr
     return model
 
 
-def test_tokens_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("experts", "chosen", "factor"), [(3, 2, 1.0), (3, 3, 2.5)])
+def test_tokens_one_by_one(monkeypatch: pytest.MonkeyPatch, experts: int, chosen: int, factor: float) -> None:
     if interpreted.INTERPRETED:
         monkeypatch.setattr(launching, "unsupported", lambda target, dtype: None)
     torch.manual_seed(0)
-    model, ids = random_network(QuantSpec(4, 16)), [3, 40, 7]
+    config = replace(CONFIG, experts=experts, experts_per_token=chosen, rope_factor=factor)
+    model, ids = random_network(QuantSpec(4, 16), config=config), [3, 40, 7]
     expected = model(torch.tensor([ids], device=DEVICE))[0]
     model.look_ahead(1)
     model.prepare_step()
-    kv = KVCache.allocate(CONFIG, 1, 12, torch.float32, DEVICE)
+    kv = KVCache.allocate(config, 1, 12, torch.float32, DEVICE)
     for position, i in enumerate(ids):
         where = torch.tensor([i], device=DEVICE), torch.tensor([position], device=DEVICE)
         *choices, logits = model.step(*where, kv)
         assert all(isinstance(choice, Choice) for choice in choices) and len(choices) == 2
         first = cast(Choice, choices[0])
-        assert first.ranking is not None and sorted(first.ranking[0].tolist()) == [0, 1, 2]
-        assert len(set(first.ids[0].tolist())) == 2 and cast(Choice, choices[1]).ranking is None
+        assert first.ranking is not None and sorted(first.ranking[0].tolist()) == [*range(experts)]
+        assert len(set(first.ids[0].tolist())) == chosen and cast(Choice, choices[1]).ranking is None
         torch.testing.assert_close(first.weights.sum().cpu(), torch.tensor(1.0))
         assert isinstance(logits, torch.Tensor)
         torch.testing.assert_close(logits[0], expected[position], rtol=1e-4, atol=1e-4)

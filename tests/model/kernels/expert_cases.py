@@ -107,6 +107,19 @@ def test_rounds(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(tile.piece, tile.pieces) for tile in tiles] == [(32, 2), (32, 2)]  # of 96
 
 
+@pytest.mark.parametrize("chosen", [1, 5, 16])
+def test_any_number_of_experts(chosen: int) -> None:
+    """Of 16, also all of them, in slots of any order. Contributions are those of each expert alone."""
+    layer = Layer(QuantSpec.parse("4g32"), 32, 32, torch.randperm(16).tolist(), torch.float32)
+    x, weights = torch.randn(1, 32, device=DEVICE), torch.rand(chosen, device=DEVICE)
+    ids = torch.randperm(16)[:chosen].tolist()
+    alone = [layer(x, [e], weight[None]).double() for e, weight in zip(ids, weights, strict=True)]
+    expected = torch.stack(alone).sum(0)
+    size = torch.stack(alone).abs().sum(0)
+    y = layer(x, ids, weights).double()
+    assert bool(((y - expected).abs() <= 1e-6 * size).all()) and float(expected.abs().max()) > 0.01
+
+
 SOME = [("4g32", torch.bfloat16), ("8g32", torch.float32), ("16", torch.float16)]
 
 

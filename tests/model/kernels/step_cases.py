@@ -195,7 +195,21 @@ def expected_route(x: Tensor, gates: Tensor, E: int, A: int) -> tuple[list[int],
 
 
 @pytest.mark.parametrize(
-    ("E", "A", "d"), [(8, 2, 2), (8, 1, 0), (6, 6, 1), (1, 1, 3), (60, 4, 1), (12, 3, 2)]
+    ("E", "A", "d"),
+    [
+        (8, 2, 2),
+        (8, 1, 0),
+        (6, 6, 1),
+        (1, 1, 3),
+        (60, 4, 1),
+        (12, 3, 2),
+        (2, 1, 1),
+        (2, 2, 0),
+        (3, 2, 2),
+        (5, 3, 1),
+        (16, 2, 1),
+        (16, 16, 1),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_route(E: int, A: int, d: int, dtype: torch.dtype) -> None:
