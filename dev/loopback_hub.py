@@ -55,6 +55,10 @@ class LoopbackHub:
     requests: list[Request] = field(default_factory=list)
     breaks: Callable[[str, int], int | None] = lambda file, size: None
     status: int | None = None  # the answer to everything, if it is given
+    page: str | None = (
+        None  # what everything is answered with instead, as a network does that asks for a login
+    )
+    ranges: bool = True  # whether parts of a file can be asked for
     pause: Callable[[str], None] = lambda file: None  # is called before each piece
 
     def add(self, name: str, folder: Path, revision: str = "main", **options: str) -> str:
@@ -81,7 +85,7 @@ class LoopbackHub:
 
         self.server = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True)
         self.thread.start()
         return self
 
@@ -123,6 +127,10 @@ class Answers(BaseHTTPRequestHandler):
         self.hub.requests.append(request)
         if self.hub.status is not None:
             return self.refuse(self.hub.status)
+        if self.hub.page is not None:
+            return self.send_body(self.hub.page.encode(), "text/html")
+        if (signed := self.headers.get("Authorization")) and signed not in self.known():
+            return self.refuse(401, message="Invalid credentials in Authorization header")
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"] and len(parts) >= 4:
             return self.describe("/".join(parts[2:4]), "/".join(parts[5:]) or "main")
@@ -133,20 +141,25 @@ class Answers(BaseHTTPRequestHandler):
             return self.resolve(request, "/".join(parts[:2]), parts[3:])
         return self.refuse(404)
 
-    def model(self, name: str) -> Model | None:
-        """The model, unless it must not be seen. Then an error has been sent."""
+    def known(self) -> set[str]:
+        """What a request may sign with."""
+        return {f"Bearer {model.token}" for model in self.hub.models.values()}
+
+    def model(self, name: str, contents: bool = True) -> Model | None:
+        """The model, unless it or its contents must not be seen. Then an error has been sent. The list of a
+        gated model's files is open to all."""
         model = self.hub.models.get(name)
         signed = model is not None and self.headers.get("Authorization") == f"Bearer {model.token}"
         if model is None or (model.access == "private" and not signed):
             self.refuse(401 if not self.headers.get("Authorization") else 404, "RepoNotFound")
             return None
-        if model.access == "gated" and not signed:
-            self.refuse(403, "GatedRepo")
+        if model.access == "gated" and contents and not signed:
+            self.refuse(403 if self.headers.get("Authorization") else 401, "GatedRepo")
             return None
         return model
 
     def describe(self, name: str, revision: str) -> None:
-        model = self.model(name)
+        model = self.model(name, contents=False)
         if model is None:
             return
         commit = revision if revision in model.commits else model.revisions.get(revision, "")
@@ -164,9 +177,12 @@ class Answers(BaseHTTPRequestHandler):
             if size >= LARGE:
                 entry["lfs"] = {"sha256": name_of, "size": size, "pointerSize": 130}
             siblings.append(entry)
-        body = json.dumps({"id": name, "modelId": name, "sha": commit, "siblings": siblings}).encode()
+        about = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
+        return self.send_body(json.dumps(about).encode(), "application/json")
+
+    def send_body(self, body: bytes, kind: str) -> None:
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -197,7 +213,8 @@ class Answers(BaseHTTPRequestHandler):
         """Send a file, or the range of it that was asked for."""
         size = path.stat().st_size
         start, stop = 0, size
-        if asked := self.headers.get("Range"):
+        asked = self.headers.get("Range") if self.hub.ranges else None
+        if asked:
             first, _, last = asked.removeprefix("bytes=").partition("-")
             start, stop = int(first), min(int(last) + 1, size) if last else size
             if start >= size:
@@ -232,8 +249,10 @@ class Answers(BaseHTTPRequestHandler):
         if cut is not None and end < stop:
             self.close_connection = True
 
-    def refuse(self, status: int, code: str = "") -> None:
+    def refuse(self, status: int, code: str = "", message: str = "") -> None:
         self.send_response(status)
+        if message:
+            self.send_header("X-Error-Message", message)
         if code:
             self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")

@@ -16,9 +16,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from model.checkpoint.files import weight_files
+from model.checkpoint.load import checkpoint_of
 from model.errors import ModelError
 from runtime.errors import LoadError
 from runtime.hub.fetching import INCOMPLETE, PAUSE, Advance, fetch
+from runtime.hub.headers import remote_headers
 from runtime.hub.names import HubName
 from runtime.hub.needed import beside_weights, weights
 from runtime.hub.remote import Remote
@@ -49,7 +51,7 @@ def cached(name: HubName) -> Path | None:
     place, commit = storage(name), name.revision
     if not COMMIT.fullmatch(commit):
         ref = place / "refs" / commit
-        commit = ref.read_text().strip() if ref.is_file() else ""
+        commit = ref.read_text(errors="replace").strip() if ref.is_file() else ""
     folder = place / "snapshots" / commit
     return folder if COMMIT.fullmatch(commit) and folder.is_dir() else None
 
@@ -71,25 +73,28 @@ def has_tokenizer(folder: Path) -> bool:
         return False
 
 
+def offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def snapshot(name: HubName, progress: Bar | None = None) -> Path:
     """The folder of a model with all its files. Nothing is asked of the hub if the cache has all.
 
-    `progress` is as for `Engine.load`, and counts bytes. Raises what `errors.explained` explains, and
+    Configuration and headers are checked before weights are downloaded. `progress` is as for `Engine.load`,
+    and counts bytes. Raises what `errors.explained` explains, and
     `ModelError` if the model is none that is read here.
     """
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     folder = cached(name)
-    if folder and has_weights(folder) and has_tokenizer(folder):
+    if folder and has_weights(folder) and (has_tokenizer(folder) or offline()):
         return folder
-    try:
-        remote = Remote.find(name)
-    except OfflineModeIsEnabled:
-        if folder and has_weights(folder):
-            return folder
-        raise
+    remote = Remote.find(name)
     folder = bring_small(remote)
-    bring(remote, weights(name, remote.files, folder), progress)
+    files = weights(name, remote.files, folder)
+    if not has_weights(folder):
+        checkpoint_of(folder, remote_headers(remote, files, folder))
+        bring(remote, files, progress)
     remember(remote)
     return folder
 

@@ -1,21 +1,23 @@
 """Download a file so that a later run goes on where this one ended.
 
 `huggingface_hub` itself begins a file anew in every process. Here the bytes are kept under another name until
-all are there, and no byte is asked for that has come.
+all are there, and no byte is asked for that has come. The name is none that the library uses: it does not
+always write a file from its beginning to its end.
 """
 
+import io
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from runtime.hub.remote import Remote
+from runtime.errors import LoadError
+from runtime.hub.remote import TIMEOUT, Remote
 
-INCOMPLETE = ".incomplete"
+INCOMPLETE = ".part"
 TRIES = 5  # in a row that bring nothing
 PAUSE = 1.0  # seconds before the next one
-TIMEOUT = 30.0  # seconds without a byte
 TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses that may be others soon
 
 Advance = Callable[[int], None]
@@ -42,12 +44,24 @@ def fetch(remote: Remote, file: str, target: Path, advance: Advance) -> None:
     os.replace(part, target)
 
 
+def read(remote: Remote, file: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` - 1 of a file, which are near its beginning; fewer if it ends before."""
+    out = io.BytesIO()
+    out.seek(start)
+    receive_all(remote, file, out, min(stop, remote.files[file].bytes), lambda count: None)
+    return out.getvalue()[start:]
+
+
 def receive_all(remote: Remote, file: str, out: BinaryIO, stop: int, advance: Advance) -> None:
-    """Write a file's bytes to `out` from its position to `stop`. A connection that breaks is made again."""
+    """Write a file's bytes to `out` from its position to `stop`. A connection that breaks is made again.
+
+    `advance` is called before each try, too, and may raise an error to end this.
+    """
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     fruitless = 0
     while (at := out.tell()) < stop:
+        advance(0)
         try:
             receive(remote, file, out, at, stop, advance)
         except HTTPError as error:
@@ -70,8 +84,8 @@ def receive(remote: Remote, file: str, out: BinaryIO, start: int, stop: int, adv
     ) as response:
         hf_raise_for_status(response)
         if response.headers.get("Content-Range") != f"bytes {start}-{stop - 1}/{size}":
-            raise OSError(
-                f"{remote.name.repo}: {file} is not served from byte {start} of {size} (status "
+            raise LoadError(
+                f"{remote.name}: {file} is not served from byte {start} of {size} (status "
                 f"{response.status_code}); the hub, or a proxy before it, is at fault"
             )
         for data in response.iter_raw():

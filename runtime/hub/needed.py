@@ -1,12 +1,13 @@
 """Which of a model's files are needed."""
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
 from model.checkpoint import foreign
 from model.checkpoint.files import INDEX, some, weight_names
 from model.checkpoint.foreign import GGUF, STEMS
-from model.errors import ModelError
+from model.errors import ModelError, quoted
 from runtime.hub.names import HubName
 
 SETTINGS = (
@@ -15,6 +16,7 @@ SETTINGS = (
     "chat_template.json", "tekken.json", *(stem + INDEX for stem in STEMS),
 )  # fmt: skip
 TOKENIZER = "tokenizer.model"  # and Mistral's tokenizer.model.v3
+PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE | re.ASCII)
 
 
 def beside_weights(names: Collection[str]) -> list[str]:
@@ -32,13 +34,33 @@ def weights(name: HubName, names: Collection[str], folder: Path) -> list[str]:
 
 
 def ggufs(name: HubName, names: Collection[str]) -> list[str]:
-    """The GGUF file that the name means, or its parts. Raises `ModelError` if there are several to choose
-    from."""
-    found = sorted(each for each in names if each.lower().endswith(GGUF))
+    """The GGUF file that the name means, or all parts of the model that it belongs to, in order.
+
+    Raises `ModelError` if there is no such file, or if no file is named and there are several models.
+    """
+    models: dict[object, list[str]] = {}
+    for each in sorted(names):
+        if each.lower().endswith(GGUF):
+            models.setdefault(gguf_model(each), []).append(each)
+    whole = [files[0] for files in models.values()]
+    if name.file is not None and name.file not in names:
+        listed = f"; it has {some(whole)}" if whole else ", and no other in GGUF"
+        raise ModelError(f"{name.repo}: no file {quoted(name.file)}{listed}")
     if name.file is not None:
-        found = [each for each in found if each == name.file]
-    whole = {each.rpartition("-of-")[0].rpartition("-")[0] or each for each in found}
-    if len(whole) != 1:
-        listed = f"{len(found)} GGUF files ({some(found)})" if found else f"no {name.file}"
-        raise ModelError(f"{name.repo}: has {listed}; name one of its files, as {name.repo}/FILE.gguf")
-    return found
+        return models[gguf_model(name.file)]
+    if len(models) != 1:
+        raise ModelError(
+            f"{name.repo}: {len(models)} models in GGUF ({some(whole)}); name a file of one, as "
+            f"{name.repo}/FILE.gguf"
+        )
+    return models[gguf_model(whole[0])]
+
+
+def gguf_model(file: str) -> object:
+    """What the names of one model's files have in common.
+
+    >>> gguf_model("q4/a-00001-of-00002.gguf"), gguf_model("a-q4.gguf")
+    (('q4/a', '00002'), 'a-q4.gguf')
+    """
+    match = PART.fullmatch(file)
+    return match.groups() if match else file

@@ -1,20 +1,18 @@
 """A model's name to its folder, or to its headers alone."""
 
-from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 
 from model.checkpoint import Checkpoint, open_checkpoint
+from model.checkpoint.foreign import CONVERT
 from model.checkpoint.load import checkpoint_of
-from model.checkpoint.safetensors import PREFIX, Header, parse_header
-from runtime.hub.cache import Bar, bring_small, cached, has_tokenizer, has_weights, snapshot
+from model.errors import ModelError
+from runtime.hub.cache import Bar, bring_small, cached, has_tokenizer, has_weights, offline, snapshot
 from runtime.hub.errors import explained
+from runtime.hub.headers import remote_headers
 from runtime.hub.names import HubName
 from runtime.hub.needed import weights
 from runtime.hub.remote import Remote
-
-FIRST = 1 << 16  # bytes that are read first of a file, and hold most headers
-READERS = 8
 
 
 def find_folder(name: str | PathLike[str], progress: Bar | None = None) -> Path:
@@ -27,6 +25,7 @@ def find_folder(name: str | PathLike[str], progress: Bar | None = None) -> Path:
     hub = HubName.parse(name)
     if hub is None:
         return Path(name)
+    check_kind(hub)
     with explained(hub):
         return snapshot(hub, progress)
 
@@ -38,7 +37,9 @@ def find_settings(name: str | PathLike[str]) -> Path:
         return Path(name)
     with explained(hub):
         folder = cached(hub)
-        return folder if folder and has_tokenizer(folder) else bring_small(Remote.find(hub))
+        if folder and has_tokenizer(folder) and (has_weights(folder) or offline()):
+            return folder  # weights come last, so all else is there
+        return bring_small(Remote.find(hub))
 
 
 def open_headers(name: str | PathLike[str]) -> Checkpoint:
@@ -47,6 +48,7 @@ def open_headers(name: str | PathLike[str]) -> Checkpoint:
     hub = HubName.parse(name)
     if hub is None:
         return open_checkpoint(Path(name))
+    check_kind(hub)
     with explained(hub):
         folder = cached(hub)
         if folder and has_weights(folder):
@@ -56,18 +58,7 @@ def open_headers(name: str | PathLike[str]) -> Checkpoint:
         return checkpoint_of(folder, remote_headers(remote, weights(hub, remote.files, folder), folder))
 
 
-def remote_headers(remote: Remote, files: list[str], folder: Path) -> dict[Path, Header]:
-    """The headers of weight files at the hub, by the paths that the files would have in `folder`."""
-    with ThreadPoolExecutor(READERS, thread_name_prefix="hub") as pool:
-        headers = pool.map(lambda file: remote_header(remote, file, folder / file), files)
-        return dict(zip((folder / file for file in files), headers, strict=True))
-
-
-def remote_header(remote: Remote, file: str, path: Path) -> Header:
-    """The header of one file. `path` names the file in messages."""
-    first = remote.read(file, 0, FIRST)
-
-    def read(length: int) -> bytes:
-        return first[PREFIX : PREFIX + length] + remote.read(file, max(len(first), PREFIX), PREFIX + length)
-
-    return parse_header(path, first[:PREFIX], read, remote.files[file].bytes)
+def check_kind(name: HubName) -> None:
+    """Raises `ModelError` if this names a file, which is in GGUF."""
+    if name.file is not None:
+        raise ModelError(f"{name}: a GGUF file; {CONVERT.format(name)}")

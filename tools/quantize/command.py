@@ -39,7 +39,7 @@ from runtime.shell.arguments import at_least_one, new_parser
 from runtime.shell.command import DONE, INTERRUPTED, one_line, put, run, say
 from runtime.shell.progress import download_bar
 from tools.quantize.job import Job, write_output
-from tools.quantize.names import RECORD, copied_from, files_to_copy, tokenizer_missing
+from tools.quantize.names import DOWNLOAD, RECORD, copied_from, files_to_copy, tokenizer_missing
 from tools.quantize.sources.opening import open_model
 from tools.quantize.sources.source import Extent, Source, sampled
 from tools.quantize.summary import facts, summary
@@ -194,8 +194,8 @@ def make_job(args: argparse.Namespace) -> Job:
         size=lambda parameter: source.size(parameter.name),
         make=partial(from_weights, source, device),
         bring=lambda shard: source.files.bring(extents(source, shard)),
-        commit=source.files.commit,
-        room=max(map(partial(total_bytes, source), shards)) if source.files.commit else 0,
+        origin=source.files.origin,
+        room=max(bytes_to_bring(source, args.out, shard) for shard in shards),
         facts=facts(source, shards),
     )
 
@@ -205,8 +205,9 @@ def extents(source: Source, shard: Shard) -> list[Extent]:
     return [extent for parameter in shard.parameters for extent in source.extents(parameter.name)]
 
 
-def total_bytes(source: Source, shard: Shard) -> int:
-    return sum(stop - start for _, start, stop in extents(source, shard))
+def bytes_to_bring(source: Source, out: Path, shard: Shard) -> int:
+    """How many bytes `bring` puts into the output's folder for a file of the output."""
+    return sum(stop - start for path, start, stop in extents(source, shard) if out / DOWNLOAD in path.parents)
 
 
 def conversion(args: argparse.Namespace) -> Job:

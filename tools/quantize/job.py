@@ -44,7 +44,7 @@ class Job:
     make         gives a parameter's tensors as they are to be written, and the error of quantizing it if that
                  is done now
     bring        puts in place what `make` reads for a shard
-    commit       of the source, if it is at the hub
+    origin       of the source, if it is at the hub: `org/name@revision at COMMIT`
     room         bytes that the disk needs besides those of the output
     known        errors of matrices that were quantized before
     facts        further entries of the record
@@ -62,7 +62,7 @@ class Job:
     size: Callable[[StoredParameter], int]
     make: Make
     bring: Callable[[Shard], None] = lambda shard: None
-    commit: str = ""
+    origin: str = ""
     room: int = 0
     known: Errors | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -92,12 +92,13 @@ def write_output(job: Job, force: bool, threads: int, quiet: bool) -> dict[str, 
     """
     folder, metadata = job.out, job.format.metadata()
     with reserved(folder):
-        ours = settings(job.config, job.format, job.device, job.fingerprint, job.commit)
+        ours = settings(job.config, job.format, job.device, job.fingerprint, job.origin)
         journal = claim(folder, ours, job.files, job.matrices, force)
         journal.keep({s.name for s in job.shards if not difference(folder / s.name, s, metadata)})
         missing = [shard for shard in job.shards if shard.name not in journal.shards]
         rest = leftovers(folder, journal, journal.shards)
-        check_space(folder, sum(shard_bytes(shard, metadata) for shard in missing) + job.room, rest)
+        needed = sum(shard_bytes(shard, metadata) for shard in missing) + job.room
+        check_space(folder, needed, [*rest, *(folder / DOWNLOAD).rglob("*")])
         journal.save(folder)
         for path in rest:
             path.unlink(missing_ok=True)

@@ -115,26 +115,24 @@ def damaged(folder: Path) -> MixtralError:
 
 
 def settings(
-    config: ModelConfig, native: NativeFormat, device: str, fingerprint: str, commit: str = ""
+    config: ModelConfig, native: NativeFormat, device: str, fingerprint: str, origin: str = ""
 ) -> dict[str, Any]:
-    """What decides the bytes of the output. `fingerprint` is that of the source's files, which are of
-    `commit` if they are at the hub."""
+    """What decides the bytes of the output. `fingerprint` is that of the source's files, and `origin` says
+    where they are if that is the hub."""
     source = hashlib.sha256(f"{json.dumps(to_hf(config))}{fingerprint}".encode()).hexdigest()
-    at = {"commit": commit} if commit else {}
+    at = {"origin": origin} if origin else {}
     return {**native.section(), "device": device, "source_files": source, **at}
 
 
-def begun_at(folder: Path, source: str) -> str | None:
-    """The commit at which an unfinished run in `folder` found a model of this name at the hub; None if there
-    is no such run."""
+def begun_at(folder: Path, name: str) -> str | None:
+    """The commit that an unfinished run in `folder` found for this name at the hub; None if there is no such
+    run."""
     try:
         journal = Journal.read(folder)
     except MixtralError:  # which is said later
         return None
-    if journal is None or journal.settings.get("source") != source:
-        return None
-    commit = journal.settings.get("commit")
-    return commit if isinstance(commit, str) else None
+    asked, _, commit = str(journal.settings.get("origin", "")).rpartition(" at ") if journal else ("", "", "")
+    return commit if asked == name else None
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
@@ -142,6 +140,7 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     for key, what in (
         ("version", "another version of this program"),
         ("source", "another source"),
+        ("origin", "another revision of the source"),
         ("source_files", "other files of the source"),
         ("attention", "another --attention"),
         ("experts", "another --experts"),

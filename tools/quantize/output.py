@@ -106,12 +106,18 @@ def shard_bytes(shard: Shard, metadata: dict[str, str]) -> int:
 
 def check_space(folder: Path, needed: int, removable: Iterable[Path]) -> None:
     """Raises `MixtralError` if `needed` bytes do not fit the disk after the removable files are gone."""
-    free = shutil.disk_usage(folder).free + sum(p.stat().st_size for p in removable if p.is_file())
+    free = shutil.disk_usage(folder).free + sum(occupied(path) for path in removable if path.is_file())
     if needed + OTHER_FILES > free:
         raise MixtralError(
             f"{folder}: {readable(needed + OTHER_FILES)} are to be written and {readable(free)} are free; "
             "make room, choose another disk, or use fewer bits"
         )
+
+
+def occupied(path: Path) -> int:
+    """The bytes that a file takes of the disk. A sparse file takes less than its size."""
+    about = path.stat()
+    return min(about.st_size, 512 * about.st_blocks)
 
 
 def leftovers(folder: Path, journal: Journal, finished: Iterable[str]) -> list[Path]:

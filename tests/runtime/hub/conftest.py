@@ -12,6 +12,8 @@ from dev.loopback_hub import LoopbackHub
 from runtime.engine import DEMO
 
 NAME = "org/demo"
+WEIGHTS = "model.safetensors"
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -24,11 +26,14 @@ def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """A running hub, which `huggingface_hub` takes for the real one."""
     from huggingface_hub import constants
 
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
     with LoopbackHub() as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
         monkeypatch.setattr("runtime.hub.fetching.PAUSE", 0.01)
         yield running

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from dev.loopback_hub import LoopbackHub
-from runtime import Engine, EngineOptions, LoadError, SamplingParams
-from runtime.hub.opening import find_folder, open_headers
-from tests.runtime.hub.conftest import NAME
+from model.checkpoint import open_checkpoint, save_hf
+from runtime import Engine, EngineOptions, SamplingParams
+from runtime.hub.headers import FIRST
+from runtime.hub.opening import find_folder, find_settings, open_headers
+from tests.model.checkpoint.conftest import TINY, random_model
+from tests.runtime.hub.conftest import NAME, ROOT, WEIGHTS
 
-WEIGHTS = "model.safetensors"
 GREEDY = SamplingParams(max_new_tokens=5, temperature=0)
 
 
@@ -22,7 +29,7 @@ def test_a_name_is_downloaded_once(hub: LoopbackHub, demo: Path, cache: Path) ->
         assert text == [token.id for token in engine.generate("def ", GREEDY)]
     fetched = {request.file for request in hub.requests if request.sent}
     assert fetched == {"config.json", WEIGHTS, "tokenizer.model"}
-    assert hub.served(WEIGHTS) == [(0, (demo / WEIGHTS).stat().st_size)]
+    assert hub.served(WEIGHTS) == [(0, FIRST), (0, (demo / WEIGHTS).stat().st_size)]
     hub.requests.clear()
     folder = find_folder(NAME)
     assert hub.requests == [] and folder.is_relative_to(cache)
@@ -40,11 +47,11 @@ def test_an_existing_folder_wins(
 def test_a_broken_download_goes_on(hub: LoopbackHub, demo: Path) -> None:
     size = (demo / WEIGHTS).stat().st_size
     cuts = iter([100_000, 0, 1, 50_000, 0, 0, 77_777])
-    hub.breaks = lambda file, left: next(cuts, None) if file == WEIGHTS else None
+    hub.breaks = lambda file, left: next(cuts, None) if file == WEIGHTS and left > FIRST else None
     folder = find_folder(NAME)
     answers = hub.served(WEIGHTS)
     assert (folder / WEIGHTS).read_bytes() == (demo / WEIGHTS).read_bytes()
-    assert len(answers) == 8 and sum(sent for _, sent in answers) == size
+    assert len(answers) == 9 and sum(sent for _, sent in answers) == size + FIRST
 
 
 def test_headers_are_enough_to_plan(hub: LoopbackHub, demo: Path) -> None:
@@ -53,15 +60,52 @@ def test_headers_are_enough_to_plan(hub: LoopbackHub, demo: Path) -> None:
     assert open_headers(NAME).description == open_headers(demo).description
 
 
-def test_refused(hub: LoopbackHub, demo: Path) -> None:
-    hub.add("org/private", demo, access="private")
-    hub.add("org/gated", demo, access="gated")
-    for name, line in {
-        "org/none": f"org/none: no such folder, and no such model at {hub.url}, unless it is private",
-        "org/private": "org/private: no such folder, and no such model",
-        "org/gated": f"org/gated: gated; accept the terms at {hub.url}/org/gated, and give a token",
-        f"{NAME}@v9": f"{NAME}@v9: no revision 'v9'; look at {hub.url}/{NAME}",
-    }.items():
-        with pytest.raises(LoadError) as error:
-            find_folder(name)
-        assert str(error.value).startswith(line) and "\n" not in str(error.value)
+def test_nothing_is_printed(hub: LoopbackHub, demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A program that embeds the engine gets no output, and progress if it asks for it."""
+    counts: list[int] = []
+    totals: list[int] = []
+
+    @contextmanager
+    def bar(total: int) -> Iterator[Callable[[int], None]]:
+        totals.append(total)
+        yield counts.append
+
+    hub.breaks = lambda file, left: left // 2 if file == WEIGHTS and left > FIRST else None
+    find_folder(NAME, bar)
+    assert totals == [(demo / WEIGHTS).stat().st_size] and sum(counts) == totals[0]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_comes_without_weights(hub: LoopbackHub, demo: Path) -> None:
+    folder = find_settings(NAME)
+    assert (folder / "tokenizer.model").read_bytes() == (demo / "tokenizer.model").read_bytes()
+    assert hub.served(WEIGHTS) == []
+
+
+def test_consolidated_weights_are_taken_where_there_are_no_others(hub: LoopbackHub, tmp_path: Path) -> None:
+    folder = tmp_path / "mistral"
+    save_hf(random_model(TINY), folder)
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    (folder / "consolidated.00.pth").write_bytes(bytes(5000))
+    hub.add("org/mistral", folder)
+    assert open_checkpoint(find_folder("org/mistral")).description == open_checkpoint(folder).description
+    assert not [request for request in hub.requests if request.file.endswith(".pth")]
+
+
+def test_the_command_downloads(hub: LoopbackHub, demo: Path, tmp_path: Path) -> None:
+    flags = ["--prompt", "def ", "--temperature", "0", "--max-new-tokens", "5", "--device", "cpu", "--quiet"]
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(ROOT),
+    }
+    texts = [
+        subprocess.run(
+            [sys.executable, "-m", "runtime.generate", "--model", model, *flags],
+            env=environment, cwd=ROOT, capture_output=True, text=True,
+        )
+        for model in (NAME, str(demo))
+    ]  # fmt: skip
+    assert texts[0].stderr == "" and texts[0].returncode == 0
+    assert texts[0].stdout == texts[1].stdout != ""
+    assert (tmp_path / "home/hub/models--org--demo/refs/main").is_file()

@@ -100,6 +100,14 @@ def parts_of(path: Path) -> list[Path]:
     return [path.parent / name for name in names]
 
 
+def has_gguf(path: Path) -> bool:
+    """Whether a file is there, with all other parts of its model."""
+    try:
+        return bool(parts_of(path))
+    except ModelError:
+        return False
+
+
 def check_part(path: Path, header: GgufHeader, place: int, count: int) -> None:
     """Raises `ModelError` unless a file says that it is the part that its name says."""
     number, parts = header.keys.get(NUMBER, 0), header.keys.get(COUNT, 1)

@@ -4,13 +4,15 @@ import hashlib
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from runtime.hub.cache import Bar, bring, bring_small, storage
+from model.checkpoint.safetensors import read_header
+from runtime.hub.cache import COMMIT, Bar, bring, bring_small, storage
 from runtime.hub.errors import explained
+from runtime.hub.headers import remote_headers
 from runtime.hub.names import HubName
 from runtime.hub.needed import ggufs, weights
-from runtime.hub.opening import remote_headers
 from runtime.hub.ranges import Range, fetch_ranges, merged, record_of, remove
 from runtime.hub.remote import Remote
 from tools.quantize.names import DOWNLOAD
@@ -19,32 +21,34 @@ from tools.quantize.sources.source import Extent, ModelFiles
 
 @dataclass(frozen=True)
 class Download:
-    """Brings parts of a model's weight files to a folder. `files` are their names at the hub, by path."""
+    """Brings parts of weight files to a folder. `files` are their names at the hub, by path."""
 
     remote: Remote
     folder: Path
     files: Mapping[Path, str]
 
     def bring(self, extents: Collection[Extent]) -> None:
-        """Have these bytes in the folder, and no others of the model's. Raises `LoadError` if they do not
-        come."""
+        """Have these bytes in the folder, as far as they are of its files, and no others. Raises `LoadError`
+        if they do not come."""
         wanted: dict[Path, list[Range]] = {}
         for path, start, stop in extents:
-            wanted.setdefault(path, []).append((start, stop))
+            if path in self.files:
+                wanted.setdefault(path, []).append((start, stop))
         for path in self.files:
             if path not in wanted and record_of(path).exists():
                 remove(path)
         for other in self.folder.parent.iterdir() if self.folder.parent.is_dir() else ():
-            if other != self.folder:  # of another commit
+            if COMMIT.fullmatch(other.name) and other != self.folder:
                 shutil.rmtree(other, ignore_errors=True)
-        with explained(self.remote.name):
+        with explained(self.remote.name, self.folder):
             for path, ranges in sorted(wanted.items()):
                 fetch_ranges(self.remote, self.files[path], path, merged(ranges))
 
-    def fingerprint(self) -> str:
-        """A digest of what the hub says of the weight files."""
-        known = sorted((file, self.remote.files[file].etag) for file in self.files.values())
-        return hashlib.sha256(repr(known).encode()).hexdigest()
+
+def fingerprint(remote: Remote, files: Collection[str]) -> str:
+    """A digest of what the hub says of these files."""
+    known = sorted((file, remote.files[file].etag) for file in files)
+    return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
 def source_name(name: HubName) -> str:
@@ -62,18 +66,21 @@ def download_gguf(remote: Remote, progress: Bar | None) -> Path:
 
 def files_at_hub(remote: Remote, out: Path) -> ModelFiles:
     """The files of a model at the hub. Headers are read, and weights come when they are needed, to the
-    output's folder `out`. Raises what `errors.explained` explains, and `ModelError`."""
-    small = bring_small(remote)
+    output's folder `out`, unless the Hugging Face cache has the file. Raises what `errors.explained`
+    explains, and `ModelError`."""
+    small, folder = bring_small(remote), out / DOWNLOAD / remote.commit
     found = weights(remote.name, remote.files, small)
-    folder = out / DOWNLOAD / remote.commit
-    headers = remote_headers(remote, found, folder)
-    download = Download(remote, folder, dict(zip(headers, found, strict=True)))
+    there = [file for file in found if (small / file).is_file()]
+    missing = [file for file in found if file not in there]
+    headers = remote_headers(remote, missing, folder)
+    download = Download(remote, folder, dict(zip(headers, missing, strict=True)))
+    headers |= {small / file: read_header(small / file) for file in there}
     return ModelFiles(
         name=source_name(remote.name),
         folder=small,
         paths=[*headers],
         headers=headers,
-        fingerprint=download.fingerprint,
+        fingerprint=partial(fingerprint, remote, found),
         bring=download.bring,
-        commit=remote.commit,
+        origin=f"{remote.name} at {remote.commit}",
     )

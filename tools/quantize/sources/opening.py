@@ -1,5 +1,6 @@
 """Tells which kind of model there is, and opens it."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from runtime.hub.remote import Remote
 from tools.quantize.journal import begun_at
 from tools.quantize.sources.folder import open_folder
 from tools.quantize.sources.gguf import open_gguf
-from tools.quantize.sources.gguf_files import is_gguf
+from tools.quantize.sources.gguf_files import has_gguf, is_gguf
 from tools.quantize.sources.hqq import is_hqq, open_hqq
 from tools.quantize.sources.hub import download_gguf, files_at_hub, source_name
 from tools.quantize.sources.offloading import is_offloading, open_offloading
@@ -32,13 +33,20 @@ def open_model(name: str, out: Path, progress: Bar | None = None) -> Source:
     if hub is None:
         return open_path(Path(name))
     with explained(hub):
-        commit, folder = begun_at(out, source_name(hub)), cached(hub)
+        commit, folder = begun_at(out, str(hub)), cached(hub)
         if folder and has_weights(folder) and commit is None:
             return open_source(replace(files_in(folder), name=source_name(hub)))
+        if folder and hub.file and has_gguf(folder / hub.file):
+            return open_gguf(folder / hub.file)
         remote = Remote.find(hub, commit)
-        if hub.file or not foreign.has_safetensors(remote.files):
+        if hub.file or is_only_gguf(remote.files):
             return open_gguf(download_gguf(remote, progress))
         return open_source(files_at_hub(remote, out))
+
+
+def is_only_gguf(names: Collection[str]) -> bool:
+    """Whether files of these names have weights in GGUF, and none in safetensors."""
+    return not foreign.has_safetensors(names) and any(name.lower().endswith(foreign.GGUF) for name in names)
 
 
 def open_path(path: Path) -> Source:

@@ -29,7 +29,7 @@ class ModelFiles:
     fingerprint  gives a digest that other files would not have
     bring        puts bytes of weight files in place before they are read, and may take away all others. The
                  files of a folder are there, so nothing is done
-    commit       which the files are of, if they are at the hub
+    origin       of files that are at the hub: `org/name@revision at COMMIT`
     """
 
     name: str
@@ -38,7 +38,7 @@ class ModelFiles:
     headers: Mapping[Path, Header]
     fingerprint: Callable[[], str]
     bring: Bring = lambda extents: None
-    commit: str = ""
+    origin: str = ""
 
     @staticmethod
     def of_folder(folder: Path, paths: Sequence[Path], headers: Mapping[Path, Header]) -> "ModelFiles":
