@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from model.checkpoint import save_hf
+from model.checkpoint.names import GGUF, HF
 from model.checkpoint.pieces import Piece
 from model.config import ModelConfig
 from model.errors import ModelError
@@ -203,3 +204,16 @@ def test_a_file_that_shrinks(hf: Mapping[str, Tensor], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"ended \d+ bytes early, in tensor 'blk\.1\..*'; did it change\?"):
         for name in source.parts:
             source.read(name, CPU)
+
+
+def test_names_are_those_of_the_packages_own_table() -> None:
+    """It tells GGUF's names of HF's tensors, and of experts whom their converter has stacked."""
+    named = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SHAPE.layers)
+    ours = GGUF["experts stacked"]
+    for parameter, names in HF.items():
+        if "{e}" in parameter:
+            moe = "layers.{n}.feed_forward.experts."
+            names = tuple(f"{moe}{name}.weight" for name in (("w1", "w3") if "w13" in parameter else ("w2",)))
+        for n in range(SHAPE.layers):
+            found = [named.get_name(name.format(n=n), try_suffixes=(".weight",)) for name in names]
+            assert found == [name.format(n=n) for name in ours[parameter]]
