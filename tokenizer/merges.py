@@ -19,24 +19,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
+from tokenizer.errors import TokenizerError, quoted
+
 Pair = tuple[str, str]
+MAX_WORK = 1 << 27  # the sum of squares of the pieces' lengths, by which time grows. Mixtral's is a million
 
 
 def scores(pieces: Iterable[str], ranks: Mapping[Pair, int]) -> dict[str, float]:
     """Return a score for each of these pieces. `ranks` has the places of pairs in the list of merges.
 
-    Raises `ValueError` with the two parts if merges leave a piece as two parts.
+    Raises `TokenizerError` if merges leave a piece as two parts, or if pieces are so long that this would
+    take minutes.
 
     >>> ranks = {("a", "b"): 0, ("b", "c"): 1, ("ab", "c"): 2}
     >>> scores(["a", "b", "c", "ab", "bc", "abc"], ranks)
     {'a': 0.0, 'b': 0.0, 'c': 0.0, 'ab': 0.0, 'bc': -1.0, 'abc': -2.0}
     """
-    worst = -float(len(ranks))
+    pieces, worst = list(pieces), -float(len(ranks))
+    if sum(len(piece) ** 2 for piece in pieces) > MAX_WORK:
+        raise TokenizerError(f"pieces have up to {max(map(len, pieces))} characters, far more than Mixtral's")
     found = {}
     for piece in pieces:
         parts, last = encode(piece, ranks)
         if len(parts) == 2:
-            raise ValueError(*parts)
+            left, right = map(quoted, parts)
+            raise TokenizerError(f"no merge joins {left} and {right}, which are a piece together")
         found[piece] = 0.0 - last if len(parts) == 1 else worst
     return found
 

@@ -68,11 +68,7 @@ def make_model(model: Mapping[str, object], settings: Settings, dummy_prefix: bo
     kinds |= dict.fromkeys(special | {begin, end}, Kind.CONTROL) | {unknown: Kind.UNKNOWN}
     if parts := {part for pair in ranks for part in pair} & (BYTES | special):
         raise TokenizerError(f"merges join {quoted(min(parts))}, which no text holds")
-    try:
-        known = scores((name for name in names if name not in kinds), ranks)
-    except ValueError as error:
-        left, right = map(quoted, error.args)
-        raise TokenizerError(f"no merge joins {left} and {right}, which are a piece together") from None
+    known = scores((name for name in names if name not in kinds), ranks)
     pieces = [Piece(name, known.get(name, 0.0), kinds.get(name, Kind.NORMAL)) for name in names]
     return serialize(
         pieces, unk_id=ids[unknown], bos_id=ids[begin], eos_id=ids[end], dummy_prefix=dummy_prefix

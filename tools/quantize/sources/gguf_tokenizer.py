@@ -16,9 +16,11 @@ from typing import Any
 
 from model.errors import ModelError, quoted
 from tokenizer import Tokenizer, TokenizerError
+from tokenizer.merges import scores
 from tokenizer.model_file import NAME as MODEL
 from tokenizer.sentencepiece_model import Piece, serialize
 from tokenizer.settings import CONFIG
+from tokenizer.tokenizer_json import ranks_of
 from tokenizer.vocabulary import SPACE, Kind
 
 KEY = "tokenizer.ggml."
@@ -45,7 +47,7 @@ def tokenizer_files(path: Path, keys: Mapping[str, Any], vocab: int) -> dict[str
     ids = {name: token_id(path, keys, key, len(pieces)) for name, key in NAMED.items()}
     try:
         files: dict[str, Path | bytes] = {
-            MODEL: model_of(pieces[:base], ids, keys.get(KEY + "add_space_prefix") is not False),
+            MODEL: model_of(pieces[:base], ids, keys),
             CONFIG: json.dumps(settings_of(path, pieces, base, ids, keys), indent=2).encode() + b"\n",
         }
         check(files, vocab)
@@ -57,15 +59,15 @@ def tokenizer_files(path: Path, keys: Mapping[str, Any], vocab: int) -> dict[str
 def read_pieces(path: Path, keys: Mapping[str, Any], vocab: int) -> list[Piece]:
     """All tokens of the header. A user-defined one has spaces as they are in a text."""
     tokens = listed(path, keys, "tokens", str)
-    scores, kinds = listed(path, keys, "scores", float), listed(path, keys, "token_type", int)
-    if not len(tokens) == len(scores) == len(kinds) or len(tokens) > vocab:
+    values, kinds = listed(path, keys, "scores", float), listed(path, keys, "token_type", int)
+    if not len(tokens) == len(values) == len(kinds) or len(tokens) > vocab:
         raise ModelError(
-            f"{path}: {len(tokens)} tokens, {len(scores)} scores and {len(kinds)} kinds of tokens, for a "
+            f"{path}: {len(tokens)} tokens, {len(values)} scores and {len(kinds)} kinds of tokens, for a "
             f"model of {vocab} ids; the file is damaged"
         )
     if wrong := [kind for kind in kinds if not Kind.NORMAL <= kind <= Kind.BYTE]:
         raise ModelError(f"{path}: a token is of the unknown kind {wrong[0]}; the file is damaged")
-    return [Piece(token, score, Kind(kind)) for token, score, kind in zip(tokens, scores, kinds, strict=True)]
+    return [Piece(token, score, Kind(kind)) for token, score, kind in zip(tokens, values, kinds, strict=True)]
 
 
 def listed(path: Path, keys: Mapping[str, Any], name: str, kind: type) -> list[Any]:
@@ -83,34 +85,47 @@ def token_id(path: Path, keys: Mapping[str, Any], key: str, count: int) -> int |
     return found
 
 
-def model_of(pieces: Sequence[Piece], ids: Mapping[str, int | None], dummy_prefix: bool) -> bytes:
+def model_of(pieces: Sequence[Piece], ids: Mapping[str, int | None], keys: Mapping[str, Any]) -> bytes:
     """The sentencepiece model. Exporters that see the unknown piece among special tokens make it a control
     piece, and a fine-tune's end token need not be the model's.
 
-    Raises `TokenizerError` if there is no such model, or if an exporter that read `tokenizer.json` has given
-    all pieces the same score. The ids do not tell the scores: Mixtral's runs of spaces come first and have
-    the lowest.
+    Raises `TokenizerError` if there is no such model.
     """
-    scores = [piece.score for piece in pieces if piece.kind is Kind.NORMAL]
-    if len(scores) > 1 and len(set(scores)) == 1:
-        raise TokenizerError(f"all {len(scores)} pieces have the score {scores[0]}, so none is better")
     places = {piece.text: i for i, piece in enumerate(pieces)}
     unk = next((i for i, piece in enumerate(pieces) if piece.kind is Kind.UNKNOWN), None)
     if unk is None:
         unk = places.get("<unk>", ids["unk_token"])
     made = []
-    for i, piece in enumerate(pieces):
+    for i, (piece, score) in enumerate(zip(pieces, scores_of(pieces, keys), strict=True)):
         kind = Kind.UNKNOWN if i == unk else piece.kind
         text = piece.text.replace(" ", SPACE) if kind is Kind.USER_DEFINED else piece.text
-        made.append(Piece(text, piece.score, kind))
+        made.append(Piece(text, score, kind))
     bos, eos = places.get("<s>", ids["bos_token"]), places.get("</s>", ids["eos_token"])
     return serialize(
         made,
         unk_id=-1 if unk is None else unk,
         bos_id=-1 if bos is None else bos,
         eos_id=-1 if eos is None else eos,
-        dummy_prefix=dummy_prefix,
+        dummy_prefix=keys.get(KEY + "add_space_prefix") is not False,
     )
+
+
+def scores_of(pieces: Sequence[Piece], keys: Mapping[str, Any]) -> list[float]:
+    """The scores of these pieces. An exporter that read `tokenizer.json` has given all the same score, and
+    has listed the merges, from which scores follow. The ids do not tell them: in Mixtral's model, runs of
+    spaces come first and have the lowest scores.
+
+    Raises `TokenizerError` if there are neither scores nor merges that can be used.
+    """
+    normal = [piece for piece in pieces if piece.kind is Kind.NORMAL]
+    if len(normal) < 2 or len({piece.score for piece in normal}) > 1:
+        return [piece.score for piece in pieces]
+    merges = keys.get(KEY + "merges")
+    if merges is None:
+        raise TokenizerError(f"all {len(normal)} pieces have one score, and no merges tell which is better")
+    ranks = ranks_of(merges, {piece.text: i for i, piece in enumerate(normal)})
+    known = scores((piece.text for piece in normal), ranks)
+    return [known.get(piece.text, piece.score) for piece in pieces]
 
 
 def settings_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from runtime.engine import DEMO
 from tests.tokenizer.conftest import train
 from tests.tokenizer.hard_texts import PAGE, hard_text
 from tests.tokenizer.templates import STYLES, make_folder, token
+from tests.tokenizer.test_tokenizer_json import convert
 from tests.tools.quantize.sources.gguf_vocabulary import CONVERTERS, keys_of, pieces_of, without_scores
 from tests.tools.quantize.sources.gguf_writer import tokens_of
 from tokenizer import Tokenizer
@@ -127,11 +129,24 @@ def test_a_larger_model_with_added_words(tmp_path: Path, load: Any, converter: s
     assert made.decode([902]) == "two words"
 
 
-def test_made_up_scores_are_refused(files: dict[str, Path], folder: Path) -> None:
-    """Right ids would need the real ones, even if ids were in their order but for runs of spaces."""
-    shutil.copy(files["v1"], folder / "tokenizer.model")
-    with pytest.raises(ModelError, match=r"all 31741 pieces have the score -1000\.0, so none is better"):
-        tokenizer_files(FILE, tokens_of(without_scores(folder)), 32000)
+@pytest.mark.parametrize("name", ["v1", "v3", "demo"])
+def test_without_scores(files: dict[str, Path], tmp_path: Path, load: Any, name: str) -> None:
+    """Merges tell which piece is better, and give the ids of the tokenizer.json that they come from. These
+    are sentencepiece's but for runs of spaces. Where a text begins with a space, a header does not tell
+    whether there is another before it."""
+    file = (files | {"demo": DEMO / "tokenizer.model"})[name]
+    folder = convert(file, tmp_path / "json")
+    original = Tokenizer.load(folder)
+    merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
+    shutil.copy(file, folder / "tokenizer.model")
+    tokens = without_scores(folder)
+    made = load(tokens_of(tokens, merges=[" ".join(pair) for pair in merges]), len(tokens))
+    for text in texts(2000):
+        if not text.startswith((" ", SPACE)):
+            assert made.encode(text) == original.encode(text)
+    line = r"all \d+ pieces have one score, and no merges tell which is better"
+    with pytest.raises(ModelError, match=line):
+        tokenizer_files(FILE, tokens_of(tokens), len(tokens))
 
 
 def test_without_a_space_at_the_beginning(folder: Path, load: Any) -> None:
@@ -181,7 +196,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"token_type": [1] * 262}, f"{CANNOT}256 of 256 byte pieces are missing (such as <0x00>)){LOST}"),
     ({"token_type": [2, 2, *[int(kind) for _, _, kind in PLAIN[2:]]]},
      f"{CANNOT}2 pieces are unknown ones, and one has to be){LOST}"),
-    ({"scores": [-1000.0] * 262}, f"{CANNOT}all 3 pieces have the score -1000.0, so none is better){LOST}"),
+    ({"scores": [-1000.0] * 262},
+     f"{CANNOT}all 3 pieces have one score, and no merges tell which is better){LOST}"),
+    ({"scores": [-1000.0] * 262, "merges": ["a c"]},
+     f"{CANNOT}merge 0 of 'a' and 'c' has parts that are no pieces){LOST}"),
+    ({"tokens": [*[text for text, _, _ in PLAIN[1:]], "a" * 20_000], "scores": [-1000.0] * 262, "merges": []},
+     f"{CANNOT}pieces have up to 20000 characters, far more than Mixtral's){LOST}"),
+    ({"scores": [-1000.0] * 262, "merges": 3}, f"{CANNOT}merges is no list of up to 2097152 pairs){LOST}"),
     ({"tokenizer.chat_template": 3}, "tokenizer.chat_template is 3, and must be a text"),
     ({"tokenizer.chat_template": "x" * (1 << 19)},
      f"{CANNOT}tokenizer_config.json: the chat template has 524288 characters, and must be 262144 at most)"
