@@ -146,10 +146,10 @@ def check_quantization(config: Mapping[str, Any]) -> None:
         method = "mlx"
     elif not config.get("quantization_config") or method == NATIVE:
         return
-    raise ModelError(
-        f"config.json: the weights were quantized by {quoted(method)}; start from the 16-bit checkpoint, and "
-        "quantize it with tools.quantize"
-    )
+    remedy = "start from the 16-bit checkpoint, and quantize it with tools.quantize"
+    if method == "hqq":
+        remedy = "convert it with python -m tools.quantize FOLDER OUT"
+    raise ModelError(f"config.json: the weights were quantized by {quoted(method)}; {remedy}")
 
 
 def from_mistral(params: Mapping[str, Any]) -> ModelConfig:

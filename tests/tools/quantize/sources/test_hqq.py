@@ -124,6 +124,8 @@ def test_a_note_of_transformers_changes_nothing(original: Path, tmp_path: Path) 
     }
     config.write_text(json.dumps(noted))
     assert open_path(tmp_path / "source").config == SHAPE
+    with pytest.raises(ModelError, match=r"by 'hqq'; convert it with python -m tools\.quantize FOLDER OUT"):
+        open_checkpoint(tmp_path / "source")
 
 
 @pytest.mark.parametrize("experts", ["4g64", "3g64"])
