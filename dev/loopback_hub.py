@@ -133,7 +133,8 @@ class Answers(BaseHTTPRequestHandler):
             return self.refuse(401, message="Invalid credentials in Authorization header")
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"] and len(parts) >= 4:
-            return self.describe("/".join(parts[2:4]), "/".join(parts[5:]) or "main")
+            of_files = parts[4:5] == ["tree"]
+            return self.describe("/".join(parts[2:4]), "/".join(parts[5:]) or "main", of_files)
         if parts[0] == "contents":  # where large files are
             name, commit, file = "/".join(parts[1:3]), parts[3], "/".join(parts[4:])
             return self.send_file(request, self.hub.models[name].commits[commit] / file, commit, file)
@@ -158,7 +159,8 @@ class Answers(BaseHTTPRequestHandler):
             return None
         return model
 
-    def describe(self, name: str, revision: str) -> None:
+    def describe(self, name: str, revision: str, of_files: bool) -> None:
+        """Say what there is of a model, or list its files in the other of two ways."""
         model = self.model(name, contents=False)
         if model is None:
             return
@@ -166,18 +168,20 @@ class Answers(BaseHTTPRequestHandler):
         if not commit:
             return self.refuse(404, "RevisionNotFound")
         folder = model.commits[commit]
-        siblings = []
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            size, name_of = path.stat().st_size, etag(path)
-            entry: dict[str, object] = {
-                "rfilename": str(path.relative_to(folder)),
-                "size": size,
-                "blobId": name_of,
-            }
-            if size >= LARGE:
-                entry["lfs"] = {"sha256": name_of, "size": size, "pointerSize": 130}
-            siblings.append(entry)
-        about = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {str(path.relative_to(folder)): (path.stat().st_size, etag(path)) for path in paths}
+        about: object
+        if of_files:
+            about = [
+                {"type": "file", "path": file, "size": size, "oid": tag} | in_lfs("oid", size, tag)
+                for file, (size, tag) in files.items()
+            ]
+        else:
+            siblings = [
+                {"rfilename": file, "size": size, "blobId": tag} | in_lfs("sha256", size, tag)
+                for file, (size, tag) in files.items()
+            ]
+            about = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
         return self.send_body(json.dumps(about).encode(), "application/json")
 
     def send_body(self, body: bytes, kind: str) -> None:
@@ -257,6 +261,11 @@ class Answers(BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+
+def in_lfs(key: str, size: int, tag: str) -> dict[str, object]:
+    """What a list of files says of a large one besides."""
+    return {"lfs": {key: tag, "size": size, "pointerSize": 130}} if size >= LARGE else {}
 
 
 def etag(path: Path) -> str:
