@@ -22,7 +22,7 @@ from torch import Tensor
 from model.checkpoint import open_checkpoint
 from model.checkpoint.names import HF, StoredTensor, stored_tensors
 from model.checkpoint.native import NativeFormat, StoredParameter, native_shards
-from model.checkpoint.save import write_hf
+from model.checkpoint.save import MAX_SHARD_BYTES, write_hf
 from model.checkpoint.writer import Writer, write_text
 from model.config import ModelConfig, to_hf
 from model.parameters import parameter_rows
@@ -70,7 +70,7 @@ def shape_of_size(size: int) -> ModelConfig:
     return dataclasses.replace(shape, layers=max(layers, 1))
 
 
-def random_checkpoint(config: ModelConfig, folder: Path) -> None:
+def random_checkpoint(config: ModelConfig, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write a checkpoint to `folder` in bfloat16, with the demo's tokenizer."""
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(POOL, generator=generator)
@@ -88,7 +88,7 @@ def random_checkpoint(config: ModelConfig, folder: Path) -> None:
         source = scaled[fan_in]
         return torch.cat([source[start:], *[source] * repeats])[:size].view(stored.shape)
 
-    write_hf(config, folder, values)
+    write_hf(config, folder, values, max_shard_bytes=max_shard_bytes)
     add_tokenizer(folder)
 
 

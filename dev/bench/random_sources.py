@@ -19,6 +19,7 @@ from model.checkpoint.writer import TensorSpec, Writer, write_text
 from model.config import ModelConfig, to_hf
 
 Made = tuple[TensorSpec, Callable[[], Tensor]]  # a tensor, and what makes it when it is written
+SHARD = 2_000_000_000  # bytes of a file of a model at the hub
 HQQ_BITS, HQQ_GROUP = 4, 64
 ATTENTION, EXPERT = (4, 64, 256), (2, 16, 128)  # mixtral-offloading's bits, group size, scales per meta group
 
@@ -169,4 +170,15 @@ def finish(config: ModelConfig, folder: Path) -> Path:
     return folder
 
 
-WRITERS = {"HF": write_hf, "GGUF": write_gguf, "hqq": write_hqq, "mixtral-offloading": write_offloading}
+def write_shards(config: ModelConfig, folder: Path) -> Path:
+    random_checkpoint(config, folder, max_shard_bytes=SHARD)
+    return folder
+
+
+WRITERS = {
+    "HF": write_hf,
+    "hub": write_shards,
+    "GGUF": write_gguf,
+    "hqq": write_hqq,
+    "mixtral-offloading": write_offloading,
+}
