@@ -11,6 +11,7 @@ EXPERT = "layers.{n}.block_sparse_moe.experts.{e}."  # what the names of an expe
 ATTENTION = ("layers.{n}.self_attn.qkv_proj.weight", "layers.{n}.self_attn.o_proj.weight")
 EMBEDDINGS = "embed_tokens.weight"
 HEAD = "lm_head.weight"
+GATE = ".gate.weight"  # what the names of routers' gates end with
 
 
 def parameter_rows(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

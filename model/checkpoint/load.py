@@ -28,6 +28,7 @@ from model.checkpoint.safetensors import Header, byte_view, read_header, readabl
 from model.config import ModelConfig, ties_embeddings
 from model.errors import ModelError, quoted
 from model.mixtral import Mixtral
+from model.parameters import GATE
 from model.quant.formats import PLAIN, Formats
 from model.quant.streams import model_fields
 
@@ -60,10 +61,11 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most bytes that are not quantized."""
+        """The dtype of most bytes that are not quantized. Gates, which may have one of their own, do not
+        count."""
         sizes: Counter[torch.dtype] = Counter()
         for piece in self.layout.pieces:
-            if not piece.exact:
+            if not piece.exact and not piece.rows.parameter.endswith(GATE):
                 sizes[piece.dtype] += piece.bytes
         return sizes.most_common(1)[0][0]
 
@@ -71,10 +73,12 @@ class Checkpoint:
     def mappable(self) -> torch.dtype | None:
         """If matrices and experts lie in the files as memory would have them, the dtype of what is not
         quantized; None for other checkpoints. Then `MappedFiles(layout)` can take the place of reading."""
+        if not self.native:
+            return None
         dtype = self.dtype
-        if self.native and in_runs(self.layout, model_fields(self.config, self.formats, dtype)):
-            return dtype
-        return None
+        fields = model_fields(self.config, self.formats, dtype)
+        of_memory = (field for field in fields if not field.name.endswith(GATE))  # gates are always read
+        return dtype if in_runs(self.layout, of_memory) else None
 
     @property
     def description(self) -> str:

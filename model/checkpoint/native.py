@@ -19,7 +19,7 @@ from model.checkpoint.safetensors import DTYPES, NAMES, Header
 from model.checkpoint.writer import TensorSpec
 from model.config import NATIVE, Fields, ModelConfig, read_json, section
 from model.errors import ModelError, quoted
-from model.parameters import copies, instances, parameter_rows
+from model.parameters import GATE, copies, instances, parameter_rows
 from model.quant.formats import KINDS, Formats
 from model.quant.spec import MAX_GROUP, QuantSpec
 from model.quant.streams import matrix_fields
@@ -27,14 +27,20 @@ from model.quant.streams import matrix_fields
 VERSION = 2
 AGAIN = "make it again with tools.quantize"
 SIXTEEN = ("BF16", "F16")
+GATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class NativeFormat:
-    """What a native checkpoint says about itself. `source` is the name of the folder it was made from."""
+    """What a native checkpoint says about itself.
+
+    source  the name of the folder it was made from
+    gates   the dtype of the routers' gates, if other tensors that are not quantized have another one
+    """
 
     formats: Formats
     source: str
+    gates: torch.dtype | None = None
 
     def section(self) -> dict[str, Any]:
         """The contents of `quantization_config` in `config.json`."""
@@ -43,6 +49,7 @@ class NativeFormat:
             "version": VERSION,
             **{kind: spec_fields(spec) for kind, spec in self.formats.by_kind().items()},
             "source": self.source,
+            **self.said_of_gates(),
         }
 
     def metadata(self) -> dict[str, str]:
@@ -57,7 +64,11 @@ class NativeFormat:
             "version": str(VERSION),
             **{kind: in_full(spec) for kind, spec in self.formats.by_kind().items()},
             "source": self.source,
+            **self.said_of_gates(),
         }
+
+    def said_of_gates(self) -> dict[str, str]:
+        return {"gates": str(self.gates).removeprefix("torch.")} if self.gates else {}
 
 
 def spec_fields(spec: QuantSpec) -> dict[str, int]:
@@ -103,8 +114,11 @@ def parse_format(found: Mapping[str, Any]) -> NativeFormat:
     source = found.get("source")
     if not isinstance(source, str):
         raise ModelError(f"{where}: source is {quoted(source)}, and must be a text")
+    gates = found.get("gates")
+    if gates is not None and (not isinstance(gates, str) or gates not in GATE_DTYPES):
+        raise ModelError(f"{where}: gates is {quoted(gates)}, and must be one of {', '.join(GATE_DTYPES)}")
     specs = {kind: parse_spec(where, found, kind) for kind in KINDS}
-    return NativeFormat(Formats(**specs), source)
+    return NativeFormat(Formats(**specs), source, GATE_DTYPES[gates] if gates else None)
 
 
 def parse_spec(where: str, found: Mapping[str, Any], name: str) -> QuantSpec:
@@ -149,13 +163,16 @@ class Shard:
         return [tensor for parameter in self.parameters for tensor in parameter.tensors]
 
 
-def native_shards(config: ModelConfig, formats: Formats, dtype: torch.dtype) -> list[Shard]:
-    """Every file of a native checkpoint, in order. Parameters that are not quantized are stored in `dtype`.
+def native_shards(
+    config: ModelConfig, formats: Formats, dtype: torch.dtype, gates: torch.dtype | None = None
+) -> list[Shard]:
+    """Every file of a native checkpoint, in order. Parameters that are not quantized are stored in `dtype`,
+    and gates in their own if there is one.
 
     Raises `ModelError`, which names the tensor, if a format does not fit it.
     """
     by_file: list[list[StoredParameter]] = [[] for _ in range(config.layers + 1)]
-    for layer, parameter in stored_parameters(config, formats, dtype):
+    for layer, parameter in stored_parameters(config, formats, dtype, gates):
         by_file[layer + 1].append(parameter)
     count = len(by_file)
     return [
@@ -165,7 +182,7 @@ def native_shards(config: ModelConfig, formats: Formats, dtype: torch.dtype) -> 
 
 
 def stored_parameters(
-    config: ModelConfig, formats: Formats, dtype: torch.dtype
+    config: ModelConfig, formats: Formats, dtype: torch.dtype, gates: torch.dtype | None = None
 ) -> Iterator[tuple[int, StoredParameter]]:
     """Every parameter with its layer, which is -1 for those that belong to none."""
     shapes = parameter_rows(config)
@@ -173,7 +190,8 @@ def stored_parameters(
         spec = formats.spec_of(template)
         rows, row = shapes[template]
         name = template.format(n=n, e=e)
-        fields = matrix_fields(name.removesuffix(".weight"), (sum(rows), *row), spec, dtype=dtype)
+        kept = gates or dtype if name.endswith(GATE) else dtype
+        fields = matrix_fields(name.removesuffix(".weight"), (sum(rows), *row), spec, dtype=kept)
         tensors = tuple(TensorSpec(field.name, field.dtype, field.shape) for field in fields)
         yield n if "{n}" in template else -1, StoredParameter(name, spec, tensors, sum(rows) * math.prod(row))
 
@@ -195,7 +213,8 @@ def native_layout(
     Raises `ModelError` as `pieces.match` does, and if a file belongs to another checkpoint.
     """
     check_metadata(headers, native.metadata())
-    stored = (parameter for _, parameter in stored_parameters(config, native.formats, torch.bfloat16))
+    parameters = stored_parameters(config, native.formats, torch.bfloat16, native.gates)
+    stored = (parameter for _, parameter in parameters)
     return stream_layout("native", folder, headers, config, native.formats, stored)
 
 
@@ -219,7 +238,8 @@ def stream_layout(
     formats: Formats,
     stored: Iterable[StoredParameter],
 ) -> Layout:
-    """The layout of files that hold exactly the tensors of `stored`. Raises as `pieces.match` does."""
+    """The layout of files that hold exactly the tensors of `stored`, of which those in 16 bits may be in
+    either dtype. Raises as `pieces.match` does."""
     found = collect(folder, headers)
     check_count(folder, config, stream_count(config, formats), len(found))
     expected = {tensor.name: (tensor, parameter.spec) for parameter in stored for tensor in parameter.tensors}
@@ -227,9 +247,8 @@ def stream_layout(
     pieces = []
     for name, (tensor, spec) in expected.items():
         path, entry = found[name]
-        check_tensor(
-            path, name, entry, tensor.shape, (NAMES[tensor.dtype],) if spec.quantized else SIXTEEN, AGAIN
-        )
+        own = (NAMES[tensor.dtype],)
+        check_tensor(path, name, entry, tensor.shape, SIXTEEN if own[0] in SIXTEEN else own, AGAIN)
         rows = Rows(name, 0, tensor.shape)
         pieces.append(Piece(path, name, entry.offset, DTYPES[entry.dtype], rows, exact=spec.quantized))
     return Layout.of(spelling, pieces, headers)

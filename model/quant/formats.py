@@ -10,7 +10,7 @@ UNQUANTIZED = QuantSpec(16)
 
 @dataclass(frozen=True)
 class Formats:
-    """The formats of a model's matrices. Embeddings, norms and gates are always at 16 bits.
+    """The formats of a model's matrices. Embeddings, norms and gates are never quantized.
 
     >>> print(Formats(QuantSpec(4), QuantSpec(3, 128), QuantSpec(8)))
     attention 4, experts 3g128, head 8

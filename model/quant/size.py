@@ -13,8 +13,8 @@ from model.quant.streams import expert_fields, matrix_fields
 class ModelSize:
     """Bytes of a model's tensors in a native checkpoint.
 
-    They are the same in a GPU's memory, except that gates are float32 there. In files gates are 16-bit, as in
-    every published Mixtral.
+    They are the same in a GPU's memory, except that gates are float32 there. Here they are 16-bit, as in
+    every published Mixtral. Files that keep gates of float32 are larger by that.
     """
 
     embeddings: int

@@ -53,7 +53,7 @@ def dequantized(checkpoint: Checkpoint) -> Mixtral:
                 N, K = weight.shape
                 weight.copy_(QuantizedTensor.of(stored.spec, (N, K), streams).dequantize())
             else:
-                weight.copy_(tensors[stored.name])
+                weight.copy_(checkpoint.read(stored.name, weight.device))
     return model
 
 

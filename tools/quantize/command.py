@@ -180,13 +180,14 @@ def make_job(args: argparse.Namespace) -> Job:
     source, device = open_model(args.source, args.out, bar), args.device or pick_device(None)
     check_apart(source.files.folder, args.out)
     formats = pick_formats(args, source.config)
-    shards = native_shards(source.config, formats, source.dtype)
+    gates = None if source.gates == source.dtype else source.gates
+    shards = native_shards(source.config, formats, source.dtype, gates)
     return Job(
         what="quantizing",
         config=source.config,
         fingerprint=source.files.fingerprint(),
         out=args.out,
-        format=NativeFormat(formats, source.files.name),
+        format=NativeFormat(formats, source.files.name, gates),
         dtype=source.dtype,
         device=device.type,
         shards=shards,

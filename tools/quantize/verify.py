@@ -47,7 +47,8 @@ def verify(folder: Path, quiet: bool) -> Verified:
     config, native = ModelConfig.read(folder), read_format(folder)
     if native is None:
         raise MixtralError(f"{folder}: not an output of this tool, so nothing is known of its files")
-    metadata, shards = native.metadata(), native_shards(config, native.formats, stored_dtype(folder))
+    metadata = native.metadata()
+    shards = native_shards(config, native.formats, stored_dtype(folder), native.gates)
     recorded = {CONFIG, RECORD, *journal.recorded_files(folder / RECORD)}
     others = sorted(recorded - {shard.name for shard in shards})
     faults = [f"{folder / name}: missing" for name in others if not (folder / name).is_file()]
@@ -67,7 +68,7 @@ def verify(folder: Path, quiet: bool) -> Verified:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of tensors that are not quantized, as `config.json` states it."""
+    """The dtype of tensors that are not quantized, as `config.json` states it. Gates may have another."""
     name = read_json(folder / CONFIG).get("torch_dtype")
     if name not in DTYPES:
         raise ModelError(f"{folder / CONFIG}: torch_dtype is {quoted(name)}, and must be one of {[*DTYPES]}")

@@ -11,10 +11,10 @@ from model.checkpoint import Checkpoint
 from model.checkpoint.load import checkpoint_of
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.parameters import GATE
 from tools.quantize.names import copied_from
 from tools.quantize.sources.source import Extent, ModelFiles
-
-GATE = "layers.0.block_sparse_moe.gate.weight"
+from tools.quantize.sources.stored import widest
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class FolderSource:
 
     @property
     def gates(self) -> torch.dtype:
-        return self.dtype
+        pieces = self.checkpoint.layout.pieces
+        return widest([piece.dtype for piece in pieces if piece.rows.parameter.endswith(GATE)])
 
     @property
     def description(self) -> str:
