@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from runtime.hub.fetching import receive_all
+from runtime.hub.fetching import Advance, receive_all
 from runtime.hub.remote import Remote
 
 RECORD = ".ranges"
@@ -45,14 +45,16 @@ def remove(path: Path) -> None:
     record_of(path).unlink(missing_ok=True)
 
 
-def fetch_ranges(remote: Remote, file: str, path: Path, ranges: Sequence[Range]) -> None:
-    """Have these ranges of a model's file in `path`, and no others. They are in order, and do not touch. Only
-    one process may do this for a path.
+def fetch_ranges(remote: Remote, file: str, path: Path, ranges: Sequence[Range], advance: Advance) -> None:
+    """Have these ranges of a model's file in `path`, and no others. They are in order, and do not touch.
+    `advance` is called with each number of bytes that has come, first with those of earlier runs. Only one
+    process may do this for a path.
 
     Raises what `errors.explained` explains.
     """
     total = sum(stop - start for start, stop in ranges)
     done = count(path, ranges)
+    advance(done or 0)
     if done == total:
         return
     if done is None:
@@ -64,16 +66,17 @@ def fetch_ranges(remote: Remote, file: str, path: Path, ranges: Sequence[Range])
     came = done or 0
     with record_of(path).open("r+b", buffering=0) as record, path.open("r+b", buffering=0) as out:
 
-        def advance(size: int) -> None:
+        def note(size: int) -> None:
             nonlocal came
             came += size
             record.seek(0)
             record.write(f"{came:0{DIGITS}}".encode())
+            advance(size)
 
         before = 0
         for start, stop in ranges:
             out.seek(min(start + max(came - before, 0), stop))
-            receive_all(remote, file, out, stop, advance)
+            receive_all(remote, file, out, stop, note)
             before += stop - start
         os.fsync(out.fileno())
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tests.runtime.hub.test_hub_revisions import SHAPE, changed
 from tests.tools.quantize.sources.gguf_writer import facts_of, gguf_tensors, of_one_type, write_gguf
 from tools.quantize import command, output
 from tools.quantize.names import DOWNLOAD
+from tools.quantize.sources.opening import open_model
 
 FLAGS = ["--attention", "8", "--experts", "8", "--head", "8", "--threads", "1", "--device", "cpu", "--quiet"]
 NAME = "org/a-mixtral"
@@ -137,6 +139,28 @@ def test_a_model_in_the_cache_is_not_asked_for(
     quantize(NAME, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert hub.requests == [] and list(folder.glob("*.safetensors"))
+
+
+def test_progress(hub: LoopbackHub, source: Path, tmp_path: Path) -> None:
+    """Each file's download shows how far it has come, and counts what came before."""
+    bars: list[tuple[int, list[int]]] = []
+
+    @contextmanager
+    def bar(total: int) -> Iterator[Callable[[int], None]]:
+        bars.append((total, []))
+        yield bars[-1][1].append
+
+    model = open_model(NAME, tmp_path / "out", bar)
+    names = [f"layers.0.block_sparse_moe.experts.{number}.w2.weight" for number in range(4)]
+    extents = [extent for name in names for extent in model.extents(name)]
+    cuts = iter([0, 10_000])
+    hub.breaks = lambda file, left: next(cuts, None)
+    model.files.bring(extents)
+    hub.requests.clear()
+    model.files.bring(extents)
+    assert [total for total, _ in bars] == [sum(stop - start for _, start, stop in extents)] * 2
+    assert all(sum(counts) == total for total, counts in bars)
+    assert len(bars[1][1]) < len(bars[0][1]) and hub.requests == []
 
 
 def test_another_tokenizer_by_name(

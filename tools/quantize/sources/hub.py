@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,13 @@ from tools.quantize.sources.source import Extent, ModelFiles
 
 @dataclass(frozen=True)
 class Download:
-    """Brings parts of weight files to a folder. `files` are their names at the hub, by path."""
+    """Brings parts of weight files to a folder. `files` are their names at the hub, by path. `progress` is as
+    for `Engine.load`."""
 
     remote: Remote
     folder: Path
     files: Mapping[Path, str]
+    progress: Bar | None
 
     def bring(self, extents: Collection[Extent]) -> None:
         """Have these bytes in the folder, as far as they are of its files, and no others. Raises `LoadError`
@@ -40,9 +43,12 @@ class Download:
         for other in self.folder.parent.iterdir() if self.folder.parent.is_dir() else ():
             if COMMIT.fullmatch(other.name) and other != self.folder:
                 shutil.rmtree(other, ignore_errors=True)
-        with explained(self.remote.name, self.folder):
-            for path, ranges in sorted(wanted.items()):
-                fetch_ranges(self.remote, self.files[path], path, merged(ranges))
+        parts = {path: merged(ranges) for path, ranges in sorted(wanted.items())}
+        total = sum(stop - start for ranges in parts.values() for start, stop in ranges)
+        bar = self.progress(total) if self.progress else nullcontext(lambda count: None)
+        with explained(self.remote.name, self.folder), bar as advance:
+            for path, ranges in parts.items():
+                fetch_ranges(self.remote, self.files[path], path, ranges, advance)
 
 
 def fingerprint(remote: Remote, files: Collection[str]) -> str:
@@ -64,7 +70,7 @@ def download_gguf(remote: Remote, progress: Bar | None) -> Path:
     return storage(remote.name) / "snapshots" / remote.commit / names[0]
 
 
-def files_at_hub(remote: Remote, out: Path) -> ModelFiles:
+def files_at_hub(remote: Remote, out: Path, progress: Bar | None) -> ModelFiles:
     """The files of a model at the hub. Headers are read, and weights come when they are needed, to the
     output's folder `out`, unless the Hugging Face cache has the file. Raises what `errors.explained`
     explains, and `ModelError`."""
@@ -73,7 +79,7 @@ def files_at_hub(remote: Remote, out: Path) -> ModelFiles:
     there = [file for file in found if (small / file).is_file()]
     missing = [file for file in found if file not in there]
     headers = remote_headers(remote, missing, folder)
-    download = Download(remote, folder, dict(zip(headers, missing, strict=True)))
+    download = Download(remote, folder, dict(zip(headers, missing, strict=True)), progress)
     headers |= {small / file: read_header(small / file) for file in there}
     return ModelFiles(
         name=source_name(remote.name),

@@ -41,7 +41,7 @@ def open_model(name: str, out: Path, progress: Bar | None = None) -> Source:
         remote = Remote.find(hub, commit)
         if hub.file or is_only_gguf(remote.files):
             return open_gguf(download_gguf(remote, progress))
-        return open_source(files_at_hub(remote, out))
+        return open_source(files_at_hub(remote, out, progress))
 
 
 def is_only_gguf(names: Collection[str]) -> bool:
