@@ -30,12 +30,12 @@ def progress(
 def bar(
     total: int, what: str, unit: str, done: int, form: Callable[[int], str]
 ) -> Iterator[Callable[[int], None]]:
-    """Show a bar with rate and remaining time. It disappears when the work is done."""
+    """Show a bar with rate and remaining time. It disappears when the work is done. A bar in another takes
+    its place, since a command's stderr passes on no commands to move the cursor."""
     from tqdm import tqdm  # here, since it takes as long as all the flags
 
-    with tqdm(
-        total=total, initial=done, desc=what, unit=unit, unit_scale=True, delay=PATIENCE, leave=False
-    ) as shown:
+    look = {"unit_scale": True, "delay": PATIENCE, "leave": False, "position": 0}
+    with tqdm(total=total, initial=done, desc=what, unit=unit, **look) as shown:
 
         def advance(count: int) -> None:
             shown.update(count)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from runtime.shell import progress as module
-from runtime.shell.progress import byte_progress, progress
+from runtime.shell.progress import bar, byte_progress, progress
 
 
 def test_a_log_gets_two_lines_of_long_work(
@@ -51,3 +51,14 @@ def test_work_that_fails_is_not_said_to_be_done(
         advance(1)
         raise ZeroDivisionError
     assert capsys.readouterr().err == "scoring: 1 of 2 tokens\n"
+
+
+def test_a_bar_within_a_bar_moves_no_cursor(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    with bar(10, "quantizing", "", 0, str), bar(4, "downloading", "", 0, str) as advance:
+        advance(4)
+    shown = capsys.readouterr().err
+    assert "quantizing" in shown and "downloading" in shown
+    assert not set("\n\x1b") & set(shown)
