@@ -274,7 +274,19 @@ def test_a_missing_field_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, r"model_type is 'llama'"),
+        *(
+            ({"model_type": other}, rf"^config\.json: model_type is '{other}'; only 'mixtral' is supported$")
+            for other in (
+                "llama",
+                "mistral",
+                "qwen2_moe",
+                "qwen3_moe",
+                "deepseek_v2",
+                "dbrx",
+                "phimoe",
+                "gpt_oss",
+            )
+        ),
         ({"model_type": None}, r"model_type is None"),
         (
             {"quantization_config": {"quant_method": "awq"}},
