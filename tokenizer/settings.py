@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import TypeGuard
 
 from tokenizer.added_tokens import AddedToken
 from tokenizer.errors import TokenizerError, quoted
@@ -197,7 +198,7 @@ def known(file: Path, place: object, what: str) -> int:
 def token_of(file: Path, value: Mapping[str, object], place: int, what: str) -> AddedToken:
     """Return the token that an object of a file describes. `what` is its name in messages."""
     content = value.get("content")
-    if not isinstance(content, str) or not 1 <= len(content) <= MAX_CONTENT:
+    if not is_text(content) or not 1 <= len(content) <= MAX_CONTENT:
         raise refusal(
             file, f"{what} has the content {quoted(content)}", f"text of 1 to {MAX_CONTENT} characters"
         )
@@ -206,6 +207,15 @@ def token_of(file: Path, value: Mapping[str, object], place: int, what: str) -> 
         if not isinstance(flag, bool):
             raise refusal(file, f"{name} of {what} is {quoted(flag)}", "true or false")
     return AddedToken(content, place, **flags)  # type: ignore[arg-type]
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value of a JSON file is text that UTF-8 has. JSON can also spell halves of characters.
+
+    >>> is_text("</s>"), is_text("\\ud800"), is_text(3)
+    (True, False, False)
+    """
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def distinct(file: Path, tokens: list[AddedToken]) -> tuple[AddedToken, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -185,3 +186,19 @@ def test_a_denormalizer_is_refused(trained: Callable[..., Path], tmp_path: Path)
     rules = tmp_path / "f_to_g.tsv"
     rules.write_text("66\t67\n")
     assert "knows no denormalizer" in refusal(trained(denormalization_rule_tsv=str(rules)))
+
+
+@pytest.mark.parametrize(
+    ("file", "contents"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"400": {"content": "<|\ud800|>"}}}),
+        ("added_tokens.json", {"<|\udfff|>": 400}),
+    ],
+)
+def test_added_tokens_that_utf_8_cannot_spell(
+    small_file: Path, tmp_path: Path, file: str, contents: dict[str, object]
+) -> None:
+    """JSON can: its escapes are halves of characters."""
+    (tmp_path / "tokenizer.model").write_bytes(small_file.read_bytes())
+    (tmp_path / file).write_text(json.dumps(contents))
+    assert "and must be text of 1 to" in refusal(tmp_path)
