@@ -82,7 +82,7 @@ def convert(argv: list[str] | None) -> int | None:
             record = write_output(job, args.force, threads, args.quiet)
     except OSError as error:
         raise MixtralError(explain(error, args.out)) from error
-    put((json.dumps(record, indent=2) if args.json else summary(job.out, record)) + "\n")
+    put((json.dumps(record, indent=2) if args.json else summary(job, record)) + "\n")
     if args.verify:
         return report(args.out, args.quiet, to_stderr if args.json else put)
     return None
@@ -184,6 +184,7 @@ def make_job(args: argparse.Namespace) -> Job:
     shards = native_shards(source.config, formats, source.dtype, gates)
     return Job(
         what="quantizing",
+        source=source.description,
         config=source.config,
         fingerprint=source.files.fingerprint(),
         out=args.out,
@@ -228,6 +229,7 @@ def conversion(args: argparse.Namespace) -> Job:
     matrices = {parameter.matrix for shard in shards for parameter in shard.parameters}
     return Job(
         what="converting",
+        source=checkpoint.description,
         config=checkpoint.config,
         fingerprint=sampled(weight_files(source)),
         out=args.out,

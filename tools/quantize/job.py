@@ -51,6 +51,7 @@ class Job:
     """
 
     what: str  # is done, as progress names it
+    source: str  # in words
     config: ModelConfig
     fingerprint: str
     out: Path

@@ -3,11 +3,11 @@
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from model.checkpoint import open_checkpoint
 from model.checkpoint.native import Shard
+from tools.quantize.job import Job
 from tools.quantize.journal import Errors
 from tools.quantize.sources.source import Source
 
@@ -40,9 +40,9 @@ def kind_of(name: str) -> str | None:
     return next((KINDS[part] for part in name.split(".") if part in KINDS), None)
 
 
-def summary(out: Path, record: Mapping[str, Any]) -> str:
-    """The output's description, what the errors are measured against, and a line for each kind of matrix."""
-    lines = [f"{out}: {open_checkpoint(out).description}"]
+def summary(job: Job, record: Mapping[str, Any]) -> str:
+    """What was made from what, what the errors are measured against, and a line for each kind of matrix."""
+    lines = [f"{job.out}: {open_checkpoint(job.out).description}, from {job.source}"]
     if lossy := record.get("lossy"):
         lines.append(f"the source is lossy: {lossy}; errors are against its weights, not the original ones")
     lines += error_lines(record["errors"])

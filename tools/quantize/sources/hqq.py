@@ -22,13 +22,13 @@ from torch import Tensor
 
 from model.checkpoint.names import SPELLINGS
 from model.checkpoint.pieces import check_count, check_names, collect, recognize
-from model.checkpoint.safetensors import DTYPES, TensorEntry, readable
+from model.checkpoint.safetensors import DTYPES, TensorEntry
 from model.config import ModelConfig, from_hf, read_json, section
 from model.errors import ModelError, quoted
 from model.parameters import copies
-from tools.quantize.names import GENERATION, copied_from
+from tools.quantize.names import GENERATION
 from tools.quantize.sources.source import Extent, ModelFiles
-from tools.quantize.sources.stored import FLOATS, Plain, fills, plain, read_tensor, widest
+from tools.quantize.sources.stored import FLOATS, PartsSource, Plain, extent_of, fills, plain, read_tensor
 
 CODES, SCALE, ZERO = "W_q", "scale", "zero"
 SETTINGS = (
@@ -57,7 +57,7 @@ class Matrix:
 
     @property
     def extents(self) -> list[Extent]:
-        return [(path, entry.offset, entry.offset + entry.bytes) for path, entry in self.tensors.values()]
+        return [extent_of(path, entry) for path, entry in self.tensors.values()]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,62 +83,12 @@ class Matrix:
         return weights.view(self.N, self.K)
 
 
-@dataclass(frozen=True)
-class HqqSource:
-    """See `source.Source`. `parts` has what makes up each parameter, in the order of its rows."""
-
-    files: ModelFiles
-    config: ModelConfig
-    parts: Mapping[str, list[Matrix | Plain]]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That in which hqq computed, of most matrices, or bfloat16."""
-        kinds = [part.dtype for parts in self.parts.values() for part in parts if isinstance(part, Matrix)]
-        return torch.float16 if 2 * kinds.count(torch.float16) > len(kinds) else torch.bfloat16
-
-    @property
-    def gates(self) -> torch.dtype:
-        return widest(
-            [part.dtype for name, parts in self.parts.items() if ".gate." in name for part in parts]
-        )
-
-    @property
-    def description(self) -> str:
-        total, count = sum(map(self.size, self.parts)), len(self.files.paths)
-        return f"hqq, {count} file{'s' * (count > 1)}, {self.widths}, {readable(total)}"
-
-    @property
-    def lossy(self) -> str | None:
-        return f"HQQ ({self.widths})"
-
-    @property
-    def widths(self) -> str:
-        """The bits of all matrices that are quantized."""
-        found = {part.bits for parts in self.parts.values() for part in parts if isinstance(part, Matrix)}
-        return f"{', '.join(map(str, sorted(found, reverse=True)))} bits"
-
-    @property
-    def tokenizer(self) -> Mapping[str, Path | bytes]:
-        return copied_from(self.files.folder)
-
-    def size(self, parameter: str) -> int:
-        return sum(stop - start for _, start, stop in self.extents(parameter))
-
-    def extents(self, parameter: str) -> Collection[Extent]:
-        return [extent for part in self.parts[parameter] for extent in part.extents]
-
-    def read(self, parameter: str, device: torch.device) -> Tensor:
-        read = [part.read().to(device) for part in self.parts[parameter]]
-        return torch.cat(read) if len(read) > 1 else read[0]
-
-
 def is_hqq(files: ModelFiles) -> bool:
     """Whether some weights are in this format, by the tensors' names."""
     return any(name.endswith(SIGN) for header in files.headers.values() for name in header.tensors)
 
 
-def open_hqq(files: ModelFiles) -> HqqSource:
+def open_hqq(files: ModelFiles) -> PartsSource:
     """Check configuration, names, shapes and dtypes. Raises `ModelError` if anything is not as hqq writes
     it."""
     config = read_config(files.folder)
@@ -159,7 +109,11 @@ def open_hqq(files: ModelFiles) -> HqqSource:
             if module in modules:
                 part = matrix(module, rows.shape, {e: found[f"{module}.{e}"] for e in (CODES, SCALE, ZERO)})
             parts.setdefault(parameter, []).append(part or plain(*found[name], name, rows.shape))
-    return HqqSource(files, config, parts)
+    matrices = [part for each in parts.values() for part in each if isinstance(part, Matrix)]
+    halves = sum(part.dtype == torch.float16 for part in matrices)
+    dtype = torch.float16 if 2 * halves > len(matrices) else torch.bfloat16
+    widths = ", ".join(map(str, sorted({part.bits for part in matrices}, reverse=True)))
+    return PartsSource(files, config, parts, dtype, f"hqq, {widths} bits", f"HQQ ({widths} bits)")
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -26,13 +26,12 @@ from torch import Tensor
 from model.checkpoint.files import MAX_INDEX_BYTES
 from model.checkpoint.names import HF, Rows
 from model.checkpoint.pieces import check_count, check_names
-from model.checkpoint.safetensors import DTYPES, TensorEntry, readable
+from model.checkpoint.safetensors import DTYPES, TensorEntry
 from model.config import ModelConfig, read_json
 from model.errors import ModelError, quoted
 from model.parameters import ATTENTION, EXPERT, copies
-from tools.quantize.names import copied_from
 from tools.quantize.sources.source import Extent, ModelFiles
-from tools.quantize.sources.stored import Plain, extent_of, fills, plain, read_tensor, widest
+from tools.quantize.sources.stored import PartsSource, Plain, extent_of, fills, plain, read_tensor, widest
 
 INDEX = "model.safetensors.index.json"
 SCALES = ("meta.meta_scale.scale", "meta.meta_scale.zero")
@@ -81,60 +80,12 @@ class Matrix:
         return weights.view(self.N, K)
 
 
-@dataclass(frozen=True)
-class OffloadingSource:
-    """See `source.Source`. `parts` has what makes up each parameter, in the order of its rows."""
-
-    files: ModelFiles
-    config: ModelConfig
-    parts: Mapping[str, list[Matrix | Plain]]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float16
-
-    @property
-    def gates(self) -> torch.dtype:
-        return widest(
-            [part.dtype for name, parts in self.parts.items() if ".gate." in name for part in parts]
-        )
-
-    @property
-    def description(self) -> str:
-        total = sum(map(self.size, self.parts))
-        return f"mixtral-offloading, {len(self.files.paths)} files, {self.widths}, {readable(total)}"
-
-    @property
-    def lossy(self) -> str | None:
-        return f"mixtral-offloading's HQQ ({self.widths})"
-
-    @property
-    def widths(self) -> str:
-        """The bits of the first layer's matrices."""
-        first = {kind: self.parts[EXAMPLES[kind].format(n=0, e=0)][0] for kind in EXAMPLES}
-        return ", ".join(f"{kind} {part.bits}" for kind, part in first.items() if isinstance(part, Matrix))
-
-    @property
-    def tokenizer(self) -> Mapping[str, Path | bytes]:
-        return copied_from(self.files.folder)
-
-    def size(self, parameter: str) -> int:
-        return sum(stop - start for _, start, stop in self.extents(parameter))
-
-    def extents(self, parameter: str) -> Collection[Extent]:
-        return [extent for part in self.parts[parameter] for extent in part.extents]
-
-    def read(self, parameter: str, device: torch.device) -> Tensor:
-        read = [part.read().to(device) for part in self.parts[parameter]]
-        return torch.cat(read) if len(read) > 1 else read[0]
-
-
 def is_offloading(files: ModelFiles) -> bool:
     """Whether the weights are in this format, by the tensors' names."""
     return any(name.endswith(SIGN) for header in files.headers.values() for name in header.tensors)
 
 
-def open_offloading(files: ModelFiles) -> OffloadingSource:
+def open_offloading(files: ModelFiles) -> PartsSource:
     """Check configuration, index, names, shapes and dtypes. Raises `ModelError` if anything is not as this
     format has it."""
     config = ModelConfig.read(files.folder)
@@ -171,7 +122,12 @@ def open_offloading(files: ModelFiles) -> OffloadingSource:
             else:
                 part = plain(*trunk[name], name, rows.shape)
             parts.setdefault(parameter, []).append(part)
-    return OffloadingSource(files, config, parts)
+    first = {kind: parts[name.format(n=0, e=0)][0] for kind, name in EXAMPLES.items()}
+    widths = ", ".join(f"{kind} {part.bits}" for kind, part in first.items() if isinstance(part, Matrix))
+    program = "mixtral-offloading"
+    return PartsSource(
+        files, config, parts, torch.float16, f"{program}, {widths}", f"{program}'s HQQ ({widths})"
+    )
 
 
 def expert_files(files: ModelFiles, config: ModelConfig) -> dict[str, Path]:
