@@ -11,7 +11,6 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from model.checkpoint.files import weight_files
 from model.checkpoint.load import checkpoint_of
 from model.errors import ModelError
 from runtime.errors import LoadError
+from runtime.hub.at_once import at_once
 from runtime.hub.fetching import INCOMPLETE, PAUSE, Advance, fetch
 from runtime.hub.headers import remote_headers
 from runtime.hub.names import HubName
@@ -32,10 +32,6 @@ WORKERS = 4  # files at once
 COMMIT = re.compile("[0-9a-f]{40}")
 
 Bar = Callable[[int], AbstractContextManager[Advance]]
-
-
-class StoppedError(Exception):
-    """Another download has failed, or the user has stopped all."""
 
 
 def storage(name: HubName) -> Path:
@@ -110,23 +106,19 @@ def bring(remote: Remote, files: Iterable[str], progress: Bar | None = None) -> 
     disk."""
     wanted = list(files)
     check_space(remote, wanted)
-    lock, stopped = threading.Lock(), threading.Event()
     total = sum(remote.files[file].bytes for file in wanted)
+    lock = threading.Lock()
     with progress(total) if progress else nullcontext(lambda count: None) as advance:
 
-        def count(size: int) -> None:
-            if stopped.is_set():
-                raise StoppedError
-            with lock:
-                advance(size)
+        def bring_one(file: str, go_on: Callable[[], None]) -> None:
+            def count(size: int) -> None:
+                go_on()
+                with lock:
+                    advance(size)
 
-        pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="hub")
-        try:
-            for future in as_completed([pool.submit(place, remote, file, count) for file in wanted]):
-                future.result()
-        finally:  # after an error or Ctrl-C, other downloads end at the next bytes that come
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
+            place(remote, file, count)
+
+        at_once(bring_one, wanted, WORKERS)
 
 
 def place(remote: Remote, file: str, advance: Advance) -> None:

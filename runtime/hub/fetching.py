@@ -44,11 +44,14 @@ def fetch(remote: Remote, file: str, target: Path, advance: Advance) -> None:
     os.replace(part, target)
 
 
-def read(remote: Remote, file: str, start: int, stop: int) -> bytes:
-    """Bytes `start` to `stop` - 1 of a file, which are near its beginning; fewer if it ends before."""
+def read(remote: Remote, file: str, start: int, stop: int, go_on: Callable[[], None]) -> bytes:
+    """Bytes `start` to `stop` - 1 of a file, which are near its beginning; fewer if it ends before.
+
+    `go_on` may raise an error to end this.
+    """
     out = io.BytesIO()
     out.seek(start)
-    receive_all(remote, file, out, min(stop, remote.files[file].bytes), lambda count: None)
+    receive_all(remote, file, out, min(stop, remote.files[file].bytes), lambda count: go_on())
     return out.getvalue()[start:]
 
 

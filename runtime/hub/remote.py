@@ -11,7 +11,7 @@ from runtime.hub.names import HubName
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
-TIMEOUT = 30.0  # seconds without a byte
+TIMEOUT = 10.0  # seconds without a byte
 
 
 @dataclass(frozen=True)
