@@ -39,9 +39,11 @@ def turn(file: Path, data: bytes, settings: Settings) -> tuple[bytes, Settings]:
         raise TokenizerError(f"{file}: is no JSON ({quoted(str(error))}); download it again") from None
     if not isinstance(found, dict):
         raise TokenizerError(f"{file}: holds a {type(found).__name__} where an object was expected")
+    listed = numbered_tokens(file, found.get("added_tokens") or [])
+    taken = {token.content for token in settings.added} | {token.id for token in settings.added}
     settings = replace(
         settings,
-        added=settings.added or numbered_tokens(file, found.get("added_tokens") or []),
+        added=(*settings.added, *(t for t in listed if t.content not in taken and t.id not in taken)),
         names={"bos_token": BEGIN, "eos_token": END, **settings.names},
     )
     try:

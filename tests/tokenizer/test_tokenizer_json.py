@@ -113,6 +113,22 @@ def test_added_tokens(files: dict[str, Path], tmp_path: Path, how: Found, specia
     assert ours.decode([size + 1]) == "gnu"
 
 
+def test_tokens_of_both_files_count(tmp_path: Path) -> None:
+    """Where they name the same token or the same id, that of tokenizer_config.json counts."""
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    found = small("abc", [("a", "b")])
+    size = len(found["model"]["vocab"])
+    found["added_tokens"] = [
+        flags | {"id": size + i, "content": each} for i, each in enumerate(["gnu", "yak"])
+    ]
+    folder = written(tmp_path / "folder", found)
+    declared = {str(size): flags | {"content": "emu"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": declared}))
+    ours = Tokenizer.load(folder)
+    assert ours.encode("emuyak", bos=False) == [size, size + 1]
+    assert size not in ours.encode("gnu", bos=False)
+
+
 def trained(size: int) -> Found:
     """A tokenizer that the library's own trainer makes. It parts words before it counts pairs, and knows no
     scores."""
