@@ -2,7 +2,7 @@
 
 Beside it lies a record of the ranges, and of how many of their bytes have come. So a run that was killed goes
 on where it was. After a crash of the whole system, a record may know of bytes that the disk has not. So it
-counts only for as long as the system has run.
+counts only for as long as the system has run, and not at all where the system (macOS) has no name for that.
 """
 
 import json
@@ -82,10 +82,11 @@ def fetch_ranges(remote: Remote, file: str, path: Path, ranges: Sequence[Range],
 
 
 def count(path: Path, ranges: Sequence[Range]) -> int | None:
-    """How many bytes of these ranges have come; None if the file has others, or none."""
+    """How many bytes of these ranges have come; None if the file has others, or none, or if
+    the record does not count."""
     try:
         number, _, rest = record_of(path).read_text().partition("\n")
-        return int(number) if path.is_file() and rest == about(ranges) else None
+        return int(number) if BOOT.is_file() and path.is_file() and rest == about(ranges) else None
     except (OSError, ValueError):
         return None
 

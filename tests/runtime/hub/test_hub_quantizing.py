@@ -172,6 +172,28 @@ def test_another_tokenizer_by_name(
     assert hub.served("model.safetensors") == []
 
 
+@pytest.mark.parametrize("boot", ["", "another", None])
+def test_after_a_crash_of_the_system(
+    hub: LoopbackHub,
+    source: Path,
+    tmp_path: Path,
+    quantize: Quantize,
+    monkeypatch: pytest.MonkeyPatch,
+    boot: str | None,
+) -> None:
+    """What had come counts as long as the system has run. Afterwards the disk may lack it."""
+    quantize(source, tmp_path / "expected")
+    broken_off(hub, quantize, out := tmp_path / "out")
+    if boot != "":
+        for path in (out / DOWNLOAD).rglob("*.safetensors"):
+            path.write_bytes(bytes(path.stat().st_size))
+        monkeypatch.setattr(ranges, "BOOT", tmp_path / "boot")
+        if boot is not None:
+            (tmp_path / "boot").write_text(boot)
+    quantize(NAME, out)
+    assert contents(out) == contents(tmp_path / "expected")
+
+
 def test_a_strangers_folder_is_left_alone(
     hub: LoopbackHub, source: Path, tmp_path: Path, quantize: Quantize
 ) -> None:
