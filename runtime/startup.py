@@ -7,6 +7,7 @@ without it has been.
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from os import PathLike
 
 import torch
@@ -28,7 +29,7 @@ from runtime.hub.opening import find_folder, open_headers
 from runtime.loader import kernels_to_compile, load_model, load_resident
 from runtime.options import EngineOptions
 from runtime.planning.plan import Plan
-from runtime.planning.planner import plan_checkpoint
+from runtime.planning.planner import check_fits, plan_checkpoint
 from runtime.process.ambient import default_settings
 from runtime.process.interrupts import restore_interrupts
 from runtime.process.shortage import shortage_as
@@ -63,7 +64,7 @@ def start(
     with restore_interrupts(), shortage_as(DeviceError, REMEDY), using_threads(options.threads):
         start_threads()
         try:
-            checkpoint = open_checkpoint(find_folder(name, downloading))
+            checkpoint = open_checkpoint(find_folder(name, downloading, partial(check_fits, options=options)))
             plan = plan_checkpoint(checkpoint, options)
             tokenizer = load_tokenizer(checkpoint, options)
             if judge:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from model.checkpoint import Checkpoint
 from model.checkpoint.files import weight_files
 from model.checkpoint.load import checkpoint_of
 from model.errors import ModelError
@@ -32,6 +33,7 @@ WORKERS = 4  # files at once
 COMMIT = re.compile("[0-9a-f]{40}")
 
 Bar = Callable[[int], AbstractContextManager[Advance]]
+Judge = Callable[[Checkpoint], None]
 
 
 def storage(name: HubName) -> Path:
@@ -75,12 +77,12 @@ def offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def snapshot(name: HubName, progress: Bar | None = None) -> Path:
+def snapshot(name: HubName, progress: Bar | None = None, judge: Judge | None = None) -> Path:
     """The folder of a model with all its files. Nothing is asked of the hub if the cache has all.
 
-    Configuration and headers are checked before weights are downloaded. `progress` is as for `Engine.load`,
-    and counts bytes. Raises what `errors.explained` explains, and
-    `ModelError` if the model is none that is read here.
+    Configuration and headers are checked before weights are downloaded, and `judge` is called with them. Its
+    errors pass. `progress` is as for `Engine.load`, and counts bytes. Raises what `errors.explained`
+    explains, and `ModelError` if the model is none that is read here.
     """
     folder = cached(name)
     if folder and has_weights(folder) and (has_tokenizer(folder) or offline()):
@@ -89,7 +91,9 @@ def snapshot(name: HubName, progress: Bar | None = None) -> Path:
     folder = bring_small(remote)
     files = weights(name, remote.files, folder)
     if not has_weights(folder):
-        checkpoint_of(folder, remote_headers(remote, files, folder))
+        checkpoint = checkpoint_of(folder, remote_headers(remote, files, folder))
+        if judge:
+            judge(checkpoint)
         bring(remote, files, progress)
     remember(remote)
     return folder

@@ -7,7 +7,7 @@ from model.checkpoint import Checkpoint, open_checkpoint
 from model.checkpoint.foreign import CONVERT
 from model.checkpoint.load import checkpoint_of
 from model.errors import ModelError
-from runtime.hub.cache import Bar, bring_small, cached, has_tokenizer, has_weights, offline, snapshot
+from runtime.hub.cache import Bar, Judge, bring_small, cached, has_tokenizer, has_weights, offline, snapshot
 from runtime.hub.errors import explained
 from runtime.hub.headers import remote_headers
 from runtime.hub.names import HubName
@@ -15,19 +15,20 @@ from runtime.hub.needed import weights
 from runtime.hub.remote import Remote
 
 
-def find_folder(name: str | PathLike[str], progress: Bar | None = None) -> Path:
+def find_folder(name: str | PathLike[str], progress: Bar | None = None, judge: Judge | None = None) -> Path:
     """The folder of a model: the path itself, or for a name at the hub the folder in the Hugging Face cache,
     to which what is missing is downloaded.
 
-    `progress` is as for `Engine.load`. Raises `LoadError` if the model cannot be had, and `ModelError` if it
-    is none that is read here.
+    `progress` is as for `Engine.load`. `judge` is called with the checkpoint before weights are downloaded,
+    if they are. Raises `LoadError` if the model cannot be had, `ModelError` if it is none that is read here,
+    and what `judge` does.
     """
     hub = HubName.parse(name)
     if hub is None:
         return Path(name)
     check_kind(hub)
     with explained(hub):
-        return snapshot(hub, progress)
+        return snapshot(hub, progress, judge)
 
 
 def find_settings(name: str | PathLike[str]) -> Path:

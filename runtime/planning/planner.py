@@ -36,6 +36,12 @@ def plan_checkpoint(checkpoint: Checkpoint, options: EngineOptions) -> Plan:
     return with_rates(plan, expert_runs(checkpoint) if plan.tiered else ())
 
 
+def check_fits(checkpoint: Checkpoint, options: EngineOptions) -> None:
+    """Raise as `plan_checkpoint` does, without a warning and without measuring."""
+    c, target = checkpoint, Target.of(pick_device(options.device))
+    make_plan(Request.make(c.config, c.formats, options, target, files=c.mappable))
+
+
 def expert_runs(checkpoint: Checkpoint) -> list[Run]:
     """Where the files have experts, as few long runs of bytes."""
     runs: list[Run] = []

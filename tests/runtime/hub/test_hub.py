@@ -14,6 +14,7 @@ import pytest
 from dev.loopback_hub import LoopbackHub
 from model.checkpoint import open_checkpoint, save_hf
 from runtime import Engine, EngineOptions, SamplingParams
+from runtime.errors import DeviceError
 from runtime.hub.headers import FIRST
 from runtime.hub.opening import find_folder, find_settings, open_headers
 from tests.model.checkpoint.conftest import TINY, random_model
@@ -109,3 +110,9 @@ def test_the_command_downloads(hub: LoopbackHub, demo: Path, tmp_path: Path) -> 
     assert texts[0].stderr == "" and texts[0].returncode == 0
     assert texts[0].stdout == texts[1].stdout != ""
     assert (tmp_path / "home/hub/models--org--demo/refs/main").is_file()
+
+
+def test_what_does_not_fit_is_not_downloaded(hub: LoopbackHub, demo: Path) -> None:
+    with pytest.raises(DeviceError, match="ram"):
+        Engine.load(NAME, EngineOptions(device="cpu", ram="1MiB"))
+    assert all(start + sent <= 1 << 16 for start, sent in hub.served(WEIGHTS))
