@@ -153,12 +153,17 @@ def matrix(module: str, shape: tuple[int, ...], tensors: Mapping[str, tuple[Path
 
 
 def bits_of(codes: TensorEntry, rows: int, columns: int) -> int | None:
-    """The bits of each of the codes [rows, columns]; None if they are not packed as hqq does it. Where bytes
-    are called by another dtype, their number tells."""
-    if codes.dtype in ("U8", *FLOATS):
-        for bits in BITS:
-            if codes.bytes * 8 == rows * columns * bits and not rows % (8 // bits):
-                return bits
-    if codes.dtype in ("I32", *FLOATS) and codes.bytes == 4 * -(-rows // TEN) * columns:
+    """The bits of each of the codes [rows, columns]; None if they are not packed as hqq does it.
+
+    Where bytes are called by another dtype, the bytes of a row tell them from int32. Their number alone does
+    not: 16 rows take as many at 3 bits as at 4.
+    """
+    packed, *rest = codes.shape or (0,)
+    if len(rest) != 1 or not packed:
+        return None
+    width = codes.bytes // packed
+    if codes.dtype in ("U8", *FLOATS) and width == columns:
+        return next((bits for bits in BITS if packed * (8 // bits) == rows), None)
+    if codes.dtype in ("I32", *FLOATS) and width == 4 * columns and packed == -(-rows // TEN):
         return 3
     return None

@@ -84,6 +84,9 @@ FORMATS = [
     {"nbits": 4, "group_size": None, "axis": 1},
     {"nbits": 4, "group_size": 64, "axis": 1, "view_as_float": True},
     {"nbits": 3, "group_size": 64, "axis": 1, "view_as_float": True},
+    # As many bytes as at 4 bits.
+    *({"nbits": 3, "group_size": size, "axis": 0, "view_as_float": True} for size in (8, 16, 32)),
+    *({"nbits": bits, "group_size": 16, "axis": 0, "view_as_float": True} for bits in (8, 4, 2, 1)),
 ]
 
 
@@ -105,6 +108,15 @@ def test_every_weight_to_the_bit(original: Path, tmp_path: Path, options: dict[s
         gate = source.read(f"layers.{n}.block_sparse_moe.gate.weight", CPU)
         assert torch.equal(gate, known[f"{at}block_sparse_moe.gate.weight"])
     assert torch.equal(source.read("lm_head.weight", CPU), known["lm_head.weight"])
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_bytes_called_float32(original: Path, tmp_path: Path, bits: int) -> None:
+    known = save_by_hqq(
+        original, tmp_path / "source", torch.float32, nbits=bits, group_size=16, axis=0, view_as_float=True
+    )
+    made = open_path(tmp_path / "source").read("layers.1.self_attn.o_proj.weight", CPU)
+    assert torch.equal(made, known["model.layers.1.self_attn.o_proj.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -167,6 +179,9 @@ REFUSED: list[tuple[Callable[[Path], None], str]] = [
     (edit(zero_scale=torch.zeros(2, 8)), f"1 tensor unexpected ('{W1}.zero_scale')"),
     (edit(W_q=torch.zeros(191, 64, dtype=U8)), "U8 [191, 64], scale F16 [384, 1], zero F16 [384, 1], which"),
     (edit(W_q=torch.zeros(0, dtype=U8)), "W_q U8 [0], "),
+    (edit(W_q=torch.zeros((), dtype=U8)), "W_q U8 [], "),
+    (edit(W_q=torch.zeros(192 * 64, dtype=U8)), "W_q U8 [12288], "),
+    (edit(W_q=torch.zeros(64, 192, dtype=U8)), "W_q U8 [64, 192], "),
     (edit(scale=torch.zeros(384).half()), "scale F16 [384], "),
     (edit(scale=torch.zeros(383, 1).half()), "scale F16 [383, 1], "),
     (edit(zero=torch.zeros(384, 1)), "zero F32 [384, 1], which make no [192, 128]"),
