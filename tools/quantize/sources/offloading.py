@@ -25,7 +25,7 @@ from torch import Tensor
 
 from model.checkpoint.files import MAX_INDEX_BYTES
 from model.checkpoint.names import HF, Rows
-from model.checkpoint.pieces import check_count, check_names
+from model.checkpoint.pieces import check_count, check_names, collect
 from model.checkpoint.safetensors import DTYPES, TensorEntry
 from model.config import ModelConfig, read_json
 from model.errors import ModelError, quoted
@@ -44,27 +44,27 @@ SIGN = ".meta.scale_q"  # what names of this format end with, and no other's
 
 @dataclass(frozen=True)
 class Matrix:
-    """A quantized matrix [N, K] in a file: `tensors` has its seven tensors by what their names end with."""
+    """A quantized matrix [N, K]: `tensors` has its seven tensors by what their names end with."""
 
-    path: Path
     name: str
     N: int
     K: int
     bits: int
     groups: int  # of a column
-    tensors: Mapping[str, TensorEntry]
+    tensors: Mapping[str, tuple[Path, TensorEntry]]
 
     @property
     def extents(self) -> list[Extent]:
-        return [extent_of(self.path, entry) for entry in self.tensors.values()]
+        return [extent_of(path, entry) for path, entry in self.tensors.values()]
 
     @property
     def dtype(self) -> torch.dtype:
         """float16, unless scales of scales are float32."""
-        return widest([DTYPES[self.tensors[ending].dtype] for ending in SCALES])
+        return widest([DTYPES[self.tensors[ending][1].dtype] for ending in SCALES])
 
     def get(self, ending: str) -> Tensor:
-        return read_tensor(self.path, f"{self.name}.{ending}", self.tensors[ending])
+        path, entry = self.tensors[ending]
+        return read_tensor(path, f"{self.name}.{ending}", entry)
 
     def read(self) -> Tensor:  # [N, K]
         """The weights, by the formula of that version of hqq, with each step rounded as it did."""
@@ -94,12 +94,10 @@ def open_offloading(files: ModelFiles) -> PartsSource:
         files.folder, config, sum(copies(name, config) for names in HF.values() for name in names), found
     )
     experts = expert_files(files, config)
-    trunk = {
-        name: (path, entry)
-        for path, header in files.headers.items()
-        if path not in experts.values()
-        for name, entry in header.tensors.items()
-    }
+    theirs = {*experts.values()}
+    trunk = collect(
+        files.folder, {path: header for path, header in files.headers.items() if path not in theirs}
+    )
     needed = fills(HF, config)
     check_names(files.folder, [*trunk_names(needed)], trunk)
     for path in experts.values():
@@ -115,10 +113,9 @@ def open_offloading(files: ModelFiles) -> PartsSource:
                 expert, _, local = module.rpartition(".")
                 path = experts[expert]
                 tensors = files.headers[path].tensors
-                part = matrix(path, local, rows.shape, {e: tensors[f"{local}.{e}"] for e in ENDINGS})
+                part = matrix(local, rows.shape, {e: (path, tensors[f"{local}.{e}"]) for e in ENDINGS})
             elif is_matrix(name):
-                path = trunk[f"{module}.W_q"][0]
-                part = matrix(path, module, rows.shape, {e: trunk[f"{module}.{e}"][1] for e in ENDINGS})
+                part = matrix(module, rows.shape, {e: trunk[f"{module}.{e}"] for e in ENDINGS})
             else:
                 part = plain(*trunk[name], name, rows.shape)
             parts.setdefault(parameter, []).append(part)
@@ -167,30 +164,31 @@ def trunk_names(needed: Mapping[str, list[tuple[str, Rows]]]) -> Collection[str]
     return names
 
 
-def matrix(path: Path, name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]) -> Matrix:
+def matrix(name: str, shape: tuple[int, ...], tensors: Mapping[str, tuple[Path, TensorEntry]]) -> Matrix:
     """Derive bits and groups, and check all shapes. Raises `ModelError` if they do not fit together."""
     N, K = shape
-    codes, X = math.prod(tensors["W_q"].shape), math.prod(tensors["meta.zero_q"].shape)
+    shapes = {ending: entry.shape for ending, (_, entry) in tensors.items()}
+    codes, X = math.prod(shapes["W_q"]), math.prod(shapes["meta.zero_q"])
     bits, rest = divmod(8 * codes, N * K)
     if rest or bits not in BITS or not X or X % K or N % (X // K) or (N * K // X) % (8 // bits):
         raise ModelError(
-            f"{path}: {quoted(name)} has {codes} bytes of codes and {X} zeros, which make no matrix {[N, K]} "
-            f"of {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits; download it again"
+            f"{tensors['W_q'][0]}: {quoted(name)} has {codes} bytes of codes and {X} zeros, which make no "
+            f"matrix {[N, K]} of {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits; download it again"
         )
-    sg = (*tensors["meta.scale_q"].shape, 1)[0]
+    sg = (*shapes["meta.scale_q"], 1)[0]
     per_group = [1, X // sg] if sg and not X % sg else [1, X]
     due: dict[str, tuple[tuple[str, ...], list[int]]] = {
-        "W_q": (("U8",), list(tensors["W_q"].shape)),
+        "W_q": (("U8",), list(shapes["W_q"])),
         "meta.scale_q": (("U8",), [X // per_group[1], per_group[1]]),
         "meta.zero_q": (("U8",), [1, X]),
         **dict.fromkeys(SCALES, (("F16", "F32"), per_group)),
         **dict.fromkeys(ZEROS, (("F16", "F32"), [])),
     }
     for ending, (dtypes, sizes) in due.items():
-        entry = tensors[ending]
+        path, entry = tensors[ending]
         if entry.dtype not in dtypes or list(entry.shape) != sizes:
             raise ModelError(
                 f"{path}: tensor {quoted(f'{name}.{ending}')} is {entry.dtype} {quoted(list(entry.shape))}, "
                 f"and must be {' or '.join(dtypes)} {sizes}; download it again"
             )
-    return Matrix(path, name, N, K, bits, X // K, tensors)
+    return Matrix(name, N, K, bits, X // K, tensors)

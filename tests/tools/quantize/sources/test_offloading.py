@@ -70,6 +70,25 @@ def test_every_weight_to_the_bit(original: Path, tmp_path: Path, experts: tuple[
         assert torch.equal(source.read(f"{ours}.weight", CPU), trunk[f"{theirs}.weight"])
 
 
+def split_trunk(folder: Path, **again: torch.Tensor) -> None:
+    """Move the codes of the trunk to a second file, which also gets the tensors `again`."""
+    trunk = load_file(folder / TRUNK)
+    moved = {name: tensor for name, tensor in trunk.items() if name.endswith("W_q")}
+    save_file({name: tensor for name, tensor in trunk.items() if name not in moved}, folder / TRUNK)
+    save_file(moved | again, folder / "model-second.safetensors")
+    for name in moved:
+        edit_index(folder, name, "model-second.safetensors")
+
+
+def test_a_trunk_in_two_files(folder: Path) -> None:
+    name = "layers.1.self_attn.qkv_proj.weight"
+    whole = open_path(folder).read(name, CPU)
+    split_trunk(folder)
+    source = open_path(folder)
+    assert torch.equal(source.read(name, CPU), whole)
+    assert {path.name for path, _, _ in source.extents(name)} == {TRUNK, "model-second.safetensors"}
+
+
 def below(start: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(start): each for name, each in tensors.items() if name.startswith(start)}
 
@@ -125,6 +144,10 @@ def edit_expert(**changes: torch.Tensor | None) -> Callable[[Path], None]:
 
 U8 = torch.uint8
 REFUSED: list[tuple[Callable[[Path], None], str]] = [
+    (
+        lambda f: split_trunk(f, **{"model.norm.weight": torch.ones(128).half()}),
+        f"tensor 'model.norm.weight' is in model-second.safetensors and again in {TRUNK}",
+    ),
     (lambda f: edit_index(f, f"{EXPERT}.w1.W_q", None), "experts.0 is in None, which is not there"),
     (lambda f: edit_index(f, f"{EXPERT}.w1.W_q", f"{EXPERT[:-1]}1.safetensors"), "two of 6 experts are in"),
     (edit_expert(w1__W_q=None), "1 tensor missing ('w1.W_q')"),
