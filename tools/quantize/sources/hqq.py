@@ -6,6 +6,7 @@ all follow from shapes and are not read:
 
     W_q          uint8, or the dtype of `scale` by which the same bytes are called
     scale, zero  float16, bfloat16 or float32, [X, 1] or [1, X]
+    nbits        the number of bits, which shapes tell, too: if they differ, the file is damaged
 
 W_q is the codes' rows, cut into equal parts, of which a byte holds one code each, the first part in the
 highest bits. Three bits are ten codes in an int32, with zeros in the two highest bits and rows added to make
@@ -30,9 +31,10 @@ from tools.quantize.names import GENERATION
 from tools.quantize.sources.source import Extent, ModelFiles
 from tools.quantize.sources.stored import FLOATS, PartsSource, Plain, extent_of, fills, plain, read_tensor
 
-CODES, SCALE, ZERO = "W_q", "scale", "zero"
-SETTINGS = (
-    "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale",
+CODES, SCALE, ZERO, NBITS = "W_q", "scale", "zero", "nbits"
+READ = (CODES, SCALE, ZERO, NBITS)
+SETTINGS = (  # that are not
+    "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale",
     "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config",
     "channel_wise", "optimize", "round_zero",
 )  # fmt: skip
@@ -68,7 +70,13 @@ class Matrix:
         return read_tensor(path, f"{self.name}.{ending}", entry)
 
     def read(self) -> Tensor:  # [N, K]
-        """The weights, in the dtype of the scales, with each step rounded as hqq does."""
+        """The weights, in the dtype of the scales, with each step rounded as hqq does. Raises `ModelError` if
+        the file says that they have other bits than shapes do."""
+        if self.get(NBITS).tolist() != self.bits:
+            raise ModelError(
+                f"{self.tensors[NBITS][0]}: {quoted(self.name)} has {self.bits} bits by its shapes and "
+                f"{quoted(self.get(NBITS).tolist())} by its nbits; download it again"
+            )
         scale, zero = self.get(SCALE).view(-1), self.get(ZERO).view(-1)
         kind, parts, width = (torch.int32, TEN, 30) if self.bits == 3 else (torch.uint8, 8 // self.bits, 8)
         packed = self.get(CODES).view(-1).view(kind).view(-1, self.columns)
@@ -107,7 +115,9 @@ def open_hqq(files: ModelFiles) -> PartsSource:
         for name, rows in sources:
             module, part = name.removesuffix(".weight"), None
             if module in modules:
-                part = matrix(module, rows.shape, {e: found[f"{module}.{e}"] for e in (CODES, SCALE, ZERO)})
+                part = matrix(
+                    module, rows.shape, {e: found[f"{module}.{e}"] for e in (CODES, SCALE, ZERO, NBITS)}
+                )
             parts.setdefault(parameter, []).append(part or plain(*found[name], name, rows.shape))
     matrices = [part for each in parts.values() for part in each if isinstance(part, Matrix)]
     halves = sum(part.dtype == torch.float16 for part in matrices)
@@ -126,7 +136,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 def check_settings(folder: Path, modules: Collection[str], found: Mapping[str, object]) -> None:
     """Raises `ModelError` if a module lacks a tensor, or has one that is not known here."""
-    due = [f"{module}.{ending}" for module in sorted(modules) for ending in (SCALE, ZERO)]
+    due = [f"{module}.{ending}" for module in sorted(modules) for ending in (SCALE, ZERO, NBITS)]
     known = {*due, *(f"{module}.{ending}" for module in modules for ending in (CODES, *SETTINGS))}
     theirs = [name for name in found if name.rpartition(".")[0] in modules]
     check_names(folder, due, [name for name in theirs if name in due or name not in known])
@@ -134,7 +144,7 @@ def check_settings(folder: Path, modules: Collection[str], found: Mapping[str, o
 
 def matrix(module: str, shape: tuple[int, ...], tensors: Mapping[str, tuple[Path, TensorEntry]]) -> Matrix:
     """Derive bits and groups, and check all shapes. Raises `ModelError` if they do not fit together."""
-    (path, codes), (_, scale), (_, zero) = (tensors[key] for key in (CODES, SCALE, ZERO))
+    (path, codes), (_, scale), (_, zero), (_, nbits) = tensors.values()
     N, K = shape if len(shape) == 2 else (1, *shape)
     X = math.prod(scale.shape)
     by_row = scale.shape == (X, 1)
@@ -142,7 +152,8 @@ def matrix(module: str, shape: tuple[int, ...], tensors: Mapping[str, tuple[Path
     rows, columns = (X, other) if by_row else (other, X)
     alike = (zero.shape, zero.dtype) == (scale.shape, scale.dtype) and scale.dtype in FLOATS
     bits = None
-    if alike and X > 1 and scale.shape in ((X, 1), (1, X)) and X * other == N * K:
+    grouped = X > 1 and scale.shape in ((X, 1), (1, X)) and X * other == N * K
+    if alike and grouped and nbits.shape == () and nbits.dtype in DTYPES:
         bits = bits_of(codes, rows, columns)
     if bits is None:
         what = (f"{e} {entry.dtype} {quoted(list(entry.shape))}" for e, (_, entry) in tensors.items())

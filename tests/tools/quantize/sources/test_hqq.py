@@ -172,19 +172,28 @@ def edit(**changes: Tensor | None) -> Callable[[Path], None]:
     return apply
 
 
+def test_bits_that_shapes_do_not_tell(original: Path, tmp_path: Path) -> None:
+    save_by_hqq(original, tmp_path / "source")
+    edit(nbits=torch.tensor(8, dtype=torch.int32))(tmp_path / "source")
+    with pytest.raises(ModelError, match="has 4 bits by its shapes and 8 by its nbits; download it again"):
+        open_path(tmp_path / "source").read("layers.0.block_sparse_moe.experts.0.w13.weight", CPU)
+
+
 U8 = torch.uint8
 REFUSED: list[tuple[Callable[[Path], None], str]] = [
     (edit(scale=None), f"1 tensor missing ('{W1}.scale')"),
+    (edit(nbits=None), f"1 tensor missing ('{W1}.nbits')"),
+    (edit(nbits=torch.tensor([4])), "nbits I64 [1], which make no"),
     (edit(bias=torch.zeros(192)), f"1 tensor unexpected ('{W1}.bias')"),
     (edit(zero_scale=torch.zeros(2, 8)), f"1 tensor unexpected ('{W1}.zero_scale')"),
-    (edit(W_q=torch.zeros(191, 64, dtype=U8)), "U8 [191, 64], scale F16 [384, 1], zero F16 [384, 1], which"),
+    (edit(W_q=torch.zeros(191, 64, dtype=U8)), "U8 [191, 64], scale F16 [384, 1], zero F16 [384, 1], nbits"),
     (edit(W_q=torch.zeros(0, dtype=U8)), "W_q U8 [0], "),
     (edit(W_q=torch.zeros((), dtype=U8)), "W_q U8 [], "),
     (edit(W_q=torch.zeros(192 * 64, dtype=U8)), "W_q U8 [12288], "),
     (edit(W_q=torch.zeros(64, 192, dtype=U8)), "W_q U8 [64, 192], "),
     (edit(scale=torch.zeros(384).half()), "scale F16 [384], "),
     (edit(scale=torch.zeros(383, 1).half()), "scale F16 [383, 1], "),
-    (edit(zero=torch.zeros(384, 1)), "zero F32 [384, 1], which make no [192, 128]"),
+    (edit(zero=torch.zeros(384, 1)), "zero F32 [384, 1], nbits I32 [], which make no [192, 128]"),
     (edit(scale=torch.zeros(384, 1, dtype=torch.int8)), "scale I8 [384, 1], "),
     (edit(W_q=torch.zeros(192, 64, dtype=torch.int64)), "W_q I64 [192, 64], "),
 ]  # fmt: skip
