@@ -82,10 +82,9 @@ class Engine:
             plan = Engine.plan("path/to/checkpoint", EngineOptions(vram="11GiB"))
             print(plan.where, plan.device_bytes, plan.host_bytes, plan.resident)
 
-        Of the checkpoint in folder `path`, of a model at the hub, or of the demo model, this reads headers
-        only, and it allocates nothing. Where experts do not all fit, it may copy or read for a moment to
-        learn the rates that the options leave open. The `plan` of a loaded engine is the `Plan` that it keeps
-        to.
+        Of a folder, a model at the hub or the demo, this reads headers only, and it allocates nothing. Where
+        experts do not all fit, it may copy or read for a moment to learn the rates that the options leave
+        open. The `plan` of a loaded engine is the `Plan` that it keeps to.
 
         Raises as `load` does, except that errors in the tokenizer and in the weights are not found.
         """
