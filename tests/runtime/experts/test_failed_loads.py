@@ -59,7 +59,7 @@ def test_a_load_that_fails_anywhere(variant: Callable[..., Path], rigs: Any, tie
         if loaded:
             break
     assert loaded and len(failed) > 25
-    assert {"make_cache", "__init__", "start", "load_weights"} <= set(failed)
+    assert {"make_cache", "__init__", "load_weights"} <= set(failed)  # which have many lines
 
 
 def await_(what: Callable[[], bool]) -> None:
