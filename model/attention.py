@@ -1,6 +1,6 @@
 """Grouped-query attention (arXiv 2305.13245): H query heads share G heads of keys and values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 import torch
@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.kernels import step as kernels
 from model.kv_cache import LayerKV
 from model.rope import Rope
+from model.rows import apart
 from model.target import AMPERE, Target
 
 
@@ -44,6 +45,17 @@ class Attention(nn.Module):
             k, v = kv.append(k, v, past)  # [B, G, past + T, K]
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, H * self.head_dim))
 
+    def decode(self, x: Tensor, rope: Rope, kvs: Sequence[LayerKV], pasts: Sequence[int]) -> Tensor:
+        """The same for one token of each of N texts, x [N, D] -> [N, D]. Text n has `pasts[n]` tokens so far."""
+        N, H, G = len(x), self.heads, self.kv_heads
+        qkv = apart(self.qkv_proj, x).view(N, H + 2 * G, 1, self.head_dim)
+        qk = rope(qkv[:, : H + G])  # [N, H + G, 1, K]
+        q, k = qk[:, :H], qk[:, H:]  # [N, H, 1, K], [N, G, 1, K]
+        v = poisoned(qkv[:, H + G :], qk)  # [N, G, 1, K]
+        texts = zip(q.split(1), k.split(1), v.split(1), kvs, pasts, strict=True)
+        out = [attend(q, *kv.append(k, v, past), None) for q, k, v, kv, past in texts]  # [1, H, 1, K] each
+        return apart(self.o_proj, torch.cat(out).view(N, H * self.head_dim))
+
     def step(self, x: Tensor, rope: Rope, kv: LayerKV, position: Tensor) -> Tensor:  # [1, D] -> [1, D]
         """The same for one token in a step on a GPU. position [1] int64 is the token's place in `kv`."""
         qkv = self.qkv_proj(x)  # [1, (H + 2 G) K]
@@ -52,13 +64,15 @@ class Attention(nn.Module):
 
 
 def poisoned(v: Tensor, qk: Tensor) -> Tensor:  # [B, G, T, K], [B, H + G, T, K] -> [B, G, T, K]
-    """The values unchanged, or all NaN if any query or key is not finite.
+    """The values unchanged, or those of a text all NaN if any of its queries or keys is not finite.
 
     Attention alone can hide a number that is not finite. A CPU's kernel gives zeros where no score is finite,
     and a key that overflowed can look like one that is masked. A value of NaN reaches every token that sees
     it, at any score, and through the KV cache every later token.
     """
-    return torch.addcmul(v, *qk.detach().aminmax(), value=0)  # v + 0 * least * greatest
+    extremes = qk.detach().flatten(1).aminmax(dim=1)  # [B] each
+    least, greatest = (e.view(-1, 1, 1, 1) for e in extremes)
+    return torch.addcmul(v, least, greatest, value=0)  # v + 0 * least * greatest
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -31,7 +31,7 @@ Words, each with one meaning:
     ..._bytes      a quantity in bytes
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -46,6 +46,7 @@ from model.linear import Linear
 from model.moe import Experts, ResidentExperts, SparseMoE, StepExperts
 from model.rope import Rope
 from model.router import Choice, seen_from
+from model.rows import apart
 
 
 class RMSNorm(nn.Module):
@@ -89,6 +90,11 @@ class Block(nn.Module):
     ) -> Tensor:  # [B, T, D] -> [B, T, D]
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, kv, past)
         return x + self.block_sparse_moe(self.post_attention_layernorm(x))
+
+    def decode(self, x: Tensor, rope: Rope, kvs: Sequence[LayerKV], pasts: Sequence[int]) -> Tensor:
+        """The same for one token of each of N texts, [N, D] -> [N, D]."""
+        x = x + self.self_attn.decode(self.input_layernorm(x), rope, kvs, pasts)
+        return x + self.block_sparse_moe.decode(self.post_attention_layernorm(x))
 
 
 class Mixtral(nn.Module):
@@ -148,6 +154,21 @@ class Mixtral(nn.Module):
         if last:
             x = x[:, -1:]
         return self.lm_head(self.norm(x))
+
+    def decode(self, ids: Tensor, kvs: Sequence[KVCache]) -> Tensor:
+        """The next token of each of N texts: logits [N, V] after ids [N], which are added to `kvs`.
+
+        Attention sees one text at a time. All else is computed for all texts at once, so an expert is brought
+        once for all of them. On a CPU, a text's logits have the same bits alone and beside any others.
+        Raises `ValueError` if an id does not fit.
+        """
+        pasts = [self.room(1, 1, kv)[0] for kv in kvs]
+        rope, x = self.rope.of(pasts), self.embed_tokens(ids)  # x [N, D]
+        for layer, block in enumerate(self.blocks):
+            x = block.decode(x, rope, [kv.layers[layer] for kv in kvs], pasts)
+        for kv in kvs:
+            kv.length += 1
+        return apart(self.lm_head, self.norm(x))
 
     def step(self, token: Tensor, position: Tensor, kv: KVCache) -> Iterator[Choice | Tensor | None]:
         """What `forward` computes for one id, on a GPU. Yields L choices, one a layer, then logits [1, V].

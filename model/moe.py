@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.linear import Linear
 from model.router import Choice, Router
+from model.rows import apart
 
 Product = Callable[[Tensor], Tensor]  # x [N, inputs] -> [N, outputs]
 
@@ -88,7 +89,8 @@ def mix(experts: Sequence[Product], x: Tensor, choice: Choice) -> Tensor:  # [N,
         sums = ManyTokens(x, choice, counts)
         order = list(sums.groups)
     for e in order:
-        sums.add(e, experts[e](sums.inputs(e)))
+        rows = sums.inputs(e)
+        sums.add(e, apart(experts[e], rows) if choice.apart else experts[e](rows))
     return sums.total()
 
 
@@ -197,3 +199,7 @@ class SparseMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
         flat = x.flatten(0, 1)  # [N, D], N = B * T
         return self.experts(flat, self.gate(flat)).view(x.shape)
+
+    def decode(self, x: Tensor) -> Tensor:  # [N, D] -> [N, D]
+        """The same for one token of each of N texts."""
+        return self.experts(x, self.gate(x, each=True))

@@ -1,5 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864) in the rotate-half layout of HF checkpoints."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,13 @@ class Rope:
     def at(self, start: int, stop: int) -> "Rope":
         """The rotations of positions `start` to `stop` - 1."""
         return Rope(self.cos[start:stop], self.sin[start:stop])
+
+    def of(self, positions: Sequence[int]) -> "Rope":
+        """The rotations of one token of each of N texts, at these positions: for x [N, H, 1, K]."""
+        if len(positions) == 1:
+            return self.at(positions[0], positions[0] + 1)
+        rows = torch.tensor(positions, device=self.cos.device)
+        return Rope(self.cos[rows][:, None, None], self.sin[rows][:, None, None])
 
     def __call__(self, x: Tensor) -> Tensor:  # [B, H, T, K] -> the same
         return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)

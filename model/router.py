@@ -9,6 +9,7 @@ The later router will see about n * v'. So the prediction is one product of x wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.kernels import step as kernels
+from model.rows import apart
 
 
 @dataclass(slots=True)  # not frozen: a frozen one takes longer to make, and every layer makes one
@@ -31,6 +33,7 @@ class Choice:
     ranking: Tensor | None = None  # [d, E]: the experts of each of the next d layers, likeliest first
     packed: Tensor | None = None  # [2 A + d E] int32
     x: Tensor | None = None  # [1, D]
+    apart: bool = False  # the tokens are of N texts, and each gets the bits that it gets alone (`rows.apart`)
 
     @staticmethod
     def unpack(packed: Tensor, chosen: int, experts: int) -> "Choice":
@@ -78,10 +81,13 @@ class Router(nn.Module):
         if self.gates is not None:
             self.prepare_step()
 
-    def forward(self, x: Tensor) -> Choice:  # [N, D]
+    def forward(self, x: Tensor, each: bool = False) -> Choice:  # [N, D]
+        """The choice of N tokens: of one text, or with `each` of N texts."""
         wide = x.float()
-        logits, ids = F.linear(wide, self.weight).topk(self.experts_per_token)  # [N, A]
-        return Choice(ids, logits.softmax(-1), None if self.ahead is None else self.rank(wide, self.ahead))
+        gates = partial(F.linear, weight=self.weight)
+        logits, ids = (apart(gates, wide) if each else gates(wide)).topk(self.experts_per_token)  # [N, A]
+        ranking = None if self.ahead is None else self.rank(wide, self.ahead)
+        return Choice(ids, logits.softmax(-1), ranking, apart=each)
 
     def rank(self, x: Tensor, ahead: Tensor) -> Tensor:  # [N, D], [d E, D] -> [d, E]
         """A ranking of each later layer's experts. It adds up the probabilities of several tokens."""

@@ -43,6 +43,18 @@ def in_pieces(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
+def apart(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:  # [N, K] -> [N, M]
+    """`product(x)` for rows of N different texts. On a CPU, each row gets the bits that it gets alone.
+
+    A product that promises this for any rows says so by an attribute `independent`, and takes all rows at
+    once. Another one may round differently if it gets more rows, so it takes one row at a time. A GPU takes
+    all rows at once, without the promise: one row after the other would read the weights N times.
+    """
+    if len(x) == 1 or x.is_cuda or getattr(product, "independent", False):
+        return product(x)
+    return torch.cat([product(row) for row in x.split(1)])
+
+
 def filled_up(rows: Tensor) -> Tensor:  # [M, K] -> [M or more, K]
     """Rows padded with zeros as `in_pieces` pads them. Several products of the same rows need this once."""
     missing = rows_filled_up(len(rows)) - len(rows) if compiles(rows.dtype, rows.device) else 0

@@ -65,6 +65,18 @@ class ModelRunner:
         as `alone` does."""
         return self.alone(partial(self.compute, ids, kv))
 
+    def decode(self, tokens: list[int], kvs: list[KVCache]) -> Tensor:
+        """Add one token to each of N texts; return the logits after it, [N, V] float32. Call it inside
+        `working`. Raises as `alone` does."""
+        if len(tokens) == 1:
+            return self.forward(tokens, kvs[0])[None]
+        return self.alone(partial(self.compute_each, tokens, kvs))
+
+    def compute_each(self, tokens: list[int], kvs: list[KVCache]) -> Tensor:
+        with torch.inference_mode():
+            rows = self.model.decode(torch.tensor(tokens, device=self.device), kvs).float()
+            return rows if self.unused is None else rows.masked_fill(self.unused, -torch.inf)
+
     def compute(self, ids: list[int], kv: KVCache) -> Tensor:
         with torch.inference_mode():
             if self.decoder is not None and len(ids) == 1:

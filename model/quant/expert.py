@@ -115,9 +115,10 @@ class ExpertFormat:
         memory = {name: views(self.kept, name, blob) for name in self.shapes}
         if not self.spec.quantized:
             w13, w2 = (partial(linear, weight=tensors["weight"]) for tensors in memory.values())
-            return BoundExpert(w13, w2, partial(gated, w13=w13))
+            return BoundExpert(w13, w2, partial(gated, w13=w13), independent=False)
         first, second = (self.backends[name](self.spec, s, memory[name]) for name, s in self.shapes.items())
-        return BoundExpert(first, second, first.gated)
+        independent = all(backend.independent for backend in self.backends.values())
+        return BoundExpert(first, second, first.gated, independent)
 
     def step(
         self,
@@ -146,6 +147,7 @@ class BoundExpert:
     w13: Product
     w2: Product
     gated: Product  # x [N, D] -> [N, F], in x's dtype or in float32
+    independent: bool  # whether a row's output has the same bits alone and among others
 
     def __call__(self, x: Tensor) -> Tensor:  # [N, D] -> [N, D]
         return self.output(self.gated(x), x.dtype)

@@ -43,6 +43,11 @@ class QuantizedLinear(nn.Module):
         self.product = self.backend(self.spec, self.shape, self.memory)
 
     @property
+    def independent(self) -> bool:
+        """Whether a row's product has the same bits alone and among others."""
+        return self.backend.independent
+
+    @property
     def as_stored(self) -> bool:
         """Whether W is kept in exactly the bytes that files have of it."""
         return keeps_as_stored(self.backend, self.spec, self.shape)

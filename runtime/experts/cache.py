@@ -22,6 +22,7 @@ from model.kernels import step
 from model.moe import Contributions, ManyTokens, OneToken
 from model.quant.expert import ExpertFormat
 from model.router import Choice
+from model.rows import apart
 from runtime.experts import trace
 from runtime.experts.exchange import Exchange
 from runtime.experts.host import HostExperts
@@ -177,7 +178,7 @@ class ExpertCache:
         else:
             sums = ManyTokens(x, choice, np.bincount(chosen.ravel(), minlength=experts).tolist())
         for arrival in arrivals:
-            sums.add(arrival.expert, self.compute(arrival, sums.inputs(arrival.expert)))
+            sums.add(arrival.expert, self.compute(arrival, sums.inputs(arrival.expert), choice.apart))
         return sums.total()
 
     def apply_divided(
@@ -196,11 +197,15 @@ class ExpertCache:
         theirs = host.wait(job).to(x.device)
         return sums.total() + theirs if arrivals else theirs
 
-    def compute(self, arrival: Arrival, x: Tensor) -> Tensor:  # [n, D] -> [n, D]
-        """One expert's output. Each of its two products waits only for its own bytes."""
+    def compute(self, arrival: Arrival, x: Tensor, each: bool = False) -> Tensor:  # [n, D] -> [n, D]
+        """One expert's output. Each of its two products waits only for its own bytes. With `each`, x has
+        rows of n texts."""
         expert = self.bound[arrival.slot]
         if arrival.ticket is None:
-            return expert(x)
+            return apart(expert, x) if each else expert(x)
+        if each and not expert.independent:
+            self.residency.wait(arrival)
+            return apart(expert, x)
         self.residency.wait(arrival, self.first_bytes)
         h = expert.gated(x)  # [n, F], while w2 travels
         self.residency.wait(arrival)

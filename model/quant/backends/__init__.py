@@ -25,7 +25,7 @@ class Backend(Protocol):
 
     >>> class Floats:
     ...     "Keeps a matrix as float32: quick to multiply, but eight times as large as at 4 bits."
-    ...     devices, universal = ("cpu", "cuda"), False
+    ...     devices, universal, independent = ("cpu", "cuda"), False, False
     ...     def __init__(self, spec, shape, memory):
     ...         self.weight = memory["weight"]
     ...     def __call__(self, x):
@@ -61,6 +61,7 @@ class Backend(Protocol):
     universal: ClassVar[
         bool
     ]  # whether it takes every format and shape, if it takes any in a dtype on a device
+    independent: ClassVar[bool]  # whether a row's product has the same bits alone and among others
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         """`memory` has the tensors that `fields` lists, by the last part of their names."""

@@ -32,6 +32,7 @@ class Blocks:
 
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     universal: ClassVar[bool] = True
+    independent: ClassVar[bool] = False
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         self.matrix = QuantizedTensor.of(spec, shape, memory)

@@ -20,6 +20,7 @@ class Fused:
 
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     universal: ClassVar[bool] = True
+    independent: ClassVar[bool] = False
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         """The tensors of `memory` have to follow one another without gaps, as those of `fields` do."""

@@ -44,6 +44,7 @@ class Int4Pack:
 
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     universal: ClassVar[bool] = False
+    independent: ClassVar[bool] = False
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         self.spec, self.shape = spec, shape

@@ -24,6 +24,7 @@ class Lanes:
 
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     universal: ClassVar[bool] = True
+    independent: ClassVar[bool] = True
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         self.matrix = products.PackedMatrix(spec, shape, memory)
