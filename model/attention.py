@@ -46,7 +46,7 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, H * self.head_dim))
 
     def decode(self, x: Tensor, rope: Rope, kvs: Sequence[LayerKV], pasts: Sequence[int]) -> Tensor:
-        """The same for one token of each of N texts, x [N, D] -> [N, D]. Text n has `pasts[n]` tokens so far."""
+        """The same for one token of each of N texts, x [N, D] -> [N, D]. Text n has `pasts[n]` so far."""
         N, H, G = len(x), self.heads, self.kv_heads
         qkv = apart(self.qkv_proj, x).view(N, H + 2 * G, 1, self.head_dim)
         qk = rope(qkv[:, : H + G])  # [N, H + G, 1, K]

@@ -10,11 +10,12 @@ from runtime.shadowed import check_names
 
 TYPE_CHECKING = False  # of `typing`, which takes milliseconds to import
 if TYPE_CHECKING:
+    from runtime.answer import Token
     from runtime.engine import Engine
     from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, PromptTooLong, RequestError
     from runtime.options import EngineOptions, SamplingParams
     from runtime.planning.plan import Plan
-    from runtime.session import Session, Token
+    from runtime.session import Session
     from runtime.stats import Stats
 
 __all__ = [
@@ -40,7 +41,7 @@ HOMES = {
     "Plan": "planning.plan",
     "Session": "session",
     "Stats": "stats",
-    "Token": "session",
+    "Token": "answer",
 }
 HOMES |= dict.fromkeys(("EngineOptions", "SamplingParams"), "options")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from model.mixtral import Mixtral
+from runtime.answer import Token
 from runtime.errors import OptionError, RequestError
 from runtime.experts.policy import policy_name
 from runtime.experts.tiers import SPARE_BERTHS, SPARE_SLOTS
@@ -26,7 +27,7 @@ from runtime.planning.attribute import planned
 from runtime.planning.plan import Plan
 from runtime.requests import check_ids, more_context
 from runtime.runner import ModelRunner
-from runtime.session import DEFAULT_PARAMS, Session, Token
+from runtime.session import DEFAULT_PARAMS, Session
 from runtime.startup import Judge, plan_named, start
 from runtime.stats import Stats
 from tokenizer import Tokenizer

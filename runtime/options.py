@@ -143,8 +143,8 @@ class EngineOptions:
 class SamplingParams:
     """How the next token is sampled from the logits, and when the text ends.
 
-    Options apply in this order: repetition penalty, logit bias, temperature, top-k, top-p, min-p. Raises
-    `OptionError` if a value makes no sense.
+    Options apply in this order: repetition penalty, presence and frequency penalties, logit bias,
+    temperature, top-k, top-p, min-p. Raises `OptionError` if a value makes no sense.
     """
 
     max_new_tokens: int = option(256, "stop after this many tokens", int, metavar="N")
@@ -167,6 +167,13 @@ class SamplingParams:
     )
     stop: tuple[str, ...] = option((), "end before any of these texts", nargs="+", metavar="TEXT")
     ignore_eos: bool = option(False, "go on past the model's end-of-sequence token", action="store_true")
+    presence_penalty: float = option(
+        0.0, "take P from the logit of each token that was sampled before", float, metavar="P"
+    )
+    frequency_penalty: float = option(
+        0.0, "take P from the logit of a token for each time that it was sampled before", float, metavar="P"
+    )
+    top_logprobs: int = 0  # likeliest tokens that every `Token` lists; no flag, since the shell shows none
 
     def __post_init__(self) -> None:
         settle(self, "stop", check_stop(self.stop))
@@ -183,12 +190,15 @@ WHOLE = (
     ("max_new_tokens", 1, "a whole number, at least 1"),
     ("top_k", 0, "a whole number, 0 (all) or more"),
     ("seed", 0, "a whole number from 0 to 2**63 - 1"),
+    ("top_logprobs", 0, "a whole number, 0 or more"),
 )
 NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("temperature", lambda t: 0 <= t < math.inf, "a number, 0 or more"),
     ("top_p", lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
     ("min_p", lambda p: 0 <= p <= 1, "a number from 0 to 1"),
     ("repetition_penalty", lambda r: 0 < r < math.inf, "a number above 0"),
+    ("presence_penalty", math.isfinite, "a finite number"),
+    ("frequency_penalty", math.isfinite, "a finite number"),
 )
 
 

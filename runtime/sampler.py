@@ -7,6 +7,7 @@ runtimes.
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,19 +16,35 @@ from runtime.errors import RequestError
 from runtime.options import SamplingParams
 
 
-def sample(
-    logits: Tensor, params: SamplingParams, seen: Tensor | None, generator: torch.Generator | None
-) -> tuple[int, float]:
-    """The next token's id, and its log-probability before any sampling option.
+class Sampled(NamedTuple):
+    """A token that was sampled. Log-probabilities are those before any sampling option."""
 
-    `seen` [V] bool marks the ids that already occurred. `generator` is on the logits' device, and None at
-    temperature 0. Waits for the device once.
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest ids, as many as `top_logprobs` asks for
+
+
+def sample(
+    logits: Tensor,
+    params: SamplingParams,
+    seen: Tensor | None,
+    generator: torch.Generator | None,
+    counts: Tensor | None = None,
+    allowed: Tensor | None = None,
+) -> Sampled:
+    """The next token.
+
+    `seen` [V] bool marks the ids that already occurred, and `counts` [V] float32 says how often each was
+    sampled. Only ids that `allowed` [V] bool marks can come, if it is given. `generator` is on the logits'
+    device, and None at temperature 0. Waits for the device once, and twice if `params` ask for the likeliest.
 
     Raises `RequestError` if a logit is NaN, or if `params` leave no token: all are forbidden, or the numbers
     exceed float32's range.
     """
     logprobs = logits.log_softmax(-1)
-    adjusted = adjust(logits, params, seen)
+    adjusted = adjust(logits, params, seen, counts)
+    if allowed is not None:
+        adjusted = adjusted.masked_fill(~allowed, -torch.inf)
     largest, token = adjusted.max(0)
     if params.temperature > 0:
         token = draw(keep(adjusted, params).softmax(-1), generator)
@@ -40,13 +57,30 @@ def sample(
             f"no token can be sampled, the largest logit is {most}; "
             f"allow some in logit_bias, or take less extreme sampling options"
         )
-    return int(sampled), logprob
+    return Sampled(int(sampled), logprob, likeliest(logprobs, params.top_logprobs))
 
 
-def adjust(logits: Tensor, params: SamplingParams, seen: Tensor | None) -> Tensor:
-    """The logits after repetition penalty, bias and temperature."""
+def likeliest(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The ids with the largest log-probabilities, largest first, but none that cannot come.
+
+    >>> likeliest(torch.tensor([-2.0, -0.5, -torch.inf]), 3)
+    ((1, -0.5), (0, -2.0))
+    """
+    if not count:
+        return ()
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return tuple((i, value) for i, value in pairs if value > -math.inf)
+
+
+def adjust(
+    logits: Tensor, params: SamplingParams, seen: Tensor | None, counts: Tensor | None = None
+) -> Tensor:
+    """The logits after penalties, bias and temperature."""
     if seen is not None and params.repetition_penalty != 1:
         logits = penalize_repetition(logits, seen, params.repetition_penalty)
+    if counts is not None:
+        logits = penalize_sampled(logits, counts, params.presence_penalty, params.frequency_penalty)
     if params.logit_bias:
         logits = add_bias(logits, params.logit_bias)
     return logits / params.temperature if params.temperature > 0 else logits
@@ -80,6 +114,16 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """
     penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalized, logits)
+
+
+def penalize_sampled(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
+    """Take `presence` from the logit of each token that was sampled, and `frequency` for each time, as
+    OpenAI's API defines them.
+
+    >>> penalize_sampled(torch.zeros(3), torch.tensor([0.0, 1.0, 2.0]), 0.5, 0.25).tolist()
+    [0.0, -0.75, -1.0]
+    """
+    return logits - frequency * counts - presence * (counts > 0)
 
 
 def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:

@@ -2,40 +2,20 @@
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from model.errors import quoted
+from runtime.answer import Answer, Token
 from runtime.errors import RequestError
 from runtime.options import SamplingParams
 from runtime.requests import check_bias, check_ids, check_room
 from runtime.runner import ModelRunner
-from runtime.sampler import sample
-from runtime.stop import StopScanner
 from tokenizer import StreamDecoder, Tokenizer, TokenizerError
 
-Finish = Literal["eos", "stop", "length", "context"]
 DEFAULT_PARAMS = SamplingParams()
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token.
-
-    The tokens' texts, joined, are the answer. A single text can be empty, because half a character or the
-    possible start of a stop string is held back. `logprob` is the token's log-probability before any sampling
-    option. The last token's `finish` tells why the text ends: the model ended it, it reached a stop string or
-    `max_new_tokens`, or the context is full.
-    """
-
-    id: int
-    text: str
-    logprob: float
-    finish: Finish | None = None
 
 
 class Session:
@@ -127,39 +107,18 @@ class Session:
     def decode_loop(
         self, ids: list[int], params: SamplingParams, decoder: StreamDecoder, room: int
     ) -> Iterator[Token]:
-        runner, scanner = self.runner, StopScanner(params.stop)
-        request = self.begin_request()
-        generator = new_generator(params, runner.device)
-        ends = () if params.ignore_eos else runner.eos_ids
-        limit = min(params.max_new_tokens, room)
-        seen: Tensor | None = None
-        token = -1
-        for made in range(1, limit + 1):
+        runner, request = self.runner, self.begin_request()
+        answer = Answer(ids, params, decoder, room, runner.eos_ids)
+        token: Token | None = None
+        while token is None or token.finish is None:
             began = time.perf_counter()
             with runner.working():
-                logits = self.prefill(ids) if made == 1 else self.step(token)  # [V]
-                if seen is not None:
-                    seen[token] = True
-                elif params.repetition_penalty != 1:
-                    seen = mark_seen(ids, logits)
-                token, logprob = sample(logits, params, seen, generator)
-                runner.count_token(time.perf_counter() - began, first=made == 1)
-                text: str = ""
-                finish: Finish | None = None
-                if token in ends:
-                    finish = "eos"
-                else:
-                    text = scanner.push(decoder.push(token))
-                    if scanner.found:
-                        finish = "stop"
-                    elif made == limit:
-                        finish = "length" if made == params.max_new_tokens else "context"
-                if finish:
-                    text += scanner.push(decoder.flush()) + scanner.flush()
-            yield Token(token, text, logprob, finish)
-            if finish:
-                return
-            self.check_current(request)
+                logits = self.prefill(ids) if token is None else self.step(token.id)  # [V]
+                taken = answer.take(logits)
+                runner.count_token(time.perf_counter() - began, first=token is None)
+            yield (token := taken)
+            if token.finish is None:
+                self.check_current(request)
 
     def begin_request(self) -> int:
         self.check_open()
@@ -181,20 +140,21 @@ class Session:
         reused = min(common_prefix(self.ids, ids), len(ids) - 1)
         del self.ids[reused:]  # first, so that an interrupt never leaves ids that `kv` does not hold
         self.kv.truncate(reused)
-        logits = self.forward(ids[reused:])
+        logits = self.computed(self.runner.forward, ids[reused:], self.kv)
         self.ids = list(ids)
         self.runner.count_prompt(len(ids) - reused, reused)
         return logits
 
     def step(self, token: int) -> Tensor:  # -> [V] float32
-        logits = self.forward([token])
+        logits = self.computed(self.runner.decode, [token], [self.kv])[0]
         self.ids.append(token)
         return logits
 
-    def forward(self, ids: list[int]) -> Tensor:
+    def computed(self, forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """The result of a forward, during which a signal handler may close the session."""
         self.computing = True
         try:
-            return self.runner.forward(ids, self.kv)
+            return forward(*arguments)
         finally:
             self.computing = False
 
@@ -236,21 +196,3 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     2
     """
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def mark_seen(ids: list[int], logits: Tensor) -> Tensor:  # -> [V] bool
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    seen[ids] = True
-    return seen
-
-
-def new_generator(params: SamplingParams, device: torch.device) -> torch.Generator | None:
-    """The request's own random generator, from which nothing else draws; None if nothing is random."""
-    if params.temperature == 0:
-        return None
-    generator = torch.Generator(device)
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator

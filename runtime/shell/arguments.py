@@ -14,7 +14,10 @@ MODEL_HELP = "a checkpoint's folder, or org/name or org/name@revision at the Hug
 GROUPS = {
     "model and prompt": ("chat_template",),
     "when to stop": ("max_new_tokens", "stop", "ignore_eos"),
-    "sampling": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias", "seed"),
+    "sampling": (
+        "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "logit_bias", "seed",
+    ),
     "memory and device": ("device", "dtype", "vram", "ram", "map", "context", "threads", "graphs"),
     "experts that do not all fit": (
         "offload", "slots", "berths", "policy", "lookahead", "prefetch", "misses",
@@ -49,8 +52,9 @@ def at_least_one(text: str) -> int:
 
 
 def add_flags(parser: argparse.ArgumentParser, *options: type) -> None:
-    """Add a flag for each field of these dataclasses, under the titles of `GROUPS`."""
-    fields = {field.name: field for each in options for field in dataclasses.fields(each)}
+    """Add a flag for each field of these dataclasses that was made by `option`, under the titles of
+    `GROUPS`."""
+    fields = {field.name: field for each in options for field in dataclasses.fields(each) if field.metadata}
     for title, names in GROUPS.items():
         for name in names:
             if name in fields:

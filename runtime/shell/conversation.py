@@ -14,8 +14,9 @@ from runtime.shell.command import put, say
 from runtime.shell.prompts import decode
 
 if TYPE_CHECKING:
+    from runtime.answer import Token
     from runtime.engine import Engine
-    from runtime.session import Session, Token
+    from runtime.session import Session
 
 PASTE = 0.05  # seconds within which the next line of a pasted text arrives
 

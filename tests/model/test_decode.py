@@ -12,7 +12,11 @@ from runtime import Engine, EngineOptions
 from runtime.engine import DEMO
 from tests.quantized import quantize_folder
 
-SHAPES = ((64, 96, 4, 2, 16), (256, 128, 8, 4, 32), (320, 448, 5, 1, 64))  # hidden, ffn, heads, groups, head dim
+SHAPES = (
+    (64, 96, 4, 2, 16),
+    (256, 128, 8, 4, 32),
+    (320, 448, 5, 1, 64),
+)  # hidden, ffn, heads, groups, head dim
 
 
 def random_model(shape: tuple[int, ...], dtype: torch.dtype) -> Mixtral:

@@ -47,10 +47,13 @@ def test_defaults() -> None:
         "top_p": 0.95,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "logit_bias": {},
         "seed": None,
         "stop": (),
         "ignore_eos": False,
+        "top_logprobs": 0,
     }
 
 
@@ -171,7 +174,7 @@ def test_scalars_of_numpy_and_torch_are_numbers() -> None:
     )  # type: ignore[arg-type]  # fmt: skip
     assert params == SamplingParams(5, 0.5, 3, 1.0, 0.25, 1.0, {3: 1.5}, 7, (), True)
     kinds = [type(value) for value in dataclasses.asdict(params).values()]
-    assert kinds == [int, float, int, float, float, float, dict, int, tuple, bool]
+    assert kinds == [int, float, int, float, float, float, dict, int, tuple, bool, float, float, int]
     options = EngineOptions(context=np.int64(512), vram=np.int64(4096), link_gbps=1)  # type: ignore[arg-type]
     assert options == EngineOptions(context=512, vram="4096", link_gbps=1.0)
 
@@ -217,7 +220,7 @@ def test_no_flags_give_the_defaults(options: type) -> None:
 def test_each_field_is_a_flag_under_a_title_for_people() -> None:
     names = [name for names in GROUPS.values() for name in names]
     fields = [*dataclasses.fields(EngineOptions), *dataclasses.fields(SamplingParams)]
-    assert sorted(names) == sorted(field.name for field in fields)
+    assert sorted(names) == sorted(field.name for field in fields if field.metadata)
     parser = argparse.ArgumentParser()
     add_flags(parser, SamplingParams, EngineOptions)
     shown = re.findall(r"^(\S.*):$", parser.format_help(), re.MULTILINE)
@@ -264,6 +267,8 @@ def test_each_field_can_be_given_as_a_flag() -> None:
         top_p=st.floats(0, 1, exclude_min=True),
         min_p=st.floats(0, 1),
         repetition_penalty=st.floats(0.1, 5),
+        presence_penalty=st.floats(-9, 9),
+        frequency_penalty=st.floats(-9, 9),
         logit_bias=st.dictionaries(st.integers(0, 99), st.floats(-100, 100), max_size=3),
         seed=st.none() | st.integers(0, (1 << 63) - 1),
         stop=st.lists(st.text(min_size=1), max_size=3),
@@ -273,7 +278,9 @@ def test_each_field_can_be_given_as_a_flag() -> None:
 def test_params_survive_being_written_as_flags(params: SamplingParams) -> None:
     words: list[str] = []
     for name, value in dataclasses.asdict(params).items():
-        if name == "logit_bias":
+        if name == "top_logprobs":  # for programs
+            assert value == 0
+        elif name == "logit_bias":
             words += [f"--logit-bias={token}={bias!r}" for token, bias in value.items()]
         elif name == "stop":
             words += [f"--stop={text}" for text in value]

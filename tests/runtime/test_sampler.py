@@ -262,3 +262,38 @@ def test_the_device_is_waited_for_once(params: SamplingParams, monkeypatch: pyte
 def test_logits_that_are_no_numbers(spoilt: float, params: SamplingParams) -> None:
     with pytest.raises(RequestError, match="NaN"):
         sample(torch.tensor([0.0, spoilt, 1.0]), params, None, generator())
+
+
+@given(DIFFERENT, st.lists(st.integers(0, V - 1), max_size=12), NUMBERS, NUMBERS)
+def test_penalties_by_openai_s_formula(
+    logits: Tensor, sampled: list[int], presence: float, frequency: float
+) -> None:
+    counts = torch.tensor([float(sampled.count(i)) for i in range(V)])
+    params = SamplingParams(temperature=0, presence_penalty=presence, frequency_penalty=frequency)
+    expected = [
+        logit - sampled.count(i) * frequency - (i in sampled) * presence
+        for i, logit in enumerate(logits.tolist())
+    ]
+    adjusted = sampler.adjust(logits, params, None, counts)
+    torch.testing.assert_close(adjusted, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    assert sample(logits, params, None, None, counts).id == int(adjusted.argmax())
+
+
+@given(DIFFERENT, SEEN, st.just(0.0) | st.floats(0.1, 3), st.integers(0, 99))
+def test_only_what_is_allowed(logits: Tensor, allowed: set[int], temperature: float, seed: int) -> None:
+    assume(allowed)
+    params = SamplingParams(temperature=temperature, top_k=3, top_p=0.8, min_p=0.05)
+    for _ in range(3):
+        sampled = sample(logits, params, None, generator(seed), None, mark(allowed))
+        assert sampled.id in allowed
+        assert sampled.logprob == logits.log_softmax(-1)[sampled.id].item()  # as if all were allowed
+    with pytest.raises(RequestError, match="no token can be sampled"):
+        sample(logits, params, None, generator(seed), None, mark(set()))
+
+
+@given(DIFFERENT, st.integers(0, V + 3))
+def test_the_likeliest(logits: Tensor, count: int) -> None:
+    params = SamplingParams(top_logprobs=count, logit_bias={0: 5.0})
+    top = sample(logits, params, None, generator()).top
+    expected = sorted(enumerate(logits.log_softmax(-1).tolist()), key=lambda pair: -pair[1])
+    assert list(top) == expected[:count]
