@@ -29,9 +29,10 @@ from runtime.options import EngineOptions, SamplingParams
 from runtime.requests import check_bias, check_room
 from runtime.shell.arguments import MODEL_HELP, add_flags, from_flags, group, new_parser
 from runtime.shell.aside import check_writable, written_aside
-from runtime.shell.conversation import converse, show
+from runtime.shell.conversation import Conversation, show
 from runtime.shell.progress import byte_bar, download_bar, kernel_bar
 from runtime.shell.prompts import read_prompt
+from runtime.shell.reading import MessageReader
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -122,11 +123,9 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
                 say(line)
         with engine.recording(args.trace) if args.trace else nullcontext():
             if prompt is None:
-                converse(engine, engine.session(args.system), params)
+                Conversation(engine, engine.session(args.system), params).talk(MessageReader())
             elif args.chat:
-                session = engine.session(args.system)
-                session.send(prompt)
-                show(session.generate(params), engine)
+                Conversation(engine, engine.session(args.system), params).answer(prompt)
             else:
                 show(engine.generate(prompt, params), engine)
         report(engine, args, stats_file)

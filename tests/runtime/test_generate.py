@@ -6,13 +6,11 @@ Most cases call `main` in this process; those about pipes, signals and terminals
 import io
 import json
 import os
-import pty
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from runtime import Engine, SamplingParams, Token
 from runtime.generate import main
 from runtime.shell.command import ESCAPES
 from runtime.shell.prompts import read_prompt
+from tests.runtime.shell.terminal import ASKING, CTRL_C, CTRL_D, LEFT, Terminal, pasted
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def alpha_"
@@ -393,79 +392,50 @@ def test_ctrl_c(start: Callable[..., subprocess.Popen[bytes]], long_checkpoint: 
     assert (process.returncode, err) == (130, b"interrupted\n")
 
 
-def test_a_conversation_on_a_terminal(
-    start: Callable[..., subprocess.Popen[bytes]], checkpoint: Path, engine: Engine
-) -> None:
-    ours, theirs = pty.openpty()
-    modes = termios.tcgetattr(theirs)
-    modes[1] &= ~termios.OPOST  # newlines come as they are
-    modes[3] &= ~termios.ECHO
-    termios.tcsetattr(theirs, termios.TCSANOW, modes)
-    process = start(checkpoint, *FLAGS, "--chat", "--quiet", stdin=theirs, stdout=theirs)
-    os.close(theirs)
-    assert process.stderr
-
-    def said() -> bytes:
-        """What is on stderr up to the next question."""
-        assert process.stderr
-        text = b""
-        while not text.endswith(b"> "):
-            byte = process.stderr.read(1)
-            assert byte, text
-            text += byte
-        return text
-
-    session, expected = engine.session(), ""
-    assert b"Ctrl-D ends" in said()
-    for typed, message in (("Hello\n", "Hello"), ("\n", None), ("And é?\nTwo\n", "And é?\nTwo")):
-        os.write(ours, typed.encode())
-        if message is None:
-            assert said() == b"> "
-            os.write(ours, b"\xff\n")
-            assert said() == b"error: the message is not UTF-8: byte 0xff at offset 0; save it as UTF-8\n> "
-            os.write(ours, b"x" * 2000 + b"\n")
-            assert b"error: the prompt has" in said()
-            continue
-        assert said() == b"> "
+def test_a_conversation_on_a_terminal(checkpoint: Path, engine: Engine) -> None:
+    session, expected = engine.session(), []
+    for message in ("Hello", "And é?\nTwo"):
         session.send(message)
-        expected += text_of(session.generate(sampled(4))) + "\n"
-    os.write(ours, b"\x04")
-    assert process.wait(60) == 0
-    assert process.stderr.read() == b"\n"
-    shown = b""
-    while len(shown) < len(expected.translate(ESCAPES).encode()):
-        shown += os.read(ours, 4096)
-    os.close(ours)
-    assert shown.decode() == expected.translate(ESCAPES)  # what a random model writes is full of controls
+        expected.append(text_of(session.generate(sampled(4))).translate(ESCAPES) + "\n")
+    session.close()
+    words = ("-m", "runtime.generate", *command(checkpoint), *FLAGS, "--chat", "--quiet")
+    with Terminal(*words, stderr=subprocess.PIPE) as terminal:
+        terminal.until(ASKING)
+        for keys, answer in (
+            ("Holla" + LEFT * 4 + "\x1b[3~e" + "\x05\x7fo\r", expected[0]),
+            ("\r", ""),
+            ("/frobnicate\r", ""),
+            (b"\xff\r", ""),
+            (pasted("x" * 2000) + "\r", ""),
+            (pasted("And é?\nTwo") + "\r", expected[1]),
+        ):
+            terminal.type(keys)
+            assert answer in terminal.until(ASKING)
+        terminal.type(CTRL_D)
+        assert terminal.process.wait(60) == 0
+        greeting, unknown, undecodable, long, *ends = terminal.process.stderr.read().decode().split("\n")
+        terminal.process.stderr.close()
+    assert "Ctrl-D" in greeting and ends == ["", ""]
+    assert unknown.startswith("error: /frobnicate is no command")
+    assert undecodable == "error: the message is not UTF-8: byte 0xff at offset 0; save it as UTF-8"
+    assert long.startswith("error: the prompt has ")
 
 
-def test_ctrl_c_ends_an_answer_and_then_the_program(
-    start: Callable[..., subprocess.Popen[bytes]], long_checkpoint: Path
-) -> None:
-    ours, theirs = pty.openpty()
-    process = start(long_checkpoint, *ENDLESS, "--chat", stdin=theirs)
-    os.close(theirs)
-    assert process.stdout and process.stderr
-
-    def said() -> bytes:
-        assert process.stderr
-        text = b""
-        while not text.endswith(b"> "):
-            byte = process.stderr.read(1)
-            assert byte, text
-            text += byte
-        return text
-
-    said()
-    for _ in range(2):
-        os.write(ours, b"Hello\n")
-        assert process.stdout.read(1)
-        process.send_signal(signal.SIGINT)
-        assert said() == b"the answer was ended; Ctrl-C once more ends the program\n> "
-        os.set_blocking(process.stdout.fileno(), False)
-        process.stdout.read()
-        os.set_blocking(process.stdout.fileno(), True)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert process.stderr.read() == b"interrupted\n"
-    os.close(ours)
+def test_ctrl_c_ends_an_answer_and_twice_at_the_prompt_the_program(long_checkpoint: Path) -> None:
+    words = ("-m", "runtime.generate", *command(long_checkpoint), *ENDLESS, "--chat")
+    with Terminal(*map(str, words), stdout=subprocess.PIPE) as terminal:
+        terminal.until("> ")
+        for _ in range(2):
+            terminal.type("Hello\r")
+            assert terminal.process.stdout.read(1)
+            terminal.type(CTRL_C)
+            assert terminal.until("> ").endswith("the answer was ended\n> ")
+            os.set_blocking(terminal.process.stdout.fileno(), False)
+            terminal.process.stdout.read()
+            os.set_blocking(terminal.process.stdout.fileno(), True)
+        terminal.type(CTRL_C)
+        assert terminal.until("> ").endswith("\nCtrl-C once more ends the program, and so does Ctrl-D\n> ")
+        terminal.type(CTRL_C)
+        assert terminal.process.wait(60) == 130
+        assert terminal.rest().endswith("\ninterrupted\n")
+        terminal.process.stdout.close()
