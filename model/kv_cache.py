@@ -22,6 +22,10 @@ class LayerKV:
         self.v[:, :, past:end] = v
         return self.k[:, :, :end], self.v[:, :, :end]
 
+    def parts(self, length: int) -> dict[str, Tensor]:
+        """Views of all that is stored of the first `length` tokens, by name."""
+        return {"keys": self.k[:, :, :length], "values": self.v[:, :, :length]}
+
 
 @dataclass(eq=False)
 class KVCache:
@@ -47,6 +51,16 @@ class KVCache:
     def bytes(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:
         """The bytes that `allocate` takes on the device."""
         return 2 * config.layers * batch * config.kv_heads * capacity * config.head_dim * dtype.itemsize
+
+    def parts(self, length: int) -> dict[str, Tensor]:
+        """Views of all that is stored of the first `length` tokens, by name, such as `layers.0.keys`
+        [B, G, length, K]. Who writes all of them and sets `length` has restored a text's keys and values.
+        """
+        return {
+            f"layers.{n}.{name}": part
+            for n, layer in enumerate(self.layers)
+            for name, part in layer.parts(length).items()
+        }
 
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on. Raises `ValueError` if there are fewer.

@@ -10,7 +10,7 @@ with Engine.load("path/to/checkpoint") as engine:
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from os import PathLike
+from os import PathLike, fsdecode
 from pathlib import Path
 
 from torch import Tensor
@@ -27,6 +27,7 @@ from runtime.planning.attribute import planned
 from runtime.planning.plan import Plan
 from runtime.requests import check_ids, more_context
 from runtime.runner import ModelRunner
+from runtime.saved import load_session
 from runtime.session import DEFAULT_PARAMS, Session
 from runtime.startup import Judge, plan_named, start
 from runtime.stats import Stats
@@ -110,6 +111,23 @@ class Engine:
         """Begin a conversation, with a system message if given."""
         self.runner.check_open()
         return Session(self.runner, self.tokenizer, system)
+
+    def restore(self, path: str | PathLike[str]) -> Session:
+        """Go on with a conversation that `Session.save` wrote to a file.
+
+        The next turn has the same bits as if nothing had come between, on the same machine with the same
+        options. Raises `RequestError` if the file is not a saved session, is damaged, is of another model,
+        dtype or `kv`, or has more tokens than the context holds.
+        """
+        session = self.session()
+        try:
+            with self.runner.working():
+                loaded = load_session(Path(fsdecode(path)), self.runner, session.kv)
+        except BaseException:
+            session.close()
+            raise
+        session.messages, session.ids = loaded
+        return session
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """The logits after each of `ids`, computed as a prompt is: [T, V] float32, on the engine's device.

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from model.checkpoint import MappedFiles
+from model.checkpoint import Identity, MappedFiles
 from model.errors import ModelError
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
@@ -39,6 +39,7 @@ class ModelRunner:
     def __init__(
         self,
         model: Mixtral,
+        identity: Identity,
         cache: ExpertCache | None,
         plan: Plan,
         options: EngineOptions,
@@ -49,6 +50,7 @@ class ModelRunner:
         """`cache` holds the experts unless all of them are resident. A text ends at `eos_ids`. `unused` [V]
         bool marks the ids that no token has. `files` are those that weights are views of."""
         self.model, self.cache, self.plan, self.options = model, cache, plan, options
+        self.identity = identity
         self.eos_ids, self.unused, self.files = eos_ids, unused, files
         self.config = model.config
         self.device, self.dtype = plan.device, plan.dtype

@@ -3,6 +3,8 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from os import PathLike, fsdecode
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +15,7 @@ from runtime.errors import RequestError
 from runtime.options import SamplingParams
 from runtime.requests import check_bias, check_ids, check_room
 from runtime.runner import ModelRunner
+from runtime.saved import save_session
 from tokenizer import StreamDecoder, Tokenizer, TokenizerError
 
 DEFAULT_PARAMS = SamplingParams()
@@ -157,6 +160,20 @@ class Session:
             return forward(*arguments)
         finally:
             self.computing = False
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the conversation to a file, with which `Engine.restore` goes on. Between two tokens of an
+        answer, the answer so far is part of it.
+
+        A file of that name is replaced, by one that is complete and on the disk. Raises `RequestError` if it
+        cannot be written.
+        """
+        self.check_open()
+        self.runner.turns.check_process()
+        if self.computing:
+            raise RequestError("the session is computing a token; save it before or after")
+        with self.runner.working():
+            save_session(Path(fsdecode(path)), self.runner, self.messages, self.ids, self.kv)
 
     def close(self) -> None:
         """End the session, and give its KV cache back to the engine for the next one."""

@@ -13,7 +13,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, MappedFiles, open_checkpoint
+from model.checkpoint import Checkpoint, Identity, MappedFiles, identify, open_checkpoint
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.mixtral import Mixtral
@@ -25,6 +25,7 @@ from runtime.experts.files import ExpertFiles
 from runtime.experts.making import make_cache
 from runtime.experts.rates import divide_misses
 from runtime.gpu.warm_up import Bar, prepare
+from runtime.hub.names import title
 from runtime.hub.opening import find_folder, open_headers
 from runtime.loader import kernels_to_compile, load_model, load_resident
 from runtime.options import EngineOptions
@@ -69,7 +70,8 @@ def start(
             tokenizer = load_tokenizer(checkpoint, options)
             if judge:
                 judge(tokenizer, plan, checkpoint.config)
-            runner = make_runner(checkpoint, plan, tokenizer, options, progress, compiling)
+            identity = identify(checkpoint, title(name))
+            runner = make_runner(checkpoint, identity, plan, tokenizer, options, progress, compiling)
         except (ModelError, TokenizerError) as error:
             raise LoadError(str(error)) from error
     return runner, tokenizer
@@ -97,6 +99,7 @@ def load_tokenizer(checkpoint: Checkpoint, options: EngineOptions) -> Tokenizer:
 
 def make_runner(
     checkpoint: Checkpoint,
+    identity: Identity,
     plan: Plan,
     tokenizer: Tokenizer,
     options: EngineOptions,
@@ -118,7 +121,7 @@ def make_runner(
             compile_kernels(model, form, compiling)
             if cache and options.misses != "copy":
                 plan = divide_misses(cache, plan, options)
-            runner = ModelRunner(model, cache, plan, options, ends, unused, files)
+            runner = ModelRunner(model, identity, cache, plan, options, ends, unused, files)
             prepare(runner, compiling)
         except BaseException:  # the caller may keep it, and with it the frames that refer to the weights
             for made in (runner or cache, files):

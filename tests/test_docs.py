@@ -170,7 +170,10 @@ def programs() -> list[str]:
 
 
 @pytest.mark.parametrize("number", range(len(programs())))
-def test_programs_run(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_programs_run(
+    number: int, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # for the files that they write
     exec(compile(programs()[number], "page", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
 

@@ -8,12 +8,14 @@ pieces.py       compares headers with tables, and lists the byte ranges of every
 native.py       does the same for our own quantized checkpoints
 load.py         reads those ranges straight into a model
 mapped.py       takes them as memory instead, without reading
+identity.py     tells a model from all others
 writer.py       writes a safetensors file tensor by tensor
 save.py         writes a model in HF's layout, by the same tables
 """
 
+from model.checkpoint.identity import Identity, identify
 from model.checkpoint.load import Checkpoint, open_checkpoint
 from model.checkpoint.mapped import MappedFiles
 from model.checkpoint.save import save_hf
 
-__all__ = ["Checkpoint", "MappedFiles", "open_checkpoint", "save_hf"]
+__all__ = ["Checkpoint", "Identity", "MappedFiles", "identify", "open_checkpoint", "save_hf"]

@@ -46,3 +46,13 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # too long, or with a NUL
         return False
+
+
+def title(name: str | PathLike[str]) -> str:
+    """What to call a model in messages: the last part of a path, or all of a name at the hub.
+
+    >>> title("path/to/some/mixtral-4-3g128"), title("mistralai/Mixtral-8x7B-v0.1")
+    ('mixtral-4-3g128', 'mistralai/Mixtral-8x7B-v0.1')
+    """
+    hub = HubName.parse(name)
+    return str(hub) if hub else Path(name).resolve().name

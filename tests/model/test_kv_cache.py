@@ -171,3 +171,17 @@ def test_append_stores_after_the_past() -> None:
     assert (all_k[:, :, :2] == 1).all() and (all_v[:, :, :2] == -1).all()
     assert torch.equal(all_k[:, :, 2:], k) and torch.equal(all_v[:, :, 2:], v)
     assert all_k.data_ptr() == layer.k.data_ptr(), "a view, not a copy"
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_the_parts_of_a_kv_cache_are_all_of_it(name: str) -> None:
+    """Copied into another one of more room, they make it go on with the same bits."""
+    config = GEOMETRIES[name]
+    model, ids = random_model(config), random_ids(config, 2, 14)
+    kv, other = new_kv(model, 2), new_kv(model, 2, capacity=40)
+    feed(model, ids, kv, [0, 9])
+    for part, target in zip(kv.parts(9).values(), other.parts(9).values(), strict=True):
+        target.copy_(part)
+    other.length = 9
+    assert [*kv.parts(9)] == [*other.parts(9)]
+    assert torch.equal(feed(model, ids, other, [9, 12, 13, 14]), feed(model, ids, kv, [9, 12, 13, 14]))
