@@ -34,6 +34,7 @@ EXTRAS = {  # what the files of a folder may import besides; the first folder co
     "model/kernels/cpu/": {"numba", "llvmlite"},
     "model/kernels/": {"triton"},
     "runtime/hub/": {"huggingface_hub", "filelock"},
+    "runtime/serve/": {"starlette", "uvicorn", "pydantic", "prometheus_client"},
     "tools/quantize/sources/": {"gguf"},
 }
 
@@ -87,6 +88,7 @@ def test_imports(package: str) -> None:
         ("runtime/engine.py", "import tools.bench"),
         ("runtime/engine.py", "import accelerate"),
         ("runtime/engine.py", "from huggingface_hub import HfApi"),
+        ("runtime/engine.py", "import starlette"),
         ("tools/quantize/job.py", "import gguf"),
         ("runtime/engine.py", "import importlib\nimportlib.import_module('tools.plan')"),
         ("runtime/trace.py", "import matplotlib.pyplot as plt"),

@@ -1,0 +1,103 @@
+"""`/v1/completions`: the continuation of a text, or of token ids."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from secrets import token_hex
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from runtime.engine import Engine
+from runtime.serve.asked import Prompt, check_stream_options, make_works
+from runtime.serve.schemas import CompletionRequest
+from runtime.serve.served import Served, finish_reason, usage
+from runtime.serve.stream import EventStream, Gone, unless_gone
+from runtime.serve.writing import Text, Work, Writing
+
+TOKENS = 16  # of a text whose request gives no number, as with OpenAI
+
+
+async def complete(request: Request) -> ASGIApp:
+    """Continue, at once or as a stream."""
+    served: Served = request.app.state.served
+    asked = CompletionRequest.model_validate_json(await request.body())
+    served.check_model(asked.model)
+    check_stream_options(asked)
+    works = await served.aside(partial(prepare, served, asked))
+    writing = served.write(works)
+    form = Form(served, asked, sum(len(work.ids) for work in works[:: asked.n or 1]))
+    if asked.stream:
+        return EventStream(form.stream(writing), writing.cancel)
+    try:
+        return JSONResponse(form.whole(await unless_gone(request.receive, writing.all()), writing))
+    except Gone:
+        return Response(status_code=499)
+    finally:
+        writing.cancel()
+
+
+def prepare(served: Served, asked: CompletionRequest) -> list[Work]:
+    """Everything that takes longer than a moment, and may be refused."""
+    limit = TOKENS if asked.max_tokens is None else asked.max_tokens
+    return make_works(served.engine, read_prompts(served.engine, asked.prompt), asked, limit)
+
+
+def read_prompts(engine: Engine, given: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
+    """One prompt or several. A text gets the begin-of-sequence id in front, and ids are taken unchanged."""
+    if isinstance(given, str) or not given or isinstance(given[0], int):
+        several: list[Any] = [given]
+    else:
+        several = list(given)
+    prompts = []
+    for one in several:
+        ids = engine.tokenizer.encode(one) if isinstance(one, str) else one
+        prompts.append(Prompt(ids, partial(engine.tokenizer.stream, ids)))
+    return prompts
+
+
+@dataclass(frozen=True)
+class Form:
+    """An answer's JSON."""
+
+    served: Served
+    asked: CompletionRequest
+    prompt_tokens: int
+
+    def whole(self, texts: list[Text], writing: Writing) -> dict[str, Any]:
+        choices = [
+            {"index": index, "text": str(text), "logprobs": None, "finish_reason": finish_reason(text.finish)}
+            for index, text in enumerate(texts)
+        ]
+        return self.head() | {"choices": choices, "usage": usage(self.prompt_tokens, writing)}
+
+    async def stream(self, writing: Writing) -> AsyncIterator[Mapping[str, Any] | None]:
+        head = self.head()
+        with_usage = self.asked.stream_options is not None and self.asked.stream_options.include_usage
+        if with_usage:
+            head |= {"usage": None}
+        while not writing.over:
+            found = await writing.next(self.served.limits.beat)
+            if found is None:
+                yield None
+                continue
+            index, token = found
+            if token.text or token.finish:
+                finish = finish_reason(token.finish)
+                choice = {"index": index, "text": token.text, "logprobs": None, "finish_reason": finish}
+                yield head | {"choices": [choice]}
+        if with_usage:
+            yield head | {"choices": [], "usage": usage(self.prompt_tokens, writing)}
+
+    def head(self) -> dict[str, Any]:
+        return {
+            "id": f"cmpl-{token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.served.names[0],
+        }

@@ -1,0 +1,165 @@
+"""What a request may say. A field that is not here is refused by its name, and never dropped.
+
+Each class says which of OpenAI's fields are served, and which are the server's own. Values that have to fit
+the model are checked by `SamplingParams` and the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+MOST_CHOICES = 16  # texts of one request
+MOST_STOPS = 16
+
+
+def shape(value: Any) -> str:
+    """Which alternative of `Texts` or `Content` a value is."""
+    return "<several>" if isinstance(value, list) else "<one>"
+
+
+Texts = Annotated[
+    Annotated[str, Tag("<one>")] | Annotated[list[str], Field(max_length=MOST_STOPS), Tag("<several>")],
+    Discriminator(shape),
+]
+
+
+class StreamOptions(BaseModel):
+    model_config = STRICT
+    include_usage: bool = False
+
+
+class Sampling(BaseModel):
+    """What chats and completions have in common."""
+
+    model_config = STRICT
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: Texts | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    user: str | None = None  # a label, which changes nothing
+
+    # The server's own.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+    cache_prompt: bool | None = None
+
+
+class TextPart(BaseModel):
+    model_config = STRICT
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[
+    Annotated[str, Tag("<one>")] | Annotated[list[TextPart], Tag("<several>")], Discriminator(shape)
+]
+
+
+class SystemMessage(BaseModel):
+    model_config = STRICT
+    role: Literal["system", "developer"]
+    content: Content
+
+
+class UserMessage(BaseModel):
+    model_config = STRICT
+    role: Literal["user"]
+    content: Content
+
+
+class AssistantMessage(BaseModel):
+    """An earlier answer. Clients send it as they got it, with fields that say nothing."""
+
+    model_config = STRICT
+    role: Literal["assistant"]
+    content: Content | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+def role(value: Any) -> str:
+    """Which alternative of `Message` a value is. A role that is none of them is refused as a user's."""
+    word = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
+    known = {"system": "<system>", "developer": "<system>", "assistant": "<assistant>"}
+    return known.get(word, "<user>") if isinstance(word, str) else "<user>"
+
+
+Message = Annotated[
+    Annotated[SystemMessage, Tag("<system>")]
+    | Annotated[UserMessage, Tag("<user>")]
+    | Annotated[AssistantMessage, Tag("<assistant>")],
+    Discriminator(role),
+]
+
+
+class ChatRequest(Sampling):
+    """A body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+
+    # Fields that ask for what is done anyway, or that only label a request.
+    modalities: list[Literal["text"]] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    metadata: dict[str, str] | None = None
+
+
+def kind_of_prompt(value: Any) -> str:
+    """Which alternative of `Prompt` a value is."""
+    if not isinstance(value, list):
+        return "<text>"
+    first = value[0] if value else 0
+    return "<texts>" if isinstance(first, str) else "<rows>" if isinstance(first, list) else "<ids>"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Field(max_length=MOST_CHOICES), Tag("<texts>")]
+    | Annotated[list[int], Tag("<ids>")]
+    | Annotated[list[list[int]], Field(max_length=MOST_CHOICES), Tag("<rows>")],
+    Discriminator(kind_of_prompt),
+]
+
+
+class CompletionRequest(Sampling):
+    """A body of `/v1/completions`."""
+
+    prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    # Accepted only where they ask for nothing.
+    echo: Literal[False] | None = None
+    suffix: None = None
+    best_of: Literal[1] | None = None
+
+
+class TokenizeRequest(BaseModel):
+    """A body of `/tokenize`. `add_special` puts the begin-of-sequence id in front."""
+
+    model_config = STRICT
+    content: str
+    add_special: bool = False
+    with_pieces: bool = False
+
+
+class DetokenizeRequest(BaseModel):
+    """A body of `/detokenize`."""
+
+    model_config = STRICT
+    tokens: list[int]
