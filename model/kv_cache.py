@@ -62,6 +62,13 @@ class KVCache:
             for name, part in layer.parts(length).items()
         }
 
+    def copy_from(self, other: "KVCache", length: int) -> None:
+        """Hold the first `length` tokens of another KV cache of the same model, and nothing else."""
+        mine, theirs = self.parts(length), other.parts(length)
+        for name, part in mine.items():
+            part.copy_(theirs[name])
+        self.length = length
+
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on. Raises `ValueError` if there are fewer.
 

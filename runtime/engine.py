@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.mixtral import Mixtral
 from runtime.answer import Token
+from runtime.batching.batch import Batch
 from runtime.errors import OptionError, RequestError
 from runtime.experts.policy import policy_name
 from runtime.experts.tiers import SPARE_BERTHS, SPARE_SLOTS
@@ -128,6 +129,12 @@ class Engine:
             raise
         session.messages, session.ids = loaded
         return session
+
+    def batch(self, queue: int = 64) -> Batch:
+        """Serve many requests at once, as many as `EngineOptions.parallel` says, while `queue` more may wait.
+        See `runtime.batching.batch`, and `runtime.batching.service` for one that has a thread."""
+        self.runner.check_open()
+        return Batch(self.runner, queue)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """The logits after each of `ids`, computed as a prompt is: [T, V] float32, on the engine's device.

@@ -62,7 +62,6 @@ class EngineOptions:
     context: int | None = option(
         None, "most tokens of a text (default: 4096, or the model's limit if smaller)", int, metavar="N"
     )
-
     chat_template: str | None = option(
         None, "file with the template that writes conversations (default: the checkpoint's)", metavar="FILE"
     )
@@ -108,6 +107,9 @@ class EngineOptions:
         None, "GB/s of packed experts that the CPU computes, to repeat a run of --misses auto exactly",
         float, metavar="G",
     )  # fmt: skip
+    parallel: int = option(
+        1, "texts to keep and to compute at once, each of up to --context tokens", int, metavar="N"
+    )
 
     def __post_init__(self) -> None:
         if self.device is not None:
@@ -130,7 +132,8 @@ class EngineOptions:
             one_of("policy", self.policy, POLICIES)
         numbers = {"slots": (1, 1 << 20), "berths": (SPARE_BERTHS, 1 << 20), "threads": (1, 1 << 12)}
         numbers = {name: limits for name, limits in numbers.items() if getattr(self, name) is not None}
-        for name, (least, most) in (numbers | {"lookahead": (0, 2), "prefetch": (0, 64)}).items():
+        numbers |= {"lookahead": (0, 2), "prefetch": (0, 64), "parallel": (1, 256)}
+        for name, (least, most) in numbers.items():
             settle(self, name, whole(name, getattr(self, name), least, most))
         for name in ("map", "graphs"):
             settle(self, name, truth(name, getattr(self, name)))

@@ -18,17 +18,20 @@ from model.checkpoint import Identity, MappedFiles
 from model.errors import ModelError
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
+from runtime.answer import Answer
 from runtime.errors import RequestError
 from runtime.experts.cache import ExpertCache
 from runtime.gpu.decoder import make_decoder
-from runtime.options import EngineOptions
+from runtime.options import EngineOptions, SamplingParams
 from runtime.planning.memory import release
 from runtime.planning.plan import Plan
 from runtime.process.ambient import default_settings
 from runtime.process.shortage import shortage_as
 from runtime.process.threads import usable_processors, using_threads
 from runtime.process.turns import Nested, Turns
+from runtime.requests import check_bias, check_room
 from runtime.stats import Stats
+from tokenizer import StreamDecoder
 
 Result = TypeVar("Result")
 
@@ -58,7 +61,7 @@ class ModelRunner:
         self.processors = usable_processors()
         self.counters = Stats()
         self.turns = Turns()
-        self.idle_kvs: deque[KVCache] = deque(maxlen=1)  # the plan counts one
+        self.idle_kvs: deque[KVCache] = deque()  # up to as many as the plan counts
         self.closed = False
         self.close_later = False  # after the running forward
 
@@ -110,6 +113,14 @@ class ModelRunner:
                 part.copy_(self.model(chunk, kv)[0])
             return logits
 
+    def answer(self, ids: list[int], params: SamplingParams, decoder: StreamDecoder) -> Answer:
+        """Check a request for the text after `ids`, which `decoder` continues. Returns what will write it.
+        Raises `RequestError` if it cannot be served."""
+        self.check_open()
+        check_bias(params.logit_bias, self.config.vocab)
+        room = check_room(len(ids), self.plan.context, self.config.context)
+        return Answer(ids, params, decoder, room, self.eos_ids)
+
     @contextmanager
     def working(self) -> Iterator[None]:
         """Inside, the calling thread computes with this engine's number of threads and with PyTorch's own
@@ -160,7 +171,7 @@ class ModelRunner:
 
     def give_kv(self, kv: KVCache) -> None:
         """Keep a KV cache for the next session."""
-        if not self.idle_kvs:
+        if len(self.idle_kvs) < self.plan.parallel:
             self.idle_kvs.append(kv)
         if self.closed:
             self.idle_kvs.clear()
@@ -175,15 +186,16 @@ class ModelRunner:
             self.counters.prompt_tokens += computed
             self.counters.reused_tokens += reused
 
-    def count_token(self, seconds: float, first: bool) -> None:
-        """Count a new token. A request's first token pays for its prompt."""
+    def count_tokens(self, count: int, seconds: float, first: bool = False) -> None:
+        """Count new tokens, and the time that they took together. A request's first token pays for its
+        prompt."""
         with self.turns.lock:
-            self.counters.new_tokens += 1
+            self.counters.new_tokens += count
             if first:
                 self.counters.prompt_seconds += seconds
                 self.counters.first_token_seconds = seconds
             else:
-                self.counters.decoded_tokens += 1
+                self.counters.decoded_tokens += count
                 self.counters.decode_seconds += seconds
 
     def check_open(self) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from model.errors import quoted
 from runtime.answer import Answer, Token
+from runtime.batching.texts import common_prefix
 from runtime.errors import RequestError
 from runtime.options import SamplingParams
-from runtime.requests import check_bias, check_ids, check_room
+from runtime.requests import check_ids
 from runtime.runner import ModelRunner
 from runtime.saved import save_session
 from tokenizer import StreamDecoder, Tokenizer, TokenizerError
@@ -101,24 +102,18 @@ class Session:
 
     def run(self, ids: list[int], params: SamplingParams, decoder: StreamDecoder) -> Iterator[Token]:
         """Check a request, and return the iterator that serves it."""
-        self.runner.check_open()
         self.check_open()
-        check_bias(params.logit_bias, self.runner.config.vocab)
-        room = check_room(len(ids), self.kv.capacity, self.runner.config.context)
-        return self.decode_loop(ids, params, decoder, room)
+        return self.decode_loop(ids, self.runner.answer(ids, params, decoder))
 
-    def decode_loop(
-        self, ids: list[int], params: SamplingParams, decoder: StreamDecoder, room: int
-    ) -> Iterator[Token]:
+    def decode_loop(self, ids: list[int], answer: Answer) -> Iterator[Token]:
         runner, request = self.runner, self.begin_request()
-        answer = Answer(ids, params, decoder, room, runner.eos_ids)
         token: Token | None = None
         while token is None or token.finish is None:
             began = time.perf_counter()
             with runner.working():
                 logits = self.prefill(ids) if token is None else self.step(token.id)  # [V]
                 taken = answer.take(logits)
-                runner.count_token(time.perf_counter() - began, first=token is None)
+                runner.count_tokens(1, time.perf_counter() - began, first=token is None)
             yield (token := taken)
             if token.finish is None:
                 self.check_current(request)
@@ -204,12 +199,3 @@ def record(
         if not begun and messages[-1] is answer:
             del messages[-2:]
         raise
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of ids that `a` and `b` begin with alike.
-
-    >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
-    2
-    """
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -33,10 +33,10 @@ def prepare(runner: ModelRunner, progress: Bar | None = None) -> None:
 
 
 def take_planned(runner: ModelRunner) -> None:
-    """Have the allocator hold the rest of the planned memory, one piece for the KV cache and one for
-    activations."""
+    """Have the allocator hold the rest of the planned memory: the KV caches, and a piece for activations."""
     release(runner.device)  # what loading took
-    runner.give_kv(runner.new_kv())
+    for _ in range(runner.plan.parallel):
+        runner.give_kv(runner.new_kv())
     reserve(runner.device, runner.plan.workspace_bytes)
 
 

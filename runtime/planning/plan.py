@@ -22,7 +22,7 @@ MAX_CHUNK = 2048
 
 @dataclass(frozen=True)
 class Plan:
-    """Where each byte goes, for one session of `context` tokens."""
+    """Where each byte goes, for `parallel` texts of `context` tokens."""
 
     device: torch.device
     dtype: torch.dtype  # of activations, and of weights that are not quantized
@@ -48,6 +48,7 @@ class Plan:
     disk_gbps: float | None = None  # from files to host memory; None if unknown
     direct_reads: bool = True  # past the system's page cache, where the file system can do that
     cpu_gbps: float | None = None  # of packed experts that the CPU computes; None if unknown
+    parallel: int = 1  # KV caches
 
     @property
     def resident(self) -> bool:
@@ -110,7 +111,8 @@ class Plan:
         terms |= {name: size for name, size in rest.items() if size}
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms.items())
         mapped = f"{format_bytes(self.mapped_bytes)} of files mapped; " if self.mapped_bytes else ""
-        line = f"{format_bytes(self.device_bytes)}: {listed}; {mapped}context {self.context} tokens"
+        each = f"{self.parallel} times " if self.parallel > 1 else ""
+        line = f"{format_bytes(self.device_bytes)}: {listed}; {mapped}context {each}{self.context} tokens"
         if self.resident:
             return line
         spares = f"{self.spares} spare{'s' * (self.spares != 1)}"
@@ -190,7 +192,7 @@ def lay_out(
     trunk += 2 * c.context * c.head_dim * wide  # rotary tables
     chunk = chunk_tokens(r)
     attending = costs.attending.bytes(c, r.dtype, chunk, r.context)
-    logits = 4 * c.vocab * 4  # of one token, and copies for the sampler
+    logits = (3 + r.options.parallel) * c.vocab * 4  # of a token of each text, and copies for the sampler
     mapped_experts = c.layers * c.experts * costs.mapped_expert_bytes if resident else 0
     spares = 0 if resident else r.options.lookahead * r.options.prefetch + tiered * SPARE_SLOTS
     homeless = r.experts + SPARE_BERTHS - berths - sum(slots_per_layer)
@@ -200,7 +202,7 @@ def lay_out(
         context=r.context,
         chunk=chunk,
         trunk_bytes=trunk,
-        kv_bytes=KVCache.bytes(c, 1, r.context, r.dtype),
+        kv_bytes=r.options.parallel * KVCache.bytes(c, 1, r.context, r.dtype),
         workspace_bytes=chunk * activation_bytes(r, resident) + attending + logits + costs.scratch_bytes,
         staging_bytes=spares * costs.blob_bytes + (0 if resident else gate_bytes(r)),
         slots_bytes=0 if mapped_experts else sum(slots_per_layer) * costs.blob_bytes,
@@ -218,6 +220,7 @@ def lay_out(
         link_gbps=r.options.link_gbps,
         disk_gbps=r.options.disk_gbps,
         cpu_gbps=r.options.cpu_gbps,
+        parallel=r.options.parallel,
     )
 
 

@@ -18,7 +18,9 @@ GROUPS = {
         "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
         "frequency_penalty", "logit_bias", "seed",
     ),
-    "memory and device": ("device", "dtype", "vram", "ram", "map", "context", "threads", "graphs"),
+    "memory and device": (
+        "device", "dtype", "vram", "ram", "map", "context", "parallel", "threads", "graphs",
+    ),
     "experts that do not all fit": (
         "offload", "slots", "berths", "policy", "lookahead", "prefetch", "misses",
         "link_gbps", "disk_gbps", "cpu_gbps",

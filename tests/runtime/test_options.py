@@ -39,6 +39,7 @@ def test_defaults() -> None:
         "link_gbps": None,
         "disk_gbps": None,
         "cpu_gbps": None,
+        "parallel": 1,
     }
     assert dataclasses.asdict(SamplingParams()) == {
         "max_new_tokens": 256,

@@ -1,0 +1,96 @@
+"""Whose turn it is: which requests have a place, whose prompt is computed next, and who writes.
+
+Plain Python, which knows nothing of models. A batch asks it for one turn after the other. A turn is a chunk
+of one prompt, or one more token for all texts that are being written. If there is work of both kinds they
+alternate, so a text waits for at most one chunk between two of its tokens.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from runtime.errors import RequestError
+
+Item = TypeVar("Item")
+
+
+class QueueFull(RequestError):
+    """There is neither a place nor room in the queue."""
+
+
+class Scheduler(Generic[Item]):
+    """Requests that wait for a place, whose prompts are being computed, and whose texts are being written.
+
+    >>> left = {"long": 9, "short": 1}
+    >>> scheduler = Scheduler(places=2, queue=1, left=left.get)
+    >>> for name in ("long", "short", "late"):
+    ...     scheduler.add(name)
+    >>> scheduler.admit()
+    ['long', 'short']
+    >>> scheduler.next_prompt(), scheduler.next_prompt()  # the one with the least left, and the oldest
+    ('short', 'long')
+    >>> scheduler.add("one too many")
+    Traceback (most recent call last):
+    runtime.batching.scheduler.QueueFull: 2 requests are being served and 1 waits, as many as may; try again later
+    """  # noqa: E501
+
+    def __init__(self, places: int, queue: int, left: Callable[[Item], int]) -> None:
+        """`places` requests are served at once, and `queue` more may wait. `left` says how many tokens of an
+        item's prompt have still to be computed."""
+        self.places, self.queue, self.left = places, queue, left
+        self.waiting: deque[Item] = deque()
+        self.prompts: list[Item] = []  # the oldest first
+        self.writing: list[Item] = []
+        self.prompt_turn = False  # the last turn was a prompt's
+        self.oldest_turn = True  # the last prompt's turn was the oldest one's
+
+    @property
+    def served(self) -> int:
+        """How many requests have a place."""
+        return len(self.prompts) + len(self.writing)
+
+    def add(self, item: Item) -> None:
+        """Let a request wait for a place. Raises `QueueFull` if there are too many already."""
+        free = self.places - self.served
+        if len(self.waiting) >= self.queue + free:
+            raise full(self.served, len(self.waiting))
+        self.waiting.append(item)
+
+    def admit(self) -> list[Item]:
+        """Give free places to those that have waited longest. Returns who has got one."""
+        admitted = []
+        while self.waiting and self.served < self.places:
+            admitted.append(self.waiting.popleft())
+            self.prompts.append(admitted[-1])
+        return admitted
+
+    def remove(self, item: Item) -> None:
+        """A request has ended or was given up, wherever it is."""
+        for items in (self.waiting, self.prompts, self.writing):
+            if item in items:
+                items.remove(item)
+
+    def begin_writing(self, item: Item) -> None:
+        """A prompt has been computed."""
+        self.prompts.remove(item)
+        self.writing.append(item)
+
+    def next_is_prompt(self) -> bool:
+        """Whether the next turn is a prompt's. Call it once a turn, while there is work."""
+        self.prompt_turn = bool(self.prompts) and not (self.writing and self.prompt_turn)
+        return self.prompt_turn
+
+    def next_prompt(self) -> Item:
+        """The prompt whose turn it is. Every second turn is that of the one with the least left, so a short
+        prompt does not wait for long ones. The others are the oldest one's, so a long one does not wait for
+        ever."""
+        self.oldest_turn = not self.oldest_turn
+        return self.prompts[0] if self.oldest_turn else min(self.prompts, key=self.left)
+
+
+def full(served: int, waiting: int) -> QueueFull:
+    are, wait = ("is", "waits") if served == 1 else ("are", "waits" if waiting == 1 else "wait")
+    return QueueFull(
+        f"{served} request{'s' * (served != 1)} {are} being served and {waiting} {wait}, as many as may; "
+        "try again later"
+    )
