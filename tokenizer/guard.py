@@ -9,18 +9,23 @@ into punctuation.
 A stand-in replaces one character, and is neither white space nor a letter. So a template may strip, cut,
 join, compare and replace, with the same result as without the guard. A template that looks for such
 punctuation in a message does not find it. `render_guarded` says what follows from that.
+
+Tools and calls of them hold texts too, in JSON values, and each of these texts is hidden. The brackets and
+numbers around them are JSON's own. A conversation in which these spell a control token is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from tokenizer.added_tokens import Splitter
-from tokenizer.errors import TokenizerError
+from tokenizer.errors import TokenizerError, quoted
 
 PRIVATE = range(0xF0000, 0xF2000)  # code points that Unicode leaves to private use
 
-Messages = Sequence[Mapping[str, str]]
+Given = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # messages and tools, as a template sees them
 
 
 class Guard:
@@ -57,30 +62,48 @@ def key_characters(token: str) -> set[str]:
 
 
 def render_guarded(
-    render: Callable[[Messages], str], messages: Messages, control: Splitter, taken: Iterable[str]
+    render: Callable[[Given], str],
+    give: Callable[[Callable[[str], str]], Given],
+    control: Splitter,
+    taken: Iterable[str],
 ) -> list[str | int]:
     """Return the conversation that `render` writes: texts, and ids of the control tokens in the template.
 
-    `taken` are further texts from which `render` may take characters, such as the template itself.
+    `give(change)` makes what `render` takes, with every text that is not ours changed. `taken` are further
+    texts from which `render` may take characters, such as the template itself.
 
     A template may look into messages, as in `'</think>' in message.content`, and write something else because
     the punctuation is hidden. So this function also renders the messages unchanged. It prefers that rendering
     if no message spells a control token, in letters of any case, and if both renderings have the same control
     tokens in the same order. Then no user had a part in them.
     """
-    contents = [message["content"] for message in messages]
-    guard = Guard(control.tokens, [*contents, *taken])
-    hidden = [{**message, "content": guard.hide(message["content"])} for message in messages]
-    if hidden == list(messages):
-        return list(control.split(render(messages)))
+    texts: list[str] = []
+    given = give(lambda text: texts.append(text) or text)  # type: ignore[func-returns-value]
+    guard = Guard(control.tokens, [*texts, *taken])
+    hidden = give(guard.hide)
+    check_structures(hidden, control)
+    if hidden == given:
+        return list(control.split(render(given)))
     parts = list(control.split(render(hidden)))
     shown = [guard.show(part) if isinstance(part, str) else part for part in parts]
-    folded = [content.casefold() for content in contents]
-    if not any(token.casefold() in content for token in control.tokens for content in folded):
-        plain = list(control.split(render(messages)))
+    folded = [text.casefold() for text in texts]
+    if not any(token.casefold() in text for token in control.tokens for text in folded):
+        plain = list(control.split(render(given)))
         if ids_of(plain) == ids_of(parts):
             return plain
     return shown
+
+
+def check_structures(hidden: Given, control: Splitter) -> None:
+    """Raise `TokenizerError` if JSON values spell a control token, "[]" for one, though texts are hidden."""
+    messages, tools = hidden
+    for value in [*tools, *(m["tool_calls"] for m in messages if "tool_calls" in m)]:
+        for separators in ((", ", ": "), (",", ":")):
+            if found := control.found(json.dumps(value, ensure_ascii=False, separators=separators)):
+                raise TokenizerError(
+                    f"the JSON of tools or calls spells the control token {quoted(found[0])}; "
+                    "use tools and arguments without it"
+                )
 
 
 def ids_of(parts: Iterable[str | int]) -> list[int]:

@@ -22,7 +22,7 @@ from jinja2.runtime import Context
 from jinja2.utils import Namespace, pass_context
 
 OPERATION = 8  # the cost of a turn of a loop, a call or an operator, in addition to its values
-MAX_DEPTH = 16  # of lists in lists
+MAX_DEPTH = 64  # of lists in lists; the schema of a tool's arguments has two or three for each object
 MAX_BITS = 1 << 12  # of a product or power
 OPERATORS = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 WIDE = re.compile(r"%[^a-zA-Z%]*(\d{3}|\*)")  # '%1000000d' is a format that makes a long text of a short one

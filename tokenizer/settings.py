@@ -17,10 +17,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TypeGuard
 
 from tokenizer.added_tokens import AddedToken
 from tokenizer.errors import TokenizerError, quoted
+from tokenizer.json_values import is_text
 
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 TEMPLATE, OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"
@@ -35,10 +35,14 @@ UNPLACED = -1  # the id of a token for which no file has one
 
 @dataclass(frozen=True)
 class Template:
-    """The text of a chat template, and the file that it comes from."""
+    """The text of a chat template, and the file that it comes from.
+
+    tools  the text of another one for conversations with tools, if there is one
+    """
 
     text: str
     source: str
+    tools: str | None = None
 
 
 class Prefix(Enum):
@@ -209,15 +213,6 @@ def token_of(file: Path, value: Mapping[str, object], place: int, what: str) -> 
     return AddedToken(content, place, **flags)  # type: ignore[arg-type]
 
 
-def is_text(value: object) -> TypeGuard[str]:
-    """Whether a value of a JSON file is text that UTF-8 has. JSON can also spell halves of characters.
-
-    >>> is_text("</s>"), is_text("\\ud800"), is_text(3)
-    (True, False, False)
-    """
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
 def distinct(file: Path, tokens: list[AddedToken]) -> tuple[AddedToken, ...]:
     """Return the tokens in the order of their ids. Raises `TokenizerError` if two share a text or an id."""
     for what, values in (("id", [t.id for t in tokens]), ("text", [t.content for t in tokens])):
@@ -234,20 +229,30 @@ def folder_template(folder: Path, config: Mapping[str, object]) -> Template | No
     for name, values in ((CONFIG, config), (OLD_TEMPLATE, read_object(folder / OLD_TEMPLATE))):
         value = values.get("chat_template")
         if value is not None:
-            return Template(default_template(folder / name, value), name)
+            return Template(default_template(folder / name, value), name, tool_template(folder / name, value))
     return None
 
 
 def default_template(file: Path, value: object) -> str:
     """Return a template's text, or of a list of named templates the one called "default"."""
     if isinstance(value, list):
-        named = {str(v.get("name")): v.get("template") for v in value if isinstance(v, Mapping)}
+        named = named_templates(value)
         value = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
     if not isinstance(value, str):
         raise refusal(
             file, "chat_template is no text and has no default", "a text; or use --chat-template FILE"
         )
     return checked_template(file, value)
+
+
+def tool_template(file: Path, value: object) -> str | None:
+    """Return the text of the template called "tool_use" in a list of named templates, if there is one."""
+    text = named_templates(value).get("tool_use") if isinstance(value, list) else None
+    return checked_template(file, text) if isinstance(text, str) else None
+
+
+def named_templates(listed: list[object]) -> dict[str, object]:
+    return {str(value.get("name")): value.get("template") for value in listed if isinstance(value, Mapping)}
 
 
 def checked_template(file: Path, text: str) -> str:

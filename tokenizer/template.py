@@ -10,10 +10,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tokenizer.conversation import Turn
 from tokenizer.errors import TokenizerError, quoted
 from tokenizer.settings import Template
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 BASE = 1 << 22  # what any template may cost, in the units of `tokenizer.meter`
 WORK = 64  # what it may cost in addition for each character of the template and of the conversation
@@ -23,24 +27,27 @@ GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 def render(
     template: Template,
-    messages: Sequence[Mapping[str, str]],
+    given: tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]],
     names: Mapping[str, str | None],
     prompt: bool = True,
 ) -> str:
     """Return the conversation as `template` writes it, up to where the answer begins if `prompt`.
 
-    `names` has special tokens by the names that templates use, such as "bos_token".
+    `given` has messages and tools. `names` has special tokens by the names that templates use, such as
+    "bos_token".
 
     Raises `TokenizerError` if the template refuses the conversation, fails, or costs too much.
     """
-    size = len(template.text) + sum(len(message["content"]) for message in messages)
-    given = {name: value for name, value in names.items() if value is not None}
+    messages, tools = given
+    program = template.tools if tools and template.tools is not None else template.text
+    variables = {name: value for name, value in names.items() if value is not None}
     try:
-        compiled = compile_template(template.text, BASE + WORK * size)
+        size = len(program) + len(to_json([messages, tools]))
+        compiled = compile_template(program, BASE + WORK * size)
         text: str = compiled.render(
-            **given,
+            **variables,
             messages=[dict(message) for message in messages],
-            tools=None,
+            tools=[dict(tool) for tool in tools] or None,
             documents=None,
             add_generation_prompt=prompt,
         )
@@ -54,15 +61,24 @@ def render(
     return text
 
 
+def reads_tools(template: Template) -> bool:
+    """Tell whether a template writes tools: whether it reads the variable of this name."""
+    from jinja2 import nodes
+
+    if template.tools is not None:
+        return True
+    try:
+        tree = make_environment().parse(GENERATION.sub(plain_block, template.text))
+        return any(node.name == "tools" and node.ctx == "load" for node in tree.find_all(nodes.Name))
+    except Exception:  # what the template does not say, `render` says
+        return False
+
+
 def compile_template(text: str, allowance: int) -> Any:
     """Compile a template for one rendering, which may cost the `allowance`."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     from tokenizer.meter import Meter, metered
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], optimized=False
-    )
+    environment = make_environment()
     environment.filters["tojson"] = to_json
     environment.globals = {
         "range": environment.globals["range"],
@@ -74,6 +90,15 @@ def compile_template(text: str, allowance: int) -> Any:
     Meter(allowance).install(environment)
     tree = environment.parse(GENERATION.sub(plain_block, text))
     return environment.from_string(metered(tree, environment))
+
+
+def make_environment() -> ImmutableSandboxedEnvironment:
+    """Return Jinja as templates of conversations are written for it."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], optimized=False
+    )
 
 
 def plain_block(tag: re.Match[str]) -> str:
@@ -109,17 +134,11 @@ def strftime_now(form: str) -> str:
     return datetime.now().strftime(str(form)[:200])
 
 
-def turn_end(write: Callable[[Sequence[Mapping[str, str]]], list[str | int]]) -> int | None:
+def turn_end(write: Callable[[Sequence[Turn]], list[str | int]]) -> int | None:
     """Return the control token that `write` puts after an answer. None if it puts none directly after it."""
     answer = "An answer."
     try:
-        parts = write(
-            [
-                {"role": "user", "content": "A question."},
-                {"role": "assistant", "content": answer},
-                {"role": "user", "content": "Another one."},
-            ]
-        )
+        parts = write([Turn("user", "A question."), Turn("assistant", answer), Turn("user", "Another one.")])
     except TokenizerError:
         return None
     for part, following in pairwise(parts):

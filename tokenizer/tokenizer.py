@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from tokenizer import chat
+from tokenizer import chat, conversation, tool_messages
 from tokenizer.chat import ChatVersion
-from tokenizer.conversation import check_conversation
+from tokenizer.conversation import Turn, check_conversation
 from tokenizer.encoder import Encoder
 from tokenizer.errors import TokenizerError
-from tokenizer.guard import render_guarded
+from tokenizer.guard import Given, render_guarded
 from tokenizer.model_file import find_model, read_model
 from tokenizer.settings import Settings, Template, read_settings
 from tokenizer.specials import Specials, extend, place, sort_tokens
 from tokenizer.stream import StreamDecoder
-from tokenizer.template import render, turn_end
+from tokenizer.template import reads_tools, render, turn_end
 from tokenizer.tokenizer_json import turn
+from tokenizer.tool_messages import check_tools
+from tokenizer.tools import OPENINGS
 from tokenizer.vocabulary import Vocabulary, parse_model
 from tokenizer.wire import WireError
 
@@ -35,6 +38,7 @@ class Tokenizer:
 
     bos_id, eos_id  of the sentencepiece model
     ends            the ids that end a text, by all files of the checkpoint
+    takes_tools     whether conversations may have tools
     vocab_size      how many ids have a meaning
     """
 
@@ -55,6 +59,7 @@ class Tokenizer:
         self.specials = specials
         self.template = template
         self.ends = specials.ends
+        self.takes_tools = reads_tools(template) if template else chat.takes_tools(vocabulary.control)
         if template is not None and (end := turn_end(self._written)) is not None:
             self.ends |= {end}
 
@@ -126,26 +131,41 @@ class Tokenizer:
         """
         return StreamDecoder(self.vocabulary, prefix)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
-        """Return the ids of a conversation, up to and with the user message that waits for an answer.
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None
+    ) -> list[int]:
+        """Return the ids of a conversation, up to and with the message that waits for an answer.
 
         `messages` are dicts of "role" and "content". A system message may come first. Then user and assistant
-        take turns, and the user comes last.
+        take turns, and the user comes last. Content is a str, or a list of {"type": "text", "text": str}.
+
+        With tools, messages and `tools` have the form of OpenAI's API (see `tokenizer.tool_messages`). An
+        assistant's message may have "tool_calls", and one of the role "tool" with the "tool_call_id" follows
+        for each call. The last of these may end the conversation.
 
         Raises `TokenizerError` if the messages are not such a conversation, if their text cannot be encoded,
-        if the chat template does not write it, or if there is no template and the chat format is later than
-        V3.
+        if there are tools and the format takes none, if the chat template does not write the conversation,
+        or if there is no template and the chat format is later than V3.
         """
-        if self.template is None:
-            return chat.encode_chat(
-                messages, partial(self.encode, bos=False), self.vocabulary.control, self.bos_id, self.eos_id
+        turns, listed = check_conversation(messages), check_tools(tools)
+        if not self.takes_tools and (listed or any(turn.calls for turn in turns)):
+            raise TokenizerError(
+                "this model's chat format has no tools; leave out tools and messages about them, or give a "
+                "template that writes them with --chat-template FILE"
             )
-        checked = check_conversation(messages)
-        for message in checked:
-            check_text(message["content"])
-        parts = self._written([{"role": m["role"], "content": m["content"]} for m in checked])
-        words = (word for part in parts for word in self._with_words(part))
+        if self.template is None:
+            encode = partial(self.encode, bos=False)
+            return chat.encode_chat(turns, listed, encode, self.vocabulary.control, self.bos_id, self.eos_id)
+        words = (word for part in self._written(turns, listed) for word in self._with_words(part))
         return self._encoder.encode(words)
+
+    @property
+    def tool_calls_id(self) -> int | None:
+        """The control token with which an answer begins that calls tools. None if the format has none."""
+        written = self.template.text + (self.template.tools or "") if self.template else chat.CALLS
+        known = self.specials.control.tokens
+        found = [known[name].id for name in OPENINGS if name in known and name in written]
+        return found[0] if self.takes_tools and found else None
 
     def answer_stream(self, conversation: Sequence[int]) -> StreamDecoder:
         """Return a decoder of the answer to a conversation, of which `encode_chat` gave the ids.
@@ -156,12 +176,18 @@ class Tokenizer:
         ends_in_text = conversation and conversation[-1] not in self.vocabulary.control.values()
         return self.stream(conversation if self.template is not None and ends_in_text else ())
 
-    def _written(self, messages: Sequence[Mapping[str, str]]) -> list[str | int]:
+    def _written(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> list[str | int]:
         """Return a conversation as the template writes it: texts, and ids of control tokens."""
         assert self.template is not None
         names = {"bos_token": self._encoder.piece(self.bos_id), "eos_token": self._encoder.piece(self.eos_id)}
         write = partial(render, self.template, names={**names, **self.specials.names})
-        return render_guarded(write, messages, self.specials.control, [self.template.text])
+
+        def give(change: Callable[[str], str]) -> Given:
+            return conversation.for_template(turns, change), tool_messages.for_template(tools, change)
+
+        give(check_text)
+        taken = [self.template.text, self.template.tools or ""]
+        return render_guarded(write, give, self.specials.control, taken)
 
     def _with_words(self, part: str | int) -> Iterable[str | int]:
         return [part] if isinstance(part, int) else self.specials.words.split(part)
@@ -207,8 +233,8 @@ def is_mistrals(template: Template, specials: Specials) -> bool:
     return not specials.added and chat.BEGIN in template.text and "<<SYS>>" not in template.text
 
 
-def check_text(text: str) -> None:
-    """Check that UTF-8 can write a text. Raises `TokenizerError` if it holds half of a surrogate pair."""
+def check_text(text: str) -> str:
+    """Return a text that UTF-8 can write. Raises `TokenizerError` if it holds half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -216,3 +242,4 @@ def check_text(text: str) -> None:
             f"text holds a lone surrogate (U+{ord(text[error.start]):04X} at character {error.start}); "
             "it stands for no character; remove it"
         ) from None
+    return text

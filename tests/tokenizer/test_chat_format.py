@@ -190,7 +190,7 @@ SYSTEM, USER, ASSISTANT = ({"role": role, "content": "x"} for role in CLASSES)
         ([SYSTEM, USER, ASSISTANT], "message 3 of 3 is from 'assistant'; end with the user message"),
         (
             [{"role": "tool", "content": "x"}],
-            "message 1 of 1 has the role 'tool'; use one of system, user, assistant",
+            "message 1 of 1 has the keys 'content', 'role'; give 'role', 'content' and 'tool_call_id'",
         ),
         ([{"role": ["user"], "content": "x"}], "message 1 of 1 has the role"),
         ([{"role": "user", "content": None}], "message 1 of 1 has content of type NoneType"),
