@@ -3,6 +3,7 @@
     python -m dev.peers.llamacpp speed --python P      decoding and prompts
     python -m dev.peers.llamacpp product --python P    one quantized matrix, times 1 to 64 rows
     python -m dev.peers.llamacpp limited --python P    decoding in less memory than the model takes
+    python -m dev.peers.llamacpp parallel --python P   several requests at once, next to its server's slots
 
 P is the interpreter of another environment, in which `pip install llama-cpp-python gguf` has compiled
 llama.cpp for this machine. Each side is a process. Both stay loaded and take turns, ours before theirs, so
@@ -14,11 +15,11 @@ The report goes to stdout, with the machine, as text or as JSON with --json. Loa
 by `python -m dev.bench load` and `memory` with --python.
 """
 
-from dev.peers.llamacpp import limited, product, speed
+from dev.peers.llamacpp import limited, parallel, product, speed
 from runtime.shell.command import run
 from tools.bench.command import make_parser, measure
 
-SUBCOMMANDS = {"speed": speed, "product": product, "limited": limited}
+SUBCOMMANDS = {"speed": speed, "product": product, "limited": limited, "parallel": parallel}
 
 
 def main(argv: list[str] | None = None) -> int:

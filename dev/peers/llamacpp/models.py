@@ -27,10 +27,10 @@ def add_side_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags for what has whole models."""
+def add_model_arguments(parser: argparse.ArgumentParser, layers: int = 4) -> None:
+    """Flags for what has whole models, which have that many layers by default."""
     add_side_arguments(parser)
-    parser.add_argument("--layers", type=at_least_one, default=4, help="(default: 4)")
+    parser.add_argument("--layers", type=at_least_one, default=layers, help=f"(default: {layers})")
     for kind, spec in DEFAULT.by_kind().items():
         parser.add_argument(
             f"--{kind}", metavar="FORMAT", default=str(spec), help=f"of ours (default: {spec})"
@@ -56,19 +56,33 @@ class Pair:
     theirs: str
 
 
+def name_pair(args: argparse.Namespace) -> Pair:
+    """The models that the command line describes, made or not."""
+    formats = {kind: getattr(args, kind) for kind in DEFAULT.by_kind()}
+    name = f"{args.shape}-{args.layers}"
+    specs = ", ".join(f"{kind} {spec}" for kind, spec in formats.items())
+    return Pair(
+        args.folder / "-".join([name, *(f"{kind}-{spec}" for kind, spec in formats.items())]),
+        args.folder / f"{name}-{args.quant}-head-{args.their_head}.gguf",
+        specs,
+        f"attention {trunk(args.quant)}, experts {args.quant}, head {args.their_head}",
+    )
+
+
+def trunk(quant: str) -> str:
+    """The format of attention and embeddings beside experts in the format `quant`."""
+    return "q4_k" if quant == "q2_k" else quant
+
+
 def make_pair(ours: Side, theirs: Side, args: argparse.Namespace) -> Pair:
     """Make the models that the command line describes, where they are missing."""
+    pair = name_pair(args)
     shape = asdict(replace(SHAPES[args.shape], layers=args.layers))
     formats = {kind: getattr(args, kind) for kind in DEFAULT.by_kind()}
-    trunk = "q4_k" if args.quant == "q2_k" else args.quant  # attention and embeddings
-    name = f"{args.shape}-{args.layers}"
-    native = args.folder / "-".join([name, *(f"{kind}-{spec}" for kind, spec in formats.items())])
-    gguf = args.folder / f"{name}-{args.quant}-head-{args.their_head}.gguf"
     args.folder.mkdir(parents=True, exist_ok=True)
     say(f"models in {args.folder}")
-    ours.ask("write", folder=str(native), shape=shape, formats=formats)
-    if not gguf.exists():
-        kinds = {"quant": args.quant, "trunk": trunk, "head": args.their_head}
-        theirs.ask("write", path=str(gguf), shape=shape, **kinds)
-    specs = ", ".join(f"{kind} {spec}" for kind, spec in formats.items())
-    return Pair(native, gguf, specs, f"attention {trunk}, experts {args.quant}, head {args.their_head}")
+    ours.ask("write", folder=str(pair.native), shape=shape, formats=formats)
+    if not pair.gguf.exists():
+        kinds = {"quant": args.quant, "trunk": trunk(args.quant), "head": args.their_head}
+        theirs.ask("write", path=str(pair.gguf), shape=shape, **kinds)
+    return pair

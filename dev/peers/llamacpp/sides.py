@@ -1,9 +1,12 @@
 """Starts both sides and asks them: ours in this environment, llama.cpp's in another one."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +15,7 @@ from runtime.errors import MixtralError
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 OURS, THEIRS = "dev.peers.llamacpp.ours", "dev.peers.llamacpp.theirs"
+THEIR_SERVER = "dev.peers.llamacpp.their_server"
 NEEDED = "pip install llama-cpp-python gguf"
 
 
@@ -20,7 +24,7 @@ class SideError(MixtralError):
 
 
 class Side:
-    """A process that answers questions (`serving`), as a context manager that ends it."""
+    """A process that answers questions (`serving`), as a context manager that ends it and what it started."""
 
     def __init__(self, module: str, python: str = sys.executable, prefix: Sequence[str] = ()) -> None:
         """`module` is run by the interpreter `python`, and the command that `prefix` begins, if there is
@@ -60,7 +64,8 @@ class Side:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with the processes that it has started
         self.process.communicate()
 
 
