@@ -3,9 +3,10 @@
 A number may be Python's, numpy's or a tensor of one element. A bool is no number.
 """
 
+import json
 import math
 import numbers
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -55,6 +56,29 @@ def truth(name: str, value: object) -> bool:
 def one_of(name: str, value: object, words: Collection[str]) -> str:
     require(isinstance(value, str) and value in words, name, value, f"one of {', '.join(words)}")
     return str(value)
+
+
+def json_object(name: str, value: object) -> str:
+    """The JSON text of an object, which is given as such a text or as a mapping.
+
+    >>> json_object("json_schema", {"type": "null"})
+    '{"type": "null"}'
+    >>> json_object("json_schema", '{"type": ')
+    Traceback (most recent call last):
+        ...
+    runtime.errors.OptionError: json_schema is no JSON: Expecting value: line 1 column 10 (char 9)
+    """
+    expected = "a JSON object, as a mapping or a text"
+    require(isinstance(value, (str, Mapping)), name, value, expected)
+    try:
+        text = value if isinstance(value, str) else json.dumps(dict(value))  # type: ignore[call-overload]
+        found = json.loads(text)
+    except RecursionError:
+        raise OptionError(f"{name} is nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{name} is no JSON: {error}") from None
+    require(isinstance(found, dict), name, value, expected)
+    return text
 
 
 def plain(value: Any) -> Any:

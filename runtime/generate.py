@@ -143,11 +143,13 @@ def judge(
 
     Raises `OptionError`, `RequestError` or `TokenizerError` if the request cannot be served.
     """
+    from runtime.constraint import Constraints
     from runtime.engine import NOTHING_TO_TRACE
 
     if args.trace and plan.resident:
         raise OptionError(NOTHING_TO_TRACE)
     check_bias(params.logit_bias, config.vocab)
+    Constraints(config.vocab).make(params, tokenizer.stream(), tokenizer.ends)
     if prompt is None:
         return
     if args.chat:

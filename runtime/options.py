@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from model.errors import quoted
-from runtime.checks import number, one_of, plain, require, truth, whole
+from runtime.checks import json_object, number, one_of, plain, require, truth, whole
 from runtime.errors import OptionError
 from runtime.experts.policy import POLICIES, PolicyMaker
 from runtime.experts.tiers import SPARE_BERTHS
@@ -21,7 +21,8 @@ RATES = ("link_gbps", "disk_gbps", "cpu_gbps")
 
 
 def option(default: Any, help: str, parse: Callable[[str], Any] = str, **argparse_words: Any) -> Any:
-    """A dataclass field with what its command-line flag needs."""
+    """A dataclass field with what its command-line flag needs. With `contents=True`, the flag names a file,
+    and the field is its text."""
     return dataclasses.field(default=default, metadata={"help": help, "type": parse} | argparse_words)
 
 
@@ -177,6 +178,13 @@ class SamplingParams:
         0.0, "take P from the logit of a token for each time that it was sampled before", float, metavar="P"
     )
     top_logprobs: int = 0  # likeliest tokens that every `Token` lists; no flag, since the shell shows none
+    json_schema: str | Mapping[str, Any] | None = option(
+        None, "write JSON that fits the JSON schema in FILE", metavar="FILE", contents=True
+    )
+    grammar: str | None = option(
+        None, "write a text of the grammar in FILE, which is in llguidance's dialect of Lark",
+        metavar="FILE", contents=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         settle(self, "stop", check_stop(self.stop))
@@ -187,6 +195,14 @@ class SamplingParams:
         for name, holds, expected in NUMBERS:
             settle(self, name, number(name, getattr(self, name), holds, expected))
         settle(self, "ignore_eos", truth("ignore_eos", self.ignore_eos))
+        if self.json_schema is not None:
+            settle(self, "json_schema", json_object("json_schema", self.json_schema))
+        if self.grammar is not None:
+            named = isinstance(self.grammar, str) and bool(self.grammar.strip())
+            require(named, "grammar", self.grammar, "the text of a grammar")
+        given = [n for n in ("json_schema", "grammar", "ignore_eos") if getattr(self, n) not in (None, False)]
+        if len(given) > 1:
+            raise OptionError(f"{' and '.join(given)} contradict each other; give one of them")
 
 
 WHOLE = (

@@ -19,6 +19,7 @@ from model.errors import ModelError
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from runtime.answer import Answer
+from runtime.constraint import Constraints
 from runtime.errors import RequestError
 from runtime.experts.cache import ExpertCache
 from runtime.gpu.decoder import make_decoder
@@ -60,6 +61,7 @@ class ModelRunner:
         self.decoder = make_decoder(model, cache, options.graphs)
         self.processors = usable_processors()
         self.counters = Stats()
+        self.constraints = Constraints(self.config.vocab)
         self.turns = Turns()
         self.idle_kvs: deque[KVCache] = deque()  # up to as many as the plan counts
         self.closed = False
@@ -119,7 +121,8 @@ class ModelRunner:
         self.check_open()
         check_bias(params.logit_bias, self.config.vocab)
         room = check_room(len(ids), self.plan.context, self.config.context)
-        return Answer(ids, params, decoder, room, self.eos_ids)
+        constraint = self.constraints.make(params, decoder, self.eos_ids)
+        return Answer(ids, params, decoder, room, self.eos_ids, constraint)
 
     @contextmanager
     def working(self) -> Iterator[None]:

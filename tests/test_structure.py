@@ -35,6 +35,7 @@ EXTRAS = {  # what the files of a folder may import besides; the first folder co
     "model/kernels/": {"triton"},
     "runtime/hub/": {"huggingface_hub", "filelock"},
     "runtime/serve/": {"starlette", "uvicorn", "pydantic", "prometheus_client"},
+    "runtime/guidance.py": {"llguidance"},
     "tools/quantize/sources/": {"gguf"},
 }
 
@@ -89,6 +90,7 @@ def test_imports(package: str) -> None:
         ("runtime/engine.py", "import accelerate"),
         ("runtime/engine.py", "from huggingface_hub import HfApi"),
         ("runtime/engine.py", "import starlette"),
+        ("runtime/session.py", "import llguidance"),
         ("tools/quantize/job.py", "import gguf"),
         ("runtime/engine.py", "import importlib\nimportlib.import_module('tools.plan')"),
         ("runtime/trace.py", "import matplotlib.pyplot as plt"),
@@ -214,7 +216,7 @@ def test_quantize_is_spelled_one_way() -> None:
     ] == []
 
 
-ABSENT = "transformers accelerate hqq triton matplotlib numba gguf"
+ABSENT = "transformers accelerate hqq triton matplotlib numba gguf llguidance"
 
 
 @pytest.mark.parametrize(

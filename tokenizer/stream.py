@@ -46,7 +46,7 @@ class StreamDecoder:
     def __init__(self, vocabulary: Vocabulary, prefix: Iterable[int] = ()) -> None:
         self.vocabulary = vocabulary
         self._waiting = bytearray()  # the start of a character, never a whole one
-        self._at_start = True  # there is no text yet, so a leading space is the encoder's
+        self.at_start = True  # there is no text yet, so a leading space is the encoder's
         for token_id in prefix:
             self.push(token_id)
 
@@ -57,7 +57,7 @@ class StreamDecoder:
         """
         piece = self._lookup(token_id)
         if isinstance(piece, int):
-            self._at_start = False
+            self.at_start = False
             self._waiting.append(piece)
             return self._take_certain()
         return self.flush() + self._text(piece)
@@ -67,6 +67,11 @@ class StreamDecoder:
         text = REPLACEMENT * len(self._waiting)
         self._waiting.clear()
         return text
+
+    @property
+    def in_character(self) -> bool:
+        """Whether the ids so far end within a character."""
+        return bool(self._waiting)
 
     def _lookup(self, token_id: int) -> str | int:
         decoded = self.vocabulary.decoded
@@ -82,10 +87,10 @@ class StreamDecoder:
         return decoded[index]
 
     def _text(self, piece: str) -> str:
-        if self._at_start and piece:
+        if self.at_start and piece:
             if self.vocabulary.strip_first:
                 piece = piece.removeprefix(SPACE)
-            self._at_start = self.vocabulary.strip_all and not piece
+            self.at_start = self.vocabulary.strip_all and not piece
         return piece.replace(SPACE, " ")
 
     def _take_certain(self) -> str:

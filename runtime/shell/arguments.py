@@ -2,9 +2,12 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any, TypeVar
 
+from model.errors import quoted
 from runtime.shell.command import put
+from runtime.shell.prompts import decode
 
 Options = TypeVar("Options")
 
@@ -14,6 +17,7 @@ MODEL_HELP = "a checkpoint's folder, or org/name or org/name@revision at the Hug
 GROUPS = {
     "model and prompt": ("chat_template",),
     "when to stop": ("max_new_tokens", "stop", "ignore_eos"),
+    "what to write": ("json_schema", "grammar"),
     "sampling": (
         "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
         "frequency_penalty", "logit_bias", "seed",
@@ -66,6 +70,8 @@ def add_flags(parser: argparse.ArgumentParser, *options: type) -> None:
 
 def add_flag(group: argparse._ArgumentGroup, field: "dataclasses.Field[Any]") -> None:
     words: dict[str, Any] = dict(field.metadata)
+    if words.pop("contents", False):
+        words["type"] = Path
     if words.get("action") in ("store_true", argparse.BooleanOptionalAction):
         del words["type"]
     elif words.get("nargs") == "+":
@@ -82,9 +88,16 @@ def group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGrou
 
 
 def from_flags(options: type[Options], args: argparse.Namespace) -> Options:
-    """Make the dataclass from parsed flags. A field keeps its default if its flag was not given."""
-    names = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
-    return options(**{name: value for name, value in vars(args).items() if name in names})
+    """Make the dataclass from parsed flags. A field keeps its default if its flag was not given.
+
+    Raises `OSError` or `RequestError` if a file cannot be read whose text becomes a field.
+    """
+    fields = {field.name: field for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    values = {name: value for name, value in vars(args).items() if name in fields}
+    for name in values:
+        if fields[name].metadata.get("contents"):
+            values[name] = decode(values[name].read_bytes(), quoted(str(values[name])))
+    return options(**values)
 
 
 def flag(name: str) -> str:

@@ -55,6 +55,8 @@ def test_defaults() -> None:
         "stop": (),
         "ignore_eos": False,
         "top_logprobs": 0,
+        "json_schema": None,
+        "grammar": None,
     }
 
 
@@ -174,7 +176,7 @@ def test_scalars_of_numpy_and_torch_are_numbers() -> None:
         top_p=1, ignore_eos=np.bool_(True), logit_bias={np.int32(3): np.float64(1.5)}, min_p=Fraction(1, 4),
     )  # type: ignore[arg-type]  # fmt: skip
     assert params == SamplingParams(5, 0.5, 3, 1.0, 0.25, 1.0, {3: 1.5}, 7, (), True)
-    kinds = [type(value) for value in dataclasses.asdict(params).values()]
+    kinds = [type(value) for value in dataclasses.asdict(params).values() if value is not None]
     assert kinds == [int, float, int, float, float, float, dict, int, tuple, bool, float, float, int]
     options = EngineOptions(context=np.int64(512), vram=np.int64(4096), link_gbps=1)  # type: ignore[arg-type]
     assert options == EngineOptions(context=512, vram="4096", link_gbps=1.0)
