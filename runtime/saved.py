@@ -32,7 +32,7 @@ from runtime.runner import ModelRunner
 
 FORMAT, VERSION = "mixtral-runtime session", "1"
 IDS, DIGEST = "ids", "sha256"
-MOST_HEADER_BYTES = 16 << 20  # nearly all of them the messages'
+MOST_HEADER_BYTES = 4 << 20  # mostly messages; as Python's objects they may take 50 times that
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # pickle.dump, torch.save
 READ_BYTES = 1 << 20
 

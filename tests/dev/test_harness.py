@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Of each part about as many cases as two seconds have room for. Fewer are tried where the machine is slow.
 CASES = {
     "headers": 60, "gguf": 40, "index": 30, "configs": 30, "tokenizer": 40, "template": 40, "trace": 40,
+    "sessions": 60,
     "journal": 8, "kills": 6, "options": 60, "io": 12, "allocation": 12, "threads": 20, "signals": 5,
     "interrupts": 30,
     "soak": 4, "tiers": 20,

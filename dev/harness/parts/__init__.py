@@ -10,6 +10,7 @@ from dev.harness.parts.interrupts import open_interrupts
 from dev.harness.parts.journal import open_journal
 from dev.harness.parts.kills import open_kills
 from dev.harness.parts.options import open_options
+from dev.harness.parts.sessions import open_sessions
 from dev.harness.parts.signals import open_signals
 from dev.harness.parts.soak import open_soak
 from dev.harness.parts.templates import open_template
@@ -27,6 +28,7 @@ PARTS = {
         Part("tokenizer", open_tokenizer),
         Part("template", open_template),
         Part("trace", open_trace),
+        Part("sessions", open_sessions),
         Part("journal", open_journal),
         Part("kills", open_kills),
         Part("options", open_options),
