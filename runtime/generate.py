@@ -33,6 +33,7 @@ from runtime.shell.conversation import Conversation, show
 from runtime.shell.progress import byte_bar, download_bar, kernel_bar
 from runtime.shell.prompts import read_prompt
 from runtime.shell.reading import MessageReader
+from runtime.shell.talk import talk
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -49,8 +50,9 @@ def generate(argv: list[str] | None) -> None:
     """Do what the command line asks. Every failure raises, and `run` makes a line and a status of it."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.system is not None and not args.chat:
-        parser.error("--system is for conversations; add --chat")
+    for name in ("system", "session"):
+        if getattr(args, name) is not None and not args.chat:
+            parser.error(f"--{name} is for conversations; add --chat")
     try:
         options, params = from_flags(EngineOptions, args), from_flags(SamplingParams, args)
     except OptionError as error:
@@ -72,6 +74,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     prompt.add_argument("--chat", action="store_true", help="hold a conversation, in the model's chat format")
     prompt.add_argument("--system", metavar="TEXT", help="system message of the conversation")
+    prompt.add_argument(
+        "--session",
+        type=Path,
+        metavar="FILE",
+        help="go on with the conversation in a file, and keep it there",
+    )
     add_flags(parser, SamplingParams, EngineOptions)
     output = group(parser, "output")
     output.add_argument("--dry-run", action="store_true", help="print the memory it would take, and stop")
@@ -110,8 +118,8 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
     prompt = None if by_turns else read_prompt(args.prompt, args.prompt_file)
     bars = (None, None, None) if args.quiet else (byte_bar, kernel_bar, download_bar)
     loading, compiling, downloading = bars
-    if args.trace:
-        check_writable(args.trace)
+    for path in filter(None, (args.trace, args.session)):
+        check_writable(path)
     with (
         written_aside(args.stats_file) if args.stats_file else nullcontext() as stats_file,
         Engine.load(
@@ -123,9 +131,11 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
                 say(line)
         with engine.recording(args.trace) if args.trace else nullcontext():
             if prompt is None:
-                Conversation(engine, engine.session(args.system), params).talk(MessageReader())
+                talk(Conversation(engine, params, args.system, args.session), MessageReader())
             elif args.chat:
-                Conversation(engine, engine.session(args.system), params).answer(prompt)
+                conversation = Conversation(engine, params, args.system, args.session)
+                conversation.answer(prompt)
+                conversation.keep()
             else:
                 show(engine.generate(prompt, params), engine)
         report(engine, args, stats_file)

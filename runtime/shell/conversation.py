@@ -1,123 +1,93 @@
-"""A conversation on a terminal, turn by turn."""
+"""A conversation in the shell: a session, the file that keeps it, and what a full context makes it forget."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import MixtralError, RequestError
+from runtime.errors import RequestError
 from runtime.options import SamplingParams
-from runtime.process.interrupts import restore_interrupts
 from runtime.requests import check_room, more_context
-from runtime.shell.command import put, reason, say
-from runtime.shell.reading import MessageReader
-from runtime.shell.slash import help_lines, parse
+from runtime.shell.command import put, say
+from runtime.shell.session_file import SessionFile, check_replaceable, restored
 from runtime.shell.trimming import Messages, first_turn, turns_to_drop
 from tokenizer import TokenizerError
 
 if TYPE_CHECKING:
     from runtime.answer import Token
     from runtime.engine import Engine
-    from runtime.session import Session
 
 
 class Conversation:
-    """A session with the commands of `runtime.shell.slash`. What it says about itself goes to stderr."""
+    """Answers go to stdout, and what it says about itself to stderr.
 
-    def __init__(self, engine: Engine, session: Session, params: SamplingParams) -> None:
-        self.engine, self.session, self.params = engine, session, params
+    With a `path`, it goes on with the conversation in that file if there is one, and `keep` writes it there.
+    A `system` message takes the place of the file's. Raises `RequestError` if the file holds no conversation
+    of this model.
+    """
 
-    def talk(self, reader: MessageReader) -> None:
-        """Take turns until end of file. A turn that fails prints why, and the next may succeed.
+    def __init__(
+        self, engine: Engine, params: SamplingParams, system: str | None = None, path: Path | None = None
+    ) -> None:
+        self.engine, self.params = engine, params
+        if path is not None and path.exists():
+            self.session = restored(engine, path)
+            self.file = SessionFile(path, self.session)
+            if system is not None:
+                messages = self.session.messages
+                messages[: first_turn(messages)] = [{"role": "system", "content": system}] if system else []
+        else:
+            self.session = engine.session(system)
+            self.file = SessionFile(path, self.session)
 
-        Ctrl-C ends an answer, whose text so far stays in the conversation. At an empty prompt it says how to
-        end the program. Raises `KeyboardInterrupt` if it comes there a second time.
-        """
-        say(
-            "Write a message and press Enter; Ctrl-C ends an answer, Ctrl-D the conversation; /help says more"
-        )
-        hinted = False
-        while True:
-            try:
-                message = reader.read()
-                hinted = False
-                if message is None:
-                    print(file=sys.stderr)
-                    return
-                if message.strip() and not self.take(message):
-                    return
-            except KeyboardInterrupt:
-                if hinted:
-                    raise
-                hinted = True
-                say("Ctrl-C once more ends the program, and so does Ctrl-D")
-            except (MixtralError, OSError) as error:
-                say(f"error: {reason(error)}")
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return self.session.messages
 
-    def take(self, text: str) -> bool:
-        """Answer a message or do a command. Returns False if the command ends the conversation."""
-        command = parse(text)
-        if command is None:
-            self.answer_or_stop(text)
-        elif command.name == "/reset":
-            self.reset()
-        elif command.name == "/retry":
-            self.answer_or_stop(None)
-        elif command.name == "/stats":
-            self.say_stats()
-        elif command.name == "/help":
-            for line in help_lines():
-                say(line)
-        return command is None or command.name != "/quit"
+    @property
+    def last(self) -> dict[str, str] | None:
+        """The last message."""
+        return self.messages[-1] if self.messages else None
 
-    def answer_or_stop(self, message: str | None) -> None:
-        """Answer, at most until Ctrl-C."""
-        before = self.last_message()
-        try:
-            with restore_interrupts():
-                self.answer(message)
-        except KeyboardInterrupt:
-            put("\n")
-            nothing = " before it began; the conversation is as it was"
-            say("the answer was ended" + nothing * (self.last_message() is before))
+    @property
+    def turns(self) -> int:
+        return sum(message["role"] == "user" for message in self.messages)
 
-    def answer(self, message: str | None) -> None:
-        """Show the answer to `message`, or another one to the last message if it is None.
+    def answer(self, message: str) -> None:
+        """Show the answer to a message.
 
         If the answer does not begin, the conversation is what it was. Raises `RequestError` if it cannot be
         served.
         """
-        session = self.session
-        before = list(session.messages)
-        if message is None:
-            message = self.last_question()
-            del session.messages[-2:]
-        session.send(message)
+        self.answer_after(list(self.messages), message)
+
+    def retry(self) -> None:
+        """Show another answer to the last message, as `answer` does."""
+        if len(self.messages) < 2 or self.messages[-1]["role"] != "assistant":
+            raise RequestError("there is no answer yet that could be given again; write a message")
+        self.answer_after(self.messages[:-2], self.messages[-2]["content"])
+
+    def answer_after(self, earlier: Messages, message: str) -> None:
+        before = list(self.messages)
         answer: dict[str, str] = {}
         try:
+            self.messages[:] = earlier
+            self.session.send(message)
             self.make_room()
-            tokens = session.generate(self.params)
-            answer = session.messages[-1]  # the session adds to it what the caller takes
+            tokens = self.session.generate(self.params)
+            answer = self.messages[-1]  # the session adds to it what the caller takes
             show(tokens, self.engine)
         except BaseException:
             if not answer.get("content"):
-                session.messages[:] = before
+                self.messages[:] = before
             raise
-
-    def last_message(self) -> dict[str, str] | None:
-        return self.session.messages[-1] if self.session.messages else None
-
-    def last_question(self) -> str:
-        messages = self.session.messages
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise RequestError("there is no answer yet that could be given again; write a message")
-        return messages[-2]["content"]
 
     def make_room(self) -> None:
         """Forget the oldest turns if the context is full. Raises `RequestError` if the last message alone is
         too long, and forgets nothing then."""
-        messages, context, most = self.session.messages, self.engine.plan.context, self.engine.config.context
+        messages, context, most = self.messages, self.engine.plan.context, self.engine.config.context
         try:
             dropped, start = turns_to_drop(messages, self.tokens, context, self.params.max_new_tokens)
             if not dropped:
@@ -135,15 +105,32 @@ class Conversation:
         return len(self.engine.tokenizer.encode_chat(messages))
 
     def reset(self) -> None:
-        del self.session.messages[first_turn(self.session.messages) :]
-        say("a new conversation begins")
+        """Forget all turns."""
+        del self.messages[first_turn(self.messages) :]
 
-    def say_stats(self) -> None:
-        turns = sum(message["role"] == "user" for message in self.session.messages)
-        held = len(self.session.ids) if turns else 0
-        say(f"turns: {turns}; the context holds {held} of {self.engine.plan.context} tokens")
-        for line in str(self.engine.stats()).splitlines():
-            say(line)
+    def keep(self) -> None:
+        """Write the conversation to its own file, if it has one and the conversation has changed."""
+        self.file.keep(self.session)
+
+    def save(self, path: Path) -> None:
+        """Write the conversation to any file. Raises `RequestError` if that fails, or if what is there is no
+        saved session."""
+        check_replaceable(path)
+        self.session.save(path)
+
+    def load(self, path: Path) -> None:
+        """Go on with the conversation in a file. Raises `RequestError` if it cannot be used. Then the present
+        one goes on, but its keys and values have to be computed again."""
+        if not path.exists():
+            raise RequestError(f"{path}: no such file")
+        messages = self.messages
+        self.session.close()  # first, since the plan has room for one KV cache
+        try:
+            self.session = restored(self.engine, path)
+        except BaseException:
+            self.session = self.engine.session()
+            self.messages[:] = messages
+            raise
 
 
 def show(tokens: Iterator[Token], engine: Engine) -> None:

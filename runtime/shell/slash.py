@@ -7,14 +7,17 @@ before the slash makes a message of anything.
 import re
 from typing import NamedTuple
 
+from model.errors import quoted
 from runtime.errors import RequestError
 
-COMMANDS = {
-    "/reset": "begin a new conversation; a system message stays",
-    "/retry": "answer the last message again",
-    "/stats": "show how full the context is, and how fast tokens come",
-    "/help": "show this",
-    "/quit": "end the program, as Ctrl-D does",
+COMMANDS = {  # with what may follow it, and what it does
+    "/reset": ("", "begin a new conversation; a system message stays"),
+    "/retry": ("", "answer the last message again"),
+    "/save": ("FILE", "write the conversation to a file; without FILE, to that of --session"),
+    "/load": ("FILE", "go on with the conversation of a file; without FILE, with that of --session"),
+    "/stats": ("", "show how full the context is, and how fast tokens come"),
+    "/help": ("", "show this"),
+    "/quit": ("", "end the program, as Ctrl-D does"),
 }
 KEYS = (
     "Enter sends the message. A backslash before Enter begins another line of it, and a pasted text is one "
@@ -45,23 +48,24 @@ def parse(text: str) -> Command | None:
 
     Raises `RequestError` if there is no such command, or if it takes no argument and got one.
 
-    >>> parse("/reset "), parse("Hello")
-    (Command(name='/reset', argument=''), None)
+    >>> parse("/save my talk "), parse("Hello")
+    (Command(name='/save', argument='my talk'), None)
     """
     if not is_command(text):
         return None
-    name, _, argument = text.partition(" ")
-    name, argument = name.strip(), argument.strip()
+    name, *rest = text.split(maxsplit=1)
+    argument = "".join(rest).strip()
     if name not in COMMANDS:
         raise RequestError(
             f"{name} is no command; {', '.join(COMMANDS)} are. A space before the slash makes it a message"
         )
-    if argument:
-        raise RequestError(f"{name} takes nothing after it, and got {argument!r}")
+    if argument and not COMMANDS[name][0]:
+        raise RequestError(f"{name} takes nothing after it, and got {quoted(argument)}")
     return Command(name, argument)
 
 
 def help_lines() -> list[str]:
     """What `/help` prints."""
-    width = max(map(len, COMMANDS)) + 2
-    return [f"{name:<{width}}{meaning}" for name, meaning in COMMANDS.items()] + list(KEYS)
+    forms = [(f"{name} {argument}", meaning) for name, (argument, meaning) in COMMANDS.items()]
+    width = max(len(form) for form, _ in forms) + 2
+    return [f"{form:<{width}}{meaning}" for form, meaning in forms] + list(KEYS)

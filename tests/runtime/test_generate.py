@@ -157,13 +157,19 @@ def test_a_stats_file_is_there_whole_or_not_at_all(run: Callable[..., Outcome], 
 
 
 @pytest.mark.parametrize(
-    "words", [("--stats-file", "/nowhere/s"), ("--stats-file", "/"), ("--trace", "/nowhere/s")]
+    "words",
+    [
+        ("--stats-file", "/nowhere/s"),
+        ("--stats-file", "/"),
+        ("--trace", "/nowhere/s"),
+        ("--session", "/nowhere/s"),
+    ],
 )
 def test_outputs_are_judged_before_weights_are_read(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, words: tuple[str, str]
 ) -> None:
     monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("weights were read"))
-    outcome = run("--prompt", "x", *words)
+    outcome = run("--chat", "--prompt", "x", *words)
     assert outcome.status == 1 and outcome.err.startswith(f"error: {words[1]}: ")
 
 
@@ -228,6 +234,23 @@ def test_chat_with_a_system_message(run: Callable[..., Outcome], engine: Engine)
     assert run(*FLAGS, "--prompt", "Hello").out != expected
 
 
+def test_a_conversation_goes_on_in_its_file(
+    run: Callable[..., Outcome], engine: Engine, tmp_path: Path
+) -> None:
+    file = tmp_path / "talk.session"
+    with engine.session("Be brief.") as session:
+        for message in ("Hello", "And then?"):
+            session.send(message)
+            expected = text_of(session.generate(sampled(4)))
+            system = () if file.exists() else ("--system", "Be brief.")
+            assert run(*FLAGS, "--chat", *system, "--session", file, "--prompt", message).out == expected
+    before = file.read_bytes()
+    assert run("--chat", "--session", file, "--prompt", "x" * 2000).status == 1
+    small = run("--chat", "--session", file, "--prompt", "x", "--context", 20, "--quiet")
+    assert small.status == 1 and small.err.startswith(f"error: {file}: the conversation has ")
+    assert file.read_bytes() == before
+
+
 # --- what goes wrong
 
 FAILURES: list[tuple[list[object], bytes, str]] = [
@@ -270,6 +293,7 @@ def test_a_request_that_fails_says_why_in_one_line(
         (["a prompt without its flag"], "unrecognized"),
         (["--prompt", "x", "--prompt-file", "y"], "not allowed with"),
         (["--prompt", "x", "--system", "y"], "--system"),
+        (["--prompt", "x", "--session", "y"], "--session is for conversations; add --chat"),
         (["--top-k", "many"], "--top-k"),
         (["--top-p", "2"], "top_p is 2.0"),
         (["--seed", "-1"], "seed is -1"),
@@ -433,9 +457,26 @@ def test_ctrl_c_ends_an_answer_and_twice_at_the_prompt_the_program(long_checkpoi
             os.set_blocking(terminal.process.stdout.fileno(), False)
             terminal.process.stdout.read()
             os.set_blocking(terminal.process.stdout.fileno(), True)
-        terminal.type(CTRL_C)
+        terminal.interrupt()
         assert terminal.until("> ").endswith("\nCtrl-C once more ends the program, and so does Ctrl-D\n> ")
-        terminal.type(CTRL_C)
+        terminal.interrupt()
         assert terminal.process.wait(60) == 130
         assert terminal.rest().endswith("\ninterrupted\n")
         terminal.process.stdout.close()
+
+
+def test_a_conversation_survives_the_end_of_its_process(
+    checkpoint: Path, engine: Engine, run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    file = tmp_path / "talk.session"
+    words = ("-m", "runtime.generate", *command(checkpoint), *FLAGS, "--chat", "--session", file)
+    with Terminal(*words) as terminal:
+        terminal.until(ASKING)
+        terminal.type("Hello\r")
+        terminal.until(ASKING)
+        terminal.process.kill()
+    with engine.session() as session:
+        for message in ("Hello", "And then?"):
+            session.send(message)
+            expected = text_of(session.generate(sampled(4)))
+    assert run(*FLAGS, "--chat", "--session", file, "--prompt", "And then?").out == expected

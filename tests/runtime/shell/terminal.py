@@ -45,6 +45,15 @@ class Terminal:
     def type(self, keys: str | bytes) -> None:
         os.write(self.ours, keys.encode() if isinstance(keys, str) else keys)
 
+    def interrupt(self) -> None:
+        """Type Ctrl-C once the program waits for a key. An editor that gets one between its prompt and its
+        wait acts on it at the next key."""
+        state = Path(f"/proc/{self.process.pid}/stat")
+        time.sleep(0 if state.exists() else 0.2)
+        while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.002)
+        self.type(CTRL_C)
+
     def until(self, text: str, seconds: float = 60) -> str:
         """What the terminal shows up to the next `text`, which comes last."""
         end = time.monotonic() + seconds

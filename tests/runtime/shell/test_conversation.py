@@ -1,74 +1,14 @@
 """A conversation's commands, failures, interrupts and full contexts, on the random model."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
 from runtime import Engine, RequestError, SamplingParams, Session, Token
 from runtime.shell import conversation as module
-from runtime.shell.conversation import Conversation
+from tests.runtime.shell.talking import PARAMS, Talk, Typed
 
-PARAMS = SamplingParams(max_new_tokens=12, seed=3, ignore_eos=True)
 HINT = "Ctrl-C once more ends the program, and so does Ctrl-D"
-
-
-class Typed:
-    """In place of a reader, something that is typed in advance. An exception is raised."""
-
-    def __init__(self, *messages: str | BaseException) -> None:
-        self.messages = iter(messages)
-
-    def read(self) -> str | None:
-        message = next(self.messages, None)
-        if isinstance(message, BaseException):
-            raise message
-        return message
-
-
-class Talk:
-    """A conversation with what it printed: `out`, and the lines of `err` after the first."""
-
-    def __init__(self, engine: Engine, capfd: pytest.CaptureFixture[str]) -> None:
-        self.engine, self.capfd = engine, capfd
-        self.opened: list[Session] = []
-
-    def __call__(self, *typed: Any, system: str | None = None, params: SamplingParams = PARAMS) -> None:
-        self.session = self.engine.session(system)
-        self.opened.append(self.session)
-        self.capfd.readouterr()
-        try:
-            Conversation(self.engine, self.session, params).talk(Typed(*typed))  # type: ignore[arg-type]
-        finally:
-            self.out, err = self.capfd.readouterr()
-            greeting, *self.err = err.splitlines()
-            assert greeting.startswith("Write a message")
-
-
-@pytest.fixture
-def talk(engine: Engine, capfd: pytest.CaptureFixture[str]) -> Iterator[Talk]:
-    made = Talk(engine, capfd)
-    yield made
-    for session in made.opened:
-        session.close()
-
-
-@pytest.fixture
-def answers(engine: Engine) -> Iterator[Callable[..., list[str]]]:
-    """What a session of the library answers to messages."""
-    opened = []
-
-    def answers(*messages: str, system: str | None = None, params: SamplingParams = PARAMS) -> list[str]:
-        opened.append(engine.session(system))
-        texts = []
-        for message in messages:
-            opened[-1].send(message)
-            texts.append("".join(token.text for token in opened[-1].generate(params)))
-        return texts
-
-    yield answers
-    for session in opened:
-        session.close()
 
 
 def test_turns(talk: Talk, answers: Callable[..., list[str]]) -> None:
@@ -110,7 +50,9 @@ def test_help_names_every_command_and_unknown_ones_are_named(talk: Talk) -> None
     talk("/help", "/frobnicate now", "/reset all", "/RESET", "/quit")
     assert talk.out == "" and talk.session.messages == []
     shown = "\n".join(talk.err[:-3])
-    assert all(f"{name}  " in shown for name in ("/reset", "/retry", "/stats", "/help", "/quit"))
+    assert all(
+        f"{name}  " in shown for name in ("/reset", "/retry", "/load FILE", "/stats", "/help", "/quit")
+    )
     unknown, argument, upper = talk.err[-3:]
     assert unknown.startswith("error: /frobnicate is no command; /reset, ")
     assert argument == "error: /reset takes nothing after it, and got 'all'"
@@ -169,7 +111,7 @@ def test_an_interrupted_retry_keeps_the_answer_there_was(talk: Talk, monkeypatch
                 interrupt_after(monkeypatch, 0)
             return message
 
-    monkeypatch.setitem(globals(), "Typed", Once)
+    talk.typed = Once
     talk("one", "/retry")
     assert talk.err == ["the answer was ended before it began; the conversation is as it was", ""]
     assert talk.out == talk.session.messages[1]["content"] + "\n" and len(talk.session.messages) == 2
@@ -219,7 +161,7 @@ def test_a_failed_retry_keeps_the_answer_there_was(talk: Talk, monkeypatch: pyte
                 monkeypatch.setattr(Session, "generate", fail)
             return message
 
-    monkeypatch.setitem(globals(), "Typed", Failing)
+    talk.typed = Failing
     talk("one", "/retry")
     assert talk.err == ["error: no", ""]
     assert [message["role"] for message in talk.session.messages] == ["user", "assistant"]

@@ -49,7 +49,10 @@ def edited() -> Iterator[Terminal]:
 def read(terminal: Terminal, *keys: str | bytes) -> str:
     """What the program has read after these keys. Then it asks again."""
     for each in keys:
-        terminal.type(each)
+        if each == CTRL_C:
+            terminal.interrupt()
+        else:
+            terminal.type(each)
     terminal.until("<")
     message = terminal.until(">\n")[:-2]
     terminal.until("> ")
