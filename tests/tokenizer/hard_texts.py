@@ -1,4 +1,4 @@
-"""Texts on which two tokenizers part if they can."""
+"""Texts on which two tokenizers part if they can, and texts of which no part is a control token."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ PIECES = [
     "\U0010ffff", "<s>", "</s>", "<unk>", "<0x0A>", "[INST]", "<|im_end|>", "e\u0301", "\u0301", "狐狸",
     "👩\u200d🚀", "🇩🇪", "لومڑی", "\ufb01", "\uff21", "½", "\u2028", "\u0133", "\U000e0001",
 ]  # fmt: skip
+
+
+WORDS = (
+    "Hello", "what is", " two  spaces", "\n", "\n\n", "naïve café", "日本語", "🦊", "x = 1;", "\tindent",
+    "...",    "'quoted'", "{{ braces }}", "<b>bold</b>", "&amp;", "A", "end.", " ", "###", "[1, 2]", "a|b",
+    "1 < 2 > 0",
+)  # fmt: skip
 
 
 def hard_text(chance: random.Random) -> str:
@@ -30,3 +37,7 @@ def character(chance: random.Random) -> str:
     """Any character but halves of surrogate pairs."""
     code = chance.choice([chance.randrange(0xD800), chance.randrange(0xE000, 0x110000)])
     return chr(code)
+
+
+def random_text(chance: random.Random) -> str:
+    return "".join(chance.choice(["", " "]) + chance.choice(WORDS) for _ in range(chance.randint(1, 8)))

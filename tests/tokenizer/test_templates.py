@@ -7,19 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from tests.tokenizer.hard_texts import random_text
 from tests.tokenizer.templates import STYLES, make_folder, token
 from tokenizer import Tokenizer, TokenizerError
 
 CONVERSATIONS = 200
-WORDS = (
-    "Hello", "what is", " two  spaces", "\n", "\n\n", "naïve café", "日本語", "🦊", "x = 1;", "\tindent",
-    "...",    "'quoted'", "{{ braces }}", "<b>bold</b>", "&amp;", "A", "end.", " ", "###", "[1, 2]", "a|b",
-    "1 < 2 > 0",
-)  # fmt: skip
-
-
-def random_text(chance: random.Random) -> str:
-    return "".join(chance.choice(["", " "]) + chance.choice(WORDS) for _ in range(chance.randint(1, 8)))
 
 
 def random_conversation(chance: random.Random) -> list[dict[str, str]]:
