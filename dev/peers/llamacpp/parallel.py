@@ -5,7 +5,13 @@ probability alone. `tokens_per_s` counts the new tokens of all requests over the
 `each` is a request's own speed after its first token. `over_one` compares with one request of the same way,
 and `over_theirs` with llama.cpp's server, each by the median of the rounds' own ratios.
 
-Ways: `ours` and `theirs` hold all experts in memory.
+Ways: `ours` and `theirs` hold all experts in memory. `offloaded` is ours with --slots of each layer's experts
+in slots, where the others are copied as they are needed. llama.cpp has no such thing on a CPU, so there too
+`over_theirs` is against its server that has all experts in memory.
+
+The routers of random models choose at random, and requests differ in what they choose. `random_choices` says
+how many experts of a layer N tokens need, and how many times as fast as one N could be if experts alone took
+time.
 
 Every turn is kept in a file, and the same command goes on with it after an interrupt. More --rounds add to
 what is there.
@@ -21,17 +27,18 @@ from typing import Any
 
 from dev.peers.llamacpp.models import Pair, add_model_arguments, make_pair, name_pair
 from dev.peers.llamacpp.records import Records, Turn
-from dev.peers.llamacpp.sides import THEIR_SERVER, Side, our_side, their_side
-from dev.peers.llamacpp.turns import quartiles
+from dev.peers.llamacpp.sides import OUR_SERVICE, THEIR_SERVER, Side, our_side, their_side
+from dev.peers.llamacpp.turns import median, quartiles
+from model.config import ModelConfig
 from model.quant.formats import DEFAULT
 from model.shapes import SHAPES
 from runtime.errors import OptionError
 from runtime.shell.arguments import at_least_one
 from runtime.shell.command import say
 
-WAYS = ("theirs",)
+WAYS = ("ours", "theirs", "offloaded")
 WARM_UP = 4  # tokens of each request of the first turn, which does not count
-SETTINGS = ("shape", "layers", "quant", "threads", "prompt", "tokens", "their_head")
+SETTINGS = ("shape", "layers", "quant", "threads", "prompt", "tokens", "their_head", "slots", "link_gbps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=at_least_two, default=32, help="new ones of each (default: 32)")
     parser.add_argument("--rounds", type=at_least_one, default=5, help="(default: 5)")
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS, help="(default: all)")
+    parser.add_argument("--slots", type=at_least_one, help="of a layer (default: for half of its experts)")
+    parser.add_argument(
+        "--link-gbps", type=float, metavar="G", help="GB/s at most to slots (default: no limit)"
+    )
     parser.add_argument(
         "--turns", type=Path, help="file that keeps turns (default: parallel.jsonl in the models' folder)"
     )
@@ -63,9 +74,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises `MixtralError` if a side cannot do its part.
     """
-    counts = sorted(set(args.requests))
-    names = (*SETTINGS, *DEFAULT.by_kind())
-    settings = {name: getattr(args, name) for name in names} | {"slots": counts[-1]}
+    counts, shape = sorted(set(args.requests)), SHAPES[args.shape]
+    args.slots = args.slots or shape.experts // 2
+    settings = {name: getattr(args, name) for name in (*SETTINGS, *DEFAULT.by_kind())}
+    settings["most_at_once"] = counts[-1]
     args.folder.mkdir(parents=True, exist_ok=True)
     records = Records(args.turns or args.folder / "parallel.jsonl", settings)
     wanted = [(number, count, way) for number in range(args.rounds) for count in counts for way in args.ways]
@@ -77,9 +89,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "model": f"{args.shape}, {args.layers} layers, random",
         "ours": pair.ours,
         "theirs": pair.theirs,
-        **{name: settings[name] for name in ("threads", "slots", "prompt", "tokens")},
+        **{name: settings[name] for name in ("threads", "prompt", "tokens", "slots", "link_gbps")},
         "rounds": args.rounds,
         "requests_at_once": table(records.turns, args),
+        "random_choices": [
+            {
+                "at_once": count,
+                "experts": (needed := experts_needed(shape, count)),
+                "over_one": count * shape.experts_per_token / needed,
+            }
+            for count in counts
+        ],
     }
 
 
@@ -89,32 +109,40 @@ def take(missing: Sequence[Turn], records: Records, args: argparse.Namespace) ->
         raise OptionError(f"--server {args.server}: there is no such program")
     with our_side() as ours, their_side(args.python) as theirs:
         pair = make_pair(ours, theirs, args)
-    slots = max(args.requests)
+    most = max(args.requests)
     with ExitStack() as stack:
         sides = {}
         for way in dict.fromkeys(way for _, _, way in missing):
             say(f"{way}: loading")
-            sides[way] = stack.enter_context(Side(THEIR_SERVER))
-            load(sides[way], pair, args)
+            sides[way] = stack.enter_context(Side(THEIR_SERVER if way == "theirs" else OUR_SERVICE))
+            load(sides[way], way, pair, args)
             first = {"prompt": args.prompt, "tokens": min(WARM_UP, args.tokens), "seed": 0}
-            sides[way].ask("together", requests=slots, **first)
+            sides[way].ask("together", requests=most, **first)
         for turn in missing:
             number, count, way = turn
             seed = 1000 * (number + 1) + count
             asked = {"requests": count, "prompt": args.prompt, "tokens": args.tokens, "seed": seed}
             records.add(turn, sides[way].ask("together", **asked))
-            if turn[1:] == (slots, args.ways[-1]):
+            if turn[1:] == (most, args.ways[-1]):
                 say(f"{number + 1} of {args.rounds} rounds")
 
 
-def load(side: Side, pair: Pair, args: argparse.Namespace) -> None:
-    """Load the model with that many slots, whose texts are as long as this measurement's."""
-    size = {"threads": args.threads, "slots": max(args.requests), "context": args.prompt + args.tokens}
-    side.ask("load", server=args.server, path=str(pair.gguf), vocab=SHAPES[args.shape].vocab, **size)
+def load(side: Side, way: str, pair: Pair, args: argparse.Namespace) -> None:
+    """Load a model for as many requests at once as there will be, and texts as long as theirs."""
+    size = {"threads": args.threads, "parallel": max(args.requests), "context": args.prompt + args.tokens}
+    if way == "theirs":
+        vocab = SHAPES[args.shape].vocab
+        side.ask("load", server=args.server, path=str(pair.gguf), vocab=vocab, **size)
+    elif way == "ours":
+        side.ask("load", path=str(pair.native), offload="never", **size)
+    else:
+        some = {"slots": args.slots, "link_gbps": args.link_gbps}
+        side.ask("load", path=str(pair.native), offload="always", **size, **some)
 
 
 def table(turns: dict[Turn, dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per way and number of requests."""
+    """A row per way and number of requests. Processor time and copies are a new token's, with its share of
+    the prompts'."""
 
     def speeds(count: int, way: str) -> list[float]:
         return [count * args.tokens / turns[i, count, way]["seconds"] for i in range(args.rounds)]
@@ -123,15 +151,15 @@ def table(turns: dict[Turn, dict[str, Any]], args: argparse.Namespace) -> list[d
     for way in args.ways:
         for count in sorted(set(args.requests)):
             found = [turns[i, count, way] for i in range(args.rounds)]
+            made = count * args.tokens
             row = {
                 "way": way,
                 "at_once": count,
                 "tokens_per_s": statistics.median(speeds(count, way)),
                 "each": statistics.median(speed for turn in found for speed in turn["each"]),
-                "cpu_ms": statistics.median(turn["cpu_seconds"] for turn in found)
-                / count
-                / args.tokens
-                * 1e3,
+                "cpu_ms": median(found, "cpu_seconds") / made * 1e3,
+                "hit_ratio": median(found, "hit_ratio"),
+                "copied_mb": median(found, "copied") / made / 1e6,
             }
             if 1 in args.requests:
                 row["over_one"] = ratio(speeds(count, way), speeds(1, way))[1]
@@ -145,3 +173,12 @@ def table(turns: dict[Turn, dict[str, Any]], args: argparse.Namespace) -> list[d
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """Quartiles of the rounds' own ratios."""
     return quartiles([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def experts_needed(shape: ModelConfig, tokens: int) -> float:
+    """How many of a layer's experts so many tokens need on average, if each chooses at random.
+
+    >>> experts_needed(SHAPES["mixtral-8x7b"], 1), round(experts_needed(SHAPES["mixtral-8x7b"], 4), 2)
+    (2.0, 5.47)
+    """
+    return shape.experts * (1 - (1 - shape.experts_per_token / shape.experts) ** tokens)

@@ -32,9 +32,9 @@ class TheirServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def load(
-        self, server: str, path: str, threads: int, slots: int, context: int, vocab: int
+        self, server: str, path: str, threads: int, parallel: int, context: int, vocab: int
     ) -> dict[str, Any]:
-        """Start the program `server` with that many slots, each for a text of `context` tokens."""
+        """Start the program `server` with `parallel` slots, each for a text of `context` tokens."""
         self.vocab = vocab
         with socket.socket() as free:
             free.bind((HOST, 0))
@@ -42,11 +42,11 @@ class TheirServer:
         self.log = Path(tempfile.mkstemp(prefix="llama-server-")[1])
         words = [
             server, "--model", path, "--host", HOST, "--port", self.port, "--threads", threads,
-            "--parallel", slots, "--ctx-size", slots * context, "--no-kv-unified", "--cache-ram", 0,
+            "--parallel", parallel, "--ctx-size", parallel * context, "--no-kv-unified", "--cache-ram", 0,
         ]  # fmt: skip
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([str(word) for word in words], stdout=log, stderr=log)
-        self.pool = ThreadPoolExecutor(slots)
+        self.pool = ThreadPoolExecutor(parallel)
         end = time.monotonic() + PATIENCE
         while not self.healthy():
             if self.process.poll() is not None or time.monotonic() > end:
@@ -64,7 +64,7 @@ class TheirServer:
     def together(self, requests: int, prompt: int, tokens: int, seed: int) -> dict[str, Any]:
         """Answer that many requests at once, of `prompt` random ids and `tokens` new tokens each.
 
-        `each` are the tokens per second of every request from its first token on.
+        `each` are the tokens per second of every request from its first token on. No expert was copied.
         """
         assert self.process
         ids = random.Random(seed)
@@ -73,7 +73,8 @@ class TheirServer:
         futures = [self.pool.submit(self.complete, prompts[i], tokens, seed + i) for i in range(requests)]
         each = [future.result() for future in futures]
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "cpu_seconds": cpu_seconds(self.process.pid) - cpu, "each": each}
+        spent = cpu_seconds(self.process.pid) - cpu
+        return {"seconds": seconds, "cpu_seconds": spent, "each": each, "copied": 0, "hit_ratio": 1.0}
 
     def complete(self, ids: list[int], tokens: int, seed: int) -> float:
         asked = {"prompt": ids, "n_predict": tokens, "seed": seed} | SAMPLING

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 import pytest
 
+from dev.bench.random_checkpoint import random_native
 from dev.peers.llamacpp import command as bench
-from dev.peers.llamacpp import sides
+from dev.peers.llamacpp import parallel, sides
+from dev.peers.llamacpp.our_service import OurService
 from dev.peers.llamacpp.records import Records
 from dev.peers.llamacpp.sides import THEIR_SERVER, Side, SideError
 from model.config import ModelConfig
+from model.quant.formats import DEFAULT
 from model.shapes import SHAPES
-from runtime.errors import OptionError
+from runtime.errors import OptionError, RequestError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -82,8 +86,43 @@ def test_requests_at_once(words: list[str], tmp_path: Path, capsys: pytest.Captu
     assert "has turns of tokens 6, not 4; remove it" in failure(capsys, [*words, "--tokens", "4"])
 
 
+def test_ours_and_theirs_take_turns(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parallel, "OUR_SERVICE", "tests.dev.peers.fake_service")
+    found = result(capsys, [*words, "--tokens", "6", "--link-gbps", "2"])
+    lines = [json.loads(line) for line in (tmp_path / "parallel.jsonl").read_text().splitlines()[1:]]
+    rows = {(row["way"], row["at_once"]): row for row in found["requests_at_once"]}
+    assert list(rows) == [(way, count) for way in ("ours", "theirs", "offloaded") for count in (1, 2)]
+    for way, speed in (("ours", 3000), ("offloaded", 1500)):
+        for count in (1, 2):
+            row = rows[way, count]
+            assert row["tokens_per_s"] == pytest.approx(count * speed) and row["over_one"] == count
+            took = [line["seconds"] for line in lines if (line["way"], line["requests"]) == ("theirs", count)]
+            assert row["over_theirs"] == pytest.approx(statistics.median(took) / (6 / speed))
+            assert row["cpu_ms"] == pytest.approx(1000 / count / 6) and row["copied_mb"] == pytest.approx(
+                1 / count / 6
+            )
+    assert [line["way"] for line in lines] == ["ours", "theirs", "offloaded"] * 4
+    assert found["random_choices"][1] == {"at_once": 2, "experts": 3.0, "over_one": 4 / 3}
+    assert found["slots"] == 2
+
+
+def test_our_service_measures_what_it_answers(tmp_path: Path) -> None:
+    random_native(SMALL, tmp_path, DEFAULT)
+    side = OurService()
+    side.load(str(tmp_path), threads=1, parallel=3, context=24, offload="always", slots=2)
+    with side.service:
+        found = side.together(requests=3, prompt=4, tokens=20, seed=1)
+        assert side.engine.stats().new_tokens == 60
+        assert found["seconds"] > 19 / min(found["each"]) and len(found["each"]) == 3
+        assert found["copied"] > 0 and 0 < found["hit_ratio"] < 1
+        with pytest.raises(RequestError):
+            side.together(requests=1, prompt=40, tokens=2, seed=1)
+
+
 def test_what_the_server_cannot_do_is_one_line(server: Path) -> None:
-    given = {"server": str(server), "path": "model", "slots": 1, "context": 64, "vocab": 2048}
+    given = {"server": str(server), "path": "model", "parallel": 1, "context": 64, "vocab": 2048}
     with Side(THEIR_SERVER) as side, pytest.raises(SideError, match="does not serve model: no such model"):
         side.ask("load", threads=7, **given)
     with Side(THEIR_SERVER) as side:
