@@ -5,7 +5,7 @@
  */
 
 const DEPTH = 8; // of quotes and lists in one another; what is deeper is text
-const FENCE = /^( {0,3})(`{3,}|~{3,})([^`]*)$/;
+const FENCE = /^( {0,3})(?:(`{3,})([^`]*)|(~{3,})(.*))$/;
 const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])([ \t]+|$)/;
@@ -13,20 +13,26 @@ const RULE = /^(-{3,}|\*{3,}|_{3,})$/;
 const DELIMITERS = /^[ \t|:-]+$/;
 
 /** Blocks of a text: objects with a `kind` and what that kind has. Quotes and items hold blocks again. */
-export function blocks(text, depth = 0) {
-  const lines = typeof text === "string" ? text.split(/\r\n|\n|\r/) : text;
+export function blocks(text) {
+  return readAll(text.split(/\r\n|\n|\r/), 0).found;
+}
+
+/** The blocks of some lines, and whether blank lines part any two of them. */
+function readAll(lines, depth) {
   const found = [];
+  let parted = false;
   let at = 0;
   while (at < lines.length) {
     if (isBlank(lines[at])) {
       at += 1;
       continue;
     }
+    parted ||= found.length > 0 && isBlank(lines[at - 1]);
     const [block, next] = readBlock(lines, at, depth);
     found.push(block);
     at = next;
   }
-  return found;
+  return { found, parted };
 }
 
 function readBlock(lines, at, depth) {
@@ -66,7 +72,8 @@ function dedent(line, columns) {
 }
 
 function readFence(lines, at) {
-  const [, space, fence, info] = FENCE.exec(lines[at]);
+  const [, space, ticks, ticksInfo, tildes, tildesInfo] = FENCE.exec(lines[at]);
+  const [fence, info] = [ticks ?? tildes, ticksInfo ?? tildesInfo];
   const code = [];
   let next = at + 1;
   for (; next < lines.length; next++) {
@@ -104,8 +111,14 @@ function heading(line) {
 function readQuote(lines, at, depth) {
   const inner = [];
   let next = at;
-  while (next < lines.length && QUOTE.test(lines[next])) inner.push(lines[next++].replace(QUOTE, ""));
-  return [{ kind: "quote", blocks: blocks(inner, depth + 1) }, next];
+  let fenced = false;
+  for (; next < lines.length; next++) {
+    const line = lines[next];
+    if (!QUOTE.test(line) && (fenced || !goesOn(line, inner.at(-1)))) break;
+    inner.push(line.replace(QUOTE, ""));
+    fenced = fenced !== FENCE.test(inner.at(-1));
+  }
+  return [{ kind: "quote", blocks: readAll(inner, depth + 1).found }, next];
 }
 
 function readList(lines, at, depth) {
@@ -118,13 +131,14 @@ function readList(lines, at, depth) {
     const found = ITEM.exec(lines[next]);
     if (!found || found[2].at(-1) !== kind || isRule(lines[next])) break;
     const [item, end, blankAfter] = readItem(lines, next, found);
-    items.push(item);
-    loose ||= item.includes("") && item.some((line, i) => line === "" && i > 0 && i < item.length - 1);
+    const inner = readAll(item, depth + 1);
+    items.push(inner.found);
+    loose ||= inner.parted;
     next = end;
     if (blankAfter && next < lines.length && ITEM.exec(lines[next])?.[2].at(-1) === kind) loose = true;
   }
   const start = kind === "." || kind === ")" ? Number.parseInt(marker, 10) : null;
-  return [{ kind: "list", start, loose, items: items.map((item) => blocks(item, depth + 1)) }, next];
+  return [{ kind: "list", start, loose, items }, next];
 }
 
 /** An item's lines, where the next block begins, and whether a blank line came before that. */
@@ -144,12 +158,17 @@ function readItem(lines, at, found) {
       item.push(dedent(line, width));
       fenced = fenced !== FENCE.test(item.at(-1));
       blank = false;
-    } else if (!blank && !fenced && !interrupts(line) && !ITEM.test(line)) {
-      item.push(line); // a paragraph goes on
+    } else if (!blank && !fenced && !ITEM.test(line) && goesOn(line, item.at(-1))) {
+      item.push(line);
     } else break;
   }
   while (item.length > 1 && item.at(-1) === "") item.pop();
   return [item, next, blank];
+}
+
+/** Whether a line without the marks of its quote or item goes on with the paragraph that the line before ends. */
+function goesOn(line, before) {
+  return !isBlank(line) && !interrupts(line) && !isBlank(before) && !HEADING.test(before) && !isRule(before);
 }
 
 /** Whether a line begins a block even where a paragraph could go on. A year and a full stop begin no list. */
@@ -162,7 +181,7 @@ function interrupts(line) {
 function startsTable(lines, at) {
   if (at + 1 >= lines.length || !lines[at].includes("|")) return false;
   const below = lines[at + 1];
-  return DELIMITERS.test(below) && below.includes("-") && cells(below).length === cells(lines[at]).length;
+  return DELIMITERS.test(below) && below.includes("-") && below.includes("|") && cells(below).length === cells(lines[at]).length;
 }
 
 function readTable(lines, at) {
@@ -199,5 +218,5 @@ function readParagraph(lines, at, depth) {
     if (depth < DEPTH && interrupts(lines[next])) break;
     next += 1;
   }
-  return [{ kind: "paragraph", text: lines.slice(at, next).map((line) => line.trimStart()).join("\n") }, next];
+  return [{ kind: "paragraph", text: lines.slice(at, next).map((line) => line.trimStart()).join("\n").trimEnd() }, next];
 }

@@ -82,9 +82,9 @@ class Inline {
     this.#at += length;
   }
 
-  #open(mark, size, literal = mark.repeat(size)) {
+  #open(mark, size, literal = mark.repeat(size), run = null) {
     if (this.#frames.length > DEPTH) this.#put(literal);
-    else this.#frames.push({ mark, size, literal, children: [] });
+    else this.#frames.push({ mark, size, literal, run, children: [] });
     this.#at += literal.length;
   }
 
@@ -98,8 +98,10 @@ class Inline {
 
   #readEscape() {
     const next = this.#text[this.#at + 1] ?? "";
-    if (next === "\n") this.#at += 1; // the break follows
-    else if (ESCAPED.test(next)) {
+    if (next === "\n") {
+      this.#at += 1;
+      this.#break();
+    } else if (ESCAPED.test(next)) {
       this.#put(next);
       this.#at += 2;
     } else this.#literal(1);
@@ -108,7 +110,11 @@ class Inline {
   /** A line's end is a break: whoever writes a poem or a log means its lines. */
   #readBreak() {
     const children = this.#frames.at(-1).children;
-    if (typeof children.at(-1) === "string") children.push(children.pop().trimEnd());
+    if (typeof children.at(-1) === "string") children.push(children.pop().replace(/ {1,99}$/, ""));
+    this.#break();
+  }
+
+  #break() {
     this.#put(element("br"));
     this.#at += 1;
     while (this.#text[this.#at] === " ") this.#at += 1;
@@ -191,7 +197,7 @@ class Inline {
     pattern.lastIndex = this.#at;
     const found = pattern.exec(this.#text)?.[0];
     let shown = found?.slice(margin, found.length - margin);
-    if (!margin) shown = shown?.replace(/[.,:;!?'*_~)\]]{1,8}$/, (tail) => keptTail(shown, tail));
+    if (!margin) shown = shown && withoutTail(shown);
     const address = shown ? safeAddress(shown) : null;
     if (address === null || this.#frames.some((frame) => frame.mark === "[")) return this.#literal(1);
     this.#put(link(address, [shown]));
@@ -204,17 +210,18 @@ class Inline {
     const after = String.fromCodePoint(this.#text.codePointAt(this.#at + length) ?? 0x20);
     const [opens, closes] = flanks(character, before, after);
     if (character === "~" && length !== 2) return this.#literal(length);
-    let left = length;
-    if (closes) left = this.#closeMarks(character, left);
+    const run = { length, both: opens && closes };
+    const left = closes ? this.#closeMarks(character, run) : length;
     if (!opens || left === 0) return this.#literal(left);
-    if (left % 2) this.#open(character, 1);
-    for (let pairs = Math.floor(left / 2); pairs > 0; pairs--) this.#open(character, 2);
+    if (left % 2) this.#open(character, 1, character, run);
+    for (let pairs = Math.floor(left / 2); pairs > 0; pairs--) this.#open(character, 2, character.repeat(2), run);
   }
 
-  /** Close what is open with up to `left` of the character at hand. Returns how many are left. */
-  #closeMarks(character, left) {
+  /** Close what is open with a run of the character at hand. Returns how many of them are left. */
+  #closeMarks(character, run) {
+    let left = run.length;
     while (left > 0) {
-      const index = this.#frames.findLastIndex((frame) => frame.mark === character);
+      const index = this.#frames.findLastIndex((frame) => frame.mark === character && fit(frame.run, run));
       if (index < 0) break;
       if (character === "~" && left < 2) break;
       this.#dissolve(index);
@@ -229,10 +236,20 @@ class Inline {
   }
 }
 
-/** What of a bare link's last characters is part of it: a closing bracket is, if it was opened in it. */
-function keptTail(shown, tail) {
-  const count = (bracket) => shown.split(bracket).length - 1;
-  return tail.startsWith(")") && count("(") >= count(")") ? ")" : "";
+/** CommonMark's rule of three, without which `**a*b*c**` would be read wrongly. */
+function fit(opening, closing) {
+  if (!opening.both && !closing.both) return true;
+  return (opening.length + closing.length) % 3 !== 0 || (opening.length % 3 === 0 && closing.length % 3 === 0);
+}
+
+/** A bare link without the punctuation after it. A closing bracket is part of it if it was opened in it. */
+function withoutTail(address) {
+  const count = (bracket) => address.split(bracket).length - 1;
+  for (let most = 8; most > 0 && /[.,:;!?'*_~)\]]$/.test(address); most--) {
+    if (address.endsWith(")") && count("(") >= count(")")) break;
+    address = address.slice(0, -1);
+  }
+  return address;
 }
 
 function previousCharacter(text, at) {

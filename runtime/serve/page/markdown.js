@@ -59,7 +59,7 @@ function list({ start, loose, items }) {
 function table({ align, head, rows }) {
   const row = (tag, texts) =>
     element("tr", {}, ...texts.map((text, i) => element(tag, { class: align[i] }, ...inline(text))));
-  const body = element("tbody", {}, ...rows.map((texts) => row("td", texts)));
+  const body = rows.length > 0 && element("tbody", {}, ...rows.map((texts) => row("td", texts)));
   const grid = element("table", {}, element("thead", {}, row("th", head)), body);
   return element("div", { class: "table", tabindex: "0" }, grid);
 }
