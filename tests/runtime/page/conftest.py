@@ -38,6 +38,12 @@ def opened(browser: Chromium, served: Stub) -> Page:
 
 
 @pytest.fixture
+def modules(opened: Page) -> Page:
+    """The page as it is by now, for tests that only call its modules."""
+    return opened
+
+
+@pytest.fixture
 def page(opened: Page, stub: Stub) -> Iterator[Page]:
     """The page of the stub, loaded anew. The browser may have nothing to say against it, whatever happens."""
     opened.evaluate("localStorage.clear()")

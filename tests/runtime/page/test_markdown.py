@@ -13,28 +13,28 @@ from tests.runtime.page.oracle import oracle_tree, page_trees
 pytestmark = pytest.mark.browser
 
 
-def test_documents(page: Page) -> None:
+def test_documents(modules: Page) -> None:
     """What is well formed becomes what CommonMark says, to the letter."""
     draw = Random(1)
     texts = ["\n".join(document(draw)).strip("\n") for _ in range(150)]
     wrong = [
         (text, found, expected)
-        for text, found in zip(texts, page_trees(page, texts), strict=True)
+        for text, found in zip(texts, page_trees(modules, texts), strict=True)
         if found != (expected := oracle_tree(text))
     ]
     assert wrong[:1] == []
 
 
 @pytest.mark.parametrize(("pieces", "few"), [(INLINE, 5), (INLINE + BLOCKS, 10)])
-def test_soup(page: Page, pieces: tuple[str, ...], few: int) -> None:
+def test_soup(modules: Page, pieces: tuple[str, ...], few: int) -> None:
     """What is not well formed, too, but for very few of a thousand."""
     draw = Random(2)
     texts = [soup(draw, pieces) for _ in range(1000)]
-    trees = page_trees(page, texts)
+    trees = page_trees(modules, texts)
     assert sum(tree != oracle_tree(text) for text, tree in zip(texts, trees, strict=True)) <= few
 
 
-def test_what_models_write_though_commonmark_reads_it_otherwise(page: Page) -> None:
+def test_what_models_write_though_commonmark_reads_it_otherwise(modules: Page) -> None:
     texts = {
         "1. a\n  - b\n2. c": [["ol", 1, ["li", "a", ["ul", ["li", "b"]]], ["li", "c"]]],
         "see https://x.org/_(b)_).": [["p", "see ", ["a", *["https://x.org/_(b)"] * 2], "_)."]],
@@ -42,7 +42,7 @@ def test_what_models_write_though_commonmark_reads_it_otherwise(page: Page) -> N
         "In\n2023. Yes": [["p", "In", ["br"], "2023. Yes"]],
         "```c\nint a;": [["pre", "c", "int a;"]],  # the fence has not come yet
     }
-    assert page_trees(page, list(texts)) == list(texts.values())
+    assert page_trees(modules, list(texts)) == list(texts.values())
 
 
 GROW = """(async (text) => {
@@ -61,12 +61,12 @@ GROW = """(async (text) => {
 })"""
 
 
-def test_a_text_that_grows_shows_what_it_would_at_once(page: Page) -> None:
+def test_a_text_that_grows_shows_what_it_would_at_once(modules: Page) -> None:
     """And what does not change stays the same element, with what a reader has selected in it."""
     draw = Random(3)
     for _ in range(5):
         text = "\n".join(document(draw, 2))[:800]
-        assert page.evaluate(f"{GROW}({json.dumps(text)})") == ""
+        assert modules.evaluate(f"{GROW}({json.dumps(text)})") == ""
 
 
 SHOW = """(async (texts) => {
@@ -111,21 +111,21 @@ TAGS = {
 }
 
 
-def test_no_text_becomes_markup(page: Page) -> None:
+def test_no_text_becomes_markup(modules: Page) -> None:
     draw = Random(4)
     texts = [*HARM, *(soup(draw, HARM, 12) for _ in range(400))]
-    tags, attributes, addresses, hits = page.evaluate(f"{SHOW}({json.dumps(texts)})")
+    tags, attributes, addresses, hits = modules.evaluate(f"{SHOW}({json.dumps(texts)})")
     assert set(tags) <= TAGS and set(attributes) <= ATTRIBUTES and hits == 0
     assert addresses == ["https:"]
 
 
-def test_markup_made_of_text_is_forbidden_to_the_page_itself(page: Page) -> None:
+def test_markup_made_of_text_is_forbidden_to_the_page_itself(modules: Page) -> None:
     """The policy would stop even a mistake."""
-    assert "TrustedHTML" in page.evaluate(
+    assert "TrustedHTML" in modules.evaluate(
         "(() => { try { document.body.innerHTML = '<b>'; return 'no' } catch (e) { return e.message } })()"
     )
-    assert page.complaints and all("TrustedHTML" in each for each in page.complaints)
-    page.complaints.clear()
+    assert modules.complaints and all("TrustedHTML" in each for each in modules.complaints)
+    modules.complaints.clear()
 
 
 PIECES = (
@@ -165,19 +165,22 @@ PIECES = (
 )
 
 
-@pytest.mark.parametrize("piece", PIECES)
-def test_long_texts_take_no_longer_than_others(page: Page, piece: str) -> None:
-    text = (piece * 40_000)[:40_000]
-    began = time.monotonic()
-    assert page.evaluate(f"{SHOW}([{json.dumps(text)}])")
-    assert time.monotonic() - began < 4
+def test_long_texts_take_no_longer_than_others(modules: Page) -> None:
+    """Forty thousand characters of what makes careless parsers go back and forth."""
+    seconds = {}
+    for piece in PIECES:
+        text = (piece * 40_000)[:40_000]
+        began = time.monotonic()
+        modules.evaluate(f"{SHOW}([{json.dumps(text)}])")
+        seconds[piece] = time.monotonic() - began
+    assert {piece: s for piece, s in seconds.items() if s > 4} == {}
 
 
-def test_colored_code_is_the_same_code(page: Page) -> None:
+def test_colored_code_is_the_same_code(modules: Page) -> None:
     draw = Random(5)
     pieces = (*"'\"`\\#\n $é", '"""', "//", "/*", "*/", "--", "def", "12.5e3", "x", "if")
     texts = [soup(draw, pieces, 20) for _ in range(200)]
-    wrong = page.evaluate(
+    wrong = modules.evaluate(
         """(async (texts) => {
           const { highlighted } = await import("./code.js");
           const words = (nodes) => nodes.map((node) => node.textContent ?? node).join("");
@@ -187,7 +190,7 @@ def test_colored_code_is_the_same_code(page: Page) -> None:
         + f"({json.dumps(texts)})"
     )
     assert wrong == []
-    kinds = page.evaluate(
+    kinds = modules.evaluate(
         """(async () => {
           const { highlighted } = await import("./code.js");
           const nodes = highlighted('def f(): return "a" # 1', "python");

@@ -29,7 +29,7 @@ def written(draw: Random, data: str) -> str:
     return "".join(line + end for line in [*lines, ""])
 
 
-def test_events_are_read_however_they_are_cut(page: Page) -> None:
+def test_events_are_read_however_they_are_cut(modules: Page) -> None:
     draw = Random(6)
     cases, expected = [], []
     for _ in range(150):
@@ -38,4 +38,4 @@ def test_events_are_read_however_they_are_cut(page: Page) -> None:
         cuts = sorted(draw.choices(range(len(text) + 1), k=draw.randint(0, len(text))))
         cases.append([text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)])
         expected.append(events)
-    assert page.evaluate(f"{READ}({json.dumps(cases)})") == expected
+    assert modules.evaluate(f"{READ}({json.dumps(cases)})") == expected
