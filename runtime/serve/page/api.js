@@ -31,7 +31,7 @@ export class Api {
     for await (const data of events(response)) {
       if (data === "[DONE]") return;
       const object = parse(data);
-      if (object.error) throw new ApiError(messageOf(object) ?? "the server failed", object.error.code ?? 500);
+      if (object.error) throw new ApiError(messageOf(object) ?? "the server failed", 500);
       yield object;
     }
     throw new ApiError("the connection broke off before the answer's end");

@@ -1,6 +1,6 @@
 /** A conversation: its turns, and the request that is writing the last one. Knows nothing of elements. */
 
-const ENDS = { stop: null, length: "stopped at the limit of new tokens", content_filter: "stopped by the server" };
+const ENDS = { stop: null, length: "stopped at the limit of tokens", content_filter: "stopped by the server" };
 
 /** A turn has role, content, and an answer also
  *

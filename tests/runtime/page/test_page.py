@@ -189,7 +189,7 @@ def test_a_text_is_continued_as_it_is(page: Page, stub: Stub) -> None:
         (Refusal(400, "temperature: has to be at most 2"), "temperature: has to be at most 2"),
         ([None], "the connection broke off before the answer's end"),
         (["half", {"error": {"message": "a file has changed"}}], "a file has changed"),
-        (["half", ("finish", "length")], "stopped at the limit of new tokens"),
+        (["half", ("finish", "length")], "stopped at the limit of tokens"),
         ([], "the model wrote nothing"),
     ],
 )
