@@ -16,6 +16,7 @@ class Ledger:
         self.forward = -1  # the number of the forward, over all sessions
         self.predicted: Sequence[int] = ()  # how the layer before ranked the next layer's experts
         self.recorder: trace.Recorder | None = None
+        self.latest: dict[int, tuple[list[int], list[int]]] = {}  # hits and misses of a layer's last forward
 
     def add(self, event: trace.Event) -> None:
         if (recorder := self.recorder) is not None:  # another thread may set it to None
@@ -32,6 +33,7 @@ class Ledger:
             self.counters.recalled += len(set(needed) & set(self.predicted[: len(needed)]))
             self.counters.recallable += len(needed)
         self.predicted = needs.ahead[0] if needs.ahead else ()
+        self.latest[needs.layer] = [], []
         if self.recorder is None:
             return
         shares = tuple(round(share, 4) for share in needs.shares())
@@ -41,11 +43,13 @@ class Ledger:
 
     def hit(self, layer: int, expert: int) -> None:
         self.counters.hits += 1
+        self.latest[layer][0].append(expert)
         self.add(trace.Hit(self.forward, layer, expert))
 
     def miss(self, layer: int, expert: int, evicted: int | None, source: str, guessed: bool) -> None:
         """`source` says where the expert was, "host" or "file"."""
         self.counters.misses += 1
+        self.latest[layer][1].append(expert)
         self.counters.used_guesses += guessed
         self.add(trace.Miss(self.forward, layer, expert, evicted, source))
         if guessed:
@@ -56,6 +60,7 @@ class Ledger:
     ) -> None:
         """The host computes a missing expert. If it is placed, it also travels to a slot."""
         self.counters.misses += 1
+        self.latest[layer][1].append(expert)
         self.counters.computed += 1
         self.counters.used_guesses += guessed
         self.add(trace.Miss(self.forward, layer, expert, evicted, "compute", placed))

@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from runtime.batching.batch import Work
 from runtime.engine import Engine
 from runtime.options import SamplingParams
 from runtime.requests import check_bias, check_ids, check_room
 from runtime.serve.errors import Refusal
 from runtime.serve.schemas import MOST_CHOICES, Sampling
-from runtime.serve.writing import Work
 from tokenizer import StreamDecoder
 
 SAME = (  # fields of requests that are fields of `SamplingParams`
     "temperature", "top_p", "seed", "stop", "logit_bias", "top_k", "min_p", "repetition_penalty",
-    "ignore_eos",
+    "ignore_eos", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
 
 
@@ -28,8 +28,11 @@ class Prompt:
     decoder: Callable[[], StreamDecoder]
 
 
-def make_works(engine: Engine, prompts: Sequence[Prompt], request: Sampling, limit: int | None) -> list[Work]:
+def make_works(
+    engine: Engine, prompts: Sequence[Prompt], request: Sampling, limit: int | None, **more: Any
+) -> list[Work]:
     """`n` texts for each prompt, in this order, of at most `limit` tokens (None: what the context holds).
+    `more` are fields of `SamplingParams` that depend on the kind of request.
 
     With a seed, the texts of one prompt have seeds of their own, which follow it. Raises `RequestError` if a
     prompt or an option does not fit the model.
@@ -42,7 +45,7 @@ def make_works(engine: Engine, prompts: Sequence[Prompt], request: Sampling, lim
     for prompt in prompts:
         ids = check_ids(prompt.ids, engine.config.vocab)
         room = check_room(len(ids), engine.plan.context, engine.config.context)
-        params = make_params(request, room if limit is None else limit)
+        params = make_params(request, room if limit is None else limit, **more)
         check_bias(params.logit_bias, engine.config.vocab)
         for each in range(n):
             own = params if params.seed is None else replace(params, seed=params.seed + each)
@@ -50,12 +53,12 @@ def make_works(engine: Engine, prompts: Sequence[Prompt], request: Sampling, lim
     return works
 
 
-def make_params(request: Sampling, limit: int) -> SamplingParams:
+def make_params(request: Sampling, limit: int, **more: Any) -> SamplingParams:
     """The sampling options of a request. What it leaves open is as with OpenAI, and not as in the shell.
 
     Raises `OptionError` for a value that makes no sense.
     """
-    given: dict[str, Any] = {"max_new_tokens": limit, "temperature": 1.0, "top_p": 1.0}
+    given: dict[str, Any] = {"max_new_tokens": limit, "temperature": 1.0, "top_p": 1.0} | more
     for name in SAME:
         if (value := getattr(request, name)) is not None:
             given[name] = value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from secrets import token_hex
@@ -13,12 +13,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from runtime.answer import Token
+from runtime.batching.batch import Work
 from runtime.serve.asked import Prompt, check_stream_options, make_works
 from runtime.serve.errors import Refusal
+from runtime.serve.logprobs import chat_form
 from runtime.serve.schemas import ChatRequest, TextPart
-from runtime.serve.served import Served, finish_reason, usage
+from runtime.serve.served import Served, finish_reason
 from runtime.serve.stream import EventStream, Gone, unless_gone
-from runtime.serve.writing import Text, Work, Writing
+from runtime.serve.writing import Text, Writing
 
 
 async def chat(request: Request) -> ASGIApp:
@@ -27,9 +30,10 @@ async def chat(request: Request) -> ASGIApp:
     asked = ChatRequest.model_validate_json(await request.body())
     served.check_model(asked.model)
     check_stream_options(asked)
-    works = await served.aside(partial(prepare, served, asked))
-    writing = served.write(works)
-    form = Form(served, asked, len(works[0].ids))
+    if asked.top_logprobs and not asked.logprobs:
+        raise Refusal(400, "top_logprobs without logprobs; set logprobs to true", param="top_logprobs")
+    writing = await served.write(partial(prepare, served, asked))
+    form = Form(served, asked)
     if asked.stream:
         return EventStream(form.stream(writing), writing.cancel)
     try:
@@ -45,7 +49,7 @@ def prepare(served: Served, asked: ChatRequest) -> list[Work]:
     tokenizer = served.engine.tokenizer
     ids = tokenizer.encode_chat([message(m) for m in asked.messages])
     prompt = Prompt(ids, partial(tokenizer.answer_stream, ids))
-    return make_works(served.engine, [prompt], asked, limit(asked))
+    return make_works(served.engine, [prompt], asked, limit(asked), top_logprobs=asked.top_logprobs or 0)
 
 
 def message(given: Any) -> dict[str, object]:
@@ -76,21 +80,20 @@ class Form:
 
     served: Served
     asked: ChatRequest
-    prompt_tokens: int
 
     def whole(self, texts: list[Text], writing: Writing) -> dict[str, Any]:
         choices = [
             {
                 "index": index,
                 "message": {"role": "assistant", "content": str(text), "refusal": None},
-                "logprobs": None,
+                "logprobs": self.logprobs(text.tokens),
                 "finish_reason": finish_reason(text.finish),
             }
             for index, text in enumerate(texts)
         ]
         return self.head("chat.completion") | {
             "choices": choices,
-            "usage": usage(self.prompt_tokens, writing),
+            "usage": writing.usage(),
         }
 
     async def stream(self, writing: Writing) -> AsyncIterator[Mapping[str, Any] | None]:
@@ -100,8 +103,11 @@ class Form:
         if with_usage:
             head |= {"usage": None}
 
-        def chunk(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        def chunk(
+            index: int, delta: dict[str, Any], finish: str | None = None, tokens: Sequence[Token] = ()
+        ) -> dict[str, Any]:
+            logprobs = self.logprobs(tokens) if tokens else None
+            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
             return head | {"choices": [choice]}
 
         for index in range(len(writing.texts)):
@@ -112,12 +118,15 @@ class Form:
                 yield None
                 continue
             index, token = found
-            if token.text:
-                yield chunk(index, {"content": token.text})
+            if token.text or self.asked.logprobs:
+                yield chunk(index, {"content": token.text}, tokens=[token])
             if token.finish:
                 yield chunk(index, {}, finish_reason(token.finish))
         if with_usage:
-            yield head | {"choices": [], "usage": usage(self.prompt_tokens, writing)}
+            yield head | {"choices": [], "usage": writing.usage()}
+
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        return chat_form(self.served.engine.tokenizer, tokens) if self.asked.logprobs else None
 
     def head(self, kind: str) -> dict[str, Any]:
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from secrets import token_hex
@@ -13,12 +13,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from runtime.answer import Finish, Token
+from runtime.batching.batch import Work
 from runtime.engine import Engine
 from runtime.serve.asked import Prompt, check_stream_options, make_works
+from runtime.serve.logprobs import completion_form
 from runtime.serve.schemas import CompletionRequest
-from runtime.serve.served import Served, finish_reason, usage
+from runtime.serve.served import Served, finish_reason
 from runtime.serve.stream import EventStream, Gone, unless_gone
-from runtime.serve.writing import Text, Work, Writing
+from runtime.serve.writing import Text, Writing
 
 TOKENS = 16  # of a text whose request gives no number, as with OpenAI
 
@@ -29,9 +32,8 @@ async def complete(request: Request) -> ASGIApp:
     asked = CompletionRequest.model_validate_json(await request.body())
     served.check_model(asked.model)
     check_stream_options(asked)
-    works = await served.aside(partial(prepare, served, asked))
-    writing = served.write(works)
-    form = Form(served, asked, sum(len(work.ids) for work in works[:: asked.n or 1]))
+    writing = await served.write(partial(prepare, served, asked))
+    form = Form(served, asked)
     if asked.stream:
         return EventStream(form.stream(writing), writing.cancel)
     try:
@@ -45,7 +47,8 @@ async def complete(request: Request) -> ASGIApp:
 def prepare(served: Served, asked: CompletionRequest) -> list[Work]:
     """Everything that takes longer than a moment, and may be refused."""
     limit = TOKENS if asked.max_tokens is None else asked.max_tokens
-    return make_works(served.engine, read_prompts(served.engine, asked.prompt), asked, limit)
+    prompts = read_prompts(served.engine, asked.prompt)
+    return make_works(served.engine, prompts, asked, limit, top_logprobs=asked.logprobs or 0)
 
 
 def read_prompts(engine: Engine, given: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
@@ -67,32 +70,40 @@ class Form:
 
     served: Served
     asked: CompletionRequest
-    prompt_tokens: int
 
     def whole(self, texts: list[Text], writing: Writing) -> dict[str, Any]:
         choices = [
-            {"index": index, "text": str(text), "logprobs": None, "finish_reason": finish_reason(text.finish)}
-            for index, text in enumerate(texts)
+            self.choice(index, str(text), text.finish, text.tokens, 0) for index, text in enumerate(texts)
         ]
-        return self.head() | {"choices": choices, "usage": usage(self.prompt_tokens, writing)}
+        return self.head() | {"choices": choices, "usage": writing.usage()}
 
     async def stream(self, writing: Writing) -> AsyncIterator[Mapping[str, Any] | None]:
         head = self.head()
         with_usage = self.asked.stream_options is not None and self.asked.stream_options.include_usage
         if with_usage:
             head |= {"usage": None}
+        shown = [0] * len(writing.texts)  # characters
         while not writing.over:
             found = await writing.next(self.served.limits.beat)
             if found is None:
                 yield None
                 continue
             index, token = found
-            if token.text or token.finish:
-                finish = finish_reason(token.finish)
-                choice = {"index": index, "text": token.text, "logprobs": None, "finish_reason": finish}
+            if token.text or token.finish or self.asked.logprobs is not None:
+                choice = self.choice(index, token.text, token.finish, [token], shown[index])
+                shown[index] += len(token.text)
                 yield head | {"choices": [choice]}
         if with_usage:
-            yield head | {"choices": [], "usage": usage(self.prompt_tokens, writing)}
+            yield head | {"choices": [], "usage": writing.usage()}
+
+    def choice(
+        self, index: int, text: str, finish: Finish | None, tokens: Sequence[Token], offset: int
+    ) -> dict[str, Any]:
+        """A text or a part of one, after `offset` characters."""
+        logprobs = None
+        if self.asked.logprobs is not None:
+            logprobs = completion_form(self.served.engine.tokenizer, tokens, offset)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason(finish)}
 
     def head(self) -> dict[str, Any]:
         return {

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from runtime.batching.service import STOPPING
 from runtime.errors import MixtralError, PromptTooLong, RequestError
 from tokenizer import TokenizerError
 
@@ -59,6 +60,8 @@ def refusal(error: Exception, late: bool = False) -> Refusal:
         return invalid(error)
     if isinstance(error, PromptTooLong):
         return Refusal(400, str(error), code="context_length_exceeded")
+    if str(error) == STOPPING:
+        return stopping(STOPPING)
     if isinstance(error, RequestError) and late:
         return Refusal(500, str(error), "server_error", headers={"x-should-retry": "false"})
     if isinstance(error, (MixtralError, TokenizerError)):
@@ -66,6 +69,10 @@ def refusal(error: Exception, late: bool = False) -> Refusal:
     if isinstance(error, HTTPException):
         return Refusal(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     return Refusal(500, "the server made a mistake; its log says which", "server_error")
+
+
+def stopping(message: str) -> Refusal:
+    return Refusal(503, message, "server_error", code="stopping", headers={"retry-after": "5"})
 
 
 def named(message: str) -> str | None:

@@ -18,7 +18,7 @@ from runtime.errors import OptionError
 from runtime.serve.errors import Refusal
 from runtime.units import format_bytes
 
-OPEN = ("/health",)  # paths that take no key, besides those of the page
+OPEN = frozenset({"/health"})  # paths that take no key, besides those of the page
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ class Guard:
         if self.hosts is not None and hostname(headers.get("host", "")) not in self.hosts:
             message = f"this server is not called {quoted(headers.get('host', ''))}; ask by its address"
             raise Refusal(421, message, code="wrong_host")
-        if self.keys is not None and scope["path"] not in self.open_paths and scope["method"] != "OPTIONS":
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self.limits.header:
+            raise Refusal(431, f"the header is larger than {format_bytes(self.limits.header)}; send less")
+        if self.keys is not None and scope["path"] not in self.open_paths:
             self.check_key(self.keys, headers.get("authorization", ""))
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 MOST_CHOICES = 16  # texts of one request
 MOST_STOPS = 16
+MOST_LOGPROBS = 20
 
 
 def shape(value: Any) -> str:
@@ -46,6 +47,8 @@ class Sampling(BaseModel):
     seed: int | None = None
     stop: Texts | None = None
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     user: str | None = None  # a label, which changes nothing
 
     # The server's own.
@@ -112,6 +115,7 @@ class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     # Fields that ask for what is done anyway, or that only label a request.
     modalities: list[Literal["text"]] | None = None
@@ -141,7 +145,7 @@ class CompletionRequest(Sampling):
     """A body of `/v1/completions`."""
 
     prompt: Prompt
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     # Accepted only where they ask for nothing.
     echo: Literal[False] | None = None

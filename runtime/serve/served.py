@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from model.errors import quoted
 from runtime.answer import Finish
+from runtime.batching.batch import Work
+from runtime.batching.scheduler import QueueFull
+from runtime.batching.service import STOPPING, Service
 from runtime.engine import Engine
-from runtime.serve.errors import Refusal
+from runtime.serve.errors import Refusal, stopping
 from runtime.serve.guard import Limits
-from runtime.serve.writing import Service, Work, Writing
+from runtime.serve.metrics import Metrics
+from runtime.serve.picture import Rates
+from runtime.serve.writing import Writing
 
 Result = TypeVar("Result")
+LONGEST_WAIT = 60  # seconds that a client is told to wait
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,10 @@ class Served:
     engine: Engine
     service: Service
     names: Sequence[str]
-    limits: Limits = Limits()  # noqa: RUF009
+    metrics: Metrics
+    limits: Limits
+    rates: Rates = field(default_factory=Rates)
+    stopping: threading.Event = field(default_factory=threading.Event)
     created: int = field(default_factory=lambda: int(time.time()))
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "prepare"))
 
@@ -38,16 +49,38 @@ class Served:
 
     async def aside(self, work: Callable[[], Result]) -> Result:
         """Do work in a thread, since other clients would wait for it in the event loop."""
+        return await asyncio.wrap_future(self.pool.submit(self.working, work))
 
-        def working() -> Result:
-            with self.engine.runner.working():
-                return work()
+    def working(self, work: Callable[[], Result]) -> Result:
+        with self.engine.runner.working():
+            return work()
 
-        return await asyncio.get_running_loop().run_in_executor(self.pool, working)
+    async def write(self, prepare: Callable[[], Sequence[Work]]) -> Writing:
+        """Have texts written, which `prepare` gives. Raises `RequestError` and `Refusal`."""
+        if self.stopping.is_set():
+            raise stopping(STOPPING)
+        began, loop = time.perf_counter(), asyncio.get_running_loop()
 
-    def write(self, works: Sequence[Work]) -> Writing:
-        """Have texts written. Raises `RequestError` if they cannot be taken on."""
-        return Writing(self.service, works)
+        def begin() -> Writing:
+            return Writing(self.service, self.working(prepare), loop, self.metrics, began)
+
+        future = self.pool.submit(begin)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except asyncio.CancelledError:
+            future.add_done_callback(give_up)
+            raise
+        except QueueFull as error:
+            wait = math.ceil(self.metrics.mean_seconds / self.engine.plan.parallel)
+            raise Refusal(
+                429, str(error), "rate_limit_error", code="queue_full",
+                headers={"retry-after": str(min(max(wait, 1), LONGEST_WAIT))},
+            ) from error  # fmt: skip
+
+
+def give_up(future: Future[Writing]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().cancel()
 
 
 def finish_reason(finish: Finish | None) -> str | None:
@@ -57,14 +90,3 @@ def finish_reason(finish: Finish | None) -> str | None:
     ['stop', 'stop', 'length', 'length', None]
     """
     return None if finish is None else "stop" if finish in ("eos", "stop") else "length"
-
-
-def usage(prompt_tokens: int, writing: Writing) -> dict[str, Any]:
-    """What a request took. A prompt counts once, however many texts continue it."""
-    made = writing.new_tokens
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": made,
-        "total_tokens": prompt_tokens + made,
-        "prompt_tokens_details": {"cached_tokens": min(writing.reused, prompt_tokens)},
-    }

@@ -56,8 +56,13 @@ class EventStream:
     and then there is no `[DONE]`.
     """
 
-    def __init__(self, events: AsyncIterator[Mapping[str, Any] | None], close: Callable[[], None]) -> None:
-        self.events, self.close = events, close
+    def __init__(
+        self,
+        events: AsyncIterator[Mapping[str, Any] | None],
+        close: Callable[[], None] = lambda: None,
+        last: bytes = DONE,
+    ) -> None:
+        self.events, self.close, self.last = events, close, last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -75,7 +80,7 @@ class EventStream:
         except Refusal as error:
             await put(send, line(error.body()))
         else:
-            await put(send, DONE)
+            await put(send, self.last)
         await put(send, b"", more=False)
 
 

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 from runtime.answer import Finish, Token
+from runtime.batching.batch import Work
+from runtime.batching.service import Handle, Service
 from runtime.errors import RequestError
-from runtime.options import SamplingParams
 from runtime.serve.errors import refusal
-from tokenizer import StreamDecoder
-
-
-@dataclass(frozen=True)
-class Work:
-    """A text to be written. `reuse` lets the prompt begin with what a KV cache holds already."""
-
-    ids: list[int]
-    params: SamplingParams
-    decoder: StreamDecoder
-    reuse: bool = True
-
-
-class Handle(Protocol):
-    reused: int
-
-    def cancel(self) -> None: ...
-
-
-class Service(Protocol):
-    def submit(self, work: Work, deliver: Callable[[Token | RequestError], None]) -> Handle: ...
+from runtime.serve.metrics import Metrics
 
 
 @dataclass
@@ -54,14 +35,25 @@ class Text:
 class Writing:
     """The texts of one request. All are taken on, or none.
 
-    Make it in the event loop, take tokens with `next` until `over`, and call `cancel` at the end in any case.
+    Take tokens with `next` until `over`, in the event loop, and call `cancel` at the end in any case.
     """
 
-    def __init__(self, service: Service, works: Sequence[Work]) -> None:
-        """Raises what `service.submit` does."""
-        self.loop = asyncio.get_running_loop()
+    def __init__(
+        self,
+        service: Service,
+        works: Sequence[Work],
+        loop: asyncio.AbstractEventLoop,
+        metrics: Metrics,
+        began: float,
+    ) -> None:
+        """May be called in any thread. The request came at the time `began`, of `time.perf_counter`.
+
+        Raises what `service.submit` does.
+        """
+        self.works, self.loop, self.metrics, self.began = works, loop, metrics, began
         self.items: asyncio.Queue[tuple[int, Token | RequestError]] = asyncio.Queue()
         self.texts = [Text() for _ in works]
+        self.times = [0.0 for _ in works]  # of each text's last token, in the service's thread
         self.handles: list[Handle] = []
         try:
             for index, work in enumerate(works):
@@ -72,6 +64,12 @@ class Writing:
 
     def deliver(self, index: int, item: Token | RequestError) -> None:
         """Called in the service's thread."""
+        if isinstance(item, Token):
+            now, before = time.perf_counter(), self.times[index]
+            self.metrics.count_token(now - (before or self.began), first=not before)
+            self.times[index] = now
+            if item.finish:
+                self.metrics.count_text(now - self.began)
         with suppress(RuntimeError):  # the event loop has ended
             self.loop.call_soon_threadsafe(self.items.put_nowait, (index, item))
 
@@ -99,16 +97,21 @@ class Writing:
     def over(self) -> bool:
         return all(text.finish for text in self.texts)
 
-    @property
-    def new_tokens(self) -> int:
-        return sum(len(text.tokens) for text in self.texts)
-
-    @property
-    def reused(self) -> int:
-        """Prompt tokens of all texts that were found in a KV cache."""
-        return sum(handle.reused for handle in self.handles)
-
     def cancel(self) -> None:
         """Give up what is not complete. Its place is free before the next step."""
         for handle in self.handles:
             handle.cancel()
+        if self.handles and not self.over:
+            self.metrics.cut_off.inc(sum(text.finish is None for text in self.texts))
+
+    def usage(self) -> dict[str, object]:
+        """What the request took, in OpenAI's form. A prompt counts once, however many texts continue it."""
+        prompts = {id(work.ids): len(work.ids) for work in self.works}
+        prompt, made = sum(prompts.values()), sum(len(text.tokens) for text in self.texts)
+        reused = sum(handle.reused for handle in self.handles)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": min(reused, prompt)},
+        }

@@ -14,30 +14,20 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
     from tests.runtime.serve.served import Running
-    from tests.runtime.serve.stand_in import StandIn
 
 
 @pytest.fixture(scope="session")
 def demo() -> Iterator[Engine]:
-    with Engine.load(None, EngineOptions(device="cpu", dtype="float32", context=512)) as engine:
+    with Engine.load(None, EngineOptions(device="cpu", dtype="float32", context=512, parallel=4)) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
-def service(demo: Engine) -> Iterator[StandIn]:
-    from tests.runtime.serve.stand_in import StandIn
-
-    service = StandIn(demo)
-    yield service
-    service.close()
-
-
-@pytest.fixture(scope="session")
-def server(demo: Engine, service: StandIn) -> Iterator[Running]:
+def server(demo: Engine) -> Iterator[Running]:
     """One server for all tests. What one test does to it, the next must survive."""
     from tests.runtime.serve.served import running
 
-    with running(demo, service) as server:
+    with running(demo) as server:
         yield server
 
 

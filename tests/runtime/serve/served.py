@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import uvicorn
 
 from runtime import Engine
+from runtime.batching.service import Service
 from runtime.serve.app import make_app
 from runtime.serve.guard import Limits
-from runtime.serve.running import make_server
+from runtime.serve.metrics import Metrics
+from runtime.serve.running import make_server, serve
 from runtime.serve.served import Served
 
 
@@ -22,6 +25,7 @@ from runtime.serve.served import Served
 class Running:
     served: Served
     port: int
+    server: uvicorn.Server
 
     @property
     def url(self) -> str:
@@ -41,21 +45,22 @@ class Running:
 @contextmanager
 def running(
     engine: Engine,
-    service: Any,
     limits: Limits = Limits(),  # noqa: B008
     names: tuple[str, ...] = ("demo",),
+    queue: int = 16,
+    grace: float = 5.0,
     **words: Any,
 ) -> Iterator[Running]:
-    """Serve on a free port of the loopback. `words` are for `make_app`."""
-    served = Served(engine, service, names, limits)
-    server = make_server(make_app(served, **words), limits, grace=5)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+    """Serve on a free port of the loopback, until told to stop or the end. `words` are for `make_app`."""
+    with Service(engine, queue) as service, socket.create_server(("127.0.0.1", 0)) as listening:
+        served = Served(engine, service, names, Metrics(engine, service), limits)
+        server = make_server(make_app(served, **words), limits, grace)
+        thread = threading.Thread(target=lambda: asyncio.run(serve(server, served, listening, grace)))
         thread.start()
         try:
             while not server.started:
                 time.sleep(0.01)
-            yield Running(served, listening.getsockname()[1])
+            yield Running(served, listening.getsockname()[1], server)
         finally:
             server.should_exit = True
             thread.join()

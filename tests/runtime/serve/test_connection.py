@@ -1,0 +1,111 @@
+"""Connections of slow clients are cut, and so are those beyond the limit."""
+
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from runtime import Engine
+from runtime.serve.guard import Limits
+from tests.runtime.serve.served import Running, running
+
+LIMITS = Limits(
+    header=2000, body=8 << 20, header_time=0.4, write_time=0.4, idle_time=0.4, beat=0.05, connections=3
+)
+HEAD = b"GET /health HTTP/1.1\r\nhost: x\r\n"
+
+
+@pytest.fixture(scope="module")
+def hasty(demo: Engine) -> Iterator[Running]:
+    with running(demo, LIMITS) as server:
+        yield server
+
+
+def cut_after(connection: socket.socket, drip: bytes = b"") -> float:
+    """Seconds until the server ends a connection, to which `drip` is sent again and again."""
+    began = time.monotonic()
+    connection.settimeout(0.1)
+    while time.monotonic() - began < 10:
+        try:
+            if drip:
+                connection.sendall(drip)
+            if not connection.recv(65536):
+                break
+        except TimeoutError:
+            continue
+        except OSError:
+            break
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("drip", [b"", b"x"])
+@pytest.mark.parametrize("sent", [b"", HEAD])
+def test_a_header_that_does_not_come(hasty: Running, sent: bytes, drip: bytes) -> None:
+    """One that comes byte by byte is no better."""
+    with hasty.connect() as connection:
+        connection.sendall(sent)
+        assert 0.2 < cut_after(connection, drip) < 4
+
+
+def test_the_second_header_of_a_connection(hasty: Running) -> None:
+    with hasty.connect() as connection:
+        connection.sendall(HEAD + b"\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        connection.sendall(HEAD)
+        assert 0.2 < cut_after(connection, b"x") < 4
+
+
+def test_an_idle_connection(hasty: Running) -> None:
+    with hasty.connect() as connection:
+        connection.sendall(HEAD + b"\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        assert 0.2 < cut_after(connection) < 4
+
+
+@pytest.mark.parametrize("cut", [1, 4000])
+def test_a_large_header(hasty: Running, cut: int) -> None:
+    """Refused when all of it is there, and before."""
+    sent = HEAD + b"x-large: " + b"x" * 5000 + b"\r\n\r\n"
+    with hasty.connect() as connection:
+        connection.sendall(sent[:-cut])
+        time.sleep(0.05)
+        connection.sendall(sent[-cut:])
+        assert connection.recv(4096).startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))
+
+
+def test_a_client_that_does_not_read(hasty: Running, demo: Engine) -> None:
+    """Its answer of some megabytes is more than systems hold on to for it."""
+    longest = max(range(demo.config.vocab), key=lambda i: len(str(demo.tokenizer.vocabulary.decoded[i])))
+    length = len(demo.tokenizer.decode([longest]))
+    body = b'{"tokens": [' + b",".join([str(longest).encode()] * (8_000_000 // length)) + b"]}"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", hasty.port))
+        head = f"POST /detokenize HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+        connection.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+        end = time.monotonic() + 30
+        while hasty.server.server_state.connections:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert cut_after(connection) < 10  # what the system holds can still be read
+    assert hasty.get("/health").status_code == 200
+
+
+def test_more_connections_than_there_may_be(hasty: Running) -> None:
+    connections = [hasty.connect() for _ in range(4)]
+    for connection in connections[:3]:
+        connection.sendall(HEAD + b"\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+    assert cut_after(connections[3]) < 0.3
+    for connection in connections:
+        connection.close()
+
+
+def test_a_stream_without_news_gives_signs_of_life(hasty: Running) -> None:
+    with hasty.connect() as connection:
+        connection.sendall(b"GET /experts/stream HTTP/1.1\r\nhost: x\r\n\r\n")
+        found, end = b"", time.monotonic() + 10
+        while b": nothing new" not in found:
+            assert time.monotonic() < end
+            found += connection.recv(4096)
