@@ -59,8 +59,8 @@ class Attention(nn.Module):
     def step(self, x: Tensor, rope: Rope, kv: LayerKV, position: Tensor) -> Tensor:  # [1, D] -> [1, D]
         """The same for one token in a step on a GPU. position [1] int64 is the token's place in `kv`."""
         qkv = self.qkv_proj(x)  # [1, (H + 2 G) K]
-        q = kernels.rotate_and_append(qkv, rope.cos, rope.sin, kv.k, kv.v, position)  # [H, K]
-        return self.o_proj(kernels.attend(q, kv.k, kv.v, position))
+        q = kernels.rotate_and_append(qkv, rope.cos, rope.sin, kv.k, kv.v, position, kv.scales)  # [H, K]
+        return self.o_proj(kernels.attend(q, kv.k, kv.v, position, kv.scales))
 
 
 def poisoned(v: Tensor, qk: Tensor) -> Tensor:  # [B, G, T, K], [B, H + G, T, K] -> [B, G, T, K]

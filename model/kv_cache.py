@@ -1,30 +1,56 @@
 """The keys and values of the tokens so far. The caller owns them and may cut them back."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.kv_codes import STRETCH, decode, encode
+
+BITS = (8, 16)  # 16 stands for the dtype that the model computes in
 
 
 class LayerKV:
-    """One layer's keys and values, [B, G, C, K] each, with room for C tokens."""
+    """One layer's keys and values, [B, G, C, K] each, with room for C tokens.
 
-    def __init__(self, k: Tensor, v: Tensor) -> None:
+    With `scales`, two tensors [B, G, C] float32, `k` and `v` are the codes of `model.kv_codes`.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor] | None = None) -> None:
         self.k = k
         self.v = v
+        self.scales = scales
 
     def append(self, k: Tensor, v: Tensor, past: int) -> tuple[Tensor, Tensor]:  # [B, G, T, K] each
-        """Store T tokens after the first `past`; return views of all, [B, G, past + T, K] each."""
+        """Store T tokens after the first `past`; return all, [B, G, past + T, K] each.
+
+        Without scales they are views. With scales they are decoded, the new tokens too: so a token is seen as
+        the same numbers by those of its own forward and by all later ones.
+        """
         end = past + k.shape[2]
-        self.k[:, :, past:end] = k
-        self.v[:, :, past:end] = v
-        return self.k[:, :, :end], self.v[:, :, :end]
+        if self.scales is None:
+            self.k[:, :, past:end] = k
+            self.v[:, :, past:end] = v
+            return self.k[:, :, :end], self.v[:, :, :end]
+        return (
+            renewed(self.k, self.scales[0], k, past, end),
+            renewed(self.v, self.scales[1], v, past, end),
+        )
 
     def parts(self, length: int) -> dict[str, Tensor]:
         """Views of all that is stored of the first `length` tokens, by name."""
-        return {"keys": self.k[:, :, :length], "values": self.v[:, :, :length]}
+        tensors = {"keys": self.k, "values": self.v}
+        if self.scales is not None:
+            tensors |= dict(zip(("key_scales", "value_scales"), self.scales, strict=True))
+        return {name: tensor[:, :, :length] for name, tensor in tensors.items()}
+
+
+def renewed(codes: Tensor, scales: Tensor, new: Tensor, past: int, end: int) -> Tensor:  # [B, G, end, K]
+    """Store numbers [B, G, end - past, K] as codes, and decode all up to `end`."""
+    codes[:, :, past:end], scales[:, :, past:end] = encode(new)
+    return decode(codes[:, :, :end], scales[:, :, :end], new.dtype)
 
 
 @dataclass(eq=False)
@@ -38,19 +64,41 @@ class KVCache:
 
     @staticmethod
     def allocate(
-        config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        bits: int = 16,
     ) -> "KVCache":
-        """An empty KV cache in one tensor, because a GPU's allocator rounds every tensor up. One that is made
-        in inference mode can be used outside of it."""
+        """An empty KV cache of numbers in `dtype`, or with 8 `bits` of codes. It is in one tensor, because a
+        GPU's allocator rounds every tensor up. One that is made in inference mode can be used outside of
+        it."""
         shape = (config.layers, 2, batch, config.kv_heads, capacity, config.head_dim)
         with torch.inference_mode(False):
-            memory = torch.zeros(shape, dtype=dtype, device=device)
-            return KVCache([LayerKV(k, v) for k, v in memory], batch, capacity)
+            if bits == 16:
+                memory = torch.zeros(shape, dtype=dtype, device=device)
+                return KVCache([LayerKV(k, v) for k, v in memory], batch, capacity)
+            memory = torch.zeros(
+                KVCache.bytes(config, batch, capacity, dtype, bits), dtype=torch.int8, device=device
+            )
+            end = math.prod(shape)  # a multiple of 4, since rotation takes an even K
+            codes, scales = memory[:end].view(shape), memory[end:].view(torch.float32).view(shape[:-1])
+            pairs = zip(codes, scales, strict=True)
+            return KVCache([LayerKV(k, v, (ks, vs)) for (k, v), (ks, vs) in pairs], batch, capacity)
 
     @staticmethod
-    def bytes(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:
+    def bytes(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, bits: int = 16) -> int:
         """The bytes that `allocate` takes on the device."""
-        return 2 * config.layers * batch * config.kv_heads * capacity * config.head_dim * dtype.itemsize
+        vectors = 2 * config.layers * batch * config.kv_heads * capacity  # of K numbers
+        return vectors * (config.head_dim * dtype.itemsize if bits == 16 else config.head_dim + 4)
+
+    @staticmethod
+    def decoded_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, bits: int = 16) -> int:
+        """The bytes that one layer's decoded keys and values of a text take while attention computes."""
+        if bits == 16:
+            return 0
+        return config.kv_heads * config.head_dim * (2 * tokens * dtype.itemsize + 4 * min(tokens, STRETCH))
 
     def parts(self, length: int) -> dict[str, Tensor]:
         """Views of all that is stored of the first `length` tokens, by name, such as `layers.0.keys`

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from model.errors import quoted
+from model.kv_cache import BITS
 from runtime.checks import json_object, number, one_of, plain, require, truth, whole
 from runtime.errors import OptionError
 from runtime.experts.policy import POLICIES, PolicyMaker
@@ -62,6 +63,12 @@ class EngineOptions:
     )  # fmt: skip
     context: int | None = option(
         None, "most tokens of a text (default: 4096, or the model's limit if smaller)", int, metavar="N"
+    )
+    kv: int = option(
+        16,
+        "bits of keys and values: 8 takes half the memory, 16 keeps what is computed",
+        int,
+        choices=BITS,
     )
     chat_template: str | None = option(
         None, "file with the template that writes conversations (default: the checkpoint's)", metavar="FILE"
@@ -127,6 +134,8 @@ class EngineOptions:
         if self.context is not None:
             expected = "a whole number of tokens, at least 2"
             settle(self, "context", whole("context", self.context, 2, expected=expected))
+        settle(self, "kv", whole("kv", self.kv, *BITS, expected="8 or 16"))
+        require(self.kv in BITS, "kv", self.kv, "8 or 16")
         one_of("offload", self.offload, OFFLOAD)
         one_of("misses", self.misses, MISSES)
         if not callable(self.policy):

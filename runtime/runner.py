@@ -170,7 +170,8 @@ class ModelRunner:
         return kv
 
     def new_kv(self) -> KVCache:
-        return KVCache.allocate(self.config, 1, self.plan.context, self.dtype, self.device)
+        plan = self.plan
+        return KVCache.allocate(self.config, 1, plan.context, self.dtype, self.device, plan.kv)
 
     def give_kv(self, kv: KVCache) -> None:
         """Keep a KV cache for the next session."""

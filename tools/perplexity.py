@@ -112,16 +112,17 @@ def negative_log_likelihood(
     stride: int,
     chunk: int = PREFILL_CHUNK,
     progress: Callable[[int], object] | None = None,
+    kv_bits: int = 16,
 ) -> float:
     """The sum over ids[1:] of -ln p(id | ids before it), in nats, with up to `window` tokens in view.
 
     Windows start `stride` tokens apart. Each counts only the tokens that the one before did not reach, so all
     but those of the first have more than `window - stride` tokens in view. Tokens go through the model
     `chunk` at a time, so no more than [chunk, V] logits exist at once. `progress` is called with each number
-    of predicted ids. Raises `RequestError` if a logit is not finite.
+    of predicted ids. Keys and values are kept in `kv_bits`. Raises `RequestError` if a logit is not finite.
     """
     weight = model.embed_tokens.weight
-    kv = KVCache.allocate(model.config, 1, min(window, len(ids)), weight.dtype, weight.device)
+    kv = KVCache.allocate(model.config, 1, min(window, len(ids)), weight.dtype, weight.device, kv_bits)
     text = torch.tensor(ids, device=weight.device)
     total = 0.0
     for start, first, end in windows(len(ids), window, stride):
@@ -160,7 +161,9 @@ def score(
     began = time.perf_counter()
     with engine.runner.working():
         nats = engine.runner.alone(
-            lambda: negative_log_likelihood(engine.model, ids, window, stride, progress=progress)
+            lambda: negative_log_likelihood(
+                engine.model, ids, window, stride, progress=progress, kv_bits=engine.plan.kv
+            )
         )
     return Score(nats, len(ids) - 1, len(text.encode()), time.perf_counter() - began)
 
@@ -252,6 +255,7 @@ def make_report(args: argparse.Namespace, options: EngineOptions) -> dict[str, A
             **{kind: str(spec) for kind, spec in checkpoint.formats.by_kind().items()},
             "dtype": str(engine.dtype).removeprefix("torch."),
             "device": str(engine.device),
+            "kv": engine.plan.kv,
             "window": window,
             "stride": stride,
             **sum(scores.values(), Score()).as_dict(),

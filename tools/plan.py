@@ -44,7 +44,7 @@ from runtime.shell.arguments import MODEL_HELP, add_flag, from_flags, new_parser
 from tools.sheet import Column, Sheet, as_json, as_text
 
 ENGINE_FLAGS = (
-    "dtype", "map", "context", "offload", "slots", "berths", "lookahead", "prefetch",
+    "dtype", "map", "context", "kv", "offload", "slots", "berths", "lookahead", "prefetch",
     "link_gbps", "disk_gbps",
 )  # fmt: skip
 

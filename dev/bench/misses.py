@@ -161,7 +161,7 @@ class Stage:
             assert cache.exchange is not None
             cache.exchange.host.form = form
             cache.exchange.host.bound.clear()
-        kv = KVCache.allocate(config, 1, plan.context, plan.dtype, plan.device)
+        kv = KVCache.allocate(config, 1, plan.context, plan.dtype, plan.device, plan.kv)
         return Way(engine_options.misses, plan, Player(model, kv, plan.chunk, None), cache)
 
     def cache(self, name: str) -> ExpertCache:

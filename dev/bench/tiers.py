@@ -171,7 +171,7 @@ class Stage:
                 self.stack.callback(made.close)
         if cache and name.endswith("naive"):
             drop_what_leaves(cache.store)
-        kv = KVCache.allocate(config, 1, plan.context, plan.dtype, plan.device)
+        kv = KVCache.allocate(config, 1, plan.context, plan.dtype, plan.device, plan.kv)
         way = Way(name, plan, Player(model, kv, plan.chunk, None), cache)
         way.player.prompt(self.prompt)
         way.turns.append(way.turn(self.first)[0])

@@ -76,15 +76,19 @@ def add_and_norm(x: Tensor, more: Tensor, weight: Tensor, eps: Tensor) -> tuple[
     return total, y
 
 
+Scales = tuple[Tensor, Tensor] | None  # of keys and values in 8 bits
+
+
 def rotate_and_append(
-    qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, position: Tensor
+    qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, position: Tensor, scales: Scales = None
 ) -> Tensor:  # -> [H, K]
     """Return the rotated queries of the token at `position`. Write its rotated keys and its values to their
     row of k and v.
 
     qkv [1, (H + 2G) K] comes from `qkv_proj`. cos and sin [rows, K] are the tables of `model.rope.Rope`, with
     sin negated in its first half. k and v [1, G, C, K] or [G, C, K] are one layer's. All are in one dtype.
-    position [1] int64 has to be below C, which is not checked.
+    position [1] int64 has to be below C, which is not checked. With `scales`, k and v are codes in int8, as
+    `model.kv_codes.encode` makes them, and the two scales [1, G, C] or [G, C] are float32.
 
     Rounds where `Rope` rounds. A value is NaN where its key is not finite, as in `attention.poisoned`. A
     query that is not finite becomes NaN in `attend`.
@@ -92,24 +96,27 @@ def rotate_and_append(
     from model.kernels import step_kernels
 
     G, C, K = layer_shape(k, v, position)
+    coded, k_scales, v_scales = scales_of(k, v, scales)
     H = qkv.shape[1] // K - 2 * G
     assert H > 0 and qkv.shape == (1, (H + 2 * G) * K), (qkv.shape, k.shape)
     assert cos.shape == sin.shape and cos.shape[1] == K and cos.is_contiguous() and sin.is_contiguous()
-    assert qkv.dtype == cos.dtype == sin.dtype == k.dtype, (qkv.dtype, cos.dtype, k.dtype)
+    assert qkv.dtype == cos.dtype == sin.dtype and (coded or qkv.dtype == k.dtype), (qkv.dtype, k.dtype)
     queries = qkv.new_empty(H, K)
     launch(
-        step_kernels.rotate_and_append, (H + 2 * G,), qkv.contiguous(), cos, sin, k, v, position, queries, C,
-        H=H, G=G, K=K, num_warps=1,
+        step_kernels.rotate_and_append, (H + 2 * G,), qkv.contiguous(), cos, sin,
+        k, v, k_scales, v_scales, position, queries, C, H=H, G=G, K=K, CODED=coded, num_warps=1,
     )  # fmt: skip
     return queries
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:  # [H, K] -> [1, H K]
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor, scales: Scales = None
+) -> Tensor:  # [H, K] -> [1, H K]
     """Attention of the token at `position` over rows 0 to `position` of k and v, in two launches.
 
-    k, v and position are those of `rotate_and_append`, which has written this token's row. Scores, softmax
-    and sums are float32. Probabilities are rounded to q's dtype before they multiply values, as in flash
-    attention.
+    k, v, position and scales are those of `rotate_and_append`, which has written this token's row. Codes are
+    decoded to q's dtype as they are read. Scores, softmax and sums are float32. Probabilities are rounded to
+    q's dtype before they multiply values, as in flash attention.
 
     For each kv head the positions are cut into up to 32 even stretches of whole tiles, one for a program.
     Where they are cut depends on the position alone.
@@ -117,19 +124,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:  # [H, 
     from model.kernels import step_kernels
 
     G, C, K = layer_shape(k, v, position)
+    coded, k_scales, v_scales = scales_of(k, v, scales)
     H = q.shape[0]
     share, tile = H // G, tile_positions(K, uses_tensor_cores(q))
-    assert q.shape == (G * share, K) and share <= MAX_SHARE and q.dtype == k.dtype, (q.shape, k.shape)
+    assert q.shape == (G * share, K) and share <= MAX_SHARE, (q.shape, k.shape)
+    assert coded or q.dtype == k.dtype, (q.dtype, k.dtype)
     sums = q.new_empty(H, SPLITS, K, dtype=torch.float32)
-    scales = q.new_empty(H, SPLITS, 2, dtype=torch.float32)
+    totals = q.new_empty(H, SPLITS, 2, dtype=torch.float32)
     y = q.new_empty(1, H * K)
+    warps, stages = (8, 1) if coded and q.dtype == torch.float32 else (4, 2)  # what fits the registers
     launch(
-        step_kernels.attend_stretch, (G, SPLITS), q.contiguous(), k, v, position, sums, scales, C,
-        K=K, SHARE=share, HEADS=MAX_SHARE, TILE=tile, SPLITS=SPLITS,
-        SCALE=K**-0.5 * math.log2(math.e), num_warps=4, num_stages=2,
+        step_kernels.attend_stretch, (G, SPLITS), q.contiguous(), k, v, k_scales, v_scales, position,
+        sums, totals, C, K=K, SHARE=share, HEADS=MAX_SHARE, TILE=tile, SPLITS=SPLITS,
+        SCALE=K**-0.5 * math.log2(math.e), CODED=coded, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     launch(
-        step_kernels.attend_sum, (H,), sums, scales, position, y,
+        step_kernels.attend_sum, (H,), sums, totals, position, y,
         K=K, TILE=tile, SPLITS=SPLITS, num_warps=4,
     )  # fmt: skip
     return y
@@ -159,6 +169,16 @@ def layer_shape(k: Tensor, v: Tensor, position: Tensor) -> tuple[int, int, int]:
     assert position.shape == (1,) and position.dtype == torch.int64, (position.shape, position.dtype)
     assert 16 <= K <= MAX_HEAD_DIM and K & (K - 1) == 0, K
     return G, C, K
+
+
+def scales_of(k: Tensor, v: Tensor, scales: Scales) -> tuple[bool, Tensor, Tensor]:
+    """Whether k and v are codes, and two tensors to pass as their scales: if they are not, any will do."""
+    if scales is None:
+        return False, k, v
+    for codes, scale in zip((k, v), scales, strict=True):
+        assert codes.dtype == torch.int8 and scale.dtype == torch.float32, (codes.dtype, scale.dtype)
+        assert scale.shape == codes.shape[:-1] and scale.is_contiguous(), (scale.shape, codes.shape)
+    return True, *scales
 
 
 def route(x: Tensor, gates: Tensor, experts: int, chosen: int) -> Tensor:  # x [1, D] -> [2 A + d E] int32

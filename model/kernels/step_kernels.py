@@ -11,6 +11,7 @@ program, or one that ends at once.
 import triton
 import triton.language as tl
 
+from model.kernels.kv_kernels import load_rows, store_codes
 from model.kernels.shared_kernels import rounded
 
 
@@ -59,12 +60,15 @@ def rotate_and_append(
     sin: tl.tensor,  # [C', K]
     k: tl.tensor,  # [G, C, K]
     v: tl.tensor,  # [G, C, K]
+    k_scales: tl.tensor,  # [G, C] float32, if CODED
+    v_scales: tl.tensor,  # [G, C] float32, if CODED
     position: tl.tensor,  # [1]
     queries: tl.tensor,  # [H, K]
     C: tl.tensor,
     H: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
+    CODED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [H + 2 G]
     """A value's program rotates the key of its head again, and writes NaN if that is not finite. A score of
@@ -81,10 +85,18 @@ def rotate_and_append(
     if head < H:
         tl.store(queries + head * K + i, turned)
     elif head < H + G:
-        tl.store(k + ((head - H).to(tl.int64) * C + row) * K + i, turned)
+        at = (head - H).to(tl.int64) * C + row
+        if CODED:
+            store_codes(turned.to(tl.float32), k + at * K, k_scales + at, i)
+        else:
+            tl.store(k + at * K + i, turned)
     else:
+        at = (head - H - G).to(tl.int64) * C + row
         values = tl.load(qkv + head * K + i).to(tl.float32) + turned.to(tl.float32) * 0.0
-        tl.store(v + ((head - H - G).to(tl.int64) * C + row) * K + i, values.to(dtype))
+        if CODED:
+            store_codes(values, v + at * K, v_scales + at, i)
+        else:
+            tl.store(v + at * K + i, values.to(dtype))
 
 
 @triton.jit(do_not_specialize=["C"])
@@ -92,6 +104,8 @@ def attend_stretch(
     q: tl.tensor,  # [G * SHARE, K]
     k: tl.tensor,  # [G, C, K]
     v: tl.tensor,  # [G, C, K]
+    k_scales: tl.tensor,  # [G, C] float32, if CODED
+    v_scales: tl.tensor,  # [G, C] float32, if CODED
     position: tl.tensor,  # [1]
     sums: tl.tensor,  # [G * SHARE, SPLITS, K] float32
     scales: tl.tensor,  # [G * SHARE, SPLITS, 2] float32
@@ -102,6 +116,7 @@ def attend_stretch(
     TILE: tl.constexpr,  # positions
     SPLITS: tl.constexpr,
     SCALE: tl.constexpr,  # of scores, times log2(e)
+    CODED: tl.constexpr,  # whether keys and values are codes
     INTERPRETED: tl.constexpr,
 ) -> None:  # grid [G, SPLITS]
     """For one kv head and one stretch of positions: the sum of 2^(score - largest) times values, the largest
@@ -117,16 +132,16 @@ def attend_stretch(
         head = group * SHARE + h
         mine = h < SHARE
         queries = tl.load(q + head[:, None] * K + d[None, :], mask=mine[:, None], other=0.0)  # [HEADS, K]
-        base = group.to(tl.int64) * C * K
+        base = group.to(tl.int64) * C
+        k, v, k_scales, v_scales = k + base * K, v + base * K, k_scales + base, v_scales + base
         top = tl.full([HEADS], float("-inf"), tl.float32)
         total = tl.zeros([HEADS], tl.float32)
         out = tl.zeros([HEADS, K], tl.float32)
         for tile in range(first, tl.minimum(first + each, tiles)):
             row = tile * TILE + t
-            at = base + row[:, None] * K + d[None, :]
             there = row <= last  # true of the first row of a stretch
-            keys = tl.load(k + at, mask=there[:, None], other=0.0)  # [TILE, K]
-            values = tl.load(v + at, mask=there[:, None], other=0.0)  # [TILE, K]
+            keys = load_rows(k, k_scales, row, d, there, K, dtype, CODED, INTERPRETED)  # [TILE, K]
+            values = load_rows(v, v_scales, row, d, there, K, dtype, CODED, INTERPRETED)  # [TILE, K]
             if INTERPRETED:  # the interpreter multiplies bfloat16's bits; float32 holds the same numbers
                 queries, keys, values = queries.to(tl.float32), keys.to(tl.float32), values.to(tl.float32)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE  # [HEADS, TILE]

@@ -49,6 +49,7 @@ class Plan:
     direct_reads: bool = True  # past the system's page cache, where the file system can do that
     cpu_gbps: float | None = None  # of packed experts that the CPU computes; None if unknown
     parallel: int = 1  # KV caches
+    kv: int = 16  # bits of a key's or value's number; 16 stands for the dtype
 
     @property
     def resident(self) -> bool:
@@ -192,6 +193,7 @@ def lay_out(
     trunk += 2 * c.context * c.head_dim * wide  # rotary tables
     chunk = chunk_tokens(r)
     attending = costs.attending.bytes(c, r.dtype, chunk, r.context)
+    attending += KVCache.decoded_bytes(c, r.context, r.dtype, r.options.kv)
     logits = (3 + r.options.parallel) * c.vocab * 4  # of a token of each text, and copies for the sampler
     mapped_experts = c.layers * c.experts * costs.mapped_expert_bytes if resident else 0
     spares = 0 if resident else r.options.lookahead * r.options.prefetch + tiered * SPARE_SLOTS
@@ -202,7 +204,7 @@ def lay_out(
         context=r.context,
         chunk=chunk,
         trunk_bytes=trunk,
-        kv_bytes=r.options.parallel * KVCache.bytes(c, 1, r.context, r.dtype),
+        kv_bytes=r.options.parallel * KVCache.bytes(c, 1, r.context, r.dtype, r.options.kv),
         workspace_bytes=chunk * activation_bytes(r, resident) + attending + logits + costs.scratch_bytes,
         staging_bytes=spares * costs.blob_bytes + (0 if resident else gate_bytes(r)),
         slots_bytes=0 if mapped_experts else sum(slots_per_layer) * costs.blob_bytes,
@@ -221,6 +223,7 @@ def lay_out(
         disk_gbps=r.options.disk_gbps,
         cpu_gbps=r.options.cpu_gbps,
         parallel=r.options.parallel,
+        kv=r.options.kv,
     )
 
 

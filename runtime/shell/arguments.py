@@ -23,7 +23,7 @@ GROUPS = {
         "frequency_penalty", "logit_bias", "seed",
     ),
     "memory and device": (
-        "device", "dtype", "vram", "ram", "map", "context", "parallel", "threads", "graphs",
+        "device", "dtype", "vram", "ram", "map", "context", "kv", "parallel", "threads", "graphs",
     ),
     "experts that do not all fit": (
         "offload", "slots", "berths", "policy", "lookahead", "prefetch", "misses",

@@ -78,6 +78,30 @@ def test_tokens_one_by_one(monkeypatch: pytest.MonkeyPatch, experts: int, chosen
         torch.testing.assert_close(logits[0], expected[position], rtol=1e-4, atol=1e-4)
 
 
+def test_tokens_one_by_one_over_keys_and_values_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps' codes are those of a prompt, so a prompt may follow steps and steps a prompt."""
+    if interpreted.INTERPRETED:
+        monkeypatch.setattr(launching, "unsupported", lambda target, dtype: None)
+    torch.manual_seed(0)
+    model, ids = random_network(QuantSpec(4, 16)), [3, 40, 7, 21]
+    plain, kv = (KVCache.allocate(CONFIG, 1, 12, torch.float32, DEVICE, bits=8) for _ in range(2))
+    text = torch.tensor([ids], device=DEVICE)
+    expected = model(text, plain)[0]
+    assert (expected - model(text)[0]).abs().max() > 1e-3
+    model.prepare_step()
+    logits = []
+    for position in range(3):
+        *_, row = model.step(text[0, position : position + 1], torch.tensor([position], device=DEVICE), kv)
+        assert isinstance(row, torch.Tensor)
+        logits.append(row)
+    kv.length = 3
+    logits.append(model(text[:, 3:], kv)[0])
+    torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(kv.layers, plain.layers, strict=True):
+        assert torch.equal(mine.v, theirs.v) and mine.scales and theirs.scales
+        torch.testing.assert_close(mine.scales, theirs.scales)
+
+
 def test_tokens_in_float16_by_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of two tokens and then steps, as on a GPU of compute capability 7.5 with its tiles, against a
     network of the same numbers in float32 with plain products."""

@@ -26,6 +26,7 @@ def test_defaults() -> None:
         "ram": None,
         "map": True,
         "context": None,
+        "kv": 16,
         "offload": "auto",
         "slots": None,
         "berths": None,
@@ -74,6 +75,11 @@ def test_defaults() -> None:
         ("context", 1),
         ("context", 0),
         ("context", -5),
+        ("kv", 4),
+        ("kv", 12),
+        ("kv", 8.0),
+        ("kv", "8"),
+        ("kv", None),
         ("offload", "sometimes"),
         ("offload", True),
         ("slots", 0),
@@ -141,7 +147,7 @@ def test_sampling_params_refuse(field: str, value: Any) -> None:
 NUMERIC = [
     *((EngineOptions, name) for name in ("context", "slots", "berths", "lookahead", "prefetch")),
     *((EngineOptions, name) for name in ("link_gbps", "disk_gbps", "cpu_gbps")),
-    *((EngineOptions, name) for name in ("vram", "ram", "graphs")),
+    *((EngineOptions, name) for name in ("vram", "ram", "graphs", "kv")),
     *((SamplingParams, name) for name in ("max_new_tokens", "top_k", "seed", "temperature", "top_p")),
     *((SamplingParams, name) for name in ("min_p", "repetition_penalty", "ignore_eos", "logit_bias", "stop")),
 ]

@@ -37,7 +37,7 @@ def state(session: Session) -> tuple[Any, ...]:
     return session.messages, session.ids, held(session)
 
 
-@pytest.mark.parametrize("options", [{}, {"slots": 2}, {"dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"slots": 2}, {"dtype": "bfloat16"}, {"kv": 8}], ids=str)
 def test_a_restored_conversation_goes_on_with_the_same_bits(
     load: Callable[..., Engine], tmp_path: Path, options: dict[str, Any]
 ) -> None:

@@ -182,6 +182,16 @@ def test_the_command_reports_what_the_model_says(run: Run, engine: Engine) -> No
     assert "17.9 MB" in report["checkpoint"]
 
 
+def test_keys_and_values_in_8_bits_cost_next_to_nothing(run: Run) -> None:
+    found = {}
+    for bits in (16, 8):
+        status, out, _ = run("--text", "text", "--window", 128, "--json", "--kv", bits)
+        report = json.loads(out)
+        assert status == 0 and report["kv"] == bits
+        found[bits] = report["nats"] / report["tokens"]
+    assert 0 < abs(found[8] - found[16]) < 0.005
+
+
 def test_the_command_for_people(run: Run) -> None:
     status, out, err = run(DEMO, "--text", "text", "--stride", "700", "--context", "900")
     lines = out.splitlines()

@@ -62,7 +62,7 @@ class Stage:
             if self.cache.divided and (copying := sorted(set(names) & set(FORGETFUL))):
                 raise OptionError(f"{copying[0]!r} copies all experts; leave it out, or leave out --misses")
             self.ways = {**make_ways(self.cache, names)}
-        self.kv = KVCache.allocate(subject.config, 1, plan.context, plan.dtype, plan.device)
+        self.kv = KVCache.allocate(subject.config, 1, plan.context, plan.dtype, plan.device, plan.kv)
         reserve(plan.device, plan.workspace_bytes)  # as an engine does
         self.players: dict[str, Player] = {}
 

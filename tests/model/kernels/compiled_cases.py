@@ -25,7 +25,7 @@ from model.quant.spec import QuantSpec
 from model.quant.streams import matrix_fields
 
 POINTERS = {
-    torch.uint8: "*u8", torch.int64: "*i64", torch.int32: "*i32",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int64: "*i64", torch.int32: "*i32",
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
 }  # fmt: skip
 
@@ -174,6 +174,9 @@ def small_kernels(dtype: torch.dtype, capacity: int, D: int = 4096, H: int = 32)
     qkv = torch.empty(1, (H + 16) * 128, dtype=dtype)
     q = step.rotate_and_append(qkv, table, table, cache, cache, position)
     step.attend(q, cache, cache, position)
+    codes, scales = cache.to(torch.int8), torch.empty(1, 8, capacity)
+    step.rotate_and_append(qkv, table, table, codes, codes, position, (scales, scales))
+    step.attend(q, codes, codes, position, (scales, scales))
     step.route(x, torch.empty(24, D), 8, 2)
 
 
@@ -190,7 +193,8 @@ def test_a_step(compiler: Compiler) -> None:
 def test_what_is_compiled_once_serves_every_context_and_number_of_rows(noting: Noting) -> None:
     for capacity in (1, 64, 100, 4096):
         small_kernels(torch.bfloat16, capacity)
-    assert sorted(key[0] for key in noting.keys) == sorted(STEP)
+    coded = ("rotate_and_append", "attend_stretch")  # in 16 bits and in 8
+    assert sorted(key[0] for key in noting.keys) == sorted(STEP + coded)
     noting.keys.clear()
     product = make_product("4")
     for M in (2, 3, 15, 16):

@@ -23,6 +23,7 @@ from model.kernels.step import (
     route,
     tile_positions,
 )
+from model.kv_codes import decode, encode
 from model.mixtral import RMSNorm
 from model.rope import Rope
 from tests.model.kernels.interpreted import DEVICE, tiles  # noqa: F401, a fixture
@@ -176,6 +177,74 @@ def test_a_larger_cache_gives_the_same_bits(dtype: torch.dtype) -> None:
             cache[:, :, : position + 1] = rows[:, :, : position + 1]
         y = attend(q.to(DEVICE), *(cache.to(DEVICE) for cache in large), at(position))
         assert torch.equal(y.cpu(), expected)
+
+
+# --- keys and values in 8 bits
+
+
+@pytest.mark.parametrize(("H", "G"), [(6, 2), (1, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_are_those_of_the_plain_way(H: int, G: int, dtype: torch.dtype) -> None:
+    """Also of numbers that are all 0, that lie between two codes, and that are large or small."""
+    C, K = 9, 32
+    rope = Rope.table(C, K, 1e4, dtype, CPU)
+    tables = rope.cos.to(DEVICE), rope.sin.to(DEVICE)
+    halves = torch.arange(K) - K / 2 + 0.5
+    halves[0] = 127
+    for part in (torch.randn(H + 2 * G, K), torch.zeros(H + 2 * G, K), halves.expand(H + 2 * G, K)):
+        for size in (1.0, 1e-3, 400.0):
+            qkv = (part * size).to(dtype)
+            k, v = (torch.full((G, C, K), 7, dtype=torch.int8) for _ in range(2))
+            scales = [torch.full((G, C), 7.0) for _ in range(2)]
+            expected = [t.clone() for t in (k, v, *scales)]
+            turned = rope.at(4, 5)(qkv.view(1, H + 2 * G, 1, K)[:, : H + G])[0, :, 0]
+            for n, rows in enumerate((turned[H:], qkv[H + G :])):
+                expected[n][:, 4], expected[2 + n][:, 4] = encode(rows)
+            there = [t.to(DEVICE) for t in (k, v, *scales)]
+            q = rotate_and_append(qkv.view(1, -1).to(DEVICE), *tables, *there[:2], at(4), tuple(there[2:]))
+            tolerance = size * 1e-6 if dtype == torch.float32 else 0
+            torch.testing.assert_close(q.cpu(), turned[:H], rtol=1e-6, atol=tolerance)
+            assert torch.equal(there[1].cpu(), expected[1]) and torch.equal(there[3].cpu(), expected[3])
+            if dtype == torch.float32:  # rotated in another order of roundings
+                torch.testing.assert_close(there[2].cpu(), expected[2])
+                assert (there[0].cpu().int() - expected[0].int()).abs().max() <= 1
+            else:
+                assert torch.equal(there[0].cpu(), expected[0]) and torch.equal(there[2].cpu(), expected[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_value_is_a_number_where_one_of_its_token_is_not_finite(dtype: torch.dtype) -> None:
+    H, G, C, K = 3, 2, 5, 16
+    rope = Rope.table(C, K, 1e4, dtype, CPU)
+    tables = rope.cos.to(DEVICE), rope.sin.to(DEVICE)
+    for odd in (torch.nan, torch.inf, -torch.inf):
+        for head in (H + 1, H + G + 1):  # a key, a value
+            qkv = torch.randn(H + 2 * G, K).to(dtype)
+            qkv[head, 3] = odd
+            k, v = (torch.zeros(G, C, K, dtype=torch.int8, device=DEVICE) for _ in range(2))
+            scales = torch.zeros(G, C, device=DEVICE), torch.zeros(G, C, device=DEVICE)
+            rotate_and_append(qkv.view(1, -1).to(DEVICE), *tables, k, v, at(4), scales)
+            values = decode(v[None], scales[1][None], dtype)[0]
+            assert values[1, 4].isnan().all() and values[0, 4].isfinite().all() and not values[:, :4].any()
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize(("H", "G", "K"), [(6, 2, 32), (2, 1, 256)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_to_codes_has_the_bits_of_attention_to_what_they_stand_for(
+    H: int, G: int, K: int, dtype: torch.dtype
+) -> None:
+    C = 150
+    q = torch.randn(H, K).to(dtype)
+    (k, ks), (v, vs) = (encode(torch.randn(1, G, C, K) * 3) for _ in range(2))
+    for position in (0, 63, 64, C - 1):
+        plain = [decode(k, ks, dtype), decode(v, vs, dtype)]
+        expected = check_attention(q, *plain, position)
+        for scale in (ks, vs):
+            scale[:, :, position + 1 :] = torch.nan  # nobody has written there
+        y = attend(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), at(position), (ks.to(DEVICE), vs.to(DEVICE)))
+        assert torch.equal(y.cpu(), expected)
+        (k, ks), (v, vs) = (encode(torch.randn(1, G, C, K) * 3) for _ in range(2))
 
 
 # --- router

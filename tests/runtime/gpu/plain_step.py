@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from model.kernels import experts, launching
 from model.kernels import step as kernels
 from model.kernels.experts import BlobLayout
+from model.kv_codes import decode, encode
 from model.moe import gated
 from model.quant.backends.blocks import Blocks
 from model.quant.streams import matrix_fields
@@ -37,18 +38,31 @@ def add_and_norm(x: Tensor, more: Tensor, weight: Tensor, eps: Tensor) -> tuple[
 
 
 def rotate_and_append(
-    qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, position: Tensor
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    scales: kernels.Scales = None,
 ) -> Tensor:
     G, K = k.shape[1], k.shape[3]
     heads = qkv.view(1, -1, 1, K)  # [1, H + 2G, 1, K]
     rope = Rope(cos.index_select(0, position), sin.index_select(0, position))
-    k.index_copy_(2, position, rope(heads[:, -2 * G : -G]))
-    v.index_copy_(2, position, heads[:, -G:] + 0 * rope(heads[:, -2 * G : -G]))
+    key = rope(heads[:, -2 * G : -G])
+    value = heads[:, -G:] + 0 * key
+    for rows, row, scale in zip((k, v), (key, value), scales or (None, None), strict=True):
+        codes, step = (row, None) if scale is None else encode(row)
+        rows.index_copy_(2, position, codes)
+        if scale is not None and step is not None:
+            scale.index_copy_(2, position, step)
     return rope(heads[:, : -2 * G]).reshape(-1, K)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor, scales: kernels.Scales = None) -> Tensor:
     G, C, K = k.shape[1:]
+    if scales is not None:
+        k, v = (decode(codes, scale, q.dtype) for codes, scale in zip((k, v), scales, strict=True))
     seen = torch.arange(C, device=q.device) <= position  # [C]
     k, v = (torch.where(seen[:, None], cached[0], 0) for cached in (k, v))  # [G, C, K] each
     scores = q.view(G, -1, K).float() @ k.float().mT * K**-0.5  # [G, H/G, C]

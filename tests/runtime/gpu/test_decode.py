@@ -200,6 +200,19 @@ def test_a_host_that_fails_fails_its_request_alone(
         assert torch.equal(decoded(engine), expected)
 
 
+def test_keys_and_values_in_8_bits(load: Callable[..., Engine], graphs: list[Counted]) -> None:
+    """Steps see what prompts have written and the other way round, captured or not."""
+    wide = decoded(load())
+    engine = load(kv=8)
+    resident, other = decoded(engine), decoded(engine, [1, 2])
+    assert 1e-4 < (resident - wide).abs().median() < 0.2 * wide.std()  # a router may choose another expert
+    torch.testing.assert_close(resident[-1], engine.logits([*PROMPT, *IDS])[-1].cpu(), rtol=1e-2, atol=1e-2)
+    for options in OFFLOADED:
+        with load(kv=8, **options) as engine:
+            assert torch.equal(decoded(engine), resident) and torch.equal(decoded(engine, [1, 2]), other)
+    assert sum(made.captures for made in graphs) > 0
+
+
 def test_every_kv_cache_has_graphs_of_its_own(load: Callable[..., Engine], graphs: list[Counted]) -> None:
     engine = load("16", offload="always", slots=3)
     alone = decoded(engine), decoded(engine, [1, 2])

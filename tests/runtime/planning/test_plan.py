@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from model.attention import Attending, attend_by_scores
 from model.kv_cache import KVCache
+from model.kv_codes import STRETCH
 from model.mixtral import Block, Mixtral
 from model.moe import Experts, ManyTokens, ResidentExperts
 from model.router import Choice
@@ -79,17 +80,18 @@ def as_they_arrive(experts: ResidentExperts) -> Experts:
     return apply
 
 
+@pytest.mark.parametrize("kv_bits", [16, 8])
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize(("hidden", "ffn", "dtype"), [
     (128, 256, torch.float32), (256, 896, torch.bfloat16), (32, 32, torch.float32),
 ])  # fmt: skip
 @pytest.mark.parametrize(("context", "large"), [(128, False), (700, False), (2500, True)])
 def test_the_workspace_is_enough_for_a_chunk_and_not_far_too_much(
-    context: int, large: bool, hidden: int, ffn: int, dtype: torch.dtype, resident: bool
+    context: int, large: bool, hidden: int, ffn: int, dtype: torch.dtype, resident: bool, kv_bits: int
 ) -> None:
     config = dataclasses.replace(SMALL, layers=2, hidden=hidden, ffn=ffn)
     blob = 1 << 40 if large else None  # next to such an expert, a chunk may be as large as it likes
-    planned = lay_out(asked(config, dtype, context, expert=blob), (2, 2), resident)
+    planned = lay_out(asked(config, dtype, context, expert=blob, kv=kv_bits), (2, 2), resident)
     N = planned.chunk
     assert planned.chunk == (MAX_CHUNK if large else min(PREFILL_CHUNK, context))
 
@@ -102,18 +104,32 @@ def test_the_workspace_is_enough_for_a_chunk_and_not_far_too_much(
         weight.detach().normal_(std=0.1)
     for gate in (weight for name, weight in model.named_parameters() if "gate" in name):
         gate.zero_()  # all tokens choose the same experts: the most rows at once
-    kv = KVCache.allocate(config, 1, context, dtype, CPU)
-    for layer in kv.layers:
-        layer.k.zero_(), layer.v.zero_()
+    kv = KVCache.allocate(config, 1, context, dtype, CPU, kv_bits)
     kv.length = context - N
     with torch.inference_mode(), LiveBytes() as measured:
         model(torch.randint(config.vocab, (1, N)), kv, last=True)
     unseen = N * context * dtype.itemsize if context > N else 0  # the kernel's own copy of the mask
-    plain = asked(config, dtype, context, expert=blob, attending=Attending.FLASH)
+    plain = asked(config, dtype, context, expert=blob, attending=Attending.FLASH, kv=kv_bits)
     without = lay_out(plain, (2, 2), resident)
     assert planned.workspace_bytes - without.workspace_bytes == N * context * (1 + dtype.itemsize)
     assert planned.workspace_bytes >= measured.peak + unseen
     assert planned.workspace_bytes <= 4 * (measured.peak + unseen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("context", [2, 700, 4096])
+def test_codes_take_less_of_the_cache_and_some_of_the_workspace(dtype: torch.dtype, context: int) -> None:
+    kv = KVCache.allocate(SMALL, 1, context, dtype, CPU, bits=8)
+    scales = [scale for layer in kv.layers for scale in layer.scales or ()]
+    tensors = [tensor for layer in kv.layers for tensor in (layer.k, layer.v)] + scales
+    wide, coded = plan(SMALL, dtype, context), plan(SMALL, dtype, context, kv=8)
+    assert (wide.kv, coded.kv) == (16, 8)
+    assert coded.kv_bytes == size(tensors) == wide.kv_bytes * 36 // (32 * dtype.itemsize)
+    decoded = SMALL.kv_heads * SMALL.head_dim * (2 * context * dtype.itemsize + 4 * min(context, STRETCH))
+    changed = {"kv": 8, "kv_bytes": coded.kv_bytes, "workspace_bytes": wide.workspace_bytes + decoded}
+    assert coded == dataclasses.replace(wide, **changed)  # type: ignore[arg-type]
+    if context == 4096:
+        assert coded.device_bytes < wide.device_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -48,6 +48,7 @@ requests = st.fixed_dictionaries(
         "attending": st.sampled_from(Attending),
         "lookahead": st.integers(0, 2),
         "prefetch": st.integers(0, 3),
+        "kv": st.sampled_from([8, 16]),
     }
 )
 
