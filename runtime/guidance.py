@@ -28,7 +28,7 @@ FREE = '\n%llguidance {"no_forcing": true}\n'
 # until it has no tokens left. A line end and the indentation of eight levels fit.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,33}"
 
-BYTES = 0xFF  # no byte of UTF-8, and how llguidance marks special tokens
+NO_BYTE = 0xFF  # no byte of UTF-8, and how llguidance marks special tokens
 DIGITS = 4  # of a multipleOf: the automaton has as many states as the number says
 MULTIPLE = re.compile(r'"multipleOf"\s*:\s*-?([0-9.]+)')
 
@@ -72,7 +72,7 @@ class Words:
 def spelled(piece: str | int) -> bytes:
     """The bytes that a piece stands for. None for a byte that no UTF-8 has."""
     if isinstance(piece, int):
-        return bytes([piece]) if piece != BYTES else b""
+        return bytes([piece]) if piece != NO_BYTE else b""
     return piece.replace(SPACE, " ").encode()
 
 
@@ -120,12 +120,20 @@ def grammars(params: SamplingParams) -> Iterator[dict[str, Any]]:
     if params.json_schema is None:
         yield {"lark_grammar": str(params.grammar) + FREE}
         return
-    schema = json.loads(str(params.json_schema))
-    own = schema.get("x-guidance", {})
-    if isinstance(own, dict) and own.keys().isdisjoint(("whitespace_pattern", "whitespace_flexible")):
-        schema["x-guidance"] = {**own, "whitespace_pattern": WHITESPACE}
     yield {"lark_grammar": "start: @schema" + FREE}
-    yield {"name": "schema", "json_schema": schema}
+    yield {"name": "schema", "json_schema": with_limit(json.loads(str(params.json_schema)))}
+
+
+def with_limit(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema that limits white space, unless it speaks of that itself. Grammars need it for their `%json`.
+
+    >>> with_limit({"type": "null", "x-guidance": {"whitespace_flexible": False}})
+    {'type': 'null', 'x-guidance': {'whitespace_flexible': False}}
+    """
+    own = schema.get("x-guidance", {})
+    if not isinstance(own, dict) or not own.keys().isdisjoint(("whitespace_pattern", "whitespace_flexible")):
+        return schema
+    return schema | {"x-guidance": own | {"whitespace_pattern": WHITESPACE}}
 
 
 def check_multiples(name: str, text: str) -> None:

@@ -16,8 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The other packages that tests import. What needs a GPU needs none of these.
 EXTRA = {
-    "accelerate", "gguf", "hqq", "httpx", "hypothesis", "matplotlib", "mistral_common", "nbclient",
-    "nbformat", "numba", "openai", "prometheus_client", "pydantic", "starlette", "transformers", "uvicorn",
+    "accelerate", "gguf", "hqq", "httpx", "hypothesis", "jsonschema", "llguidance", "matplotlib",
+    "mistral_common", "nbclient", "nbformat", "numba", "openai", "prometheus_client", "pydantic", "starlette",
+    "transformers", "uvicorn",
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The programs in examples/, run as they stand."""
 
+import ast
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -53,3 +54,9 @@ def test_logits(run: Callable[..., str]) -> None:
     lines = run("logits").splitlines()
     assert len(lines) == 31 and lines[1].startswith("'class'") and 2 < float(lines[-1].split()[1]) < 4
     assert "over 2 tokens" in run("logits", None, "import os")
+
+
+def test_schema(run: Callable[..., str]) -> None:
+    forms = [ast.literal_eval(line) for line in run("schema").splitlines()]
+    assert len(forms) == 3 and all(list(form) == ["name", "kind", "lines"] for form in forms)
+    assert all(1 <= form["lines"] <= 5000 for form in forms)

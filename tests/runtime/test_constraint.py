@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from jsonschema import Draft202012Validator
 
 from runtime import Engine, EngineOptions, OptionError, RequestError, SamplingParams
 from runtime.answer import Answer, Token
@@ -19,7 +18,9 @@ from runtime.batching.batch import Work
 from runtime.constraint import Constraint, Constraints
 from runtime.engine import DEMO
 from runtime.generate import main
+from runtime.guidance import with_limit
 from runtime.sampler import sample
+from tests.runtime.constrained import valid, written
 from tests.runtime.schemas import random_schema
 from tokenizer import StreamDecoder, Tokenizer
 from tokenizer.vocabulary import SPACE
@@ -54,20 +55,10 @@ def subject() -> Subject:
     return Subject()
 
 
-def valid(text: str, schema: Any) -> None:
-    checker = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
-    checker.validate(json.loads(text))
-
-
 def test_500_of_500_random_schemas_and_temperatures(subject: Subject) -> None:
-    """Random logits favor quotes, commas and brackets, so that texts are short. Nothing else ends them."""
-    closing = torch.zeros(len(subject.pieces))
-    for i, piece in enumerate(subject.pieces):
-        if isinstance(piece, str) and len(piece) < 3 and set(piece) & set('"]},'):
-            closing[i] = 12
     right = 0
     for seed in range(500):
-        chance, generator = Random(seed), torch.Generator().manual_seed(seed)
+        chance = Random(seed)
         params = SamplingParams(
             json_schema=random_schema(chance),
             seed=seed,
@@ -80,12 +71,8 @@ def test_500_of_500_random_schemas_and_temperatures(subject: Subject) -> None:
         prompt = chance.choice(([1], subject.tokenizer.encode("x")))
         decoder = subject.tokenizer.stream(prompt)
         constraint = subject.constraints.make(params, decoder, subject.ends)
-        answer, text, finish = Answer(prompt, params, decoder, 4000, subject.ends, constraint), "", None
-        while finish is None:
-            token = answer.take(torch.randn(len(closing), generator=generator) * 4 + closing)
-            text, finish = text + token.text, token.finish
-        assert finish == "eos"
-        valid(text, json.loads(str(params.json_schema)))
+        answer = Answer(prompt, params, decoder, 4000, subject.ends, constraint)
+        valid(written(answer, subject.pieces, seed), json.loads(str(params.json_schema)))
         right += 1
     assert right == 500
 
@@ -151,21 +138,21 @@ def test_masks_and_sampling_agree() -> None:
         sample(logits, biased, None, generator, allowed=mask)
 
 
-def test_spaces_between_parts_have_a_limit(subject: Subject) -> None:
+@pytest.mark.parametrize(
+    "fields", [{"json_schema": PERSON}, {"grammar": f"start: %json {json.dumps(with_limit(PERSON))}"}]
+)
+def test_spaces_between_parts_have_a_limit(subject: Subject, fields: dict[str, Any]) -> None:
     """A model that writes a space wherever it may comes to an end all the same."""
-    constraint, text = subject.constraint(json_schema=PERSON), ""
+    constraint, text, token = subject.constraint(**fields), "", -1
     decoder, space = subject.tokenizer.stream(), subject.pieces.index(0x20)
-    for _ in range(400):
+    while token not in subject.ends:
         mask = constraint.mask()
-        token = space if mask[space] and not text.endswith('"') else int(mask.nonzero()[-1])
-        if text.count(" ") > 300:
-            break
+        token = space if mask[space] else int(mask.nonzero()[-1])
         constraint.accept(token)
-        if token in subject.ends:
-            break
-        text += decoder.push(token)
-    assert 33 in map(len, text.split('"')[0::1]) or "{" + " " * 33 in text
+        text += "" if token in subject.ends else decoder.push(token)
+        assert len(text) < 500
     valid(text, PERSON)
+    assert max(map(len, re.findall(" *", re.sub('"[^"]*"', '"', text)))) == 33
 
 
 def test_a_grammar_can_name_control_tokens(subject: Subject) -> None:
