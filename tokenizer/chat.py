@@ -27,7 +27,7 @@ from enum import Enum
 from typing import Any
 
 from tokenizer.conversation import Turn, split_system
-from tokenizer.errors import TokenizerError
+from tokenizer.errors import TokenizerError, quoted
 from tokenizer.json_values import read_json, write_json
 from tokenizer.tool_messages import for_mistral
 from tokenizer.tools import Call
@@ -122,9 +122,11 @@ def calls_text(calls: Sequence[Call]) -> str:
     >>> calls_text([Call("now", '{"zone": "UTC"}', "x12345678")])
     '[{"name": "now", "arguments": {"zone": "UTC"}, "id": "x12345678"}]'
     """
-    what = "the arguments of a call"
     return write_json(
-        [{"name": call.name, "arguments": read_json(call.arguments, what), "id": call.id} for call in calls]
+        [
+            {"name": call.name, "arguments": read_json(call.arguments, "arguments"), "id": call.id}
+            for call in calls
+        ]
     )
 
 
@@ -133,4 +135,5 @@ def result_text(turn: Turn) -> str:
     >>> result_text(Turn("tool", "[1, 2]", answers="x12345678"))
     '{"content": [1, 2], "call_id": "x12345678"}'
     """
-    return write_json({"content": read_json(turn.content, "the result of a call"), "call_id": turn.answers})
+    result = read_json(turn.content, f"the result of call {quoted(turn.answers)}")
+    return write_json({"content": result, "call_id": turn.answers})

@@ -48,6 +48,8 @@ def check_conversation(messages: Sequence[Mapping[str, object]]) -> list[Turn]:
     Raises `TokenizerError` if roles do not follow each other as the module says, if the last message is an
     assistant's, if calls and results do not belong together, or if a message is not plain text.
     """
+    if not is_list(messages):
+        raise TokenizerError(f"messages is a {type(messages).__name__}; give a list of messages")
     turns: list[Turn] = []
     waiting: list[Call] = []  # calls whose results are due
     for i, message in enumerate(messages):
@@ -68,8 +70,8 @@ def check_conversation(messages: Sequence[Mapping[str, object]]) -> list[Turn]:
     if waiting:
         ids = ", ".join(quoted(call.id) for call in waiting[:4])
         raise TokenizerError(
-            f"after message {len(turns)} of {len(turns)}, {len(waiting)} calls have no result ({ids}); "
-            "add a tool message for each"
+            f"message {len(turns)} of {len(turns)} is the last, and the result of call {ids} is missing; "
+            "add a tool message for each call"
         )
     if turns[-1].role == "assistant":
         raise TokenizerError(
@@ -107,7 +109,7 @@ def _message(turn: Turn, change: Callable[[str], str]) -> dict[str, Any]:
                 "type": "function",
                 "function": {
                     "name": change(call.name),
-                    "arguments": changed(read_json(call.arguments, "the arguments of a call"), change),
+                    "arguments": changed(read_json(call.arguments, "arguments"), change),
                 },
             }
             for call in turn.calls
@@ -130,7 +132,7 @@ def _check_order(before: str | None, role: str, waiting: Sequence[Call], where: 
     if role in due:
         return
     if waiting:
-        rule = f"{len(waiting)} calls of tools have no result"
+        rule = f"the result of call {quoted(waiting[0].id)} is missing"
     elif role == "tool":
         rule = "a tool message answers a call of the assistant's, and each call once"
     else:

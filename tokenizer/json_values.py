@@ -75,7 +75,13 @@ def is_text(value: object) -> TypeGuard[str]:
     >>> is_text("</s>"), is_text("\\ud800"), is_text(3)
     (True, False, False)
     """
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_depth(value: Any, what: str) -> Any:
@@ -92,4 +98,4 @@ def check_depth(value: Any, what: str) -> Any:
 
 
 def too_deep(what: str) -> TokenizerError:
-    return TokenizerError(f"{what} is JSON of more than {MAX_DEPTH} levels; make it flatter")
+    return TokenizerError(f"{what}: JSON of more than {MAX_DEPTH} levels; make it flatter")

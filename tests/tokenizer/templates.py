@@ -115,3 +115,38 @@ def make_folder(folder: Path, settings: Mapping[str, Any], legacy: bool | None =
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps({"model_type": "mixtral", "vocab_size": 32016}))
     return folder
+
+
+HERMES = """\
+{%- macro kind(spec) %}{{ spec.type | default('any') | upper }}{% endmacro %}
+{%- if messages[0].role == 'system' or tools %}{{ '<|im_start|>system\\n' }}
+{%- if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}
+{%- for tool in tools or [] %}{{ '\\n<tools>' + (tool | tojson) + '</tools>' }}
+{%- for name, spec in (tool.function.parameters or {}).items() %}
+{%- if spec is mapping %}{{ ' ' ~ name ~ ': ' ~ kind(spec) }}{% endif %}{% endfor %}
+{%- if tool.function.description is defined %}{{ tool.function.description }}{% endif %}{% endfor %}
+{{- '<|im_end|>\\n' }}{% endif %}
+{%- for message in messages if message.role != 'system' %}
+{%- if message.role == 'tool' %}
+{{- '<|im_start|>tool\\n<tool_response>' + message.name + ' ' + message.tool_call_id }}
+{{- '\\n' + message.content + '</tool_response><|im_end|>\\n' }}
+{%- else %}{{ '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}{% set call = call.function %}
+{{- '\\n<tool_call>\\n{"name": "' + call.name + '", "arguments": ' + (call.arguments | tojson) + '}' }}
+{{- '\\n</tool_call>' }}{% endfor %}
+{%- if message.tool_calls is defined %}{% for call in message.tool_calls %}{{ call.id ~ call.type }}
+{%- endfor %}{% endif %}{{- '<|im_end|>\\n' }}{% endif %}{% endfor %}
+{{- '<|im_start|>assistant\\n' if add_generation_prompt }}"""
+
+PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+MARKS = ["<|im_start|>", "<|im_end|>"]
+TAGS = ["<tool_call>", "</tool_call>", "<tools>", "</tools>", "<tool_response>", "</tool_response>"]
+
+
+def hermes(template: Any = HERMES, special_tags: bool = False) -> dict[str, Any]:
+    added = [token(name) for name in MARKS] + [token(name, special=special_tags) for name in TAGS]
+    return {
+        "chat_template": template,
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": {str(32000 + i): value for i, value in enumerate(added)},
+    }

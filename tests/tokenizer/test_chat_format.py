@@ -197,7 +197,8 @@ SYSTEM, USER, ASSISTANT = ({"role": role, "content": "x"} for role in CLASSES)
         ([{"role": "user"}], "message 1 of 1 has the keys 'role'; give 'role' and 'content'"),
         ([{}], "message 1 of 1 has the keys none"),
         ([USER | {"name": "Ann"}], "message 1 of 1 has the keys 'content', 'name', 'role'"),
-        ("hello", "message 1 of 5 is a str"),
+        ("hello", "messages is a str; give a list"),
+        (["hello"], "message 1 of 1 is a str"),
         ([USER, ASSISTANT, {"role": "user", "content": "\ud800"}], "lone surrogate"),
     ],
 )

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tokenizer.tool_messages import ADD, ANSWER, ID, USER, Messages, call, calls, result, tool
+from dev.harness.mutate.json_tree import mutated
+from tests.tokenizer.hard_texts import random_text
+from tests.tokenizer.templates import hermes, make_folder
+from tests.tokenizer.tool_messages import (
+    ADD,
+    ANSWER,
+    ID,
+    USER,
+    Messages,
+    call,
+    calls,
+    random_conversation,
+    random_tools,
+    result,
+    tool,
+)
 from tokenizer import Tokenizer, TokenizerError
 
+CASES = 200
 DEEP = "[" * 200 + "]" * 200
 NO_CONVERSATIONS: list[tuple[Any, str]] = [
-    ([USER, calls(call())], "after message 2 of 2, 1 calls have no result ('a1B2c3D4e'); add a"),
-    ([USER, calls(call()), USER], "message 3 of 3 is from 'user' where 'tool' is due; 1 calls of"),
+    ([USER, calls(call())], "message 2 of 2 is the last, and the result of call 'a1B2c3D4e' is"),
+    ([USER, calls(call()), USER], "message 3 of 3 is from 'user' where 'tool' is due; the"),
     ([USER, calls(call(), call(of="b")), result("2"), ANSWER], "message 4 of 4 is from 'assistant' where"),
     ([USER, calls(call()), result("2", "b")], "message 3 of 3 has the tool_call_id 'b'; use one of 'a1B2"),
     ([USER, calls(call()), result("2"), result("2")], "message 4 of 4 is from 'tool' where 'assistant'"),
@@ -29,10 +47,10 @@ NO_CONVERSATIONS: list[tuple[Any, str]] = [
     ([USER, calls(call(), call(of=""))], "call 2 of message 2 of 2 has the id ''"),
     ([USER, calls(call(name=3))], "call 1 of message 2 of 2 has the name 3"),
     ([USER, calls(call(arguments={}))], "call 1 of message 2 of 2 has arguments of type dict; give"),
-    ([USER, calls(call(arguments=DEEP))], "the arguments of call 1 of message 2 of 2 is JSON of more"),
-    ([USER, calls(call(arguments="[" * 10**5))], "the arguments of call 1 of message 2 of 2 is JSON of more"),
+    ([USER, calls(call(arguments=DEEP))], "the arguments of call 1 of message 2 of 2: JSON of more"),
+    ([USER, calls(call(arguments="[" * 10**5))], "the arguments of call 1 of message 2 of 2: JSON of more"),
     ([USER, calls(call(arguments='"\\ud800"')), result("x")], "lone surrogate"),
-    ([USER, calls(call()), result(DEEP)], "the result of a call is JSON of more than 128 levels"),
+    ([USER, calls(call()), result(DEEP)], "the result of call 'a1B2c3D4e': JSON of more than 128 levels"),
     ([USER, calls(call()), result(None)], "message 3 of 3 has content of type NoneType"),
     ([USER, calls(call()), result("x") | {"tool_call_id": None}], "message 3 of 3 has a tool_call_id of"),
     ([USER, calls(call()), {"role": "tool", "content": "x"}], "give 'role', 'content' and 'tool_call_id'"),
@@ -67,7 +85,7 @@ def test_what_is_no_conversation(mixtral: dict[str, Tokenizer], messages: Messag
         ([tool(description=3)], "tool 1 of 1 has a description of type int"),
         ([tool(parameters=[])], "tool 1 of 1 has a parameters of type list"),
         ([tool(parameters={"a": {1, 2}})], "tool 1 of 1 cannot be written as JSON"),
-        ([tool(parameters={"a": json.loads(DEEP)})], "tool 1 of 1 is JSON of more than 128 levels"),
+        ([tool(parameters={"a": json.loads(DEEP)})], "tool 1 of 1: JSON of more than 128 levels"),
         ([tool(description="\ud800")], "lone surrogate"),
     ],
 )
@@ -75,3 +93,23 @@ def test_what_is_no_tool(mixtral: dict[str, Tokenizer], tools: Any, complaint: s
     with pytest.raises(TokenizerError, match=re.escape(complaint)) as caught:
         mixtral["v3"].encode_chat([USER], tools)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("style", ["v3", "template"])
+def test_damaged_requests_are_refused_in_one_line(
+    mixtral: dict[str, Tokenizer], style: str, tmp_path: Path
+) -> None:
+    ours = mixtral["v3"] if style == "v3" else Tokenizer.load(make_folder(tmp_path / "a", hermes()))
+    chance = random.Random(11)
+    refused = 0
+    for _ in range(CASES):
+        request = [random_conversation(chance, random_text), random_tools(chance, random_text)]
+        messages, offered = [*mutated(request, chance, large=1 << 10), None, None][:2]
+        try:
+            ids = ours.encode_chat(messages, offered)
+        except TokenizerError as error:
+            refused += 1
+            assert str(error).isprintable() and len(str(error)) < 1000, str(error)
+        else:
+            assert ids[-1] < ours.vocab_size
+    assert CASES // 4 < refused < CASES
