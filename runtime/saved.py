@@ -12,6 +12,7 @@ A file may be anyone's. Nothing in it is believed before it has been checked, an
 import hashlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -58,6 +59,7 @@ def save_session(path: Path, runner: ModelRunner, messages: Messages, ids: list[
     digest = hashlib.sha256()
     try:
         with saving_in(path.parent), Writer(path, specs, metadata, digest.update) as writer:
+            keep_permissions(path, writer.file.fileno())
             writer.write(IDS, torch.tensor(ids, dtype=torch.int64, device="cpu"))
             for name, part in kv.parts(len(ids)).items():
                 writer.write(name, part)
@@ -84,6 +86,14 @@ def saving_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def keep_permissions(path: Path, handle: int) -> None:
+    """Give an open file the permissions of the one that it will replace: its owner may have closed it to
+    others."""
+    if sys.platform != "win32":
+        with suppress(FileNotFoundError):
+            os.fchmod(handle, stat.S_IMODE(path.stat().st_mode))
 
 
 def load_session(path: Path, runner: ModelRunner, kv: KVCache) -> tuple[Messages, list[int]]:

@@ -299,6 +299,14 @@ def test_a_failed_save_leaves_the_old_file(
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+def test_a_file_that_others_may_not_read_stays_so(spoken: Session, tmp_path: Path) -> None:
+    for mode in (0o600, 0o640):
+        spoken.save(tmp_path / "s")
+        (tmp_path / "s").chmod(mode)
+        spoken.save(tmp_path / "s")
+        assert (tmp_path / "s").stat().st_mode & 0o777 == mode
+
+
 def test_a_closed_session_is_not_saved(spoken: Session, tmp_path: Path) -> None:
     spoken.close()
     with pytest.raises(RequestError, match="the session is closed"):
