@@ -65,6 +65,20 @@ def test_of_another_dtype(load: Callable[..., Engine], saved: Path) -> None:
     )
 
 
+def test_of_another_width_of_keys_and_values(
+    load: Callable[..., Engine], engine: Engine, saved: Path, tmp_path: Path
+) -> None:
+    coded = load(kv=8)
+    assert refusal(coded, saved) == (
+        "its keys and values have '16' bits, and this engine keeps 8; load the model with --kv 16"
+    )
+    with coded.session() as session:
+        session.send("def alpha")
+        list(session.generate(PARAMS))
+        session.save(tmp_path / "s")
+    assert "have '8' bits, and this engine keeps 16; load" in refusal(engine, tmp_path / "s")
+
+
 def test_longer_than_the_context(load: Callable[..., Engine], engine: Engine, saved: Path) -> None:
     length = len(engine.restore(saved).ids)
     assert refusal(load(context=length - 1), saved) == (
