@@ -10,6 +10,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from model.config import ModelConfig
 from model.kernels import step as kernels
+from model.kernels.cpu import rowwise
 from model.kv_cache import LayerKV
 from model.rope import Rope
 from model.rows import apart
@@ -52,9 +53,9 @@ class Attention(nn.Module):
         qk = rope(qkv[:, : H + G])  # [N, H + G, 1, K]
         q, k = qk[:, :H], qk[:, H:]  # [N, H, 1, K], [N, G, 1, K]
         v = poisoned(qkv[:, H + G :], qk)  # [N, G, 1, K]
-        texts = zip(q.split(1), k.split(1), v.split(1), kvs, pasts, strict=True)
-        out = [attend(q, *kv.append(k, v, past), None) for q, k, v, kv, past in texts]  # [1, H, 1, K] each
-        return apart(self.o_proj, torch.cat(out).view(N, H * self.head_dim))
+        news = zip(k.split(1), v.split(1), kvs, pasts, strict=True)
+        out = attend_each(q, [kv.append(k, v, past) for k, v, kv, past in news])  # [N, H, 1, K]
+        return apart(self.o_proj, out.view(N, H * self.head_dim))
 
     def step(self, x: Tensor, rope: Rope, kv: LayerKV, position: Tensor) -> Tensor:  # [1, D] -> [1, D]
         """The same for one token in a step on a GPU. position [1] int64 is the token's place in `kv`."""
@@ -83,6 +84,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     B, H, T, K = q.shape
     G, S = k.shape[1:3]
+    if goes_by_rows(q.dtype, q.device, K, H // G):
+        return attend_by_rows(q, k, v)
     if T == 1:  # the H/G queries of a group become rows against the same keys, so no keys are repeated
         q = q.reshape(B, G, H // G, K)
     if takes_flash(q, k, v):
@@ -95,6 +98,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         assert mask is not None or S == T, "is_causal would align the triangle with the first keys"
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.reshape(B, H, T, K)
+
+
+def attend_each(q: Tensor, texts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:  # [N, H, 1, K] -> the same
+    """Attention of one token of each of N texts, to keys and values [1, G, S, K] each."""
+    H, K = q.shape[1], q.shape[3]
+    if not goes_by_rows(q.dtype, q.device, K, H // texts[0][0].shape[1]):
+        return torch.cat([attend(row, k, v, None) for row, (k, v) in zip(q.split(1), texts, strict=True)])
+    lasts = [(aligned(k[0]), aligned(v[0]), k.shape[2] - 1, 1) for k, v in texts]
+    return rowwise.attend_rows(q[:, :, 0], lasts)[:, :, None]
+
+
+def attend_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, T, K]
+    """Causal attention by the kernels of a CPU, which compute each row by itself."""
+    (B, H, T, K), S = q.shape, k.shape[2]
+    texts = [(aligned(k[b]), aligned(v[b]), S - T, T) for b in range(B)]
+    out = rowwise.attend_rows(q.transpose(1, 2).reshape(B * T, H, K), texts)
+    return out.view(B, T, H, K).transpose(1, 2)
+
+
+def aligned(x: Tensor) -> Tensor:  # [G, S, K]
+    """The same, where a group's tokens lie one after the other."""
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+
+def goes_by_rows(dtype: torch.dtype, device: torch.device, head_dim: int, heads: int) -> bool:
+    """Whether the kernels of a CPU compute attention. They have no gradients."""
+    return not torch.is_grad_enabled() and rowwise.takes(dtype, device, head_dim, heads)
 
 
 def takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -116,7 +146,7 @@ def attend_by_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:  #
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[0]
 
 
-ROWS = 64  # tokens whose scores `attend_by_scores` holds at a time
+SCORED = 64  # tokens whose scores `attend_by_scores` holds at a time
 
 
 def attend_by_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, T, K]
@@ -126,8 +156,8 @@ def attend_by_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, T, K]
     """
     T, S = q.shape[2], k.shape[2]
     k, v, out = k.float(), v.float(), torch.empty_like(q)
-    for start in range(0, T, ROWS):
-        end = min(start + ROWS, T)
+    for start in range(0, T, SCORED):
+        end = min(start + SCORED, T)
         seen = S - T + end
         out[:, :, start:end] = attend_at_once(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen])
     return out
@@ -137,8 +167,8 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, T, K] f
     """The same for a few tokens, with all scores in memory. k and v are float32."""
     B, H, T, K = q.shape
     G, S = k.shape[1:3]
-    rows = (q.float() * K**-0.5).reshape(B, G, -1, K)  # [B, G, H/G T, K]
-    scores = (rows @ k.mT).view(B, H, T, S)
+    wide = (q.float() * K**-0.5).reshape(B, G, -1, K)  # [B, G, H/G T, K]
+    scores = (wide @ k.mT).view(B, H, T, S)
     scores.masked_fill_(triangle(T, S, q.device).logical_not_(), -torch.inf)
     weights = scores.softmax(-1).view(B, G, -1, S)
     return (weights @ v).view(B, H, T, K)
@@ -147,7 +177,8 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, T, K] f
 class Attending(Enum):
     """How attention of a prompt is computed, which decides how much memory it takes."""
 
-    MASK = "on a CPU: a mask [T, S] for each chunk but the first"
+    ROWS = "on a CPU with kernels: scores of a few tokens for each thread"
+    MASK = "on another CPU: a mask [T, S] for each chunk but the first"
     FLASH = "on a GPU with flash attention: neither a mask nor scores"
     SCORES = "on another GPU: scores of a few tokens"
 
@@ -155,29 +186,33 @@ class Attending(Enum):
     def of(config: ModelConfig, dtype: torch.dtype, target: Target) -> "Attending":
         """The way on this device."""
         if target.capability is None:  # a CPU
-            return Attending.MASK
+            heads = config.heads // config.kv_heads
+            by_rows = rowwise.takes(dtype, target.device, config.head_dim, heads)
+            return Attending.ROWS if by_rows else Attending.MASK
         fits = config.head_dim % 8 == 0 and config.head_dim <= 256 and dtype.itemsize == 2
         return Attending.FLASH if fits and target.capability >= AMPERE else Attending.SCORES
 
     def bytes(self, config: ModelConfig, dtype: torch.dtype, T: int, S: int) -> int:
         """The bytes that attention of the last T of S tokens takes, beside q, k, v and its result."""
         H, G, K = config.heads, config.kv_heads, config.head_dim
+        if self is Attending.ROWS:
+            return rowwise.attend_bytes(T, H, G, K, S)
         if self is Attending.MASK:
             return T * S * (1 + dtype.itemsize)  # as bool, and as the kernel's dtype
         if self is Attending.FLASH:
             return 0
         row = H * (2 * S + 2 * K) * 4 + 2 * S  # scores, weights, queries, sums, and a mask while it is made
         wide = 0 if dtype == torch.float32 else 2 * G * S * K * 4  # keys and values
-        return wide + min(T, ROWS) * row
+        return wide + min(T, SCORED) * row
 
 
-def causal_mask(T: int, S: int, device: torch.device) -> Tensor | None:
+def causal_mask(T: int, S: int, device: torch.device, by_rows: bool = False) -> Tensor | None:
     """Which of S tokens each of the last T may look at: [T, S] bool, or None if `attend` needs no mask.
 
     >>> causal_mask(2, 4, torch.device("cpu")).int().tolist()
     [[1, 1, 1, 0], [1, 1, 1, 1]]
     """
-    return None if T == 1 or T == S or device.type == "cuda" else triangle(T, S, device)
+    return None if T == 1 or T == S or by_rows or device.type == "cuda" else triangle(T, S, device)
 
 
 def triangle(T: int, S: int, device: torch.device) -> Tensor:  # [T, S] bool

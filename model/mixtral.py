@@ -38,7 +38,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention, causal_mask
+from model.attention import Attention, causal_mask, goes_by_rows
 from model.config import ModelConfig
 from model.kernels import step as kernels
 from model.kv_cache import KVCache, LayerKV
@@ -145,8 +145,10 @@ class Mixtral(nn.Module):
         """
         B, T = ids.shape
         past, end = self.room(B, T, kv)
-        rope, mask = self.rope.at(past, end), causal_mask(T, end, ids.device)
-        x = self.embed_tokens(ids)  # [B, T, D]
+        rope, x = self.rope.at(past, end), self.embed_tokens(ids)  # x [B, T, D]
+        c = self.config
+        by_rows = goes_by_rows(x.dtype, x.device, c.head_dim, c.heads // c.kv_heads)
+        mask = causal_mask(T, end, x.device, by_rows)
         for layer, block in enumerate(self.layers):
             x = block(x, rope, mask, kv.layers[layer] if kv else None, past)
         if kv:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.kernels import step as kernels
+from model.kernels.cpu import rowwise
 from model.rows import apart
 
 
@@ -84,8 +85,12 @@ class Router(nn.Module):
     def forward(self, x: Tensor, each: bool = False) -> Choice:  # [N, D]
         """The choice of N tokens: of one text, or with `each` of N texts."""
         wide = x.float()
-        gates = partial(F.linear, weight=self.weight)
-        logits, ids = (apart(gates, wide) if each else gates(wide)).topk(self.experts_per_token)  # [N, A]
+        if not torch.is_grad_enabled() and rowwise.takes(x.dtype, x.device, x.shape[-1]):
+            logits = rowwise.route(wide, self.weight)
+        else:
+            gates = partial(F.linear, weight=self.weight)
+            logits = apart(gates, wide) if each else gates(wide)
+        logits, ids = logits.topk(self.experts_per_token)  # [N, A]
         ranking = None if self.ahead is None else self.rank(wide, self.ahead)
         return Choice(ids, logits.softmax(-1), ranking, apart=each)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from model.attention import Attention
 from model.checkpoint import Checkpoint, MappedFiles
 from model.config import ModelConfig
+from model.kernels.cpu import rowwise
 from model.linear import pack
 from model.mixtral import Mixtral
 from model.moe import Experts
@@ -144,11 +145,17 @@ def slow_products(model: Mixtral, form: ExpertFormat, device: torch.device) -> l
 
 
 def kernels_to_compile(model: Mixtral, form: ExpertFormat) -> list[Callable[[], object]]:
-    """Calls that compile what the model's quantized matrices need: see `Backend.kernels`."""
+    """Calls that compile what the model needs on a CPU: for quantized matrices (see `Backend.kernels`), and
+    for what is computed row by row."""
     needed = {(module.backend, module.spec, False): None for module in quantized_modules(model)}
     for name, backend in form.backends.items():
         needed[backend, form.spec, name == "w13"] = None
-    return [call for backend, spec, gated in needed for call in backend.kernels(spec, gated)]
+    calls = [call for backend, spec, gated in needed for call in backend.kernels(spec, gated)]
+    config, like = model.config, model.embed_tokens.weight
+    heads = config.heads // config.kv_heads
+    if rowwise.takes(like.dtype, like.device, config.head_dim, heads):
+        calls += rowwise.kernels(like.dtype, heads)
+    return calls
 
 
 def quantized_modules(model: Mixtral) -> Iterator[QuantizedLinear]:

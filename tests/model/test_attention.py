@@ -155,7 +155,7 @@ def test_attend_by_scores(
     dtype: torch.dtype, T: int, S: int, H: int, G: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three tokens at a time, so that the last group is smaller."""
-    monkeypatch.setattr(attention, "ROWS", 3)
+    monkeypatch.setattr(attention, "SCORED", 3)
     q = like_the_model(2, H, T, 10, dtype=dtype) * 2
     k, v = (like_the_model(2, G, S, 10, room=4, dtype=dtype) for _ in range(2))
     out = attention.attend_by_scores(q, k, v)
@@ -203,7 +203,8 @@ def test_on_a_gpu_it_is_right_and_takes_no_more_memory_than_planned(
 def test_which_way_a_device_takes() -> None:
     gpus = [Target.hypothetical(capability) for capability in ((7, 5), (8, 0), (12, 0))]
     ways = [Attending.of(SHAPE, torch.float16, target) for target in (Target.of(CPU), *gpus)]
-    assert ways == [Attending.MASK, Attending.SCORES, Attending.FLASH, Attending.FLASH]
+    assert ways == [Attending.ROWS, Attending.SCORES, Attending.FLASH, Attending.FLASH]
+    assert Attending.of(SHAPE, torch.float32, Target.of(CPU)) is Attending.MASK
     assert Attending.of(SHAPE, torch.float32, gpus[-1]) is Attending.SCORES
     for head_dim in (12, 264):
         odd = replace(SHAPE, head_dim=head_dim)

@@ -106,3 +106,31 @@ def test_quantized_and_offloaded(tmp_path_factory, experts: str, options: dict[s
                 together = runner.decode(tokens, kvs)
                 for n in range(4):
                     assert torch.equal(together[n], runner.forward([tokens[n]], alone[n])), (step, n)
+
+
+@pytest.mark.parametrize("options", [{}, {"slots": 3}])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_text_has_the_same_bits_however_it_is_cut(
+    tmp_path_factory, dtype: str, options: dict[str, int]
+) -> None:  # type: ignore[no-untyped-def]
+    """Where a CPU's kernels compute all that is quantized: whole, in pieces of any size, and token by token.
+    So it makes no difference whether a prompt's beginning was computed for another request."""
+    folder = tmp_path_factory.getbasetemp() / "decode-4"
+    if not folder.exists():
+        quantize_folder(DEMO, folder, "4")
+    with Engine.load(folder, EngineOptions(device="cpu", dtype=dtype, context=256, **options)) as engine:
+        runner = engine.runner
+        ids = [(n * n * 7 + 3 * n) % 1900 + 100 for n in range(200)]
+        with runner.working():
+            cuts = [[200], [1, 199], [64, 64, 64, 8], [199, 1], [7, 100, 93], [150] + [1] * 50]
+            kvs, rows = [], []
+            for cut in cuts:
+                kv, start = runner.new_kv(), 0
+                for length in cut:
+                    row = runner.forward(ids[start : start + length], kv)
+                    start += length
+                kvs.append(kv), rows.append(row)
+            for kv, row, cut in zip(kvs[1:], rows[1:], cuts[1:], strict=True):
+                for mine, first in zip(kv.parts(200).items(), kvs[0].parts(200).items(), strict=True):
+                    assert torch.equal(mine[1], first[1]), (cut, mine[0])
+                assert torch.equal(row, rows[0]), cut

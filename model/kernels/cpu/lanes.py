@@ -18,7 +18,8 @@ from llvmlite import ir
 from numba.core import cgutils
 
 LANES = 16
-i8, i32, i64, f32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+i8, i16, i32, i64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+f32 = ir.FloatType()
 BYTES = ir.VectorType(i8, LANES)
 INTS = ir.VectorType(i32, LANES)
 FLOATS = ir.VectorType(f32, LANES)
@@ -112,6 +113,22 @@ class Code:
     def reduce(self, operation: str, ints: Any) -> Any:
         """The sum ("add") or largest ("umax") of all lanes of INTS."""
         return self.builder.call(self.function(f"llvm.vector.reduce.{operation}.v16i32", i32, INTS), [ints])
+
+    def sum(self, x: Any) -> Any:
+        """The sum of all lanes of FLOATS, always in the same order: halves are added, then their halves."""
+        lanes = LANES
+        while lanes > 1:
+            lanes //= 2
+            kind = ir.VectorType(i32, lanes)
+            low, high = (ir.Constant(kind, [start + n for n in range(lanes)]) for start in (0, lanes))
+            x = self.builder.fadd(
+                self.builder.shuffle_vector(x, x, low), self.builder.shuffle_vector(x, x, high)
+            )
+        return self.builder.extract_element(x, i32(0))
+
+    def largest(self, x: Any) -> Any:
+        """The largest lane of FLOATS, none of which is NaN."""
+        return self.builder.call(self.function("llvm.vector.reduce.fmax.v16f32", f32, FLOATS), [x])
 
     def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c, rounded once."""

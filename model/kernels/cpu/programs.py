@@ -13,9 +13,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from model.kernels.cpu import tile
+from model.kernels.cpu.attention import attend
 from model.kernels.cpu.dots import Way
+from model.kernels.cpu.functions import silu
 from model.kernels.cpu.lanes import FLOATS, INTS, LANES, Code, f32, i8, i32, i64, same, zero
 from model.kernels.cpu.rounding import TILE, Scheme
+from model.kernels.cpu.route import route
 from model.quant.packing import PLANES
 
 # The fields of a job, int64 each: a matrix, rounded activations, and where the product goes.
@@ -127,29 +130,6 @@ def over_tiles(code: Code, scheme: Scheme, a: dict[str, Any], job: dict[str, Any
         row, m = code.plus(row, rest), m // 2
 
 
-def silu(code: Code, x: Any) -> Any:
-    """x / (1 + exp(-x)), with a relative error of about 1e-7.
-
-    exp(y) = 2^n * exp(r), where n is y / ln 2 to the nearest integer, and exp(r) is a polynomial (Cephes'
-    expf).
-    """
-    b = code.builder
-    y, least, most = b.fneg(x), same(FLOATS, -88.0), same(FLOATS, 89.0)
-    # At the limits 2^n is 0 and infinity already. The bits of a larger n would be those of other numbers.
-    y = b.select(b.fcmp_ordered("<", y, most), y, most)
-    y = b.select(b.fcmp_ordered(">", y, least), y, least)
-    n = code.rint(b.fmul(y, same(FLOATS, 1.44269504088896341)))
-    r = code.multiply_add(n, same(FLOATS, -0.693359375), y)
-    r = code.multiply_add(n, same(FLOATS, 2.12194440e-4), r)
-    p = same(FLOATS, 1.9875691500e-4)
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = code.multiply_add(p, r, same(FLOATS, c))
-    p = code.multiply_add(b.fmul(p, r), r, b.fadd(r, same(FLOATS, 1.0)))
-    exponent = b.shl(b.add(b.fptosi(n, INTS), same(INTS, 127)), same(INTS, 23))
-    power = b.fmul(p, b.bitcast(exponent, FLOATS))
-    return b.fdiv(x, b.fadd(same(FLOATS, 1.0), power))
-
-
 def round_rows(code: Code, scheme: Scheme, way: Way, program: Any, arguments: Any) -> None:
     """Row `program` of x, rounded as `rounding` says. A unit with a value that is not finite has the scale
     NaN."""
@@ -242,7 +222,7 @@ def scatter(code: Code, q: Any, address: Any, distance: Any) -> None:
         code.store(b.extract_element(words, i32(k)), code.plus(address, code.times(distance, k)))
 
 
-KERNELS = (product, gate_up, round_rows)
+KERNELS = (product, gate_up, round_rows, attend, route)
 NAMES = [kernel.__name__ for kernel in KERNELS]
 
 
