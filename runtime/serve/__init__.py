@@ -9,6 +9,8 @@ schemas.py      what a request may say
 asked.py        a request in the model's terms: ids, sampling, how its text is decoded
 writing.py      texts on their way from the service's thread to a response
 chat.py         /v1/chat/completions
+conversations.py  a chat's request in the model's terms
+calling.py      tools, and what of a text is calls of them
 completions.py  /v1/completions
 words.py        /tokenize and /detokenize
 stream.py       server-sent events, and clients that go away

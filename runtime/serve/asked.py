@@ -17,6 +17,7 @@ from tokenizer import StreamDecoder
 SAME = (  # fields of requests that are fields of `SamplingParams`
     "temperature", "top_p", "seed", "stop", "logit_bias", "top_k", "min_p", "repetition_penalty",
     "ignore_eos", "presence_penalty", "frequency_penalty",
+    "grammar", "json_schema",
 )  # fmt: skip
 
 
@@ -58,11 +59,13 @@ def make_params(request: Sampling, limit: int, **more: Any) -> SamplingParams:
 
     Raises `OptionError` for a value that makes no sense.
     """
-    given: dict[str, Any] = {"max_new_tokens": limit, "temperature": 1.0, "top_p": 1.0} | more
+    given: dict[str, Any] = {"max_new_tokens": limit, "temperature": 1.0, "top_p": 1.0}
     for name in SAME:
         if (value := getattr(request, name)) is not None:
             given[name] = value
-    return SamplingParams(**given)
+    if given.keys() & {"json_schema", "grammar"} and more.keys() & {"json_schema", "grammar"}:
+        raise Refusal(400, "json_schema, grammar, response_format and tools bound the text; give one of them")
+    return SamplingParams(**given, **more)
 
 
 def check_stream_options(request: Sampling) -> None:

@@ -13,12 +13,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from runtime.answer import Token
-from runtime.batching.batch import Work
-from runtime.serve.asked import Prompt, check_stream_options, make_works
+from runtime.answer import Finish, Token
+from runtime.serve.asked import check_stream_options
+from runtime.serve.calling import Calling, Reader, calls_form
+from runtime.serve.conversations import converse, prepare
 from runtime.serve.errors import Refusal
 from runtime.serve.logprobs import chat_form
-from runtime.serve.schemas import ChatRequest, TextPart
+from runtime.serve.schemas import ChatRequest
 from runtime.serve.served import Served, finish_reason
 from runtime.serve.stream import EventStream, Gone, unless_gone
 from runtime.serve.writing import Text, Writing
@@ -32,8 +33,9 @@ async def chat(request: Request) -> ASGIApp:
     check_stream_options(asked)
     if asked.top_logprobs and not asked.logprobs:
         raise Refusal(400, "top_logprobs without logprobs; set logprobs to true", param="top_logprobs")
-    writing = await served.write(partial(prepare, served, asked))
-    form = Form(served, asked)
+    calling = await served.aside(partial(converse, served.engine, asked))
+    writing = await served.write(partial(prepare, served.engine, asked, calling))
+    form = Form(served, asked, calling)
     if asked.stream:
         return EventStream(form.stream(writing), writing.cancel)
     try:
@@ -44,56 +46,30 @@ async def chat(request: Request) -> ASGIApp:
         writing.cancel()
 
 
-def prepare(served: Served, asked: ChatRequest) -> list[Work]:
-    """Everything that takes longer than a moment, and may be refused."""
-    tokenizer = served.engine.tokenizer
-    ids = tokenizer.encode_chat([message(m) for m in asked.messages])
-    prompt = Prompt(ids, partial(tokenizer.answer_stream, ids))
-    return make_works(served.engine, [prompt], asked, limit(asked), top_logprobs=asked.top_logprobs or 0)
-
-
-def message(given: Any) -> dict[str, object]:
-    """A message as tokenizers take it."""
-    role = "system" if given.role == "developer" else given.role
-    return {"role": role, "content": joined(given.content)}
-
-
-def joined(content: str | list[TextPart] | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.text for part in content)
-
-
-def limit(asked: ChatRequest) -> int | None:
-    """The most tokens of an answer, which has an old and a new name."""
-    old, new = asked.max_tokens, asked.max_completion_tokens
-    if old is not None and new is not None and old != new:
-        raise Refusal(
-            400, f"max_tokens is {old} and max_completion_tokens {new}; give one of them", param="max_tokens"
-        )
-    return old if new is None else new
-
-
 @dataclass(frozen=True)
 class Form:
     """An answer's JSON."""
 
     served: Served
     asked: ChatRequest
+    calling: Calling
 
     def whole(self, texts: list[Text], writing: Writing) -> dict[str, Any]:
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": str(text), "refusal": None},
-                "logprobs": self.logprobs(text.tokens),
-                "finish_reason": finish_reason(text.finish),
-            }
-            for index, text in enumerate(texts)
-        ]
-        return self.head("chat.completion") | {
-            "choices": choices,
-            "usage": writing.usage(),
+        choices = [self.choice(index, text) for index, text in enumerate(texts)]
+        return self.head("chat.completion") | {"choices": choices, "usage": writing.usage()}
+
+    def choice(self, index: int, text: Text) -> dict[str, Any]:
+        words, calls = self.calling.read(text.tokens)
+        message: dict[str, Any] = {"role": "assistant", "content": words or None, "refusal": None}
+        if calls:
+            message["tool_calls"] = calls_form(calls)
+        else:
+            message["content"] = words
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self.logprobs(text.tokens),
+            "finish_reason": "tool_calls" if calls else finish_reason(text.finish),
         }
 
     async def stream(self, writing: Writing) -> AsyncIterator[Mapping[str, Any] | None]:
@@ -110,7 +86,8 @@ class Form:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
             return head | {"choices": [choice]}
 
-        for index in range(len(writing.texts)):
+        readers = [self.calling.reader() for _ in writing.texts]
+        for index in range(len(readers)):
             yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
         while not writing.over:
             found = await writing.next(self.served.limits.beat)
@@ -118,12 +95,22 @@ class Form:
                 yield None
                 continue
             index, token = found
-            if token.text or self.asked.logprobs:
-                yield chunk(index, {"content": token.text}, tokens=[token])
+            words = readers[index].take(token)
+            if words or self.asked.logprobs:
+                yield chunk(index, {"content": words}, tokens=[token])
             if token.finish:
-                yield chunk(index, {}, finish_reason(token.finish))
+                for delta, finish in self.last(readers[index], token.finish):
+                    yield chunk(index, delta, finish)
         if with_usage:
             yield head | {"choices": [], "usage": writing.usage()}
+
+    def last(self, reader: Reader, finish: Finish) -> list[tuple[dict[str, Any], str | None]]:
+        """The last chunks of a choice, each with its reason to finish: calls come whole, in one chunk."""
+        calls, rest = reader.end()
+        if calls:
+            made = [{"index": index, **call} for index, call in enumerate(calls_form(calls))]
+            return [({"tool_calls": made}, None), ({}, "tool_calls")]
+        return [({"content": rest}, None)] * bool(rest) + [({}, finish_reason(finish))]
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         return chat_form(self.served.engine.tokenizer, tokens) if self.asked.logprobs else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -76,13 +77,15 @@ def stopping(message: str) -> Refusal:
 
 
 def named(message: str) -> str | None:
-    """The field that a message of `OptionError` begins with.
+    """The field that a message of `OptionError`, or of a schema's, begins with.
 
     >>> named("top_p is 2, and must be above 0 and at most 1"), named("the engine is closed")
     ('top_p', None)
+    >>> named("json_schema: Unknown type: x")
+    'json_schema'
     """
-    word, _, rest = message.partition(" is ")
-    return word if rest and word.isidentifier() else None
+    found = re.match(r"(\w+)(?: is |: )", message)
+    return found[1] if found else None
 
 
 def invalid(error: ValidationError) -> Refusal:

@@ -14,6 +14,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=Fals
 MOST_CHOICES = 16  # texts of one request
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
+MOST_TOOLS = 128
 
 
 def shape(value: Any) -> str:
@@ -57,6 +58,8 @@ class Sampling(BaseModel):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
 
 
 class TextPart(BaseModel):
@@ -82,30 +85,109 @@ class UserMessage(BaseModel):
     content: Content
 
 
+class Called(BaseModel):
+    model_config = STRICT
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    model_config = STRICT
+    id: str
+    type: Literal["function"] = "function"
+    function: Called
+    index: int | None = None  # where clients have put a stream together
+
+
 class AssistantMessage(BaseModel):
     """An earlier answer. Clients send it as they got it, with fields that say nothing."""
 
     model_config = STRICT
     role: Literal["assistant"]
     content: Content | None = None
+    tool_calls: list[ToolCall] | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
+class ToolMessage(BaseModel):
+    """The result of a call."""
+
+    model_config = STRICT
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+
 def role(value: Any) -> str:
     """Which alternative of `Message` a value is. A role that is none of them is refused as a user's."""
     word = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
-    known = {"system": "<system>", "developer": "<system>", "assistant": "<assistant>"}
+    known = {"system": "<system>", "developer": "<system>", "assistant": "<assistant>", "tool": "<tool>"}
     return known.get(word, "<user>") if isinstance(word, str) else "<user>"
 
 
 Message = Annotated[
     Annotated[SystemMessage, Tag("<system>")]
     | Annotated[UserMessage, Tag("<user>")]
-    | Annotated[AssistantMessage, Tag("<assistant>")],
+    | Annotated[AssistantMessage, Tag("<assistant>")]
+    | Annotated[ToolMessage, Tag("<tool>")],
     Discriminator(role),
+]
+
+
+class Function(BaseModel):
+    model_config = STRICT
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None  # calls that are required always fit their tool's schema
+
+
+class Tool(BaseModel):
+    model_config = STRICT
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(BaseModel):
+    model_config = STRICT
+    name: str
+
+
+class ToolChoice(BaseModel):
+    """The one tool that has to be called."""
+
+    model_config = STRICT
+    type: Literal["function"]
+    function: FunctionName
+
+
+class SchemaFormat(BaseModel):
+    """A schema, which a text always fits, `strict` or not."""
+
+    model_config = STRICT
+    name: str
+    description: str | None = None
+    shape: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = STRICT
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+
+def kind_of_choice(value: Any) -> str:
+    """Which alternative of `tool_choice` a value is."""
+    return "<word>" if isinstance(value, str) else "<tool>"
+
+
+Choice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")] | Annotated[ToolChoice, Tag("<tool>")],
+    Discriminator(kind_of_choice),
 ]
 
 
@@ -116,6 +198,10 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
 
     # Fields that ask for what is done anyway, or that only label a request.
     modalities: list[Literal["text"]] | None = None

@@ -123,7 +123,7 @@ def test_a_conversation_as_clients_send_it(client: openai.OpenAI, demo: Engine) 
     told = [{"role": "developer", "content": brief}, *MESSAGES, first, {"role": "user", "content": parts}]
     answer = client.chat.completions.create(model="demo", messages=told, **GREEDY)  # type: ignore[arg-type]
     plain = [*messages, {"role": "assistant", "content": first.content}]
-    plain += [{"role": "user", "content": "and now?"}]
+    plain += [{"role": "user", "content": "and \n\nnow?"}]
     assert answer.choices[0].message.content == alone(demo, plain, temperature=0)[0]  # type: ignore[arg-type]
 
 

@@ -39,7 +39,7 @@ USER = {"role": "user", "content": "Hi"}
         (CHAT, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "'stream_options.x'"),
         (CHAT, {"stop": [""]}, "stop", "not empty"),
         (CHAT, {"store": True}, "store", "False"),
-        (CHAT, {"response_format": {"type": "audio"}}, "response_format", "response_format"),
+        (CHAT, {"response_format": {"type": "audio"}}, "response_format.type", "json_schema"),
         (COMPLETION, {"prompt": [1, 99999]}, None, "99999"),
         (COMPLETION, {"prompt": []}, None, "empty"),
         (COMPLETION, {"prompt": [1, "x"]}, "prompt.1", "integer"),
