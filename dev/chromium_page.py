@@ -18,7 +18,9 @@ class Page:
     addresses   of all that it has asked for
     """
 
-    def __init__(self, browser: Chromium, url: str, width: int = 1280, height: int = 800) -> None:
+    def __init__(
+        self, browser: Chromium, url: str, width: int = 1280, height: int = 800, scale: float = 1
+    ) -> None:
         self._browser, self._loaded = browser, False
         self._session, self._target = browser.new_page()
         self.complaints: list[str] = []
@@ -26,7 +28,7 @@ class Page:
         browser.listen(self._session, self._hear)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.resize(width, height)
+        self.resize(width, height, scale)
         self.go(url)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:

@@ -4,9 +4,10 @@ import { events } from "./sse.js";
 
 /** What the server or the network said, in one line. `status` is 0 if there was no answer. */
 export class ApiError extends Error {
-  constructor(message, status = 0, retryAfter = null) {
+  constructor(message, status = 0, code = null, retryAfter = null) {
     super(message);
     this.status = status;
+    this.code = code; // the server's word for it, if it has one
     this.retryAfter = retryAfter; // seconds
   }
 }
@@ -81,10 +82,10 @@ export class Api {
       throw new ApiError("the server cannot be reached");
     }
     if (response.ok) return response;
-    const said = messageOf(await response.json().catch(() => null));
+    const said = await response.json().catch(() => null);
     const after = Number.parseFloat(response.headers.get("Retry-After"));
-    const message = said ?? `the server answered ${response.status} ${response.statusText}`.trim();
-    throw new ApiError(message, response.status, Number.isFinite(after) ? after : null);
+    const message = messageOf(said) ?? `the server answered ${response.status} ${response.statusText}`.trim();
+    throw new ApiError(message, response.status, said?.error?.code ?? null, Number.isFinite(after) ? after : null);
   }
 }
 

@@ -1,8 +1,10 @@
 /** A conversation: its turns, and the request that is writing the last one. Knows nothing of elements. */
 
+const FULL = "context_length_exceeded"; // the server's word for a conversation that is too long
+const FORGOTTEN = "the context is full: no longer sent";
 const ENDS = { stop: null, length: "stopped at the limit of tokens", content_filter: "stopped by the server" };
 
-/** A turn has role, content, and an answer also
+/** A turn has role and content, may be `forgotten`, so that the model is no longer told of it, and an answer has
  *
  * state   "waiting", "writing", "done", "stopped" (by the user) or "failed"
  * plain   whether it is shown as it is, because it continues a text
@@ -29,8 +31,9 @@ export class Conversation {
   /** Send a text. With `at`, it replaces that turn and all after it. */
   async send(text, at = this.turns.length) {
     if (this.busy) return;
+    if (at < this.turns.length) for (const turn of this.turns) if (turn.forgotten) remember(turn);
     this.turns.splice(at);
-    this.turns.push({ role: "user", content: text });
+    this.turns.push({ role: "user", content: text, note: null, forgotten: false });
     await this.#answer();
   }
 
@@ -53,15 +56,15 @@ export class Conversation {
   }
 
   async #answer() {
-    const turn = { role: "assistant", content: "", state: "waiting", note: null, plain: !this.settings.isChat };
+    const turn = { role: "assistant", content: "", state: "waiting", note: null, forgotten: false };
+    turn.plain = !this.settings.isChat;
     turn.times = { sent: performance.now(), first: null, last: null };
     turn.tokens = { prompt: null, reused: null, new: 0 };
-    const [path, body] = this.#request();
     const abort = (this.#abort = new AbortController());
     this.turns.push(turn);
     this.changed(null);
     try {
-      for await (const event of this.api.stream(path, body, abort.signal)) this.#take(turn, event);
+      while (!(await this.#write(turn, abort.signal)));
       turn.state = "done";
     } catch (error) {
       turn.state = abort.signal.aborted ? "stopped" : "failed";
@@ -71,19 +74,45 @@ export class Conversation {
     if (this.turns.includes(turn)) this.changed(turn);
   }
 
-  /** Path and body of the request for the next answer. */
-  #request() {
+  /** Have an answer written. False if the conversation was too long: then half of it is forgotten. */
+  async #write(turn, signal) {
+    const [path, body] = this.#request(this.turns.slice(0, this.turns.indexOf(turn)));
+    try {
+      for await (const event of this.api.stream(path, body, signal)) this.#take(turn, event);
+      return true;
+    } catch (error) {
+      if (error.code !== FULL || !this.settings.isChat || !this.#forget(turn)) throw error;
+      return false;
+    }
+  }
+
+  /** Leave out the older half of the questions and their answers. False if there is only one question. */
+  #forget(turn) {
+    const known = this.turns.filter((each) => !each.forgotten && each !== turn);
+    const questions = known.filter((each) => each.role === "user");
+    if (questions.length < 2) return false;
+    const first = questions[Math.ceil((questions.length - 1) / 2)]; // that is still told
+    for (const each of known.slice(0, known.indexOf(first))) {
+      each.forgotten = true;
+      each.note = FORGOTTEN;
+    }
+    this.changed(null);
+    return true;
+  }
+
+  /** Path and body of the request for an answer to some turns. */
+  #request(turns) {
     const common = { stream: true, stream_options: { include_usage: true }, ...this.settings.sampling() };
     if (this.model !== null) common.model = this.model;
-    if (!this.settings.isChat) return ["v1/completions", { prompt: this.turns.at(-1).content, ...common }];
-    return ["v1/chat/completions", { messages: this.messages(), ...common }];
+    if (!this.settings.isChat) return ["v1/completions", { prompt: turns.at(-1).content, ...common }];
+    return ["v1/chat/completions", { messages: this.#messages(turns), ...common }];
   }
 
   /** What the model is told: a question that got no answer is left out, since roles have to alternate. */
-  messages() {
-    const kept = this.turns.filter((turn, i) => {
-      const answer = turn.role === "assistant" ? turn : this.turns[i + 1];
-      return answer === undefined || answer.content !== "";
+  #messages(turns) {
+    const kept = turns.filter((turn, i) => {
+      const answer = turn.role === "assistant" ? turn : turns[i + 1];
+      return !turn.forgotten && (answer === undefined || answer.content !== "");
     });
     const system = this.settings.system.trim() ? [{ role: "system", content: this.settings.system }] : [];
     return [...system, ...kept.map(({ role, content }) => ({ role, content }))];
@@ -107,6 +136,11 @@ export class Conversation {
     }
     this.changed(turn);
   }
+}
+
+function remember(turn) {
+  turn.forgotten = false;
+  turn.note = null;
 }
 
 function describe(error) {

@@ -9,7 +9,7 @@ const PLACES = {
   b: ["berth", "in host memory", "in a berth"],
   f: ["file", "in its file", "has to be read from there"],
 };
-const USES = { hit: ["hit", "hit by the last token", "chosen for the last token, and there"], miss: ["miss", "missed by the last token", "chosen for the last token, and not there"] };
+const USES = { hit: ["hit", "hit in the last step", "chosen, and there"], miss: ["miss", "missed in the last step", "chosen, and not there"] };
 
 export class Picture {
   #root = find("picture");

@@ -79,6 +79,7 @@ export class Messages {
 
   #draw(turn, { article, text, note, figures }) {
     article.dataset.state = turn.state ?? "done";
+    article.classList.toggle("forgotten", turn.forgotten);
     article.setAttribute("aria-busy", turn.state === "waiting" || turn.state === "writing");
     if (turn.role === "assistant" && !turn.plain && this.settings.showsMarkdown) showMarkdown(text, turn.content);
     else showPlain(text, turn.content);

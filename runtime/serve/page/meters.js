@@ -1,8 +1,8 @@
-/** Figures beside the picture, each with its last minute as a line. */
+/** Figures beside the picture, each with up to a minute of it as a line. */
 
 import { element, find } from "./dom.js";
 
-const SPAN = 60_000; // milliseconds that a line goes back
+const [LEAST, MOST] = [10_000, 60_000]; // milliseconds that a line goes back
 const [WIDTH, HEIGHT] = [100, 20]; // of a line, in its own units
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -52,9 +52,10 @@ function meter(what) {
   const past = [];
   const add = (now, value) => {
     past.push([now, value]);
-    while (past[0][0] < now - SPAN) past.shift();
+    while (past[0][0] < now - MOST) past.shift();
+    const span = Math.max(now - past[0][0], LEAST);
     const most = what.most ?? (Math.max(...past.map(([, each]) => each)) || 1);
-    line.setAttribute("points", past.map(([time, each]) => point(now - time, each / most)).join(" "));
+    line.setAttribute("points", past.map(([time, each]) => point((now - time) / span, each / most)).join(" "));
     words.textContent = what.words(value);
   };
   const row = element("div", { hidden: true }, element("dt", {}, what.name), element("dd", {}, words, drawing));
@@ -62,7 +63,7 @@ function meter(what) {
 }
 
 function point(age, share) {
-  const x = WIDTH * (1 - age / SPAN);
+  const x = WIDTH * (1 - age);
   const y = 1 + (HEIGHT - 2) * (1 - Math.min(Math.max(share, 0), 1));
   return `${x.toFixed(2)},${y.toFixed(2)}`;
 }

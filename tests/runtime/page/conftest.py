@@ -34,7 +34,9 @@ def stub(served: Stub) -> Stub:
 
 @pytest.fixture(scope="session")
 def opened(browser: Chromium, served: Stub) -> Page:
-    return Page(browser, served.url)
+    page = Page(browser, served.url)
+    page.wait("document.querySelector('#model').textContent === 'demo'")
+    return page
 
 
 @pytest.fixture

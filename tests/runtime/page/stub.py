@@ -40,6 +40,7 @@ class Refusal:
     status: int
     message: str
     headers: dict[str, str] = field(default_factory=dict)
+    code: str | None = None
 
 
 # A piece of an answer: text, seconds to wait, an event as it is, a reason to finish, or None to break off.
@@ -119,7 +120,12 @@ class Stub:
         self.requests.append((handler.path, body))
         parts = self.answer(body)
         if isinstance(parts, Refusal):
-            return reply(handler, parts.status, {"error": {"message": parts.message}}, **parts.headers)
+            return reply(
+                handler,
+                parts.status,
+                {"error": {"message": parts.message, "code": parts.code}},
+                **parts.headers,
+            )
         head(handler, 200, "text/event-stream")
         try:
             self.stream(handler, parts, body)

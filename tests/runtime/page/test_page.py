@@ -1,36 +1,16 @@
 """The page in a browser, with a server that does as it is told."""
 
 import json
-import time
 from typing import Any
 
 import pytest
 
 from dev.chromium_page import Page
-from tests.runtime.page.stub import SNAPSHOT, Refusal, Stub
+from dev.page_figure import set_fields
+from tests.runtime.page.doing import ask, turns, wait_for
+from tests.runtime.page.stub import Refusal, Stub
 
 pytestmark = pytest.mark.browser
-
-NARROW, WIDE = (390, 844), (1280, 800)
-
-
-def ask(page: Page, text: str) -> None:
-    page.evaluate("document.querySelector('#prompt').focus()")
-    page.type(text)
-    page.press("Enter")
-
-
-def wait_for(page: Page, state: str) -> None:
-    page.wait(f"[...document.querySelectorAll('article.assistant')].at(-1)?.dataset.state === {state!r}")
-
-
-def turns(page: Page) -> list[list[str]]:
-    """Role and text of each turn that is seen."""
-    found: list[list[str]] = page.evaluate(
-        "[...document.querySelectorAll('article')].map((each) => "
-        "[each.classList[0], each.querySelector('.text').innerText])"
-    )
-    return found
 
 
 def test_a_conversation(page: Page, stub: Stub) -> None:
@@ -133,19 +113,11 @@ def test_a_new_conversation_forgets_the_old_one(page: Page, stub: Stub) -> None:
     assert len(stub.requests[-1][1]["messages"]) == 1
 
 
-def set_field(page: Page, name: str, value: str) -> None:
-    page.evaluate(
-        f"(() => {{ const field = document.querySelector('#settings form').elements[{name!r}];"
-        f"field.value = {value!r}; field.dispatchEvent(new Event('input', {{bubbles: true}})) }})()"
-    )
-
-
 def test_settings_are_sent_and_kept(page: Page, stub: Stub) -> None:
     page.press("Alt+s")
     fields = {"temperature": "0.3", "top_p": "0.5", "max_tokens": "9", "seed": "4", "system": "Be brief."}
-    for name, value in fields.items():
-        set_field(page, name, value)
-    set_field(page, "temperature", "7")  # is refused
+    set_fields(page, fields)
+    set_fields(page, {"temperature": "7"})  # is refused
     page.evaluate("document.querySelector('#settings').close()")
     for again in (False, True):
         if again:
@@ -170,8 +142,7 @@ def test_settings_are_sent_and_kept(page: Page, stub: Stub) -> None:
 def test_a_text_is_continued_as_it_is(page: Page, stub: Stub) -> None:
     stub.answer = lambda body: ["    return *a*, **b**\n", "\n# end"]
     page.press("Alt+s")
-    set_field(page, "mode", "text")
-    set_field(page, "max_tokens", "5")
+    set_fields(page, {"mode": "text", "max_tokens": "5"})
     page.click("#settings button[type=submit]")
     ask(page, "def f():")
     wait_for(page, "done")
@@ -207,6 +178,29 @@ def test_what_went_wrong_is_said(page: Page, stub: Stub, refusal: Any, note: str
     assert sent == (["Try", text, "Again"] if text else ["Again"])  # roles have to alternate
 
 
+def test_a_full_context_forgets_the_older_half(page: Page, stub: Stub) -> None:
+    """As the shell does, instead of refusing for ever. A single question that is too long is refused."""
+    full = Refusal(400, "the prompt is too long", code="context_length_exceeded")
+    stub.answer = lambda body: full if sum(len(m["content"]) for m in body["messages"]) > 20 else ["ok"]
+    for text in ("q1", "q2", "q3", "q4"):  # 16 characters with their answers
+        ask(page, text)
+        page.wait(f"[...document.querySelectorAll('article')].at(-2).innerText.includes({text!r})")
+        wait_for(page, "done")
+    ask(page, "question 5")
+    page.wait("document.querySelectorAll('article').length === 10")
+    wait_for(page, "done")
+    assert [m["content"] for m in stub.requests[-1][1]["messages"]] == ["q3", "ok", "q4", "ok", "question 5"]
+    gone = page.evaluate(
+        "[...document.querySelectorAll('.forgotten')].map((each) => each.innerText.split('\\n')[0])"
+    )
+    assert gone == ["q1", "ok", "q2", "ok"]
+    assert page.text(".forgotten .note") == "the context is full: no longer sent"
+    ask(page, "far too long a question for this")
+    wait_for(page, "failed")
+    assert page.text("article.assistant .note") == "the prompt is too long"
+    assert len(stub.requests) == 4 + 2 + 3  # five, then two, then one question
+
+
 def test_a_key_is_asked_for_and_kept_in_memory_only(page: Page, stub: Stub) -> None:
     stub.key = "secret"
     page.go(stub.url)
@@ -223,117 +217,3 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(page: Page, stub: Stub) -> N
     kept = "JSON.stringify([localStorage, sessionStorage, document.cookie, location.href])"
     assert "secret" not in page.evaluate(kept + " + document.documentElement.outerHTML")
     assert page.evaluate("document.querySelector('#key-value').value") == ""
-
-
-def test_the_picture_shows_where_each_expert_is(page: Page, stub: Stub) -> None:
-    names = {"s": "slot", "l": "coming", "g": "guess", "b": "berth", "f": "file"}
-    cells = "[...document.querySelectorAll('#picture i')].map((cell) => cell.className)"
-    stub.snapshot["places"] = ["ffff", "ffff", "ffff"]
-    page.wait(f"{cells}.every((name) => name.startsWith('file'))")
-    stub.snapshot["places"] = SNAPSHOT["places"]
-    page.wait(f"{cells}.includes('slot')")
-    uses = {(0, 0): " hit", (0, 2): " miss", (1, 0): " hit"}
-    expected = [
-        names[letter] + uses.get((layer, expert), "")
-        for layer, row in enumerate(SNAPSHOT["places"])
-        for expert, letter in enumerate(row)
-    ]
-    assert page.evaluate(cells) == expected
-    assert page.evaluate("document.querySelector('#picture').getAttribute('aria-label')") == (
-        "3 layers of 4 experts: 5 in a slot, 1 on its way, 1 guessed, 3 in host memory, 2 in its file"
-    )
-    assert " ".join(page.text("#meters").split()) == (
-        "tokens/s 13 hit ratio 0.75 link 3.0 GiB/s waited for it 25 % requests 1 running, 2 waiting "
-        "copied 5.0 MiB, 1.0 MiB wasted"
-    )
-
-
-def test_the_picture_by_keyboard_and_mouse(page: Page) -> None:
-    page.wait("document.querySelectorAll('#picture i').length === 12")
-    page.evaluate("document.querySelector('#picture').focus()")
-    assert page.text("#cell") == "Layer 0, expert 0: in a slot; hit by the last token"
-    for key in ("ArrowDown", "ArrowRight", "ArrowRight", "ArrowUp"):
-        page.press(key)
-    assert page.text("#cell") == "Layer 0, expert 2: on its way; missed by the last token"
-    for _ in range(9):
-        page.press("ArrowRight")
-    assert page.text("#cell") == "Layer 0, expert 3: in host memory"
-    page.resize(*NARROW)  # layers now go from left to right
-    page.press("ArrowRight")
-    assert page.text("#cell") == "Layer 1, expert 3: in its file"
-    page.resize(*WIDE)
-    page.click("#picture i")
-    assert page.text("#cell").startswith("Layer 2, expert 3: ")
-
-
-def test_a_picture_that_ends_or_is_none(page: Page, stub: Stub) -> None:
-    note = "document.querySelector('#experts-note').innerText"
-    stub.snapshot["resident"] = True
-    page.wait(f"{note} === 'All experts are on the device.'")
-    assert "copied" not in page.text("#meters") and "tokens/s" in page.text("#meters")
-    stub.snapshot["places"] = ["<b>", 5]
-    page.wait(f"{note}.startsWith('No picture')")
-    stub.closing = True
-    page.wait(f"{note}.startsWith('The server has ended')")
-    stub.closing = False
-    stub.snapshot = SNAPSHOT | {"layers": 2, "places": ["ss", "bb"], "experts": 2, "last": []}
-    page.wait("document.querySelectorAll('#picture i').length === 4")
-    assert page.evaluate(note) == ""
-
-
-@pytest.mark.parametrize("size", [NARROW, (320, 560), WIDE])
-@pytest.mark.parametrize(("layers", "experts"), [(8, 8), (56, 8)])
-def test_nothing_sticks_out(page: Page, stub: Stub, size: tuple[int, int], layers: int, experts: int) -> None:
-    page.resize(*size)
-    stub.answer = lambda body: [
-        "```\n" + "long " * 99 + "\n```\n",
-        "w" * 999,
-        "\n\n|" + "a|" * 60 + "\n|" + "-|" * 60,
-    ]
-    stub.snapshot = SNAPSHOT | {"layers": layers, "experts": experts, "places": ["s" * experts] * layers}
-    page.evaluate(
-        "document.querySelector('#experts').hidden && document.querySelector('#toggle-experts').click()"
-    )
-    ask(page, "word" * 100)
-    wait_for(page, "done")
-    page.wait(f"document.querySelectorAll('#picture i').length === {layers * experts}")
-    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
-    assert page.evaluate(
-        "document.querySelector('#log').scrollWidth <= document.querySelector('#log').clientWidth"
-    )
-    assert page.evaluate("document.querySelector('#prompt').getBoundingClientRect().bottom") <= size[1]
-    cell = page.evaluate(
-        "(({width, height}) => [width, height])(document.querySelector('#picture i').getBoundingClientRect())"
-    )
-    assert min(cell) >= 3.0
-    assert page.evaluate("document.querySelector('#log').clientHeight") >= 120
-    box = "document.querySelector('#log')"
-    assert page.evaluate(f"{box}.scrollTop + {box}.clientHeight >= {box}.scrollHeight - 2")  # it follows
-
-
-def test_colors_follow_the_system_and_the_button(page: Page) -> None:
-    ground = "getComputedStyle(document.body).backgroundColor"
-    page.prefer("light")
-    light = page.evaluate(ground)
-    page.prefer("dark")
-    dark = page.evaluate(ground)
-    assert light != dark
-    page.click("#theme")
-    assert (page.text("#theme"), page.evaluate(ground)) == ("Light", light)
-    page.prefer("light")
-    page.click("#theme")
-    assert (page.text("#theme"), page.evaluate(ground)) == ("Dark", dark)
-
-
-def test_the_log_stays_where_the_reader_is(page: Page, stub: Stub) -> None:
-    stub.answer = lambda body: [
-        *[f"line {i}\n" for i in range(100)],
-        0.3,
-        *[f"more {i}\n" for i in range(50)],
-    ]
-    ask(page, "Write")
-    page.wait("document.querySelector('#log').scrollTop > 500")
-    page.evaluate("document.querySelector('#log').scrollTop = 100")
-    time.sleep(0.05)
-    wait_for(page, "done")
-    assert page.evaluate("document.querySelector('#log').scrollTop") == 100
