@@ -11,7 +11,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from model.config import ModelConfig
 from model.kernels import step as kernels
 from model.kernels.cpu import rowwise
-from model.kv_cache import LayerKV
+from model.kv_cache import LayerKV, Stored
 from model.rope import Rope
 from model.rows import apart
 from model.target import AMPERE, Target
@@ -43,8 +43,18 @@ class Attention(nn.Module):
         q, k = qk[:, :H], qk[:, H:]  # [B, H, T, K], [B, G, T, K]
         v = poisoned(qkv[:, H + G :], qk)  # [B, G, T, K]
         if kv is not None:
-            k, v = kv.append(k, v, past)  # [B, G, past + T, K]
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, H * self.head_dim))
+            k, v, scales = self.extend(kv, k, v, past)  # [B, G, past + T, K]
+        else:
+            scales = None
+        out = attend(q, k, v, mask, scales)  # [B, H, T, K]
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, H * self.head_dim))
+
+    def extend(self, kv: LayerKV, k: Tensor, v: Tensor, past: int) -> Stored:
+        """Store T tokens' keys and values, [B, G, T, K] each. Returns all that attention is to see: codes if
+        the kernels of a CPU will read them."""
+        if kv.scales and goes_by_rows(k.dtype, k.device, self.head_dim, self.heads // self.kv_heads):
+            return kv.store(k, v, past)
+        return *kv.append(k, v, past), None
 
     def decode(self, x: Tensor, rope: Rope, kvs: Sequence[LayerKV], pasts: Sequence[int]) -> Tensor:
         """The same for one token of each of N texts, x [N, D] -> [N, D]. Text n has `pasts[n]` so far."""
@@ -54,7 +64,7 @@ class Attention(nn.Module):
         q, k = qk[:, :H], qk[:, H:]  # [N, H, 1, K], [N, G, 1, K]
         v = poisoned(qkv[:, H + G :], qk)  # [N, G, 1, K]
         news = zip(k.split(1), v.split(1), kvs, pasts, strict=True)
-        out = attend_each(q, [kv.append(k, v, past) for k, v, kv, past in news])  # [N, H, 1, K]
+        out = attend_each(q, [self.extend(kv, k, v, past) for k, v, kv, past in news])  # [N, H, 1, K]
         return apart(self.o_proj, out.view(N, H * self.head_dim))
 
     def step(self, x: Tensor, rope: Rope, kv: LayerKV, position: Tensor) -> Tensor:  # [1, D] -> [1, D]
@@ -76,7 +86,10 @@ def poisoned(v: Tensor, qk: Tensor) -> Tensor:  # [B, G, T, K], [B, H + G, T, K]
     return torch.addcmul(v, least, greatest, value=0)  # v + 0 * least * greatest
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+Scales = tuple[Tensor, Tensor] | None  # of keys and values, [B, G, C] float32 each, if these are codes
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scales: Scales = None) -> Tensor:
     """Causal attention of the last T of S tokens: q [B, H, T, K], k and v [B, G, S, K] -> [B, H, T, K].
 
     `mask` [T, S] is true where a token may look. Only a CPU needs it, and only if 1 < T < S, because a single
@@ -85,7 +98,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     B, H, T, K = q.shape
     G, S = k.shape[1:3]
     if goes_by_rows(q.dtype, q.device, K, H // G):
-        return attend_by_rows(q, k, v)
+        return attend_by_rows(q, k, v, scales)
+    assert scales is None, "only these kernels read codes"
     if T == 1:  # the H/G queries of a group become rows against the same keys, so no keys are repeated
         q = q.reshape(B, G, H // G, K)
     if takes_flash(q, k, v):
@@ -100,20 +114,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.reshape(B, H, T, K)
 
 
-def attend_each(q: Tensor, texts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:  # [N, H, 1, K] -> the same
+def attend_each(q: Tensor, texts: Sequence[Stored]) -> Tensor:  # [N, H, 1, K] -> the same
     """Attention of one token of each of N texts, to keys and values [1, G, S, K] each."""
     H, K = q.shape[1], q.shape[3]
     if not goes_by_rows(q.dtype, q.device, K, H // texts[0][0].shape[1]):
-        return torch.cat([attend(row, k, v, None) for row, (k, v) in zip(q.split(1), texts, strict=True)])
-    lasts = [(aligned(k[0]), aligned(v[0]), k.shape[2] - 1, 1) for k, v in texts]
-    return rowwise.attend_rows(q[:, :, 0], lasts)[:, :, None]
+        rows = zip(q.split(1), texts, strict=True)
+        return torch.cat([attend(row, k, v, None) for row, (k, v, _) in rows])
+    lasts = [(aligned(k[0]), aligned(v[0]), k.shape[2] - 1, 1) for k, v, _ in texts]
+    scales = [(ks[0], vs[0]) for *_, coded in texts if coded for ks, vs in [coded]]
+    return rowwise.attend_rows(q[:, :, 0], lasts, scales or None)[:, :, None]
 
 
-def attend_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, T, K]
+def attend_by_rows(q: Tensor, k: Tensor, v: Tensor, scales: Scales) -> Tensor:  # [B, H, T, K]
     """Causal attention by the kernels of a CPU, which compute each row by itself."""
     (B, H, T, K), S = q.shape, k.shape[2]
     texts = [(aligned(k[b]), aligned(v[b]), S - T, T) for b in range(B)]
-    out = rowwise.attend_rows(q.transpose(1, 2).reshape(B * T, H, K), texts)
+    of = None if scales is None else list(zip(*scales, strict=True))
+    out = rowwise.attend_rows(q.transpose(1, 2).reshape(B * T, H, K), texts, of)
     return out.view(B, T, H, K).transpose(1, 2)
 
 

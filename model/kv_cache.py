@@ -11,6 +11,9 @@ from model.kv_codes import STRETCH, decode, encode
 
 BITS = (8, 16)  # 16 stands for the dtype that the model computes in
 
+# Keys and values [B, G, S, K], and the scales [B, G, C] float32 of each if they are codes.
+Stored = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
+
 
 class LayerKV:
     """One layer's keys and values, [B, G, C, K] each, with room for C tokens.
@@ -29,15 +32,26 @@ class LayerKV:
         Without scales they are views. With scales they are decoded, the new tokens too: so a token is seen as
         the same numbers by those of its own forward and by all later ones.
         """
+        keys, values, scales = self.store(k, v, past)
+        if scales is None:
+            return keys, values
+        end = keys.shape[2]
+        return tuple(  # type: ignore[return-value]
+            decode(codes, scale[:, :, :end], k.dtype)
+            for codes, scale in zip((keys, values), scales, strict=True)
+        )
+
+    def store(self, k: Tensor, v: Tensor, past: int) -> Stored:
+        """The same, but codes are returned as they are."""
         end = past + k.shape[2]
         if self.scales is None:
             self.k[:, :, past:end] = k
             self.v[:, :, past:end] = v
-            return self.k[:, :, :end], self.v[:, :, :end]
-        return (
-            renewed(self.k, self.scales[0], k, past, end),
-            renewed(self.v, self.scales[1], v, past, end),
-        )
+        else:
+            (k_scales, v_scales), there = self.scales, slice(past, end)
+            self.k[:, :, there], k_scales[:, :, there] = encode(k)
+            self.v[:, :, there], v_scales[:, :, there] = encode(v)
+        return self.k[:, :, :end], self.v[:, :, :end], self.scales
 
     def parts(self, length: int) -> dict[str, Tensor]:
         """Views of all that is stored of the first `length` tokens, by name."""
@@ -45,12 +59,6 @@ class LayerKV:
         if self.scales is not None:
             tensors |= dict(zip(("key_scales", "value_scales"), self.scales, strict=True))
         return {name: tensor[:, :, :length] for name, tensor in tensors.items()}
-
-
-def renewed(codes: Tensor, scales: Tensor, new: Tensor, past: int, end: int) -> Tensor:  # [B, G, end, K]
-    """Store numbers [B, G, end - past, K] as codes, and decode all up to `end`."""
-    codes[:, :, past:end], scales[:, :, past:end] = encode(new)
-    return decode(codes[:, :, :end], scales[:, :, :end], new.dtype)
 
 
 @dataclass(eq=False)

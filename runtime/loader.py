@@ -144,7 +144,7 @@ def slow_products(model: Mixtral, form: ExpertFormat, device: torch.device) -> l
     return lines
 
 
-def kernels_to_compile(model: Mixtral, form: ExpertFormat) -> list[Callable[[], object]]:
+def kernels_to_compile(model: Mixtral, form: ExpertFormat, kv_bits: int) -> list[Callable[[], object]]:
     """Calls that compile what the model needs on a CPU: for quantized matrices (see `Backend.kernels`), and
     for what is computed row by row."""
     needed = {(module.backend, module.spec, False): None for module in quantized_modules(model)}
@@ -154,7 +154,7 @@ def kernels_to_compile(model: Mixtral, form: ExpertFormat) -> list[Callable[[], 
     config, like = model.config, model.embed_tokens.weight
     heads = config.heads // config.kv_heads
     if rowwise.takes(like.dtype, like.device, config.head_dim, heads):
-        calls += rowwise.kernels(like.dtype, heads)
+        calls += rowwise.kernels(like.dtype, heads, kv_bits)
     return calls
 
 

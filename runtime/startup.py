@@ -118,7 +118,7 @@ def make_runner(
         try:
             ends = frozenset(config.eos_ids) | {i for i in tokenizer.ends if i < config.vocab}
             unused = unused_ids(config.vocab, tokenizer.vocab_size, ends, device)
-            compile_kernels(model, form, compiling)
+            compile_kernels(model, form, plan.kv, compiling)
             if cache and options.misses != "copy":
                 plan = divide_misses(cache, plan, options)
             runner = ModelRunner(model, identity, cache, plan, options, ends, unused, files)
@@ -164,9 +164,9 @@ def load_weights(
     return model, cache, files
 
 
-def compile_kernels(model: Mixtral, form: ExpertFormat, progress: Bar | None) -> None:
+def compile_kernels(model: Mixtral, form: ExpertFormat, kv_bits: int, progress: Bar | None) -> None:
     """Compile a CPU's kernels, which takes seconds the first time that a format is used on a machine."""
-    works = kernels_to_compile(model, form)
+    works = kernels_to_compile(model, form, kv_bits)
     with progress(len(works)) if progress and works else nullcontext(None) as advance:
         for work in works:
             work()

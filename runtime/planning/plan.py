@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from model.attention import Attending
 from model.kv_cache import KVCache
 from runtime.experts.arena import pitch
 from runtime.experts.tiers import SPARE_BERTHS, SPARE_SLOTS
@@ -193,7 +194,8 @@ def lay_out(
     trunk += 2 * c.context * c.head_dim * wide  # rotary tables
     chunk = chunk_tokens(r)
     attending = costs.attending.bytes(c, r.dtype, chunk, r.context)
-    attending += KVCache.decoded_bytes(c, r.context, r.dtype, r.options.kv)
+    if costs.attending is not Attending.ROWS:
+        attending += KVCache.decoded_bytes(c, r.context, r.dtype, r.options.kv)
     logits = (3 + r.options.parallel) * c.vocab * 4  # of a token of each text, and copies for the sampler
     mapped_experts = c.layers * c.experts * costs.mapped_expert_bytes if resident else 0
     spares = 0 if resident else r.options.lookahead * r.options.prefetch + tiered * SPARE_SLOTS

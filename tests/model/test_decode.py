@@ -108,7 +108,7 @@ def test_quantized_and_offloaded(tmp_path_factory, experts: str, options: dict[s
                     assert torch.equal(together[n], runner.forward([tokens[n]], alone[n])), (step, n)
 
 
-@pytest.mark.parametrize("options", [{}, {"slots": 3}])
+@pytest.mark.parametrize("options", [{}, {"slots": 3}, {"kv": 8}])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_text_has_the_same_bits_however_it_is_cut(
     tmp_path_factory, dtype: str, options: dict[str, int]

@@ -7,6 +7,8 @@ computed together: those of a prompt, or the next tokens of several texts.
 
 A program computes the query heads of one group for a few rows. It writes out a row's scores, then their
 softmax, and then adds up values, 64 tokens at a time, which stay in the first cache meanwhile.
+
+Keys and values in 8 bits are codes with a scale for each token. They become float32 as they are read.
 """
 
 from typing import Any
@@ -14,9 +16,9 @@ from typing import Any
 from llvmlite import ir
 
 from model.kernels.cpu.functions import exp
-from model.kernels.cpu.lanes import FLOATS, INTS, LANES, Code, f32, i16, i64, same, zero
+from model.kernels.cpu.lanes import BYTES, FLOATS, INTS, LANES, Code, f32, i16, i64, same, zero
 from model.kernels.cpu.rounding import Scheme
-from model.kernels.cpu.texts import FLOAT16, ROW
+from model.kernels.cpu.texts import CODES, FLOAT16, ROW
 
 ARGUMENTS = ("table", "rows", "tile", "groups", "width", "reach", "queries", "out", "scores")
 BLOCK = 64  # tokens whose values stay in the first cache: 16 KiB of 128 numbers each
@@ -35,38 +37,43 @@ def attend(code: Code, scheme: Scheme, way: Any, program: Any, arguments: Any) -
     with code.loop(count) as i:
         row = code.plus(first, i)
         job = code.plus(a["table"], code.times(row, 8 * len(ROW)))
-        keys, values, stride, length = (code.load(code.plus(job, 8 * n), i64) for n in range(len(ROW)))
+        row_of = {name: code.load(code.plus(job, 8 * n), i64) for n, name in enumerate(ROW)}
         at = code.times(code.times(code.plus(code.times(row, a["groups"]), group), a["width"]), 4 * heads)
-        text = Text(code, scheme, a, length, scores, code.times(stride, group))
-        text.score(keys, code.plus(a["queries"], at))
+        text = Text(code, scheme, a, row_of, scores, group)
+        text.score(code.plus(a["queries"], at))
         scales = text.softmax()
-        text.add_up(values, code.plus(a["out"], at), scales)
+        text.add_up(code.plus(a["out"], at), scales)
 
 
 class Text:
     """One row's text, for the code of a program."""
 
     def __init__(
-        self, code: Code, scheme: Scheme, a: dict[str, Any], length: Any, scores: Any, offset: Any
+        self, code: Code, scheme: Scheme, a: dict[str, Any], row: dict[str, Any], scores: Any, group: Any
     ) -> None:
         self.code, self.heads, self.kind = code, range(scheme.group), scheme.bits
-        self.width, self.reach, self.length = a["width"], a["reach"], length
-        self.scores, self.offset = scores, offset
+        self.width, self.reach, self.length = a["width"], a["reach"], row["length"]
+        self.scores, self.row = scores, row
+        self.offset = code.times(row["stride"], group)
+        self.bytes = 1 if self.kind == CODES else 2  # of a number
         self.chunks = code.builder.udiv(self.width, code.number(LANES))
 
-    def score(self, keys: Any, queries: Any) -> None:
+    def score(self, queries: Any) -> None:
         """Write the scores of all heads, and -infinity up to a multiple of 16 tokens."""
         code, b = self.code, self.code.builder
         with code.loop(self.length) as s:
-            key = self.token(keys, s)
+            key = self.token("keys", s)
             sums = [code.variable(FLOATS, zero(FLOATS)) for _ in self.heads]
             with code.loop(self.chunks) as c:
-                k = self.numbers(code.plus(key, code.times(c, 2 * LANES)))
+                k = self.numbers(code.plus(key, code.times(c, self.bytes * LANES)))
                 for head, total in enumerate(sums):
                     q = code.load(self.chunk_of(queries, head, c), FLOATS)
                     b.store(code.multiply_add(q, k, b.load(total)), total)
             for head, total in enumerate(sums):
-                code.store(code.sum(b.load(total)), self.score_at(head, s))
+                score = code.sum(b.load(total))
+                if self.kind == CODES:
+                    score = b.fmul(score, code.load(self.scale_at("key_scales", s), f32))
+                code.store(score, self.score_at(head, s))
         rest = b.and_(b.sub(code.number(0), self.length), code.number(LANES - 1))
         with code.loop(rest) as s:
             for head in self.heads:
@@ -93,7 +100,7 @@ class Text:
             scales.append(code.splat(b.fdiv(ir.Constant(f32, 1.0), code.sum(b.load(total)))))
         return scales
 
-    def add_up(self, values: Any, out: Any, scales: list[Any]) -> None:
+    def add_up(self, out: Any, scales: list[Any]) -> None:
         """Write the weighted sum of the values for each head."""
         code, b = self.code, self.code.builder
         with code.loop(self.chunks) as c:
@@ -111,7 +118,10 @@ class Text:
                 ]
                 with code.loop(count) as i:
                     s = code.plus(start, i)
-                    v = self.numbers(code.plus(self.token(values, s), code.times(c, 2 * LANES)))
+                    at = code.plus(self.token("values", s), code.times(c, self.bytes * LANES))
+                    v = self.numbers(at)
+                    if self.kind == CODES:
+                        v = b.fmul(v, code.spread(self.scale_at("value_scales", s), f32))
                     for head, total in enumerate(sums):
                         weight = code.spread(self.score_at(head, s), f32)
                         b.store(code.multiply_add(weight, v, b.load(total)), total)
@@ -122,13 +132,21 @@ class Text:
                 at = self.chunk_of(out, head, c)
                 code.store(b.fmul(code.load(at, FLOATS), scale), at)
 
-    def token(self, start: Any, s: Any) -> Any:
+    def token(self, name: str, s: Any) -> Any:
         """Where a token's keys or values of this group are."""
-        return self.code.plus(start, self.offset, self.code.times(self.code.times(s, self.width), 2))
+        past = self.code.times(self.code.times(s, self.width), self.bytes)
+        return self.code.plus(self.row[name], self.offset, past)
+
+    def scale_at(self, name: str, s: Any) -> Any:
+        """Where the scale of a token's codes of this group is. One scale stands for a row of codes."""
+        past = self.code.builder.udiv(self.offset, self.width)
+        return self.code.plus(self.row[name], self.code.times(self.code.plus(past, s), 4))
 
     def numbers(self, address: Any) -> Any:
-        """Sixteen numbers of 16 bits as FLOATS."""
+        """Sixteen numbers as FLOATS, codes without their scale."""
         code, b = self.code, self.code.builder
+        if self.kind == CODES:
+            return code.to_floats(b.sext(code.load(address, BYTES), INTS))
         if self.kind == FLOAT16:
             return b.fpext(code.load(address, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
         words = b.zext(code.load(address, ir.VectorType(i16, LANES)), INTS)

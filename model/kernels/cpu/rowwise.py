@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.kernels.cpu import launching
 from model.kernels.cpu.rounding import Scheme
-from model.kernels.cpu.texts import BFLOAT16, FLOAT16, ROW
+from model.kernels.cpu.texts import BFLOAT16, CODES, FLOAT16, ROW
 from model.quant.spec import ROWS as LANES
 
 KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -20,6 +20,7 @@ PLAIN = Scheme(32, 1)  # float32
 # Keys and values [G, C, K] of a text, in the dtype of the queries, the tokens of a group one after the other;
 # and for how many tokens after which of its tokens there are queries.
 Text = tuple[Tensor, Tensor, int, int]
+Scales = tuple[Tensor, Tensor]  # [G, C] float32 each, of a text's keys and values if these are codes
 
 
 def takes(dtype: torch.dtype, device: torch.device, width: int, heads: int = 1) -> bool:
@@ -29,19 +30,22 @@ def takes(dtype: torch.dtype, device: torch.device, width: int, heads: int = 1) 
     return device.type == "cpu" and dtype in KINDS and shapes and launching.unsupported() is None
 
 
-def kernels(dtype: torch.dtype, heads: int) -> list[Callable[[], object]]:
+def kernels(dtype: torch.dtype, heads: int, kv_bits: int = 16) -> list[Callable[[], object]]:
     """Calls that each compile a kernel, or find it compiled."""
     from model.kernels.cpu import compiling
 
     return [
-        lambda: compiling.kernel("attend", Scheme(KINDS[dtype], heads)),
+        lambda: compiling.kernel("attend", Scheme(CODES if kv_bits == 8 else KINDS[dtype], heads)),
         lambda: compiling.kernel("route", PLAIN),
     ]
 
 
-def attend_rows(q: Tensor, texts: Sequence[Text]) -> Tensor:  # [M, H, K] -> [M, H, K]
+def attend_rows(
+    q: Tensor, texts: Sequence[Text], scales: Sequence[Scales] | None = None
+) -> Tensor:  # [M, H, K] -> [M, H, K]
     """Attention of the queries of several texts, one text's after the other's. The rows of a text
-    (k, v, past, T) are its tokens `past` to `past + T - 1`, and each sees all tokens up to its own."""
+    (k, v, past, T) are its tokens `past` to `past + T - 1`, and each sees all tokens up to its own. If each
+    text has `scales`, keys and values are codes of `model.kv_codes`."""
     (M, H, K), G = q.shape, texts[0][0].shape[0]
     wide = (q.float() * K**-0.5).contiguous()
     out, reach = torch.empty_like(wide), filled_up(max(past + T for *_, past, T in texts))
@@ -49,8 +53,10 @@ def attend_rows(q: Tensor, texts: Sequence[Text]) -> Tensor:  # [M, H, K] -> [M,
     count = -(-M // tile) * G
     scores = wide.new_empty(count * H // G * reach)
     values: list[int] = []
-    for k, v, past, T in texts:
-        where = k.data_ptr(), v.data_ptr(), k.stride(0) * k.element_size()
+    for n, (k, v, past, T) in enumerate(texts):
+        of = (0, 0) if scales is None else tuple(scale.data_ptr() for scale in scales[n])
+        assert scales is None or all(s.stride() == (k.stride(0) // K, 1) for s in scales[n])
+        where = k.data_ptr(), v.data_ptr(), *of, k.stride(0) * k.element_size()
         for seen in range(past + 1, past + T + 1):
             values += (*where, seen)
     table = launching.numbers(values)
@@ -58,7 +64,8 @@ def attend_rows(q: Tensor, texts: Sequence[Text]) -> Tensor:  # [M, H, K] -> [M,
         ctypes.addressof(table), M, tile, G, K, reach, wide.data_ptr(), out.data_ptr(), scores.data_ptr(),
     )  # fmt: skip
     work = 2 * H * K * sum(values[len(ROW) - 1 :: len(ROW)])
-    launching.launch("attend", Scheme(KINDS[q.dtype], H // G), count, arguments, work)
+    kind = KINDS[q.dtype] if scales is None else CODES
+    launching.launch("attend", Scheme(kind, H // G), count, arguments, work)
     return out.to(q.dtype)
 
 

@@ -207,7 +207,7 @@ def test_keys_and_values_in_8_bits(load: Callable[..., Engine], graphs: list[Cou
     resident, other = decoded(engine), decoded(engine, [1, 2])
     assert 1e-4 < (resident - wide).abs().median() < 0.2 * wide.std()  # a router may choose another expert
     torch.testing.assert_close(resident[-1], engine.logits([*PROMPT, *IDS])[-1].cpu(), rtol=1e-2, atol=1e-2)
-    for options in OFFLOADED:
+    for options in ({"slots": 3}, {"slots": 4, "graphs": False}):
         with load(kv=8, **options) as engine:
             assert torch.equal(decoded(engine), resident) and torch.equal(decoded(engine, [1, 2]), other)
     assert sum(made.captures for made in graphs) > 0
