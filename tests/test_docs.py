@@ -150,7 +150,7 @@ def test_flags_in_tables(page: Path) -> None:
     """A flag that begins a table's row is one of the commands' that the page is about."""
     rows = re.findall(r"^\| (`--[^|]+) \|", prose(page), re.MULTILINE)
     shown = {flag for row in rows for flag in re.findall(r"--[\w-]+", row)}
-    assert shown <= flags()["runtime.generate"]
+    assert shown <= flags()["runtime.generate"] | flags()["runtime.serve"]
 
 
 def test_the_notebooks_commands_are_found() -> None:
