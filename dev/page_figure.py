@@ -38,7 +38,7 @@ def draw(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        with serving(*ENGINE) as url, Chromium() as browser:
+        with Chromium() as browser, serving(*ENGINE) as url:
             page = Page(browser, url, *SIZE, SCALE)
             picture(page, args.out / "page.png")
     except BrowserError as e:
