@@ -7,7 +7,7 @@
                 ...  # a Token, or the RequestError that ended the request
 
 An expert that a layer lacks is brought once for all texts. What a request writes does not depend on who else
-is served (see `runtime.batching.promise`).
+is served, to the bit where a CPU's kernels compute it.
 """
 
 import time
@@ -108,14 +108,14 @@ class Batch:
     def compute_chunk(self, request: Request) -> list[Result]:
         """The next chunk of a prompt. The last one gives the first token."""
         runner, ids, began = self.runner, request.work.ids, time.perf_counter()
-        if request.text is None:
-            request.text = self.texts.take(ids, request.work.reuse)
-            request.reused = len(request.text.ids)
-        text, start = request.text, len(request.text.ids)
-        text.cut(start)  # an interrupt can have left tokens in the KV cache that no one knows of
-        chunk = ids[start : start + self.chunk]
         try:
             with runner.working():
+                if request.text is None:
+                    request.text = self.texts.take(ids, request.work.reuse)
+                    request.reused = len(request.text.ids)
+                text, start = request.text, len(request.text.ids)
+                text.cut(start)  # an interrupt can have left tokens in the KV cache that no one knows of
+                chunk = ids[start : start + self.chunk]
                 logits = runner.forward(chunk, text.kv)
                 text.ids += chunk
                 if request.left:
@@ -157,6 +157,14 @@ class Batch:
         token = request.answer.take(row)
         request.token = token.id
         return token
+
+    def give_up(self) -> list[Request]:
+        """Give up all requests that are being served, and return them: what a step leaves that failed as none
+        should. What KV caches hold is still known."""
+        served = [*self.scheduler.prompts, *self.scheduler.writing]
+        for request in served:
+            self.cancel(request)
+        return served
 
     def close(self) -> None:
         """Give up all requests, and give the KV caches back to the engine."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from runtime.answer import Token
-from runtime.batching.batch import Batch, Request, Work
+from runtime.batching.batch import Batch, Request, Result, Work
 from runtime.batching.scheduler import full
 from runtime.engine import Engine
 from runtime.errors import RequestError
@@ -20,6 +20,7 @@ from runtime.errors import RequestError
 Deliver = Callable[[Token | RequestError], None]
 
 STOPPING = "the server is stopping; try again later, or elsewhere"
+MISTAKE = "the server made a mistake; its log says which"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Service:
         """What the thread does."""
         try:
             while self.await_work():
-                for request, result in self.batch.step():
+                for request, result in self.step():
                     self.hand_over(request, result)
         finally:
             self.batch.close()
@@ -125,6 +126,17 @@ class Service:
                 left = list(self.handles)
             for request in left:
                 self.hand_over(request, RequestError(STOPPING))
+
+    def step(self) -> list[Result]:
+        """A step of the batch. If it fails as nothing should, those that are being served end with an error,
+        and the service goes on."""
+        try:
+            return self.batch.step()
+        except BaseException:  # some of libraries in Rust are no `Exception`
+            if not (served := self.batch.give_up()):
+                raise  # it would fail forever
+            logging.getLogger(__name__).exception("a step failed")
+            return [(request, RequestError(MISTAKE)) for request in served]
 
     def await_work(self) -> bool:
         """Take what has arrived, and drop what was given up. Returns False when the service ends."""

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from runtime.batching.service import STOPPING
+from runtime.batching.service import MISTAKE, STOPPING
 from runtime.errors import MixtralError, PromptTooLong, RequestError
 from tokenizer import TokenizerError
 
@@ -69,7 +69,7 @@ def refusal(error: Exception, late: bool = False) -> Refusal:
         return Refusal(400, str(error), param=named(str(error)))
     if isinstance(error, HTTPException):
         return Refusal(error.status_code, str(error.detail), headers=dict(error.headers or {}))
-    return Refusal(500, "the server made a mistake; its log says which", "server_error")
+    return Refusal(500, MISTAKE, "server_error")
 
 
 def stopping(message: str) -> Refusal:

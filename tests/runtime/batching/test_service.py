@@ -11,7 +11,7 @@ from runtime import Engine, EngineOptions, RequestError, SamplingParams
 from runtime.answer import Token
 from runtime.batching.batch import Work
 from runtime.batching.scheduler import QueueFull
-from runtime.batching.service import STOPPING, Counts, Service
+from runtime.batching.service import MISTAKE, STOPPING, Counts, Service
 
 LONG = SamplingParams(max_new_tokens=200, temperature=0, ignore_eos=True)
 
@@ -99,3 +99,30 @@ def test_a_deliverer_that_fails_ends_nothing_else(engine: Engine) -> None:
         service.submit(ask(engine, "y = ", SamplingParams(max_new_tokens=5)), results.put)
         assert isinstance(collect(results)[-1], Token)
         assert handle.ended
+
+
+@pytest.mark.parametrize(
+    "error", [RequestError("short of memory"), ValueError("mine"), BaseException("a panic")]
+)
+def test_the_service_outlives_whatever_fails(engine: Engine, error: BaseException) -> None:
+    """The first KV cache cannot be made, then a forward fails."""
+    params = SamplingParams(max_new_tokens=5, temperature=0)
+    expected = list(engine.generate("x = ", params))
+
+    def fail(*_: object) -> None:
+        raise error
+
+    def served() -> list[Token | RequestError]:
+        results: Queue[Token | RequestError] = Queue()
+        service.submit(ask(engine, "x = ", params), results.put)
+        return collect(results)
+
+    with Service(engine) as service:
+        for place, name in ((service.batch.texts, "make"), (engine.runner, "forward")):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(place, name, fail)
+                (failed,) = served()
+            said = str(error) if isinstance(error, RequestError) else MISTAKE
+            assert isinstance(failed, RequestError) and str(failed) == said
+            assert service.counts() == Counts(0, 0)
+            assert served() == expected
