@@ -3,8 +3,8 @@
     python -m dev.figures
     python -m dev.figures --out somewhere
 
-Figures with measured numbers come from `python -m tools.trace plot` and `python -m dev.bench quality`, and that
-of the server's page from `python -m dev.page_figure`.
+Figures with measured numbers come from `python -m tools.trace plot` and `python -m dev.bench quality`.
+The server's page is pictured by `python -m dev.page_figure`.
 """
 
 from collections.abc import Callable
