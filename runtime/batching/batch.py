@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from runtime.answer import Answer, Token
+from runtime.batching.promise import caveats
 from runtime.batching.scheduler import Scheduler
 from runtime.batching.texts import Text, Texts
 from runtime.errors import RequestError
@@ -63,6 +64,11 @@ class Batch:
         self.runner, self.chunk = runner, runner.plan.chunk
         self.scheduler: Scheduler[Request] = Scheduler(runner.plan.parallel, queue, lambda r: r.left)
         self.texts = Texts(runner.plan.parallel, runner.take_kv)
+
+    @property
+    def caveats(self) -> list[str]:
+        """Why a request's text may depend on the other requests. Empty if it does not."""
+        return caveats(self.runner)
 
     @property
     def busy(self) -> bool:
