@@ -1,6 +1,6 @@
 """Grouped-query attention (arXiv 2305.13245): H query heads share G heads of keys and values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 
 import torch
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         q, k = qk[:, :H], qk[:, H:]  # [N, H, 1, K], [N, G, 1, K]
         v = poisoned(qkv[:, H + G :], qk)  # [N, G, 1, K]
         news = zip(k.split(1), v.split(1), kvs, pasts, strict=True)
-        out = attend_each(q, [self.extend(kv, k, v, past) for k, v, kv, past in news])  # [N, H, 1, K]
+        out = attend_each(q, G, (self.extend(kv, k, v, past) for k, v, kv, past in news))  # [N, H, 1, K]
         return apart(self.o_proj, out.view(N, H * self.head_dim))
 
     def step(self, x: Tensor, rope: Rope, kv: LayerKV, position: Tensor) -> Tensor:  # [1, D] -> [1, D]
@@ -114,12 +114,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scales: Scales 
     return out.reshape(B, H, T, K)
 
 
-def attend_each(q: Tensor, texts: Sequence[Stored]) -> Tensor:  # [N, H, 1, K] -> the same
-    """Attention of one token of each of N texts, to keys and values [1, G, S, K] each."""
+def attend_each(q: Tensor, G: int, news: Iterable[Stored]) -> Tensor:  # [N, H, 1, K] -> the same
+    """Attention of one token of each of N texts, to keys and values [1, G, S, K] each. `news` stores a token
+    when it is asked for the next text. One text is decoded at a time, if any has to be."""
     H, K = q.shape[1], q.shape[3]
-    if not goes_by_rows(q.dtype, q.device, K, H // texts[0][0].shape[1]):
-        rows = zip(q.split(1), texts, strict=True)
+    if not goes_by_rows(q.dtype, q.device, K, H // G):
+        rows = zip(q.split(1), news, strict=True)
         return torch.cat([attend(row, k, v, None) for row, (k, v, _) in rows])
+    texts = list(news)
     lasts = [(aligned(k[0]), aligned(v[0]), k.shape[2] - 1, 1) for k, v, _ in texts]
     scales = [(ks[0], vs[0]) for *_, coded in texts if coded for ks, vs in [coded]]
     return rowwise.attend_rows(q[:, :, 0], lasts, scales or None)[:, :, None]

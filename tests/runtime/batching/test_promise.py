@@ -63,7 +63,7 @@ def test_beginnings_of_other_requests_change_nothing(make: MAKE, kv: int) -> Non
     with Engine.load(make(4, 4, 8), options) as engine:
         assert not engine.batch().caveats
         ids = [(n * n * 5 + n) % 1800 + 100 for n in range(120)]
-        prompts = [ids[:n] + [90 + n] for n in (5, 119, 40, 77, 40, 100, 3, 118)]
+        prompts = [[*ids[:n], 90 + n] for n in (5, 119, 40, 77, 40, 100, 3, 118)]
         params = SamplingParams(max_new_tokens=9, temperature=0.9, seed=1, ignore_eos=True)
         expected = [list(engine.generate(prompt, params)) for prompt in prompts]
         with engine.batch() as batch:
