@@ -5,8 +5,9 @@ probability alone. `tokens_per_s` counts the new tokens of all requests over the
 `each` is a request's own speed after its first token. `over_one` compares with one request of the same way,
 and `over_theirs` with llama.cpp's server, each by the median of the rounds' own ratios.
 
-Ways: `ours` and `theirs` hold all experts in memory. `offloaded` is ours with --slots of each layer's experts
-in slots, where the others are copied as they are needed. llama.cpp has no such thing on a CPU, so there too
+Ways: `ours` and `theirs` hold all experts in memory. `served` is ours through HTTP and as streams; `theirs`
+goes through HTTP, too, and `ours` does not. `offloaded` is ours with --slots of each layer's experts in
+slots, where the others are copied as they are needed. llama.cpp has no such thing on a CPU, so there too
 `over_theirs` is against its server that has all experts in memory.
 
 The routers of random models choose at random, and requests differ in what they choose. `random_choices` says
@@ -27,7 +28,7 @@ from typing import Any
 
 from dev.peers.llamacpp.models import Pair, add_model_arguments, make_pair, name_pair
 from dev.peers.llamacpp.records import Records, Turn
-from dev.peers.llamacpp.sides import OUR_SERVICE, THEIR_SERVER, Side, our_side, their_side
+from dev.peers.llamacpp.sides import OUR_SERVER, OUR_SERVICE, THEIR_SERVER, Side, our_side, their_side
 from dev.peers.llamacpp.turns import median, quartiles
 from model.config import ModelConfig
 from model.quant.formats import DEFAULT
@@ -36,7 +37,7 @@ from runtime.errors import OptionError
 from runtime.shell.arguments import at_least_one
 from runtime.shell.command import say
 
-WAYS = ("ours", "theirs", "offloaded")
+WAYS = {"ours": OUR_SERVICE, "served": OUR_SERVER, "theirs": THEIR_SERVER, "offloaded": OUR_SERVICE}
 WARM_UP = 4  # tokens of each request of the first turn, which does not count
 SETTINGS = ("shape", "layers", "quant", "threads", "prompt", "tokens", "their_head", "slots", "link_gbps")
 
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=at_least_one, default=16, help="tokens of each (default: 16)")
     parser.add_argument("--tokens", type=at_least_two, default=32, help="new ones of each (default: 32)")
     parser.add_argument("--rounds", type=at_least_one, default=5, help="(default: 5)")
-    parser.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS, help="(default: all)")
+    parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS), help="(default: all)")
     parser.add_argument("--slots", type=at_least_one, help="of a layer (default: for half of its experts)")
     parser.add_argument(
         "--link-gbps", type=float, metavar="G", help="GB/s at most to slots (default: no limit)"
@@ -114,7 +115,7 @@ def take(missing: Sequence[Turn], records: Records, args: argparse.Namespace) ->
         sides = {}
         for way in dict.fromkeys(way for _, _, way in missing):
             say(f"{way}: loading")
-            sides[way] = stack.enter_context(Side(THEIR_SERVER if way == "theirs" else OUR_SERVICE))
+            sides[way] = stack.enter_context(Side(WAYS[way]))
             load(sides[way], way, pair, args)
             first = {"prompt": args.prompt, "tokens": min(WARM_UP, args.tokens), "seed": 0}
             sides[way].ask("together", requests=most, **first)
@@ -130,14 +131,14 @@ def take(missing: Sequence[Turn], records: Records, args: argparse.Namespace) ->
 def load(side: Side, way: str, pair: Pair, args: argparse.Namespace) -> None:
     """Load a model for as many requests at once as there will be, and texts as long as theirs."""
     size = {"threads": args.threads, "parallel": max(args.requests), "context": args.prompt + args.tokens}
-    if way == "theirs":
-        vocab = SHAPES[args.shape].vocab
-        side.ask("load", server=args.server, path=str(pair.gguf), vocab=vocab, **size)
-    elif way == "ours":
-        side.ask("load", path=str(pair.native), offload="never", **size)
-    else:
-        some = {"slots": args.slots, "link_gbps": args.link_gbps}
-        side.ask("load", path=str(pair.native), offload="always", **size, **some)
+    path, vocab = str(pair.gguf if way == "theirs" else pair.native), SHAPES[args.shape].vocab
+    given: dict[str, dict[str, Any]] = {
+        "ours": {"offload": "never"},
+        "served": {"offload": "never", "vocab": vocab},
+        "theirs": {"server": args.server, "vocab": vocab},
+        "offloaded": {"offload": "always", "slots": args.slots, "link_gbps": args.link_gbps},
+    }
+    side.ask("load", path=path, **size, **given[way])
 
 
 def table(turns: dict[Turn, dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:

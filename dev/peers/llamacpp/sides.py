@@ -15,7 +15,8 @@ from runtime.errors import MixtralError
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 OURS, THEIRS = "dev.peers.llamacpp.ours", "dev.peers.llamacpp.theirs"
-OUR_SERVICE, THEIR_SERVER = "dev.peers.llamacpp.our_service", "dev.peers.llamacpp.their_server"
+OUR_SERVICE, OUR_SERVER = "dev.peers.llamacpp.our_service", "dev.peers.llamacpp.our_server"
+THEIR_SERVER = "dev.peers.llamacpp.their_server"
 NEEDED = "pip install llama-cpp-python gguf"
 
 

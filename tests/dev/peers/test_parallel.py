@@ -15,7 +15,7 @@ from dev.peers.llamacpp import command as bench
 from dev.peers.llamacpp import parallel, sides
 from dev.peers.llamacpp.our_service import OurService
 from dev.peers.llamacpp.records import Records
-from dev.peers.llamacpp.sides import THEIR_SERVER, Side, SideError
+from dev.peers.llamacpp.sides import OUR_SERVER, THEIR_SERVER, Side, SideError
 from model.config import ModelConfig
 from model.quant.formats import DEFAULT
 from model.shapes import SHAPES
@@ -89,8 +89,10 @@ def test_requests_at_once(words: list[str], tmp_path: Path, capsys: pytest.Captu
 def test_ours_and_theirs_take_turns(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(parallel, "OUR_SERVICE", "tests.dev.peers.fake_service")
-    found = result(capsys, [*words, "--tokens", "6", "--link-gbps", "2"])
+    for way in ("ours", "offloaded"):
+        monkeypatch.setitem(parallel.WAYS, way, "tests.dev.peers.fake_service")
+    words += ["--tokens", "6", "--link-gbps", "2", "--ways", "ours", "theirs", "offloaded"]
+    found = result(capsys, words)
     lines = [json.loads(line) for line in (tmp_path / "parallel.jsonl").read_text().splitlines()[1:]]
     rows = {(row["way"], row["at_once"]): row for row in found["requests_at_once"]}
     assert list(rows) == [(way, count) for way in ("ours", "theirs", "offloaded") for count in (1, 2)]
@@ -121,9 +123,24 @@ def test_our_service_measures_what_it_answers(tmp_path: Path) -> None:
             side.together(requests=1, prompt=40, tokens=2, seed=1)
 
 
+def test_our_server_answers_as_many_as_asked(tmp_path: Path) -> None:
+    random_native(SMALL, tmp_path, DEFAULT)
+    with Side(OUR_SERVER) as side:
+        side.ask("load", path=str(tmp_path), vocab=2048, threads=1, parallel=2, context=24, offload="never")
+        found = side.ask("together", requests=2, prompt=4, tokens=20, seed=1)
+        assert (
+            found["seconds"] > 19 / max(found["each"])
+            and len(found["each"]) == 2
+            and found["cpu_seconds"] > 0
+        )
+        with pytest.raises(SideError, match=r"answered 400: .*24"):
+            side.ask("together", requests=1, prompt=40, tokens=20, seed=1)
+    assert not running(tmp_path, word="runtime.serve")
+
+
 def test_what_the_server_cannot_do_is_one_line(server: Path) -> None:
     given = {"server": str(server), "path": "model", "parallel": 1, "context": 64, "vocab": 2048}
-    with Side(THEIR_SERVER) as side, pytest.raises(SideError, match="does not serve model: no such model"):
+    with Side(THEIR_SERVER) as side, pytest.raises(SideError, match="serves nothing: no such model"):
         side.ask("load", threads=7, **given)
     with Side(THEIR_SERVER) as side:
         assert side.ask("load", threads=1, **given)["version"] == "version: 0 (fake)"
@@ -135,8 +152,8 @@ def test_what_the_server_cannot_do_is_one_line(server: Path) -> None:
     assert not running(server.parent)
 
 
-def running(folder: Path, seconds: float = 2.0) -> list[str]:
-    """Command lines of servers that `folder` has and that do not end in time."""
+def running(folder: Path, seconds: float = 2.0, word: str = PROGRAM.name) -> list[str]:
+    """Command lines with that word and of that folder, of processes that do not end in time."""
     end = time.monotonic() + seconds
     while True:
         found = []
@@ -145,7 +162,7 @@ def running(folder: Path, seconds: float = 2.0) -> list[str]:
                 words = Path(f"/proc/{process}/cmdline").read_text()
             except OSError:
                 continue
-            if str(folder) in words and PROGRAM.name in words:
+            if str(folder) in words and word in words:
                 found.append(words)
         if not found or time.monotonic() > end:
             return found
