@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     records = Records(args.turns or args.folder / "parallel.jsonl", settings)
     wanted = [(number, count, way) for number in range(args.rounds) for count in counts for way in args.ways]
     missing = [turn for turn in wanted if turn not in records.turns]
+    if kept := len(wanted) - len(missing):
+        say(f"{kept} of {len(wanted)} turns are in {records.path}; remove it to measure all anew")
     if missing:
         take(missing, records, args)
     pair = name_pair(args)

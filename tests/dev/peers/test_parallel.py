@@ -80,7 +80,9 @@ def test_requests_at_once(words: list[str], tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "parallel.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept[:3]) + '{"rou')
     again = result(capsys, words)["requests_at_once"]
     assert again[0]["each"] == pytest.approx((3 + 500) / 2)
-    assert result(capsys, [*words, "--server", "none"])["requests_at_once"] == again
+    assert bench.main([*words, "--server", "none", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["requests_at_once"] == again and "4 of 4 turns are in " in err
     elsewhere = [*words, "--server", "none", "--turns", str(tmp_path / "other.jsonl")]
     assert "--server none: there is no such program" in failure(capsys, elsewhere)
     assert "has turns of tokens 6, not 4; remove it" in failure(capsys, [*words, "--tokens", "4"])
