@@ -171,8 +171,8 @@ class Inline {
     }
     this.#dissolve(index);
     this.#frames.pop();
-    this.#put(link(address, frame.children));
-    for (const outer of this.#frames) outer.spent = true; // no link in a link
+    this.#put(link(address, unlinked(frame.children)));
+    if (frame.literal === "[") for (const outer of this.#frames) outer.spent = true; // no link in a link
     this.#at = target.end;
   }
 
@@ -217,6 +217,14 @@ class Inline {
     for (let pairs = Math.floor(left / 2); pairs > 0; pairs--) this.#open(character, 2, character.repeat(2), run);
   }
 
+  /** Of two marks that opened together, one has been closed. The other may be closed later. */
+  #leaveOpen({ mark, run }) {
+    const below = this.#frames.at(-1);
+    if (below.run !== run || below.size !== 1 || below.children.length > 0) {
+      this.#frames.push({ mark, size: 1, literal: mark, run, children: [] });
+    } else Object.assign(below, { size: 2, literal: mark.repeat(2) });
+  }
+
   /** Close what is open with a run of the character at hand. Returns how many of them are left. */
   #closeMarks(character, run) {
     let left = run.length;
@@ -227,13 +235,22 @@ class Inline {
       this.#dissolve(index);
       const frame = this.#frames.pop();
       const used = Math.min(frame.size, left);
-      this.#put(character.repeat(frame.size - used)); // of two that opened, one may have been a mere asterisk
+      if (frame.size > used) this.#leaveOpen(frame);
       this.#put(element(character === "~" ? "del" : used === 2 ? "strong" : "em", {}, ...frame.children));
       this.#at += used;
       left -= used;
     }
     return left;
   }
+}
+
+/** A link's children without the links that images in it have become. */
+function unlinked(children) {
+  return children.flatMap((child) => {
+    if (child.localName === "a") return [...child.childNodes];
+    child.querySelectorAll?.("a").forEach((each) => each.replaceWith(...each.childNodes));
+    return [child];
+  });
 }
 
 /** CommonMark's rule of three, without which `**a*b*c**` would be read wrongly. */

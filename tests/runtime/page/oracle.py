@@ -69,7 +69,9 @@ class Reader(HTMLParser):
         node: Tree = [f"h{min(6, int(tag[1]) + 2)}" if tag[0] == "h" and tag[1:].isdigit() else tag]
         if tag == "a":
             node.append(given["href"])
-        elif tag == "img":  # the page links to it instead
+        elif tag == "img":  # the page links to it instead, unless it is in a link
+            if any(outer[:1] == ["a"] for outer in self.stack):
+                return self.stack[-1].append(given["alt"])
             node[:] = ["a", given["src"], given["alt"]]
         elif tag == "s":
             node[0] = "del"

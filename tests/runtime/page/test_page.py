@@ -39,6 +39,11 @@ def test_a_conversation(page: Page, stub: Stub) -> None:
 def test_shift_enter_begins_a_line_and_nothing_is_not_sent(page: Page, stub: Stub) -> None:
     page.press("Enter")
     ask(page, "   ")
+    page.type("字")
+    page.evaluate(  # the Enter that ends an input method's composition
+        "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', "
+        "{ key: 'Enter', isComposing: true, bubbles: true, cancelable: true }))"
+    )
     page.press("Shift+Enter")
     assert stub.requests == [] and turns(page) == []
     page.evaluate("document.querySelector('#prompt').value = ''")

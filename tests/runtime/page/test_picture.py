@@ -90,6 +90,8 @@ def test_nothing_sticks_out(page: Page, stub: Stub, size: tuple[int, int], layer
         "document.querySelector('#log').scrollWidth <= document.querySelector('#log').clientWidth"
     )
     assert page.evaluate("document.querySelector('#prompt').getBoundingClientRect().bottom") <= size[1]
+    for inside in ("#experts", "#picture", "#composer", "header"):
+        assert page.evaluate(f"(e => e.scrollWidth <= e.clientWidth)(document.querySelector({inside!r}))")
     cell = page.evaluate(
         "(({width, height}) => [width, height])(document.querySelector('#picture i').getBoundingClientRect())"
     )
