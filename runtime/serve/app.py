@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -26,7 +26,9 @@ from runtime.serve.static import Page
 from runtime.serve.words import detokenize, tokenize
 from tokenizer import TokenizerError
 
-REFUSED = (Refusal, ValidationError, MixtralError, TokenizerError, HTTPException, Exception)
+REFUSED = (
+    Refusal, ValidationError, MixtralError, TokenizerError, HTTPException, ClientDisconnect, Exception,
+)  # fmt: skip
 
 
 def make_app(

@@ -17,7 +17,7 @@ from runtime.answer import Finish, Token
 from runtime.serve.asked import check_stream_options
 from runtime.serve.calling import Calling, Reader, calls_form
 from runtime.serve.conversations import converse, prepare
-from runtime.serve.errors import Refusal
+from runtime.serve.errors import GONE, Refusal
 from runtime.serve.logprobs import chat_form
 from runtime.serve.schemas import ChatRequest
 from runtime.serve.served import Served, finish_reason
@@ -41,7 +41,7 @@ async def chat(request: Request) -> ASGIApp:
     try:
         return JSONResponse(form.whole(await unless_gone(request.receive, writing.all()), writing))
     except Gone:
-        return Response(status_code=499)
+        return Response(status_code=GONE)
     finally:
         writing.cancel()
 

@@ -17,6 +17,7 @@ from runtime.answer import Finish, Token
 from runtime.batching.batch import Work
 from runtime.engine import Engine
 from runtime.serve.asked import Prompt, check_stream_options, make_works
+from runtime.serve.errors import GONE
 from runtime.serve.logprobs import completion_form
 from runtime.serve.schemas import CompletionRequest
 from runtime.serve.served import Served, finish_reason
@@ -39,7 +40,7 @@ async def complete(request: Request) -> ASGIApp:
     try:
         return JSONResponse(form.whole(await unless_gone(request.receive, writing.all()), writing))
     except Gone:
-        return Response(status_code=499)
+        return Response(status_code=GONE)
     finally:
         writing.cancel()
 

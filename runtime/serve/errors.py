@@ -7,14 +7,15 @@ from typing import Any
 
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 
 from runtime.batching.service import MISTAKE, STOPPING
 from runtime.errors import MixtralError, PromptTooLong, RequestError
 from tokenizer import TokenizerError
 
 INVALID = "invalid_request_error"
+GONE = 499  # of a response that nobody reads
 SHOWN = 5  # mistakes of one request that its answer names
 
 
@@ -113,6 +114,8 @@ def place(parts: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in parts if not str(part).startswith(("<", "[")))
 
 
-async def answer(request: Request, error: Exception) -> JSONResponse:
+async def answer(request: Request, error: Exception) -> Response:
     """The response to a request whose handler raised."""
+    if isinstance(error, ClientDisconnect):  # in the middle of its body
+        return Response(status_code=GONE)
     return refusal(error).response()

@@ -62,7 +62,10 @@ class Served:
         began, loop = time.perf_counter(), asyncio.get_running_loop()
 
         def begin() -> Writing:
-            return Writing(self.service, self.working(prepare), loop, self.metrics, began)
+            works, most = self.working(prepare), self.service.places + self.service.queue
+            if len(works) > most:
+                raise Refusal(400, f"{len(works)} texts at once, and {most} may be; ask for fewer", param="n")
+            return Writing(self.service, works, loop, self.metrics, began)
 
         future = self.pool.submit(begin)
         try:

@@ -106,12 +106,14 @@ class Writing:
 
     def usage(self) -> dict[str, object]:
         """What the request took, in OpenAI's form. A prompt counts once, however many texts continue it."""
-        prompts = {id(work.ids): len(work.ids) for work in self.works}
+        prompts, found = dict[int, int](), dict[int, int]()  # tokens, and those that a KV cache held
+        for work, handle in zip(self.works, self.handles, strict=True):
+            prompts[id(work.ids)] = len(work.ids)
+            found[id(work.ids)] = min(handle.reused, found.get(id(work.ids), len(work.ids)))
         prompt, made = sum(prompts.values()), sum(len(text.tokens) for text in self.texts)
-        reused = sum(handle.reused for handle in self.handles)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": made,
             "total_tokens": prompt + made,
-            "prompt_tokens_details": {"cached_tokens": min(reused, prompt)},
+            "prompt_tokens_details": {"cached_tokens": sum(found.values())},
         }

@@ -1,5 +1,6 @@
 """Who may ask and how much: keys, hosts, other pages, sizes."""
 
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -98,6 +99,20 @@ def test_a_slow_body(guarded: Running) -> None:
         while part := connection.recv(4096):
             answer += part
     assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive in 0.5 seconds" in answer
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody is told of it: it is no mistake of the server's."""
+    with server.connect() as connection:
+        head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n"
+        connection.sendall((head + 'content-type: application/json\r\n\r\n{"prompt"').encode())
+        time.sleep(0.1)
+    end = time.monotonic() + 10
+    while server.server.server_state.tasks and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not server.server.server_state.tasks and caplog.records == []
 
 
 def test_keys() -> None:

@@ -98,6 +98,7 @@ def test_a_full_queue(demo: Engine) -> None:
             for client in streams
         ]
         refused = server.post(PATH, LONG)
+        assert server.post(PATH, LONG | {"n": demo.plan.parallel + 2}).status_code == 400  # never possible
         assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         client = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
