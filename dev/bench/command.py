@@ -7,18 +7,19 @@
     python -m dev.bench misses                      decoding with missed experts copied, computed, and both
     python -m dev.bench sources                     memory, disk and time of quantizing each kind of model
     python -m dev.bench requantize                  errors of quantizing again what others quantized
+    python -m dev.bench kv                          perplexity with keys and values in 16 bits and in 8
     python -m dev.bench quality                     size and held-out perplexity in 21 pairs of formats
 
 The report goes to stdout, with the machine, as text or as JSON with --json.
 """
 
-from dev.bench import load, memory, misses, quality, requantize, solver, sources, tiers
+from dev.bench import kv, load, memory, misses, quality, requantize, solver, sources, tiers
 from runtime.shell.command import run
 from tools.bench.command import make_parser, measure
 
 BENCHMARKS = {
     "load": load, "memory": memory, "solver": solver, "tiers": tiers, "misses": misses, "sources": sources,
-    "requantize": requantize,
+    "requantize": requantize, "kv": kv,
     "quality": quality,
 }  # fmt: skip
 

@@ -1,20 +1,23 @@
 """`kv` of an engine's options: what a text and a conversation over keys and values in 8 bits are like."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from runtime import Engine, EngineOptions, SamplingParams
+from runtime.batching.batch import Work
+from runtime.engine import DEMO
+from tests.quantized import quantize_folder
 
 PROMPT = "def read_bytes(obj):"
 PARAMS = SamplingParams(max_new_tokens=24, temperature=0)
 
 
-def load(**options: Any) -> Engine:
-    return Engine.load(
-        options=EngineOptions(**{"device": "cpu", "dtype": "float32", "context": 200} | options)
-    )
+def load(folder: Path | None = None, **options: Any) -> Engine:
+    wishes = {"device": "cpu", "dtype": "float32", "context": 200} | options
+    return Engine.load(folder, EngineOptions(**wishes))
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +64,21 @@ def test_a_conversation_that_goes_on_is_one_that_is_computed_anew(engine: Engine
         session.prefill(ids[:9])
         anew = session.prefill(ids)
     assert torch.equal(went_on, anew)
+
+
+def test_requests_share_the_codes_of_a_common_beginning(tmp_path: Path) -> None:
+    """And write what each writes alone, which takes the kernels of a CPU."""
+    pytest.importorskip("numba")
+    folder = quantize_folder(DEMO, tmp_path / "4", "4")
+    with load(folder, dtype="bfloat16", kv=8, parallel=3) as engine:
+        ids = engine.tokenizer.encode("class Reader:\n    def __init__(self, file):\n        self.file = ")
+        texts = [ids + engine.tokenizer.encode(f"{n} + file")[1:] for n in range(4)]
+        expected = [[token.id for token in engine.generate(text, PARAMS)] for text in texts]
+        with engine.batch() as batch:
+            requests = [batch.add(Work(text, PARAMS, engine.tokenizer.stream(text))) for text in texts]
+            got: dict[Any, list[int]] = {request: [] for request in requests}
+            while batch.busy:
+                for request, token in batch.step():
+                    got[request].append(token.id)  # type: ignore[union-attr]
+        assert list(got.values()) == expected
+        assert all(request.reused >= len(ids) for request in requests[1:])

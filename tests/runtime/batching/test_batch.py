@@ -60,7 +60,9 @@ def run(batch: Batch, requests: list[Request]) -> dict[Request, list[Token | Req
     return got
 
 
-@pytest.mark.parametrize("options", [{}, {"slots": 4}, {"slots": 3, "berths": 30}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"slots": 4}, {"slots": 3, "berths": 30}, {"dtype": "bfloat16"}, {"kv": 8}]
+)
 def test_each_writes_what_it_writes_alone(
     engine: Engine, quantized: Path, options: dict[str, object]
 ) -> None:
