@@ -32,15 +32,15 @@ class Program:
         with socket.socket() as free:
             free.bind((HOST, 0))
             self.port = free.getsockname()[1]
-        self.log = Path(tempfile.mkstemp(prefix="server-")[1])
+        log = tempfile.TemporaryFile()  # without a name, so a process that is killed leaves nothing
         command = [str(word) for word in (*words, "--host", HOST, "--port", self.port)]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.process = subprocess.Popen(command, stdout=log, stderr=log)
         self.pool = ThreadPoolExecutor(most)
         end = time.monotonic() + PATIENCE
         while not self.healthy():
             if self.process.poll() is not None or time.monotonic() > end:
-                raise OSError(f"{words[0]} serves nothing: {self.log.read_text()[-LAST_WORDS:]}")
+                log.seek(0)
+                raise OSError(f"{words[0]} serves nothing: {log.read().decode()[-LAST_WORDS:]}")
             time.sleep(0.05)
 
     def healthy(self) -> bool:
@@ -85,4 +85,3 @@ class Program:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.log.unlink(missing_ok=True)
