@@ -21,6 +21,7 @@ export class Messages {
       const { scrollHeight, scrollTop, clientHeight } = this.#log;
       this.#follows = scrollHeight - scrollTop - clientHeight < NEAR_END;
     });
+    new ResizeObserver(() => this.#follow()).observe(this.#log); // the picture or a keyboard came or went
   }
 
   /** A turn has changed; without one, all may have, and which there are. */
@@ -74,6 +75,10 @@ export class Messages {
         if (each.textContent === "Retry") each.hidden = !last;
       });
     }
+    this.#follow();
+  }
+
+  #follow() {
     if (this.#follows) this.#log.scrollTop = this.#log.scrollHeight;
   }
 

@@ -97,8 +97,12 @@ def test_nothing_sticks_out(page: Page, stub: Stub, size: tuple[int, int], layer
     )
     assert min(cell) >= 3.0
     assert page.evaluate("document.querySelector('#log').clientHeight") >= 120
-    box = "document.querySelector('#log')"
-    assert page.evaluate(f"{box}.scrollTop + {box}.clientHeight >= {box}.scrollHeight - 2")  # it follows
+    ends = "((e) => e.scrollTop + e.clientHeight >= e.scrollHeight - 2)(document.querySelector('#log'))"
+    page.wait(ends)  # it follows what is written
+    page.click("#toggle-experts")
+    page.wait(ends)  # and stays there if its own size changes
+    page.click("#toggle-experts")
+    page.wait(ends)
 
 
 def test_colors_follow_the_system_and_the_button(page: Page) -> None:
