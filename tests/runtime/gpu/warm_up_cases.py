@@ -72,13 +72,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
 
 
 @pytest.mark.parametrize("experts", ["16", "3"])
-@pytest.mark.parametrize("offload", ["never", "always"])
+@pytest.mark.parametrize(("offload", "kv"), [("never", 16), ("always", 16), ("always", 8)])
 def test_nothing_is_left_to_compile(
-    offload: str, experts: str, launched: set[Any], variant: Callable[..., Path], tmp_path: Path
+    offload: str, kv: int, experts: str, launched: set[Any], variant: Callable[..., Path], tmp_path: Path
 ) -> None:
     plain = variant(hidden=64, ffn=64, layers=3, experts=5, experts_per_token=3, context=64)
     folder = quantize_folder(plain, tmp_path / experts, experts)
-    options = EngineOptions(device="cpu", dtype="float32", offload=offload, graphs=False, map=False)
+    options = EngineOptions(device="cpu", dtype="float32", offload=offload, kv=kv, graphs=False, map=False)
     with torch.no_grad(), Engine.load(folder, options) as engine:
         assert not launched, "on a CPU nothing is warmed up"
         warm_up(engine.runner)
