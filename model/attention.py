@@ -81,7 +81,8 @@ def poisoned(v: Tensor, qk: Tensor) -> Tensor:  # [B, G, T, K], [B, H + G, T, K]
     and a key that overflowed can look like one that is masked. A value of NaN reaches every token that sees
     it, at any score, and through the KV cache every later token.
     """
-    extremes = qk.detach().flatten(1).aminmax(dim=1)  # [B] each
+    qk = qk.detach()
+    extremes = qk.aminmax() if len(qk) == 1 else qk.flatten(1).aminmax(dim=1)  # [B] each
     least, greatest = (e.view(-1, 1, 1, 1) for e in extremes)
     return torch.addcmul(v, least, greatest, value=0)  # v + 0 * least * greatest
 
