@@ -11,6 +11,9 @@ from runtime.shadowed import check_names
 TYPE_CHECKING = False  # of `typing`, which takes milliseconds to import
 if TYPE_CHECKING:
     from runtime.answer import Token
+    from runtime.batching.batch import Batch, Work
+    from runtime.batching.scheduler import QueueFull
+    from runtime.batching.service import Service
     from runtime.engine import Engine
     from runtime.errors import DeviceError, LoadError, MixtralError, OptionError, PromptTooLong, RequestError
     from runtime.options import EngineOptions, SamplingParams
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from runtime.stats import Stats
 
 __all__ = [
+    "Batch",
     "DeviceError",
     "Engine",
     "EngineOptions",
@@ -27,21 +31,28 @@ __all__ = [
     "OptionError",
     "Plan",
     "PromptTooLong",
+    "QueueFull",
     "RequestError",
     "SamplingParams",
+    "Service",
     "Session",
     "Stats",
     "Token",
+    "Work",
 ]
 
 check_names("model", "tokenizer")
 
 HOMES = {
+    "Batch": "batching.batch",
     "Engine": "engine",
     "Plan": "planning.plan",
+    "QueueFull": "batching.scheduler",
+    "Service": "batching.service",
     "Session": "session",
     "Stats": "stats",
     "Token": "answer",
+    "Work": "batching.batch",
 }
 HOMES |= dict.fromkeys(("EngineOptions", "SamplingParams"), "options")
 

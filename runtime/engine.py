@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.mixtral import Mixtral
 from runtime.answer import Token
-from runtime.batching.batch import Batch
+from runtime.batching.batch import Batch, Work
 from runtime.errors import OptionError, RequestError
 from runtime.experts.policy import policy_name
 from runtime.experts.tiers import SPARE_BERTHS, SPARE_SLOTS
@@ -32,7 +32,7 @@ from runtime.saved import load_session
 from runtime.session import DEFAULT_PARAMS, Session
 from runtime.startup import Judge, plan_named, start
 from runtime.stats import Stats
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, TokenizerError
 
 DEMO = Path(__file__).parent / "demo"
 NOTHING_TO_TRACE = "all experts are resident, so there is nothing to trace; use --offload always"
@@ -129,6 +129,19 @@ class Engine:
             raise
         session.messages, session.ids = loaded
         return session
+
+    def work(
+        self, prompt: str | Sequence[int], params: SamplingParams = DEFAULT_PARAMS, reuse: bool = True
+    ) -> Work:
+        """What a batch or a service is asked for: to continue a text, or token ids, as `generate` does. With
+        `reuse`, what a KV cache holds of the prompt is not computed again. Raises `RequestError` if the
+        prompt cannot be used."""
+        try:
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            ids = check_ids(ids, self.config.vocab)
+            return Work(ids, params, self.tokenizer.stream(prefix=ids), reuse)
+        except TokenizerError as error:
+            raise RequestError(str(error)) from error
 
     def batch(self, queue: int = 64) -> Batch:
         """Serve many requests at once, as many as `EngineOptions.parallel` says, while `queue` more may wait.

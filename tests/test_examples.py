@@ -50,6 +50,14 @@ def test_policy(run: Callable[..., str]) -> None:
     assert hits["LRU2"] > hits["lru"] > hits["static"]
 
 
+def test_batch(run: Callable[..., str]) -> None:
+    text = run("batch")
+    assert text.startswith('def read_bytes(obj):\n    """\n') and text.count("were there already") == 4
+    again = run("batch", None, "def read_bytes(obj):", "def read_bytes(obj):")
+    shown = re.findall(r"# (\d+) tokens of the prompt", again)
+    assert shown[0] == "0" and int(shown[1]) > 5
+
+
 def test_logits(run: Callable[..., str]) -> None:
     lines = run("logits").splitlines()
     assert len(lines) == 31 and lines[1].startswith("'class'") and 2 < float(lines[-1].split()[1]) < 4
