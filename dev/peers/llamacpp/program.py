@@ -32,16 +32,16 @@ class Program:
         with socket.socket() as free:
             free.bind((HOST, 0))
             self.port = free.getsockname()[1]
-        log = tempfile.TemporaryFile()  # without a name, so a process that is killed leaves nothing
         command = [str(word) for word in (*words, "--host", HOST, "--port", self.port)]
-        self.process = subprocess.Popen(command, stdout=log, stderr=log)
         self.pool = ThreadPoolExecutor(most)
-        end = time.monotonic() + PATIENCE
-        while not self.healthy():
-            if self.process.poll() is not None or time.monotonic() > end:
-                log.seek(0)
-                raise OSError(f"{words[0]} serves nothing: {log.read().decode()[-LAST_WORDS:]}")
-            time.sleep(0.05)
+        with tempfile.TemporaryFile() as log:  # without a name, so a process that is killed leaves nothing
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            end = time.monotonic() + PATIENCE
+            while not self.healthy():
+                if self.process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    raise OSError(f"{words[0]} serves nothing: {log.read().decode()[-LAST_WORDS:]}")
+                time.sleep(0.05)
 
     def healthy(self) -> bool:
         try:
