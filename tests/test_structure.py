@@ -34,7 +34,7 @@ EXTRAS = {  # what the files of a folder may import besides; the first folder co
     "model/kernels/cpu/": {"numba", "llvmlite"},
     "model/kernels/": {"triton"},
     "runtime/hub/": {"huggingface_hub", "filelock"},
-    "runtime/serve/": {"starlette", "uvicorn", "pydantic", "prometheus_client"},
+    "runtime/serve/": {"starlette", "uvicorn", "h11", "pydantic", "prometheus_client"},
     "runtime/guidance.py": {"llguidance"},
     "tools/quantize/sources/": {"gguf"},
 }

@@ -18,7 +18,7 @@ import torch
 from dev.harness.judge import judge
 from dev.harness.measure import Holdings, peak_bytes, reset_peak, resident_bytes, settled, settled_bytes
 from dev.harness.outcome import Outcome, Verdict
-from dev.harness.part import Absent, Case, Part
+from dev.harness.part import Absent, Case, Part, Telling
 from dev.harness.subject import Subject
 
 ROOM = 8 << 30  # bytes of address space that a part may take, since the machine is shared
@@ -54,6 +54,8 @@ def serve(
                     tell(**asdict(outcome))
             for outcome in watch.finish():
                 tell(**asdict(outcome))
+            if isinstance(case, Telling):
+                tell(figures=case.figures())
         tell(done=True)
     except Absent as reason:
         tell(skipped=str(reason))

@@ -48,6 +48,7 @@ class Tally:
     seconds: float = 0.0
     skipped: str = ""  # why the part could not be tried
     findings: list[Outcome] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)  # lines, of parts that measure
 
     def add(self, outcome: Outcome) -> None:
         self.tried += 1

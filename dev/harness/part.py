@@ -4,11 +4,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from random import Random
+from typing import Protocol, runtime_checkable
 
 from dev.harness.outcome import Verdict
 from dev.harness.subject import Subject
 
 Case = Callable[[Random], Verdict]  # raises errors for the harness to judge
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """A case that also measures. The report has its figures, a line each."""
+
+    def figures(self) -> list[str]: ...
 
 
 class Absent(Exception):

@@ -25,6 +25,7 @@ def table(tallies: Sequence[Tally]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines += [f"{tally.part}: not tried, {tally.skipped}" for tally in tallies if tally.skipped]
+    lines += [f"{tally.part}: {line}" for tally in tallies for line in tally.figures]
     return "\n".join(lines)
 
 

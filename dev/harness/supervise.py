@@ -93,6 +93,8 @@ class Stretch:
             outcome = Outcome(**message | {"verdict": Verdict(message["verdict"])})
             tally.add(outcome)
             self.at = max(self.at, outcome.at + 1)
+        elif "figures" in message:
+            tally.figures += message["figures"]
         elif "skipped" in message:
             tally.skipped = message["skipped"]
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from runtime.serve.guard import Limits
+from runtime.serve.errors import Refusal
+from runtime.serve.guard import Limits, header_too_large
 
 
 class Patient:
@@ -25,6 +29,7 @@ class Patient:
         self.transport: asyncio.Transport | None = None
         self.header: asyncio.TimerHandle | None = None  # runs while a header is awaited or on its way
         self.stalled: asyncio.TimerHandle | None = None  # runs while the client does not read
+        inner.send_400_response = self.refuse  # type: ignore[method-assign]
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         if len(self.inner.server_state.connections) >= self.limits.connections:
@@ -45,6 +50,26 @@ class Patient:
             self.header = None
         elif self.header is None:  # the next request has begun
             self.header = self.inner.loop.call_later(self.limits.header_time, self.transport.abort)
+
+    def refuse(self, msg: str) -> None:
+        """Answer what is no request of HTTP, and end the connection. Uvicorn would answer in plain text. It
+        calls this while it handles the error that says what is wrong."""
+        assert self.transport is not None
+        error = sys.exc_info()[1]
+        if getattr(error, "error_status_hint", 400) == 431:
+            refusal = header_too_large(self.limits.header)
+        else:
+            refusal = Refusal(400, f"this is no request of HTTP/1.1: {str(error or msg).partition(':')[0]}")
+        response = refusal.response()
+        headers = [*response.raw_headers, (b"connection", b"close")]
+        with suppress(h11.LocalProtocolError):  # another response has begun
+            for event in (
+                h11.Response(status_code=response.status_code, headers=headers),
+                h11.Data(data=bytes(response.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.inner.conn.send(event) or b"")
+        self.transport.close()
 
     def pause_writing(self) -> None:
         assert self.transport is not None

@@ -109,7 +109,7 @@ class Guard:
             message = f"this server is not called {quoted(headers.get('host', ''))}; ask by its address"
             raise Refusal(421, message, code="wrong_host")
         if sum(len(name) + len(value) for name, value in scope["headers"]) > self.limits.header:
-            raise Refusal(431, f"the header is larger than {format_bytes(self.limits.header)}; send less")
+            raise header_too_large(self.limits.header)
         if self.keys is not None and scope["path"] not in self.open_paths:
             self.check_key(self.keys, headers.get("authorization", ""))
         if scope["method"] == "POST":
@@ -154,6 +154,10 @@ class Body:
         if self.size > self.limits.body:
             raise too_large(self.limits.body)
         return message
+
+
+def header_too_large(most: int) -> Refusal:
+    return Refusal(431, f"the header is larger than {format_bytes(most)}; send less")
 
 
 def too_large(most: int) -> Refusal:

@@ -1,8 +1,10 @@
 """Connections of slow clients are cut, and so are those beyond the limit."""
 
+import json
 import socket
 import time
 from collections.abc import Iterator
+from http.client import HTTPResponse
 
 import pytest
 
@@ -71,7 +73,42 @@ def test_a_large_header(hasty: Running, cut: int) -> None:
         connection.sendall(sent[:-cut])
         time.sleep(0.05)
         connection.sendall(sent[-cut:])
-        assert connection.recv(4096).startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))
+        status, error = refusal(connection)
+        assert status == 431 and error["message"] == "the header is larger than 2.0 KiB; send less"
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\x16\x03\x01 hello\r\n\r\n", HEAD + b"content-length: -1\r\n\r\n", b"GET / HTTP/9\r\n\r\n"]
+)
+def test_what_is_no_request(hasty: Running, sent: bytes) -> None:
+    """Uvicorn itself would answer in plain text."""
+    with hasty.connect() as connection:
+        connection.sendall(sent)
+        status, error = refusal(connection)
+        assert status == 400 and error["message"].startswith("this is no request of HTTP/1.1: ")
+        assert "bytearray" not in error["message"]
+
+
+def test_no_request_after_the_response(hasty: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """There is nothing more to say then."""
+    with hasty.connect() as connection:
+        head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        connection.sendall(head)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 415")
+        connection.sendall(b"no chunk\r\n")
+        assert cut_after(connection) < 4
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def refusal(connection: socket.socket) -> tuple[int, dict[str, str]]:
+    """The status and the error that a connection gives before it ends."""
+    connection.settimeout(10)
+    response = HTTPResponse(connection)
+    response.begin()
+    assert response.getheader("content-type") == "application/json"
+    found = response.status, json.loads(response.read())["error"]
+    assert connection.recv(1) == b""
+    return found
 
 
 def test_a_client_that_does_not_read(hasty: Running, demo: Engine) -> None:
