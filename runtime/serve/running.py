@@ -74,6 +74,8 @@ def keep_serving(engine: Engine, listening: socket.socket, setting: Setting) -> 
     with Service(engine, setting.queue) as service:
         served = Served(engine, service, setting.names, Metrics(engine, service), limits)
         server = make_server(make_app(served, keys, hosts, setting.origins), limits, setting.grace)
+        for caveat in () if setting.quiet else service.batch.caveats:
+            say(f"note: {caveat}")
         logging.getLogger("uvicorn.error").addHandler(Said(logging.ERROR))
         # Uvicorn raises the signal that ended it once more, for whoever handled it before.
         before = signal.signal(signal.SIGTERM, lambda *_: None)

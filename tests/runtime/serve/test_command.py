@@ -17,7 +17,7 @@ import pytest
 from runtime.serve.command import main
 
 ROOT = Path(__file__).resolve().parents[3]
-BODY = {"prompt": "def read_bytes(obj):", "max_tokens": 200, "ignore_eos": True, "stream": True}
+BODY = {"prompt": "def read_bytes(obj):", "max_tokens": 100, "ignore_eos": True, "stream": True}
 
 
 @contextmanager
@@ -47,7 +47,8 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, object]]:
 
 def test_sigterm_lets_an_answer_end() -> None:
     with command() as (process, url, said):
-        assert said[0].startswith("float32 on cpu") or "on cpu" in said[0]
+        assert "on cpu" in said[0]
+        assert any(line.startswith("note: a text may differ") for line in said)  # in float32
         with httpx.stream("POST", url + "/v1/completions", json=BODY, timeout=60) as stream:
             lines = stream.iter_lines()
             found = events(lines)

@@ -13,7 +13,7 @@ from runtime.serve.guard import Limits
 from tests.runtime.serve.served import Running, running
 
 LIMITS = Limits(
-    header=2000, body=8 << 20, header_time=0.4, write_time=0.4, idle_time=0.4, beat=0.05, connections=3
+    header=2000, body=8 << 20, header_time=0.2, write_time=0.4, idle_time=0.2, beat=0.05, connections=3
 )
 HEAD = b"GET /health HTTP/1.1\r\nhost: x\r\n"
 
@@ -47,7 +47,7 @@ def test_a_header_that_does_not_come(hasty: Running, sent: bytes, drip: bytes) -
     """One that comes byte by byte is no better."""
     with hasty.connect() as connection:
         connection.sendall(sent)
-        assert 0.2 < cut_after(connection, drip) < 4
+        assert 0.1 < cut_after(connection, drip) < 4
 
 
 def test_the_second_header_of_a_connection(hasty: Running) -> None:
@@ -55,14 +55,14 @@ def test_the_second_header_of_a_connection(hasty: Running) -> None:
         connection.sendall(HEAD + b"\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
         connection.sendall(HEAD)
-        assert 0.2 < cut_after(connection, b"x") < 4
+        assert 0.1 < cut_after(connection, b"x") < 4
 
 
 def test_an_idle_connection(hasty: Running) -> None:
     with hasty.connect() as connection:
         connection.sendall(HEAD + b"\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-        assert 0.2 < cut_after(connection) < 4
+        assert 0.1 < cut_after(connection) < 4
 
 
 @pytest.mark.parametrize("cut", [1, 4000])

@@ -11,7 +11,7 @@ import pytest
 from runtime import Engine
 from tests.runtime.serve.served import Running, running
 
-LONG = {"prompt": "def read_bytes(obj):", "max_tokens": 150, "ignore_eos": True, "temperature": 0}
+LONG = {"prompt": "def read_bytes(obj):", "max_tokens": 100, "ignore_eos": True, "temperature": 0}
 STREAM = LONG | {"stream": True}
 PATH = "/v1/completions"
 

@@ -21,6 +21,7 @@ from tokenizer import TokenizerError
 ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = (
     "runtime.generate", "tools.quantize", "tools.perplexity", "tools.plan", "tools.trace", "tools.bench",
+    "runtime.serve",
 )  # fmt: skip
 FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk without room")
 HELLO = """
