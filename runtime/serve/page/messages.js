@@ -11,6 +11,7 @@ export class Messages {
   #views = new Map(); // by turn
   #stale = new Set(); // turns to redraw
   #follows = true;
+  #height = 0; // of the log, as far as it is known
 
   /** `act` has retry(), edit(index), and `settings` says how answers are shown. */
   constructor(conversation, settings, act) {
@@ -19,9 +20,13 @@ export class Messages {
     this.act = act;
     this.#log.addEventListener("scroll", () => {
       const { scrollHeight, scrollTop, clientHeight } = this.#log;
+      if (clientHeight !== this.#height) return; // no reader scrolled: the log has another size
       this.#follows = scrollHeight - scrollTop - clientHeight < NEAR_END;
     });
-    new ResizeObserver(() => this.#follow()).observe(this.#log); // the picture or a keyboard came or went
+    new ResizeObserver(() => {
+      this.#height = this.#log.clientHeight; // the picture or a keyboard came or went
+      this.#follow();
+    }).observe(this.#log);
   }
 
   /** A turn has changed; without one, all may have, and which there are. */
