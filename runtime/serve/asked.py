@@ -21,6 +21,9 @@ SAME = (  # fields of requests that are fields of `SamplingParams`
 )  # fmt: skip
 
 
+SEEDS = 1 << 63  # after the last one comes the first
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The ids to continue, and what turns the next ones into text."""
@@ -49,7 +52,7 @@ def make_works(
         params = make_params(request, room if limit is None else limit, **more)
         check_bias(params.logit_bias, engine.config.vocab)
         for each in range(n):
-            own = params if params.seed is None else replace(params, seed=params.seed + each)
+            own = params if params.seed is None else replace(params, seed=(params.seed + each) % SEEDS)
             works.append(Work(ids, own, prompt.decoder(), request.cache_prompt is not False))
     return works
 

@@ -17,6 +17,7 @@ from tokenizer import TokenizerError
 INVALID = "invalid_request_error"
 GONE = 499  # of a response that nobody reads
 SHOWN = 5  # mistakes of one request that its answer names
+LISTED = 1000  # mistakes that are listed at all: each of them takes some 10 us
 
 
 class Refusal(Exception):
@@ -91,6 +92,10 @@ def named(message: str) -> str | None:
 
 def invalid(error: ValidationError) -> Refusal:
     """The mistakes of a request, each with its place."""
+    if (count := error.error_count()) > LISTED:
+        return Refusal(
+            400, f"the body has {count} mistakes, most of them fields that are unknown; correct them"
+        )
     found = error.errors(include_url=False, include_context=False, include_input=False)
     lines = [line(place(one["loc"]), one["type"], one["msg"]) for one in found[:SHOWN]]
     if len(found) > SHOWN:

@@ -55,15 +55,18 @@ class Keys:
     def read(cls, file: Path) -> Keys:
         """One key in each line. Empty lines and those that begin with # count as none.
 
-        Raises `OSError` if the file cannot be read, and `OptionError` if there is no key in it.
+        Raises `OSError` if the file cannot be read, and `OptionError` if there is no key in it or one that
+        cannot be sent.
         """
         try:
-            lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+            lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
         except UnicodeDecodeError:
             raise OptionError(f"{file}: is not UTF-8; write one key in each line") from None
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
             raise OptionError(f"{file}: holds no key; write one in each line")
+        if not all(key.isascii() and key.isprintable() for key in keys):
+            raise OptionError(f"{file}: a key has characters that no header carries; take ASCII's")
         return cls(keys)
 
     def know(self, key: str) -> bool:
@@ -112,6 +115,9 @@ class Guard:
             raise header_too_large(self.limits.header)
         if self.keys is not None and scope["path"] not in self.open_paths:
             self.check_key(self.keys, headers.get("authorization", ""))
+        if "transfer-encoding" in headers and "content-length" in headers:  # a proxy may read another body
+            close = {"connection": "close"}
+            raise Refusal(400, "the header has content-length and transfer-encoding; send one", headers=close)
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":  # what other pages of a browser may send unasked is never this

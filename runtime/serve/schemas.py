@@ -6,7 +6,7 @@ the model are checked by `SamplingParams` and the engine.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -15,6 +15,13 @@ MOST_CHOICES = 16  # texts of one request
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
 MOST_TOOLS = 128
+MOST_MESSAGES = 4096
+MOST_PARTS = 1024  # of a message
+MOST_BIASES = 1024
+
+Item = TypeVar("Item")
+# Reading a list ends at its first mistake: a body has room for millions, which would take minutes and memory.
+Several = Annotated[list[Item], Field(fail_fast=True)]
 
 
 def shape(value: Any) -> str:
@@ -23,9 +30,12 @@ def shape(value: Any) -> str:
 
 
 Texts = Annotated[
-    Annotated[str, Tag("<one>")] | Annotated[list[str], Field(max_length=MOST_STOPS), Tag("<several>")],
+    Annotated[str, Tag("<one>")] | Annotated[Several[str], Field(max_length=MOST_STOPS), Tag("<several>")],
     Discriminator(shape),
 ]
+
+
+Biases = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)]
 
 
 class StreamOptions(BaseModel):
@@ -47,7 +57,7 @@ class Sampling(BaseModel):
     top_p: float | None = None
     seed: int | None = None
     stop: Texts | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Biases | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     user: str | None = None  # a label, which changes nothing
@@ -69,7 +79,9 @@ class TextPart(BaseModel):
 
 
 Content = Annotated[
-    Annotated[str, Tag("<one>")] | Annotated[list[TextPart], Tag("<several>")], Discriminator(shape)
+    Annotated[str, Tag("<one>")]
+    | Annotated[Several[TextPart], Field(max_length=MOST_PARTS), Tag("<several>")],
+    Discriminator(shape),
 ]
 
 
@@ -105,7 +117,7 @@ class AssistantMessage(BaseModel):
     model_config = STRICT
     role: Literal["assistant"]
     content: Content | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[Several[ToolCall], Field(max_length=MOST_TOOLS)] | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -194,17 +206,17 @@ Choice = Annotated[
 class ChatRequest(Sampling):
     """A body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[Several[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
 
     # Fields that ask for what is done anyway, or that only label a request.
-    modalities: list[Literal["text"]] | None = None
+    modalities: Several[Literal["text"]] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     metadata: dict[str, str] | None = None
@@ -220,9 +232,9 @@ def kind_of_prompt(value: Any) -> str:
 
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Field(max_length=MOST_CHOICES), Tag("<texts>")]
-    | Annotated[list[int], Tag("<ids>")]
-    | Annotated[list[list[int]], Field(max_length=MOST_CHOICES), Tag("<rows>")],
+    | Annotated[Several[str], Field(max_length=MOST_CHOICES), Tag("<texts>")]
+    | Annotated[Several[int], Tag("<ids>")]
+    | Annotated[Several[Several[int]], Field(max_length=MOST_CHOICES), Tag("<rows>")],
     Discriminator(kind_of_prompt),
 ]
 
@@ -252,4 +264,4 @@ class DetokenizeRequest(BaseModel):
     """A body of `/detokenize`."""
 
     model_config = STRICT
-    tokens: list[int]
+    tokens: Several[int]

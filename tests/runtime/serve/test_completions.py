@@ -33,6 +33,27 @@ def test_several_prompts(client: openai.OpenAI, demo: Engine) -> None:
     assert answer.usage.prompt_tokens == sum(len(demo.tokenizer.encode(prompt)) for prompt in prompts)
 
 
+@pytest.mark.parametrize("seed", [7, 2**63 - 1])
+def test_texts_of_one_prompt_differ_and_come_again(client: openai.OpenAI, demo: Engine, seed: int) -> None:
+    def texts() -> list[str]:
+        answer = client.completions.create(model="demo", prompt=PROMPT, seed=seed, n=3, max_tokens=12)
+        return [choice.text for choice in answer.choices]
+
+    found = texts()
+    assert len(set(found)) == 3 and texts() == found
+    for text, own in zip(found, (seed, (seed + 1) % 2**63, (seed + 2) % 2**63), strict=True):
+        assert text == alone(demo, PROMPT, seed=own, temperature=1, max_new_tokens=12)
+
+
+def test_what_texts_of_one_prompt_share_was_not_found(client: openai.OpenAI, demo: Engine) -> None:
+    """The first has computed the prompt, so it was in no KV cache before."""
+    ids = [*range(700, 760)]
+    for found in (0, len(ids) - 1):
+        answer = client.completions.create(model="demo", prompt=ids, n=3, max_tokens=1)
+        assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+        assert answer.usage.prompt_tokens_details.cached_tokens == found
+
+
 def test_a_stream(client: openai.OpenAI, demo: Engine) -> None:
     rows = [demo.tokenizer.encode(PROMPT), demo.tokenizer.encode("import ")]
     stream = client.completions.create(

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
-from runtime import Engine
+from runtime import Engine, OptionError
 from runtime.serve.guard import Keys, Limits
 from tests.runtime.serve.served import Running, running
 
@@ -113,6 +114,34 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(
     while server.server.server_state.tasks and time.monotonic() < end:
         time.sleep(0.02)
     assert not server.server.server_state.tasks and caplog.records == []
+
+
+def test_two_lengths_of_one_body(guarded: Running) -> None:
+    """A proxy may go by the other one, and take the body's rest for a request of another client."""
+    head = (
+        f"POST {PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer one\r\ncontent-type: application/json\r\n"
+    )
+    with guarded.connect() as connection:
+        connection.sendall(f"{head}content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n".encode())
+        connection.sendall(b'f\r\n{"prompt": "x"}\r\n0\r\n\r\nGET /health HTTP/1.1\r\nhost: x\r\n\r\n')
+        answer = b""
+        while part := connection.recv(4096):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "works"),
+    [(b"one\r\n# two\n", True), (b"\xef\xbb\xbfone\n", True), ("é\n".encode(), False), (b"a\tb\n", False)],
+)
+def test_files_of_keys(tmp_path: Path, content: bytes, works: bool) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(content)
+    if works:
+        assert Keys.read(file).know("one")
+    else:
+        with pytest.raises(OptionError, match="characters that no header carries"):
+            Keys.read(file)
 
 
 def test_keys() -> None:

@@ -1,5 +1,7 @@
 """What is refused, by which name, in OpenAI's form."""
 
+import json
+
 import openai
 import pytest
 
@@ -93,3 +95,35 @@ def test_other_kinds_of_bodies(server: Running) -> None:
     """A page elsewhere may have a visitor's browser send plain text, but never JSON."""
     answer = server.post(COMPLETION, content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
     assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
+
+
+MANY = 20_000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": [{}] * MANY},
+        {"messages": [USER] * MANY},
+        {"messages": [{"role": "user", "content": [0] * MANY}]},
+        {"messages": [{"role": "assistant", "tool_calls": [0] * MANY}]},
+        {"tools": [0] * MANY},
+        {"stop": [0] * MANY},
+        {"logit_bias": {str(n): 0 for n in range(MANY)}},
+        {"logit_bias": {f"x{n}": 0 for n in range(MANY)}},
+        {f"x{n}": 0 for n in range(MANY)},
+    ],
+)
+def test_a_body_of_mistakes_costs_no_more_than_another(change: dict[str, object]) -> None:
+    """Of millions of mistakes, for which a body has room, pydantic would make gigabytes in a minute."""
+    from pydantic import ValidationError
+
+    from runtime.serve.errors import LISTED, refusal
+    from runtime.serve.schemas import ChatRequest
+
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate_json(json.dumps({"messages": [USER]} | change))
+    listed = caught.value.error_count() <= 2
+    assert listed or not any(isinstance(value, list) for value in change.values())
+    assert len(refusal(caught.value).message) < 300 and (listed or str(MANY) in refusal(caught.value).message)
+    assert LISTED < MANY

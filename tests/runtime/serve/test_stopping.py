@@ -31,6 +31,14 @@ def idle(server: Running, seconds: float = 20) -> bool:
     return False
 
 
+def test_more_texts_than_can_ever_wait(demo: Engine) -> None:
+    """Status 429 would have the client ask for ever."""
+    with running(demo, queue=1) as server:
+        answer = server.post(PATH, LONG | {"n": 6})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "n"
+        assert server.post(PATH, LONG | {"n": 5, "max_tokens": 1}).status_code == 200
+
+
 def test_a_stopped_server_lets_answers_end_and_takes_no_more(demo: Engine) -> None:
     with running(demo, grace=60) as server:
         kept = httpx.Client(base_url=server.url)
