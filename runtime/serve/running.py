@@ -76,13 +76,15 @@ def keep_serving(engine: Engine, listening: socket.socket, setting: Setting) -> 
         server = make_server(make_app(served, keys, hosts, setting.origins), limits, setting.grace)
         for caveat in () if setting.quiet else service.batch.caveats:
             say(f"note: {caveat}")
-        logging.getLogger("uvicorn.error").addHandler(Said(logging.ERROR))
+        logger, said = logging.getLogger("uvicorn.error"), Said(logging.ERROR)
+        logger.addHandler(said)
         # Uvicorn raises the signal that ended it once more, for whoever handled it before.
         before = signal.signal(signal.SIGTERM, lambda *_: None)
         try:
             asyncio.run(serve(server, served, listening, setting.grace, setting.quiet))
         finally:
             signal.signal(signal.SIGTERM, before)
+            logger.removeHandler(said)
             served.pool.shutdown(wait=False, cancel_futures=True)
 
 
