@@ -1,4 +1,4 @@
-"""The server as a process, and bursts of clients: they ask for chats and completions, a third of them go away
+"""The server as a process, and bursts of clients: they ask for chats and completions, many of them go away
 midway, some burst the queue, and some have to be refused. What comes has to be what comes alone.
 
 A case is a burst of up to 24 requests at once, or a short request while long prompts are computed. In the end

@@ -11,16 +11,17 @@ from dev.harness.serving.asking import Asked, draw, draw_long, draw_short
 from dev.harness.serving.broken import Broken, check_full, check_refused, draw_broken
 from dev.harness.serving.figures import told
 from dev.harness.serving.process import Held, Server
-from dev.harness.serving.reading import first_text, read_texts
-from dev.harness.serving.wire import Manners, Reply, ask, post
+from dev.harness.serving.reading import check_watched, first_text, read_texts
+from dev.harness.serving.wire import Manners, Reply, ask, head, post
 from runtime import Engine
 
 PLACES, QUEUE = 4, 8  # of the server
 SIZES = (1, 4, 8, 12, 16, 24)  # of bursts
 WARM = 12  # cases before what the server holds counts
 GROWTH = 24 << 20  # bytes that its memory may grow afterwards
-CUT = 1 / 3  # the share of clients that go away
+CUT = 0.45  # the share of clients that go away, if the answer is not there by then
 REFUSED = 0.2  # the share of requests that are to be refused
+WATCHING = 0.05  # the share of those who watch the experts
 MEASURED = 0.1  # the share of cases that measure
 
 
@@ -28,7 +29,7 @@ MEASURED = 0.1  # the share of cases that measure
 class Client:
     """One request, and how it is sent."""
 
-    asked: Asked | Broken
+    asked: Asked | Broken | None  # None watches the experts
     request: bytes
     manners: Manners
 
@@ -60,6 +61,10 @@ class Crowd:
 
     def draw(self, chance: Random) -> Client:
         manners = Manners(late=chance.uniform(0, 0.3), drip=chance.choice((0, 0, 0, 0.05)))
+        if chance.random() < WATCHING:
+            request = head("GET", "/experts/stream", self.server.key, {"host": "127.0.0.1"})
+            return Client(None, request, replace(manners, patience=2 * chance.random()))
+        manners = replace(manners, stays=chance.random() < 0.2)
         if chance.random() < REFUSED:
             broken = draw_broken(chance, self.server.key)
             return Client(broken, broken.request, manners)
@@ -96,6 +101,9 @@ class Crowd:
     def outcome(self, client: Client, reply: Reply, crowded: bool) -> str:
         """What became of a request, in a word. Raises `Wrong` unless it is right."""
         asked, leaves = client.asked, client.manners.goes_away
+        if asked is None:
+            check_watched(reply)
+            return "watched"
         if isinstance(asked, Broken):
             check_refused(asked, reply)
             return "refused"

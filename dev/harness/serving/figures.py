@@ -21,6 +21,7 @@ def told(
         ("cut before", "cut off before it"),
         ("full", "found the queue full"),
         ("refused", "refused as they should be"),
+        ("watched", "watched the experts"),
     )
     asked = f"{counts['asked']} requests: " + ", ".join(f"{counts[name]} {said}" for name, said in others)
     reused, new = metrics["reused_tokens_total"], metrics["new_tokens_total"]

@@ -62,6 +62,15 @@ def take(got: Got, said: Mapping[str, Any]) -> None:
     got.usage = said.get("usage") or got.usage
 
 
+def check_watched(reply: Reply) -> None:
+    """Raises `Wrong` unless all events, as far as they came, tell where experts are."""
+    if reply.status not in (0, 200):
+        raise Wrong(f"status {reply.status}, {reply.body[:300]!r}: to one who watches the experts")
+    for event in reply.body.split(b"\n\n")[:-1]:
+        if not event.startswith(b":") and "places" not in json.loads(event.removeprefix(b"data: ")):
+            raise Wrong(f"an event of the experts is {event[:300]!r}")
+
+
 def first_text(reply: Reply) -> float:
     """Seconds until a stream's first token came."""
     return next(seconds for seconds, size in reply.times if b"logprobs" in reply.body[:size])

@@ -24,6 +24,7 @@ class Manners:
     patience  after which it goes away, counted from the end of the request
     taken     bytes of the response's body after which it goes away
     rude      whether it goes away by a reset
+    stays     whether it has asked for something else before, over the same connection
     """
 
     late: float = 0.0
@@ -33,6 +34,7 @@ class Manners:
     patience: float | None = None
     taken: int | None = None
     rude: bool = False
+    stays: bool = False
 
     @property
     def goes_away(self) -> bool:
@@ -73,6 +75,9 @@ def ask(port: int, request: bytes, manners: Manners) -> Reply:
         if manners.sip:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", port))
+        if manners.stays:
+            connection.sendall(head("GET", "/health", None, {"host": "127.0.0.1"}))
+            read(connection, Reply(), Manners())
         with suppress(OSError):  # the server has closed it, and its response may be there already
             send(connection, request, manners)
         if manners.unsent is None:
