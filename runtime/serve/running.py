@@ -98,8 +98,6 @@ async def serve(
         while not server.started and not running.done():
             await asyncio.sleep(TICK)
         if server.started and not quiet:
-            for line in served.service.batch.caveats:
-                say(f"note: {line}")
             say(f"serving {served.names[0]} at {url(listening)} (Ctrl-C ends it)")
         await running
     finally:
