@@ -84,6 +84,8 @@ class Service:
 
     def cancel(self, handle: Handle) -> None:
         """Give a request up (see `Handle.cancel`)."""
+        if self.batch.runner.turns.forked:
+            return
         with self.changed:
             handle.cancelled = True
             if not handle.ended:
@@ -99,6 +101,8 @@ class Service:
     def close(self, seconds: float = 0.0) -> None:
         """Take no more requests, and wait up to so many seconds for those there are. The others end with an
         error. Returns after the step under way."""
+        if self.batch.runner.turns.forked:  # the thread is another process's, which may hold the lock
+            return
         deadline = time.monotonic() + seconds
         with self.changed:
             self.stopping = True

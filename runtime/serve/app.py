@@ -58,9 +58,12 @@ def make_app(
     app.state.served = served
     guarded: ASGIApp = Guard(app, served.limits, keys, hosts, OPEN | page.paths)
     if origins:
-        words = ("authorization", "content-type")
         guarded = CORSMiddleware(
-            guarded, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=list(words)
+            guarded,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # OpenAI's client sends some of its own
+            expose_headers=["retry-after", "x-should-retry"],
         )
     return Outgoing(guarded, served.metrics)
 

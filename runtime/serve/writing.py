@@ -13,7 +13,7 @@ from runtime.answer import Finish, Token
 from runtime.batching.batch import Work
 from runtime.batching.service import Handle, Service
 from runtime.errors import RequestError
-from runtime.serve.errors import Refusal, refusal
+from runtime.serve.errors import refusal
 from runtime.serve.metrics import Metrics
 
 
@@ -48,11 +48,8 @@ class Writing:
     ) -> None:
         """May be called in any thread. The request came at the time `began`, of `time.perf_counter`.
 
-        Raises what `service.submit` does, and `Refusal` if there are more texts than can ever be taken on.
+        Raises what `service.submit` does.
         """
-        if len(works) > (most := service.places + service.queue):
-            message = f"{len(works)} texts are more than the {most} that are served or wait; ask for fewer"
-            raise Refusal(400, message, param="n")
         self.works, self.loop, self.metrics, self.began = works, loop, metrics, began
         self.items: asyncio.Queue[tuple[int, Token | RequestError]] = asyncio.Queue()
         self.texts = [Text() for _ in works]

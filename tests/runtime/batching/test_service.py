@@ -1,8 +1,11 @@
 """The thread that serves requests."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import Queue
 
 import pytest
@@ -87,6 +90,55 @@ def test_close_waits_for_what_runs(engine: Engine) -> None:
     got = collect(results)
     assert len(got) == 30 and isinstance(got[-1], Token) and got[-1].finish == "length"
     assert time.monotonic() - began < 50
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_leaves_the_service_alone(engine: Engine) -> None:
+    """Its thread is the parent's, and whatever it locks stays locked in the child."""
+    results: Queue[Token | RequestError] = Queue()
+    with Service(engine) as service:
+        handle = service.submit(ask(engine, "x = ", LONG), results.put)
+        results.get(timeout=60)
+        with holding(service.changed):
+            child = os.fork()
+        if not child:
+            try:
+                handle.cancel()
+                service.close(60)
+                with pytest.raises(RequestError, match="fork"):
+                    service.submit(ask(engine, "x = ", LONG), print)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        end = time.monotonic() + 30
+        while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+            time.sleep(0.01)
+        if found == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert found == (child, 0)
+        handle.cancel()
+
+
+@contextmanager
+def holding(lock: threading.Condition) -> Iterator[None]:
+    """Inside, another thread holds a lock."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_a_deliverer_that_fails_ends_nothing_else(engine: Engine) -> None:
