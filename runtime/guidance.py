@@ -30,6 +30,10 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{1,33}"
 
 NO_BYTE = 0xFF  # no byte of UTF-8, and how llguidance marks special tokens
 DIGITS = 4  # of a multipleOf: the automaton has as many states as the number says
+LONGEST = 512 << 10  # characters of a schema or grammar: 16,000 properties, which take 4 s
+LONGEST_PATTERN = 8 << 10  # of a regular expression, whose time grows as the square of its length
+PATTERNS = re.compile(r'"pattern"\s*:\s*"((?:[^"\\]|\\.)*)"')  # in a schema
+REGEXES = re.compile(r"/((?:[^/\\\n]|\\.)+)/")  # in a grammar, outside of its schemas
 MULTIPLE = re.compile(r'"multipleOf"\s*:\s*-?([0-9.]+)')
 
 
@@ -93,6 +97,7 @@ class Guide:
         from llguidance import LLMatcher, LLParserLimits
 
         name = field_of(params)
+        check_lengths(name, params.grammar or str(params.json_schema), params.grammar is not None)
         check_multiples(name, params.grammar or str(params.json_schema))
         source = json.dumps({"grammars": list(grammars(params))})
         limits = LLParserLimits(verbose_errors=False)
@@ -134,6 +139,20 @@ def with_limit(schema: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(own, dict) or not own.keys().isdisjoint(("whitespace_pattern", "whitespace_flexible")):
         return schema
     return schema | {"x-guidance": own | {"whitespace_pattern": WHITESPACE}}
+
+
+def check_lengths(name: str, text: str, is_grammar: bool) -> None:
+    """Refuse what is so long that it would keep the machine from other requests."""
+    if len(text) > LONGEST:
+        raise RequestError(f"{name}: it has {len(text)} characters, and may have up to {LONGEST}")
+    found = PATTERNS.findall(text)
+    if is_grammar:
+        outside = "\n".join(line.partition("%json")[0] for line in text.splitlines())
+        found += REGEXES.findall(outside)
+    if (longest := max(map(len, found), default=0)) > LONGEST_PATTERN:
+        raise RequestError(
+            f"{name}: a regular expression has {longest} characters, and may have up to {LONGEST_PATTERN}"
+        )
 
 
 def check_multiples(name: str, text: str) -> None:

@@ -175,6 +175,9 @@ REFUSED = [
     ({"json_schema": {"$ref": "http://x/y"}}, "json_schema: .*http://x/y"),
     ({"json_schema": {"type": "string", "minLength": 2, "maxLength": 1}}, "json_schema: Unsatisfiable"),
     ({"json_schema": {"type": "string", "pattern": "(("}}, "json_schema: .*unclosed group"),
+    ({"json_schema": {"type": "string", "pattern": "a?" * 9999}}, "json_schema: .* has 19998 characters"),
+    ({"grammar": "start: %json {}\nx: /" + "a?" * 9999 + "/"}, "grammar: a regular .* has 19998 characters"),
+    ({"json_schema": {"const": "x" * 600_000}}, "json_schema: it has 600013 characters"),
     (
         {"json_schema": {"type": "integer", "multipleOf": 1000003}},
         "json_schema: multipleOf is 1000003, .* 4 ",
