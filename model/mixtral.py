@@ -13,6 +13,7 @@ Words, each with one meaning:
 
     kv             keys and values of a text: a `KVCache` has all layers', a `LayerKV` one layer's
     cache          experts: the device's slots and what fills them; of keys and values we say "KV cache"
+    text           a prompt and what follows it, with a KV cache of its own; `decode` takes several
     forward        a pass of one or more tokens through all layers
     step           the forward of one decoded token (on a GPU, `Mixtral.step`)
     choose         what a router does for a token

@@ -99,6 +99,29 @@ def decoded(engine: Engine, prompt: list[int] = PROMPT, ids: list[int] = IDS) ->
         return torch.stack([session.prefill(prompt)] + [session.step(i) for i in ids]).cpu()
 
 
+@pytest.mark.parametrize("options", [{}, {"slots": 3}, {"kv": 8}])
+def test_several_texts_between_steps(load: Callable[..., Engine], options: dict[str, int]) -> None:
+    """Steps of one text, and forwards of the next tokens of several, take turns with the same KV caches."""
+    runner = load(parallel=3, **options).runner
+    texts = [PROMPT, LONG[:20], [9, 30]]
+    with runner.working():
+        kvs, alone = ([runner.new_kv() for _ in texts] for _ in range(2))
+        for ids, *pair in zip(texts, kvs, alone, strict=True):
+            for kv in pair:
+                runner.forward(ids, kv)
+        for n, i in enumerate(IDS):
+            tokens = [(i + 7 * t) % 400 for t in range(3)]
+            if n % 2:
+                rows = runner.decode(tokens, kvs)
+            else:
+                rows = torch.cat(
+                    [runner.decode([token], [kv]) for token, kv in zip(tokens, kvs, strict=True)]
+                )
+            expected = [runner.forward([token], kv) for token, kv in zip(tokens, alone, strict=True)]
+            torch.testing.assert_close(rows, torch.stack(expected), rtol=1e-3, atol=1e-3)
+        assert [kv.length for kv in kvs] == [len(ids) + len(IDS) for ids in texts]
+
+
 @pytest.mark.parametrize("experts", ["16", "4", "3", "2g32"])
 def test_a_step_is_what_the_network_computes(
     load: Callable[..., Engine], folders: Callable[[str], Path], experts: str
