@@ -50,7 +50,8 @@ def test_experts_that_are_there_are_computed_while_others_travel(rig: Any) -> No
         for slot, expert in enumerate(cache.bound):
             noted_w13 = lambda x, f=expert.w13: (log.append(("w13",)), f(x))[1]  # noqa: E731
             noted_w2 = lambda x, f=expert.w2: (log.append(("w2",)), f(x))[1]  # noqa: E731
-            cache.bound[slot] = type(expert)(noted_w13, noted_w2, partial(gated, w13=noted_w13))
+            noted_gated = partial(gated, w13=noted_w13)
+            cache.bound[slot] = type(expert)(noted_w13, noted_w2, noted_gated, expert.independent)
         x = torch.randn(1, rig.engine.config.hidden)
         weights = torch.tensor([[0.5, 0.5]])
 

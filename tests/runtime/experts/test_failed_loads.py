@@ -29,7 +29,7 @@ def test_a_load_that_fails_anywhere(variant: Callable[..., Path], rigs: Any, tie
     options = EngineOptions(
         device="cpu", dtype="float32", offload="always", slots=2, berths=7 if tiers else None
     )
-    before, left, failed, stride = threads(), [0], list[str](), 9 if tiers else 2
+    before, left, failed, stride = threads(), [0], list[str](), 14 if tiers else 4
 
     def watch(frame: Any, event: str, arg: Any) -> Any:
         name = frame.f_code.co_name

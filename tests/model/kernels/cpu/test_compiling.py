@@ -80,8 +80,7 @@ def test_processes_that_compile_at_the_same_time_do_not_mix_up_their_kernels(tmp
         compile_in(both, program)
 
 
-@pytest.mark.parametrize("extension", ["nbi", "nbc"])
-@pytest.mark.parametrize("length", [0, 100])
+@pytest.mark.parametrize(("extension", "length"), [("nbi", 0), ("nbc", 100)])
 def test_a_damaged_cache_is_written_again(tmp_path: Path, extension: str, length: int) -> None:
     """As after a power failure."""
     compile_in(tmp_path)
