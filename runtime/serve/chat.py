@@ -10,18 +10,17 @@ from secrets import token_hex
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from runtime.answer import Finish, Token
 from runtime.serve.asked import check_stream_options
 from runtime.serve.calling import Calling, Reader, calls_form
 from runtime.serve.conversations import converse, prepare
-from runtime.serve.errors import GONE, Refusal
+from runtime.serve.errors import Refusal
 from runtime.serve.logprobs import chat_form
+from runtime.serve.replying import reply
 from runtime.serve.schemas import ChatRequest
 from runtime.serve.served import Served, finish_reason
-from runtime.serve.stream import EventStream, Gone, unless_gone
 from runtime.serve.writing import Text, Writing
 
 
@@ -35,15 +34,7 @@ async def chat(request: Request) -> ASGIApp:
         raise Refusal(400, "top_logprobs without logprobs; set logprobs to true", param="top_logprobs")
     calling = await served.aside(partial(converse, served.engine, asked))
     writing = await served.write(partial(prepare, served.engine, asked, calling))
-    form = Form(served, asked, calling)
-    if asked.stream:
-        return EventStream(form.stream(writing), writing.cancel)
-    try:
-        return JSONResponse(form.whole(await unless_gone(request.receive, writing.all()), writing))
-    except Gone:
-        return Response(status_code=GONE)
-    finally:
-        writing.cancel()
+    return await reply(request, Form(served, asked, calling), writing, bool(asked.stream))
 
 
 @dataclass(frozen=True)

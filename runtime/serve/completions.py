@@ -10,18 +10,16 @@ from secrets import token_hex
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from runtime.answer import Finish, Token
 from runtime.batching.batch import Work
 from runtime.engine import Engine
 from runtime.serve.asked import Prompt, check_stream_options, make_works
-from runtime.serve.errors import GONE
 from runtime.serve.logprobs import completion_form
+from runtime.serve.replying import reply
 from runtime.serve.schemas import CompletionRequest
 from runtime.serve.served import Served, finish_reason
-from runtime.serve.stream import EventStream, Gone, unless_gone
 from runtime.serve.writing import Text, Writing
 
 TOKENS = 16  # of a text whose request gives no number, as with OpenAI
@@ -34,15 +32,7 @@ async def complete(request: Request) -> ASGIApp:
     served.check_model(asked.model)
     check_stream_options(asked)
     writing = await served.write(partial(prepare, served, asked))
-    form = Form(served, asked)
-    if asked.stream:
-        return EventStream(form.stream(writing), writing.cancel)
-    try:
-        return JSONResponse(form.whole(await unless_gone(request.receive, writing.all()), writing))
-    except Gone:
-        return Response(status_code=GONE)
-    finally:
-        writing.cancel()
+    return await reply(request, Form(served, asked), writing, bool(asked.stream))
 
 
 def prepare(served: Served, asked: CompletionRequest) -> list[Work]:
