@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 OFFLOAD = ("auto", "never", "always")
 MISSES = ("copy", "compute", "auto")
 RATES = ("link_gbps", "disk_gbps", "cpu_gbps")
+LONGEST_SILENCE = 86400  # seconds that a rank may be waited for
 
 
 def option(default: Any, help: str, parse: Callable[[str], Any] = str, **argparse_words: Any) -> Any:
@@ -119,6 +121,17 @@ class EngineOptions:
         1, "texts to keep and to compute at once, each of up to --context tokens", int, metavar="N"
     )
 
+    distributed: bool = option(
+        False, "compute as one of the ranks that torchrun starts, each with layers of its own",
+        action="store_true",
+    )  # fmt: skip
+    rank_layers: str | None = option(
+        None, "layers of each rank, as 10,22 (default: by each rank's memory)", metavar="N,N..."
+    )
+    rank_timeout: float = option(
+        10.0, "end if another rank has not answered for so many seconds", float, metavar="S"
+    )
+
     def __post_init__(self) -> None:
         if self.device is not None:
             settle(self, "device", str(self.device))  # it may be a torch.device
@@ -150,6 +163,12 @@ class EngineOptions:
         for name in (name for name in RATES if getattr(self, name) is not None):
             rate = number(name, getattr(self, name), lambda g: 0 < g < math.inf, "a number above 0")
             settle(self, name, rate)
+        settle(self, "distributed", truth("distributed", self.distributed))
+        if self.rank_layers is not None:
+            settle(self, "rank_layers", check_layers(self.rank_layers, self.distributed))
+        expected = f"a number of seconds above 0, and at most {LONGEST_SILENCE}"
+        silence = number("rank_timeout", self.rank_timeout, lambda s: 0 < s <= LONGEST_SILENCE, expected)
+        settle(self, "rank_timeout", silence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +264,21 @@ def check_size(name: str, size: object) -> str:
     except OptionError as error:
         raise OptionError(f"{name}: {error}") from None
     require(enough, name, text, expected)
+    return text
+
+
+def check_layers(layers: object, distributed: bool) -> str:
+    """Numbers of layers with commas between them, without spaces.
+
+    >>> check_layers("10, 22", distributed=True)
+    '10,22'
+    """
+    text = layers.replace(" ", "") if isinstance(layers, str) else ""
+    right = len(text) <= 4096 and re.fullmatch(r"[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*", text) is not None
+    expected = "whole numbers from 1 to 9999 with commas between them, one for each rank, as 10,22"
+    require(right, "rank_layers", layers, expected)
+    if not distributed:
+        raise OptionError(f"rank_layers is {text}, and there is one rank; add --distributed, or leave it out")
     return text
 
 

@@ -29,6 +29,7 @@ GROUPS = {
         "offload", "slots", "berths", "policy", "lookahead", "prefetch", "misses",
         "link_gbps", "disk_gbps", "cpu_gbps",
     ),
+    "several ranks": ("distributed", "rank_layers", "rank_timeout"),
 }  # fmt: skip
 
 

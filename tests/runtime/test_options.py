@@ -41,6 +41,9 @@ def test_defaults() -> None:
         "disk_gbps": None,
         "cpu_gbps": None,
         "parallel": 1,
+        "distributed": False,
+        "rank_layers": None,
+        "rank_timeout": 10.0,
     }
     assert dataclasses.asdict(SamplingParams()) == {
         "max_new_tokens": 256,
@@ -105,6 +108,17 @@ def test_defaults() -> None:
         ("link_gbps", "fast"),
         ("disk_gbps", 0),
         ("cpu_gbps", math.nan),
+        ("distributed", "yes"),
+        ("distributed", None),
+        ("rank_timeout", 0),
+        ("rank_timeout", -1.0),
+        ("rank_timeout", 86401),
+        ("rank_timeout", math.inf),
+        ("rank_timeout", None),
+        *(
+            ("rank_layers", it)
+            for it in ("", "0,3", "3,", ",", "3,-1", "2.5", "3;4", "many", "12345", 3, [3, 4])
+        ),
     ],
 )
 def test_engine_options_refuse(field: str, value: Any) -> None:
@@ -148,6 +162,7 @@ NUMERIC = [
     *((EngineOptions, name) for name in ("context", "slots", "berths", "lookahead", "prefetch")),
     *((EngineOptions, name) for name in ("link_gbps", "disk_gbps", "cpu_gbps")),
     *((EngineOptions, name) for name in ("vram", "ram", "graphs", "kv")),
+    *((EngineOptions, name) for name in ("distributed", "rank_layers", "rank_timeout")),
     *((SamplingParams, name) for name in ("max_new_tokens", "top_k", "seed", "temperature", "top_p")),
     *((SamplingParams, name) for name in ("min_p", "repetition_penalty", "ignore_eos", "logit_bias", "stop")),
 ]
@@ -162,7 +177,7 @@ def test_no_value_passes_that_fails_later(options: type, field: str) -> None:
     """A field refuses hostile values at once, in one short line."""
     texts, truths = (
         ["\x1b[2J", {"a": 1}] * (field != "stop"),
-        [True] * (field not in ("graphs", "ignore_eos")),
+        [True] * (field not in ("graphs", "ignore_eos", "distributed")),
     )
     for value in HOSTILE + texts + truths:
         with pytest.raises(OptionError) as caught:
@@ -186,6 +201,14 @@ def test_scalars_of_numpy_and_torch_are_numbers() -> None:
     assert kinds == [int, float, int, float, float, float, dict, int, tuple, bool, float, float, int]
     options = EngineOptions(context=np.int64(512), vram=np.int64(4096), link_gbps=1)  # type: ignore[arg-type]
     assert options == EngineOptions(context=512, vram="4096", link_gbps=1.0)
+
+
+def test_layers_of_ranks_are_for_several_ranks() -> None:
+    assert EngineOptions(distributed=True, rank_layers=" 10 ,22").rank_layers == "10,22"
+    with pytest.raises(
+        OptionError, match="rank_layers is 10,22, and there is one rank; add --distributed, or"
+    ):
+        EngineOptions(rank_layers="10,22")
 
 
 @pytest.mark.parametrize("bias", [{-1: 0.0}, {3: math.inf}, {3: math.nan}])
@@ -247,6 +270,9 @@ def test_each_field_can_be_given_as_a_flag() -> None:
     assert parse(
         EngineOptions, shlex.split("--berths 9 --misses auto --disk-gbps 2 --cpu-gbps 30")
     ) == EngineOptions(berths=9, misses="auto", disk_gbps=2.0, cpu_gbps=30.0)
+    assert parse(
+        EngineOptions, shlex.split("--distributed --rank-layers 10,22 --rank-timeout 2.5")
+    ) == EngineOptions(distributed=True, rank_layers="10,22", rank_timeout=2.5)
     assert parse(
         SamplingParams,
         shlex.split(
