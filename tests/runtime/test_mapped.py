@@ -29,6 +29,7 @@ from model.quant.streams import Field, matrix_fields
 from runtime import Engine, EngineOptions, LoadError, SamplingParams
 from runtime import generate as command
 from runtime.units import format_bytes
+from tests.leftovers import open_below
 from tests.quantized import quantizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,10 +177,10 @@ def test_the_pages_are_shared_and_given_back_with_the_engine(folder: Path) -> No
     assert sum(part["Anonymous"] for part in sizes) == 0, "pages of its own"
     modes = {part.split(maxsplit=2)[1] for part in mappings(folder)}
     assert modes == {"r--s"}
-    descriptors = open_files(folder)
+    assert open_below(folder)
     engine.close()
     gc.collect()
-    assert descriptors > 0 and mappings(folder) == [] and open_files(folder) == 0
+    assert mappings(folder) == [] and open_below(folder) == []
 
 
 @LINUX
@@ -190,7 +191,7 @@ def test_an_engine_that_is_dropped_gives_them_back_too(folder: Path) -> None:
         assert mappings(folder)
         del engine
         gc.collect()
-    assert mappings(folder) == [] and open_files(folder) == 0
+    assert mappings(folder) == [] and open_below(folder) == []
 
 
 def mappings(folder: Path) -> list[str]:
@@ -201,11 +202,6 @@ def mappings(folder: Path) -> list[str]:
 
 def kibibytes(part: str) -> dict[str, int]:
     return {name: int(size) for name, size in re.findall(r"^(\w+): +(\d+) kB$", part, re.MULTILINE)}
-
-
-def open_files(folder: Path) -> int:
-    links = [Path(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    return sum(folder in Path(os.path.realpath(link)).parents for link in links)
 
 
 @contextmanager

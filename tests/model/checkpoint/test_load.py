@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from model.checkpoint import open_checkpoint, save_hf
 from model.checkpoint.load import rotate_half_order
 from model.errors import ModelError
 from model.mixtral import Mixtral
+from tests.leftovers import workers
 from tests.model.checkpoint.conftest import TINY, random_model, read_all, read_index
 
 
@@ -219,7 +219,7 @@ def test_an_interrupt_ends_the_readers(hf: Path) -> None:
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
-    checkpoint = open_checkpoint(hf)
+    checkpoint, before = open_checkpoint(hf), workers()
     with pytest.raises(KeyboardInterrupt):
         checkpoint.load(Mixtral(checkpoint.config), interrupt)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+    assert not workers() - before

@@ -4,7 +4,6 @@ import contextlib
 import gc
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,22 +13,23 @@ import pytest
 
 from runtime import Engine, EngineOptions, LoadError
 from runtime.errors import DeviceError
-from tests.runtime.experts.test_faults import threads
-from tests.runtime.experts.test_files import descriptors
+from tests.leftovers import open_below, until, workers
 
 
 @pytest.mark.parametrize("tiers", [False, True])
-def test_a_load_that_fails_anywhere(variant: Callable[..., Path], rigs: Any, tiers: bool) -> None:
+def test_a_load_that_fails_anywhere(
+    variant: Callable[..., Path], rigs: Any, tmp_path: Path, tiers: bool
+) -> None:
     """An error comes at every other line that makes an engine and its cache, from the arena to the first
     use."""
     made = ("startup.py", "runner.py", "cache.py", "making.py", "copying.py")
     made = (*made, "store.py", "experts/files.py") if tiers else made
     ends = ("close", "end", "let_go", "drop", "in_its_thread", "all", "wake_up")
-    folder = rigs(4).folder if tiers else variant()
+    folder = shutil.copytree(rigs(4).folder, tmp_path / "own") if tiers else variant()
     options = EngineOptions(
         device="cpu", dtype="float32", offload="always", slots=2, berths=7 if tiers else None
     )
-    before, left, failed, stride = threads(), [0], list[str](), 14 if tiers else 4
+    before, left, failed, stride = workers(), [0], list[str](), 14 if tiers else 4
 
     def watch(frame: Any, event: str, arg: Any) -> Any:
         name = frame.f_code.co_name
@@ -42,8 +42,6 @@ def test_a_load_that_fails_anywhere(variant: Callable[..., Path], rigs: Any, tie
                 raise MemoryError
         return watch
 
-    gc.collect()
-    files = descriptors()
     for n in range(12, 4000, stride):
         left[0] = n
         sys.settrace(watch)
@@ -55,25 +53,17 @@ def test_a_load_that_fails_anywhere(variant: Callable[..., Path], rigs: Any, tie
             finally:
                 sys.settrace(None)
         gc.collect()
-        await_(lambda: threads() == before and descriptors() == files)
+        until(lambda: not workers() - before and not open_below(folder), workers)  # finalizers act
         if loaded:
             break
     assert loaded and len(failed) > 25
     assert {"make_cache", "__init__", "load_weights"} <= set(failed)  # which have many lines
 
 
-def await_(what: Callable[[], bool]) -> None:
-    """Wait for what finalizers do."""
-    deadline = time.monotonic() + 10
-    while not what():
-        assert time.monotonic() < deadline, threads()
-        time.sleep(1e-3)
-
-
 def test_a_file_cut_off_between_opening_and_reading(variant: Callable[..., Path], tmp_path: Path) -> None:
     folder = shutil.copytree(variant(), tmp_path / "cut")
     (file,) = folder.glob("*.safetensors")
-    before, data = threads(), file.read_bytes()
+    before, data = workers(), file.read_bytes()
 
     @contextmanager
     def shrinking(total: int) -> Iterator[Callable[[int], None]]:
@@ -83,11 +73,11 @@ def test_a_file_cut_off_between_opening_and_reading(variant: Callable[..., Path]
     options = EngineOptions(device="cpu", dtype="float32", offload="always")
     with pytest.raises(LoadError, match=r"ended \d+ bytes early") as caught:
         Engine.load(folder, options, progress=shrinking)
-    assert "\n" not in str(caught.value) and threads() == before
+    assert "\n" not in str(caught.value) and not workers() - before and not open_below(folder)
     file.write_bytes(data)
     with Engine.load(folder, options) as engine:
         assert len(engine.logits([1, 2])) == 2
-    assert threads() == before
+    assert not workers() - before and not open_below(folder)
 
 
 @pytest.mark.parametrize("change", ["replaced", "written"])
@@ -95,7 +85,7 @@ def test_a_file_that_changes_during_the_load(rigs: Any, tmp_path: Path, change: 
     """Some experts are in memory by then, and the others would be read from another file."""
     folder = shutil.copytree(rigs(4).folder, tmp_path / "model")
     path = max(folder.glob("*.safetensors"))
-    kept, before = path.read_bytes(), threads()
+    kept, before = path.read_bytes(), workers()
 
     @contextmanager
     def changing(total: int) -> Iterator[Callable[[int], None]]:
@@ -117,6 +107,6 @@ def test_a_file_that_changes_during_the_load(rigs: Any, tmp_path: Path, change: 
     options = EngineOptions(device="cpu", dtype="float32", offload="always", slots=2, berths=7)
     with pytest.raises(LoadError, match=rf"{path.name} was replaced or written to .*; load the model again$"):
         Engine.load(folder, options, progress=changing)
-    assert threads() == before
+    assert not workers() - before and not open_below(folder)
     path.write_bytes(kept)
     Engine.load(folder, options).close()

@@ -15,6 +15,7 @@ from runtime.experts import files as module
 from runtime.experts.arena import DIRECT, Arena
 from runtime.experts.files import DiskLink, ExpertFiles
 from runtime.experts.tickets import ReadError
+from tests.leftovers import open_below
 
 GUARD = 77
 
@@ -105,12 +106,11 @@ def test_direct_reads_leave_nothing_in_the_systems_cache(tmp_path: Path) -> None
 
 
 def test_a_file_that_is_not_there_or_may_not_be_read(tmp_path: Path) -> None:
-    before = descriptors()
     make_file(tmp_path / "a", [9])
     places = {(0, 0): (tmp_path / "a", 0), (0, 1): (tmp_path / "b", 0)}
     with pytest.raises(LoadError, match=r"/b: No such file or directory$"):
         ExpertFiles(places, 9, direct=True)
-    assert descriptors() == before
+    assert open_below(tmp_path) == []
 
 
 @pytest.mark.parametrize("change", ["cut", "written", "grown"])
@@ -146,7 +146,3 @@ def test_a_file_that_changes_during_a_read(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ReadError, match="was written to"):
         read_all(files, 8 * DIRECT)
     files.close()
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0

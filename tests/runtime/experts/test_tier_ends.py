@@ -17,9 +17,9 @@ from runtime.experts import copying
 from runtime.experts import files as module
 from runtime.experts.files import OpenFile
 from runtime.experts.split import Split
+from tests.leftovers import open_below, until, workers
 from tests.runtime.experts.interrupts import hammer_requests
 from tests.runtime.experts.test_faults import Gate, taken
-from tests.runtime.experts.test_files import descriptors
 from tests.runtime.experts.test_tiers import none_lost
 
 COUNT = 10
@@ -27,18 +27,6 @@ OPTIONS: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "offload": "always", "slots": 2, "berths": 7, "lookahead": 2,
     "prefetch": 2,
 }  # fmt: skip
-NAMES = ("expert-copies", "expert-returns", "expert-reading", "expert-reads")
-
-
-def threads() -> list[str]:
-    return sorted(t.name for t in threading.enumerate() if t.name.startswith(NAMES))
-
-
-def await_(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < deadline, threads()
-        time.sleep(1e-3)
 
 
 @pytest.fixture
@@ -123,13 +111,13 @@ def test_files_that_change_end_requests_until_the_model_is_loaded_again(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the system has no such timer")
 def test_interrupts_at_random_instructions(rigs: Any, engine: Engine) -> None:
-    before = threads()
+    before = workers()
     rig = rigs(4)
     hammer_requests(60, engine, rig.ids(3))
     assert taken(engine, rig.ids(3), COUNT) == (rig.tokens(rig.ids(3), COUNT), None)
     assert engine.runner.cache
     none_lost(engine.runner.cache)
-    assert len(threads()) <= len(before) + module.READERS
+    assert len(workers() - before) <= module.READERS
 
 
 @pytest.mark.parametrize("split", [None, Split(1.5, 1.0, demand=True)])
@@ -192,14 +180,12 @@ class ReadGate:
 def test_closing_while_a_channel_is_busy(
     rigs: Any, folder: Path, channel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt, before = rigs(4).ids(9), threads()
-    gc.collect()
-    files = descriptors()
+    prompt, before = rigs(4).ids(9), workers()
 
     def close_busy() -> None:
         engine = Engine.load(folder, EngineOptions(**OPTIONS))
         cache = engine.runner.cache
-        assert cache and cache.store.files and len(threads()) >= len(before) + 3
+        assert cache and cache.store.files and len(workers() - before) >= 3 and open_below(folder)
         gate: Any = ReadGate() if channel == "reads" else Gate()
         if channel == "reads":
             monkeypatch.setattr(module, "read_at", gate)
@@ -216,13 +202,13 @@ def test_closing_while_a_channel_is_busy(
         assert isinstance(error, RequestError) and str(error) == "the engine is closed; load it again"
         gate.open.set()
         closing.join(60)
-        assert not closing.is_alive() and threads() == before
+        assert not closing.is_alive() and not workers() - before
         assert not hasattr(cache, "pool") and not hasattr(cache.store.arena, "berths")
         assert not cache.store.files.files, "closed"
 
     close_busy()
     gc.collect()
-    assert descriptors() == files, "those of mappings are closed with the last tensor"
+    assert open_below(folder) == [], "those of mappings are closed with the last tensor"
 
 
 def test_closing_does_not_wait_for_ever_for_a_read(
@@ -230,7 +216,7 @@ def test_closing_does_not_wait_for_ever_for_a_read(
 ) -> None:
     """The memory stays until the read has ended, and its file stays open."""
     monkeypatch.setattr(copying, "LIMIT", 0.1)
-    before, gate = threads(), ReadGate()
+    before, gate = workers(), ReadGate()
     engine = Engine.load(folder, EngineOptions(**OPTIONS))
     cache = engine.runner.cache
     assert cache and cache.store.files
@@ -240,27 +226,25 @@ def test_closing_does_not_wait_for_ever_for_a_read(
     assert gate.reached_it.wait(60)
     began = time.monotonic()
     engine.close()
-    assert time.monotonic() - began < 5 and len(threads()) > len(before)
+    assert time.monotonic() - began < 5 and workers() - before
     assert cache.store.files.files and hasattr(cache.store.arena, "berths")
     gate.open.set()
     request.join(60)
-    await_(lambda: threads() == before)
+    until(lambda: not workers() - before, workers)
     assert not cache.store.files.files
 
 
 @pytest.mark.parametrize("closed", [True, False])
 def test_no_thread_outlives_its_engine_and_no_file_stays_open(rigs: Any, folder: Path, closed: bool) -> None:
-    before = threads()
-    gc.collect()
-    files = descriptors()
+    before = workers()
     for _ in range(3):
         engine = Engine.load(folder, EngineOptions(**OPTIONS))
         tokens = engine.generate(rigs(4).ids(3), SamplingParams(max_new_tokens=COUNT))
         next(tokens)
-        assert descriptors() > files
+        assert open_below(folder) and workers() - before
         if closed:
             engine.close()
-            assert threads() == before
+            assert not workers() - before
         del engine, tokens
         gc.collect()
-        await_(lambda: threads() == before and descriptors() == files)
+        until(lambda: not workers() - before and not open_below(folder), workers)

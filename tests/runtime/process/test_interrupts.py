@@ -1,7 +1,6 @@
 """Ctrl-C while a thread starts or is awaited, which Python's threading turns into a RuntimeError."""
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 
 from runtime.process.interrupts import restore_interrupts
 from runtime.shell.command import INTERRUPTED, run
+from tests.leftovers import until
 
 
 def interrupted_wait(self: object) -> None:
@@ -25,10 +25,7 @@ def test_loading(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> N
         patch.setattr(threading.Event, "wait", lambda self, timeout=None: interrupted_wait(self))
         with pytest.raises(KeyboardInterrupt):
             load(offload="always", slots=2)
-    end = time.monotonic() + 30
-    while set(threading.enumerate()) - before:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(lambda: not set(threading.enumerate()) - before)
 
 
 def test_a_command(capsys: pytest.CaptureFixture[str]) -> None:
