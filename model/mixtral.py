@@ -28,6 +28,7 @@ Words, each with one meaning:
     stall          computing waits for a copy
     trunk          what every token needs: all but the experts and the KV cache
     resident       with all experts on the device; otherwise they are offloaded
+    part           some consecutive layers, as a model of its own (`model.part`)
     spec           a weight format, such as 4 or 3g128 (`QuantSpec`)
     ..._bytes      a quantity in bytes
 """
@@ -107,6 +108,10 @@ class Mixtral(nn.Module):
     `experts(layer)` provides a layer's experts. `linear(inputs, outputs)` makes attention's projections, and
     `head(inputs, outputs)` makes the head. By default they are parameters of this module. Weights are
     uninitialized. The caller fills them.
+
+    A part of a model that begins after other layers does not have the `embeds`, and one that ends before
+    others has neither norm nor head (`heads`). Its caller uses the pieces that `forward` and `decode` are
+    made of.
     """
 
     def __init__(
@@ -117,19 +122,24 @@ class Mixtral(nn.Module):
         experts: Callable[[int], Experts] | None = None,
         linear: Callable[[int, int], nn.Module] | None = None,
         head: Callable[[int, int], nn.Module] | None = None,
+        embeds: bool = True,
+        heads: bool = True,
     ) -> None:
         super().__init__()
         device = torch.device(device)
-        self.config = config
+        self.config, self.embeds, self.heads = config, embeds, heads
+        self.dtype, self.device = dtype, device
         provide = experts or (lambda layer: ResidentExperts(config, dtype, device))
         plain = partial(Linear, dtype=dtype, device=device)
-        embeddings = torch.empty(config.vocab, config.hidden, dtype=dtype, device=device)
-        self.embed_tokens = nn.Embedding(config.vocab, config.hidden, _weight=embeddings)
+        if embeds:
+            embeddings = torch.empty(config.vocab, config.hidden, dtype=dtype, device=device)
+            self.embed_tokens = nn.Embedding(config.vocab, config.hidden, _weight=embeddings)
         self.layers = nn.ModuleList(
             Block(config, linear or plain, provide(layer), dtype, device) for layer in range(config.layers)
         )
-        self.norm = RMSNorm(config, dtype, device)
-        self.lm_head = (head or plain)(config.hidden, config.vocab)
+        if heads:
+            self.norm = RMSNorm(config, dtype, device)
+            self.lm_head = (head or plain)(config.hidden, config.vocab)
         self.rope = Rope.table(
             config.context, config.head_dim, config.rope_theta, dtype, device, config.rope_factor
         )
@@ -144,16 +154,26 @@ class Mixtral(nn.Module):
         With `kv`, the ids follow the tokens that it holds and are added to it. Without it, they are the whole
         text. Raises `ValueError` if they do not fit.
         """
-        B, T = ids.shape
+        return self.logits(self.through(self.embed(ids), kv), last)
+
+    def embed(self, ids: Tensor) -> Tensor:  # [...] -> [..., D]
+        return self.embed_tokens(ids)
+
+    def through(self, x: Tensor, kv: KVCache | None = None) -> Tensor:  # [B, T, D] -> [B, T, D]
+        """All layers, of which `kv` gets keys and values. Raises as `forward` does."""
+        c, (B, T, _) = self.config, x.shape
         past, end = self.room(B, T, kv)
-        rope, x = self.rope.at(past, end), self.embed_tokens(ids)  # x [B, T, D]
-        c = self.config
+        rope = self.rope.at(past, end)
         by_rows = goes_by_rows(x.dtype, x.device, c.head_dim, c.heads // c.kv_heads)
         mask = causal_mask(T, end, x.device, by_rows)
         for layer, block in enumerate(self.layers):
             x = block(x, rope, mask, kv.layers[layer] if kv else None, past)
         if kv:
             kv.length = end
+        return x
+
+    def logits(self, x: Tensor, last: bool = False) -> Tensor:  # [B, T, D] -> [B, T, V]
+        """Those of hidden states that have gone through all layers, or with `last` [B, 1, V]."""
         if last:
             x = x[:, -1:]
         return self.lm_head(self.norm(x))
@@ -165,12 +185,19 @@ class Mixtral(nn.Module):
         once for all of them. On a CPU, a text's logits have the same bits alone and beside any others.
         Raises `ValueError` if an id does not fit.
         """
+        return self.logits_each(self.through_each(self.embed(ids), kvs))
+
+    def through_each(self, x: Tensor, kvs: Sequence[KVCache]) -> Tensor:  # [N, D] -> [N, D]
+        """`through` for one token of each of N texts."""
         pasts = [self.room(1, 1, kv)[0] for kv in kvs]
-        rope, x = self.rope.of(pasts), self.embed_tokens(ids)  # x [N, D]
+        rope = self.rope.of(pasts)
         for layer, block in enumerate(self.blocks):
             x = block.decode(x, rope, [kv.layers[layer] for kv in kvs], pasts)
         for kv in kvs:
             kv.length += 1
+        return x
+
+    def logits_each(self, x: Tensor) -> Tensor:  # [N, D] -> [N, V]
         return apart(self.lm_head, self.norm(x))
 
     def step(self, token: Tensor, position: Tensor, kv: KVCache) -> Iterator[Choice | Tensor | None]:

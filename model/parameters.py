@@ -10,7 +10,10 @@ from model.config import ModelConfig
 EXPERT = "layers.{n}.block_sparse_moe.experts.{e}."  # what the names of an expert's matrices begin with
 ATTENTION = ("layers.{n}.self_attn.qkv_proj.weight", "layers.{n}.self_attn.o_proj.weight")
 EMBEDDINGS = "embed_tokens.weight"
+NORM = "norm.weight"
 HEAD = "lm_head.weight"
+BEFORE_LAYERS = ("embed_tokens",)  # modules by which a model begins, and by which it ends
+AFTER_LAYERS = ("norm", "lm_head")
 GATE = ".gate.weight"  # what the names of routers' gates end with
 
 

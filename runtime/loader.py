@@ -53,13 +53,14 @@ def load_model(
     Warns, once for each reason, if quantized weights cannot be multiplied by the device's fast kernels.
     Raises `ModelError` if a file cannot be read, or no longer matches its header.
     """
-    model = empty_model(checkpoint.config, checkpoint.formats, dtype, device, experts)
+    has = checkpoint.embeds, checkpoint.heads
+    model = empty_model(checkpoint.config, checkpoint.formats, dtype, device, experts, *has)
     for message in slow_products(model, form, device):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     parameters = dict(model.named_parameters())
     if files:
         map_trunk(model, checkpoint, files)
-        if model.embed_tokens.weight.dtype == checkpoint.mappable:
+        if model.embeds and dtype == checkpoint.mappable:
             del parameters[EMBEDDINGS]
         if progress:
             progress(files.bytes)
@@ -102,8 +103,8 @@ def map_experts(layer: int, count: int, form: ExpertFormat, files: MappedFiles) 
 def map_trunk(model: Mixtral, checkpoint: Checkpoint, files: MappedFiles) -> None:
     """Have the embeddings and the quantized matrices in the files' memory where they are kept as there. The
     memory that they were made with, and which nothing has touched, is given back."""
-    weight = model.embed_tokens.weight
-    if weight.dtype == checkpoint.mappable:
+    if model.embeds and model.dtype == checkpoint.mappable:
+        weight = model.embed_tokens.weight
         weight.data = files.run([EMBEDDINGS]).view(weight.dtype).view(weight.shape)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and module.as_stored:
@@ -116,11 +117,14 @@ def empty_model(
     dtype: torch.dtype,
     device: torch.device,
     experts: Callable[[int], Experts],
+    embeds: bool = True,
+    heads: bool = True,
 ) -> Mixtral:
-    """A model to be filled, whose trunk has memory in these formats."""
+    """A model to be filled, whose trunk has memory in these formats. A part may lack its ends."""
     linear = quantized_linear(config, formats.attention, dtype, device)
     head = partial(QuantizedLinear, spec=formats.head, dtype=dtype, device=device)
-    model = Mixtral(config, dtype, device, experts, linear, head if formats.head.quantized else None)
+    its_head = head if formats.head.quantized else None
+    model = Mixtral(config, dtype, device, experts, linear, its_head, embeds, heads)
     return model.requires_grad_(False)
 
 
@@ -151,10 +155,10 @@ def kernels_to_compile(model: Mixtral, form: ExpertFormat, kv_bits: int) -> list
     for name, backend in form.backends.items():
         needed[backend, form.spec, name == "w13"] = None
     calls = [call for backend, spec, gated in needed for call in backend.kernels(spec, gated)]
-    config, like = model.config, model.embed_tokens.weight
+    config = model.config
     heads = config.heads // config.kv_heads
-    if rowwise.takes(like.dtype, like.device, config.head_dim, heads):
-        calls += rowwise.kernels(like.dtype, heads, kv_bits)
+    if rowwise.takes(model.dtype, model.device, config.head_dim, heads):
+        calls += rowwise.kernels(model.dtype, heads, kv_bits)
     return calls
 
 
@@ -167,7 +171,8 @@ def pack_trunk(model: Mixtral) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.qkv_proj, module.o_proj = pack(module.qkv_proj), pack(module.o_proj)
-    model.lm_head = pack(model.lm_head)
+    if model.heads:
+        model.lm_head = pack(model.lm_head)
 
 
 def quantized_linear(

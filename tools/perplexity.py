@@ -121,9 +121,8 @@ def negative_log_likelihood(
     `chunk` at a time, so no more than [chunk, V] logits exist at once. `progress` is called with each number
     of predicted ids. Keys and values are kept in `kv_bits`. Raises `RequestError` if a logit is not finite.
     """
-    weight = model.embed_tokens.weight
-    kv = KVCache.allocate(model.config, 1, min(window, len(ids)), weight.dtype, weight.device, kv_bits)
-    text = torch.tensor(ids, device=weight.device)
+    kv = KVCache.allocate(model.config, 1, min(window, len(ids)), model.dtype, model.device, kv_bits)
+    text = torch.tensor(ids, device=model.device)
     total = 0.0
     for start, first, end in windows(len(ids), window, stride):
         kv.truncate(0)

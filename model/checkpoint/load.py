@@ -12,7 +12,7 @@ import queue
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from model.checkpoint.safetensors import Header, byte_view, read_header, readabl
 from model.config import ModelConfig, ties_embeddings
 from model.errors import ModelError, quoted
 from model.mixtral import Mixtral
-from model.parameters import GATE
+from model.parameters import EMBEDDINGS, GATE, NORM
+from model.part import Part
 from model.quant.formats import PLAIN, Formats
 from model.quant.streams import model_fields
 
@@ -40,7 +41,7 @@ READERS = 2
 class Checkpoint:
     """A checkpoint whose headers have been read and checked, and whose weights have not been read.
 
-    `formats` are those that its matrices are stored in.
+    It may be a part of one (see `part`). `formats` are those that its matrices are stored in.
     """
 
     folder: Path
@@ -48,6 +49,22 @@ class Checkpoint:
     layout: Layout
     files: int
     formats: Formats = PLAIN
+
+    def part(self, part: Part) -> "Checkpoint":
+        """Some layers of this checkpoint as one of a model of fewer layers. It reads no byte of others."""
+        layout = self.layout.part(part)
+        files = len({piece.path for piece in layout.pieces})
+        return replace(self, config=part.config(self.config), layout=layout, files=files)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it has the embeddings. A part may lack them."""
+        return EMBEDDINGS in self.layout.shapes
+
+    @property
+    def heads(self) -> bool:
+        """Whether it has the last norm and the head. A part may lack them."""
+        return NORM in self.layout.shapes
 
     @property
     def native(self) -> bool:
@@ -77,7 +94,9 @@ class Checkpoint:
             return None
         dtype = self.dtype
         fields = model_fields(self.config, self.formats, dtype)
-        of_memory = (field for field in fields if not field.name.endswith(GATE))  # gates are always read
+        of_memory = (  # gates are always read, and a part lacks some of the other fields
+            field for field in fields if field.name in self.layout.shapes and not field.name.endswith(GATE)
+        )
         return dtype if in_runs(self.layout, of_memory) else None
 
     @property

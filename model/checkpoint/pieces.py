@@ -17,6 +17,7 @@ from model.checkpoint.safetensors import DTYPES, Header, TensorEntry
 from model.config import ModelConfig
 from model.errors import ModelError, quoted
 from model.parameters import EMBEDDINGS, HEAD, copies
+from model.part import Part
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 MANY = 1000  # tensors; more than twice the files' tensors and these means another model's configuration
@@ -83,6 +84,16 @@ class Layout:
             places.setdefault(piece.rows.parameter, []).append(place)
         shapes = coverage(piece.rows for piece in ordered)
         return Layout(spelling, ordered, shapes, {name: tuple(of) for name, of in places.items()})
+
+    def part(self, part: Part) -> "Layout":
+        """The pieces of some layers, whose parameters have the names that the part gives them."""
+        names = {name: part.own_name(name) for name in self.shapes}
+        pieces = [
+            dataclasses.replace(piece, rows=dataclasses.replace(piece.rows, parameter=own))
+            for piece in self.pieces
+            if (own := names[piece.rows.parameter]) is not None
+        ]
+        return Layout.of(self.spelling, pieces, dict.fromkeys(piece.path for piece in pieces))
 
     def filling(self, parameters: Iterable[str]) -> list[Piece]:
         """The pieces that fill these parameters, in the order of the files and their bytes."""

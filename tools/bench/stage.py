@@ -40,7 +40,7 @@ class Player:
 
     def decode(self, ids: Sequence[int]) -> None:
         """Add one id after the other, each after the answer to the last."""
-        device = self.model.embed_tokens.weight.device
+        device = self.model.device
         for i in ids:
             if self.decoder is None:
                 self.prompt(torch.tensor([[i]], device=device))

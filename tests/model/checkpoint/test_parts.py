@@ -1,0 +1,117 @@
+"""Parts of a checkpoint: the whole one's weights, whatever its spelling, and not a byte of other layers."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import Checkpoint, open_checkpoint, save_hf
+from model.errors import ModelError
+from model.mixtral import Mixtral
+from model.part import Part
+from tests.model.checkpoint.conftest import TINY, random_model
+from tests.model.checkpoint.test_load import write_mistral
+from tests.model.checkpoint.test_native import SMALL, write_native
+from tests.model.test_merged import save
+from tests.parts import compare, in_order, splits
+
+CONFIG = replace(TINY, layers=3)
+NATIVE = replace(SMALL, layers=3)
+BEFORE = {"model.embed_tokens.weight", "tok_embeddings.weight"}
+NORMS = {"model.norm.weight", "norm.weight"}
+AFTER = {*NORMS, "lm_head.weight", "output.weight"}
+SPELLINGS = ("HF", "HF, experts stacked", "Mistral", "tied")
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint in that spelling. Where there are several files, they cut through layers."""
+    spelling, out = request.param, tmp_path / "whole"
+    if spelling in ("HF", "Mistral"):
+        hf = tmp_path / "hf"
+        save_hf(random_model(CONFIG), hf, torch.float32, max_shard_bytes=20_000)
+        if spelling == "HF":
+            return hf
+        write_mistral(hf, out, shards=3)
+        params = json.loads((out / "params.json").read_text())
+        (out / "params.json").write_text(json.dumps(params | {"n_layers": 3}))
+    else:
+        save(out, CONFIG, tied=spelling == "tied", stacked=spelling != "tied")
+    return out
+
+
+def needs(part: Part, tensor: str, tied: bool = False) -> bool:
+    """Whether a part needs a tensor of the files, by its name there."""
+    if layer := re.search(r"\blayers\.(\d+)\.", tensor):
+        return part.first <= int(layer[1]) < part.first + part.layers
+    assert tensor in BEFORE | AFTER, tensor
+    if tied and tensor not in NORMS:  # the same bytes
+        return part.embeds or part.heads
+    return part.embeds if tensor in BEFORE else part.heads
+
+
+def spoiled(folder: Path, part: Part, tied: bool) -> Path:
+    """A copy in which all that the part does not need is NaN."""
+    copy = shutil.copytree(folder, folder.parent / f"{part.first}-{part.layers}")
+    for piece in open_checkpoint(copy).layout.pieces:
+        if not needs(part, piece.tensor, tied):
+            with piece.path.open("r+b") as file:
+                file.seek(piece.offset)
+                file.write(b"\xff" * piece.bytes)
+    return copy
+
+
+def filled(checkpoint: Checkpoint) -> Mixtral:
+    """The network of a checkpoint or of a part, in which a row that is not filled shows."""
+    model = Mixtral(checkpoint.config, embeds=checkpoint.embeds, heads=checkpoint.heads)
+    for weight in model.requires_grad_(False).parameters():
+        weight.fill_(torch.nan)
+    seen: list[int] = []
+    checkpoint.load(model, seen.append)
+    assert sum(seen) == checkpoint.bytes
+    return model
+
+
+@pytest.mark.parametrize("folder", SPELLINGS, indirect=True)
+def test_all_splits_need_only_their_own_bytes(folder: Path, request: pytest.FixtureRequest) -> None:
+    tied = request.node.callspec.params["folder"] == "tied"
+    with torch.inference_mode():
+        compare(
+            lambda part: filled(open_checkpoint(spoiled(folder, part, tied)).part(part)),
+            filled(open_checkpoint(folder)),
+        )
+
+
+@pytest.mark.parametrize("folder", ["HF"], indirect=True)
+def test_what_a_part_says_of_itself(folder: Path, tmp_path: Path) -> None:
+    for whole in (open_checkpoint(folder), open_checkpoint(write_native(tmp_path / "native", config=NATIVE))):
+        for layers in splits(3):
+            parts = [whole.part(part) for part in in_order(whole.config, layers)]
+            assert sum(part.bytes for part in parts) == whole.bytes
+            assert [part.config for part in parts] == [replace(whole.config, layers=n) for n in layers]
+            assert all(part.formats == whole.formats and part.dtype == whole.dtype for part in parts)
+            assert [part.embeds for part in parts] == [True] + [False] * (len(layers) - 1)
+            assert [part.heads for part in parts] == [False] * (len(layers) - 1) + [True]
+            assert all(part.files <= whole.files for part in parts)
+        assert whole.part(Part.whole(whole.config)) == whole
+    assert [part.mappable for part in parts] == [whole.mappable] * 3 == [torch.bfloat16] * 3
+    assert parts[1].files == 1
+    assert parts[0].description.startswith("native, 2 files, attention 4, experts 3g128, head 8, ")
+
+
+@pytest.mark.parametrize("folder", ["HF"], indirect=True)
+def test_messages_name_what_the_file_has(folder: Path) -> None:
+    part = open_checkpoint(folder).part(Part(1, 2, embeds=False, heads=True))
+    with pytest.raises(ModelError, match=r"'layers\.2.* is only in the model"):
+        part.load(Mixtral(CONFIG, embeds=False))
+    with pytest.raises(ModelError, match=r"'(norm|lm_head).weight' is only in the checkpoint"):
+        part.load(Mixtral(part.config, embeds=False, heads=False))
+    for file in folder.glob("*.safetensors"):
+        with file.open("r+b") as cut:
+            cut.truncate(file.stat().st_size - 8)
+    with pytest.raises(ModelError, match=r"ended 8 bytes early, in tensor '(model\.layers\.[12]\.|lm_head)"):
+        filled(part)
