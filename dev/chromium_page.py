@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dev.chromium import ALT, CONTROL, KEYS, SHIFT, BrowserError, Chromium
+from dev.chromium import ALT, CONTROL, KEYS, SECONDS, SHIFT, BrowserError, Chromium
 
 MODIFIERS = {"Alt": ALT, "Control": CONTROL, "Shift": SHIFT}
 
@@ -71,7 +71,7 @@ class Page:
             raise BrowserError(details.get("exception", {}).get("description") or details["text"])
         return done["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 10) -> None:
+    def wait(self, condition: str, seconds: float = SECONDS) -> None:
         """Wait until an expression is true."""
         end = time.monotonic() + seconds
         while not self.evaluate(f"Boolean({condition})"):

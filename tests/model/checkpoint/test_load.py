@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,11 +218,23 @@ def test_a_file_cut_after_it_was_opened(hf: Path) -> None:
         checkpoint.load(Mixtral(checkpoint.config))
 
 
-def test_an_interrupt_ends_the_readers(hf: Path) -> None:
+def test_an_interrupt_ends_the_readers(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that have begun come to their end, and the others are not begun."""
+    read, seen, ended = model.checkpoint.load.read_piece, list[threading.Thread](), list[int]()
+
+    def slow(*args: Any) -> None:
+        seen.append(threading.current_thread())
+        time.sleep(0.02)
+        read(*args)
+        ended.append(1)
+
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(model.checkpoint.load, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(model.checkpoint.load, "read_piece", slow)
     checkpoint, before = open_checkpoint(hf), workers()
     with pytest.raises(KeyboardInterrupt):
         checkpoint.load(Mixtral(checkpoint.config), interrupt)
-    assert not workers() - before
+    assert 0 < len(seen) == len(ended) < checkpoint.bytes // 4096
+    assert threading.current_thread() not in seen and not workers() - before

@@ -226,7 +226,7 @@ def test_closing_does_not_wait_for_ever_for_a_read(
     assert gate.reached_it.wait(60)
     began = time.monotonic()
     engine.close()
-    assert time.monotonic() - began < 5 and workers() - before
+    assert time.monotonic() - began < 30 and workers() - before
     assert cache.store.files.files and hasattr(cache.store.arena, "berths")
     gate.open.set()
     request.join(60)

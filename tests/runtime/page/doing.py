@@ -9,11 +9,9 @@ def ask(page: Page, text: str) -> None:
     page.press("Enter")
 
 
-def wait_for(page: Page, state: str, seconds: float = 10) -> None:
+def wait_for(page: Page, state: str) -> None:
     """Wait until the last answer is in a state."""
-    page.wait(
-        f"[...document.querySelectorAll('article.assistant')].at(-1)?.dataset.state === {state!r}", seconds
-    )
+    page.wait(f"[...document.querySelectorAll('article.assistant')].at(-1)?.dataset.state === {state!r}")
 
 
 def turns(page: Page) -> list[list[str]]:

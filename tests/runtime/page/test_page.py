@@ -7,6 +7,7 @@ import pytest
 
 from dev.chromium_page import Page
 from dev.page_figure import set_fields
+from tests.leftovers import PATIENCE
 from tests.runtime.page.doing import ask, turns, wait_for
 from tests.runtime.page.stub import Refusal, Stub
 
@@ -66,7 +67,7 @@ def test_stop_frees_the_server_and_keeps_what_came(page: Page, stub: Stub, how: 
     else:
         page.press("Escape")
     wait_for(page, "stopped")
-    assert stub.gone.wait(5)
+    assert stub.gone.wait(PATIENCE)
     assert turns(page)[1] == ["assistant", "kept"] and page.text("article.assistant .note") == "stopped"
     stub.answer = lambda body: [json.dumps(body["messages"])]
     ask(page, "What did you say?")
@@ -110,7 +111,7 @@ def test_a_new_conversation_forgets_the_old_one(page: Page, stub: Stub) -> None:
     ask(page, "Forget me")
     wait_for(page, "writing")
     page.press("Alt+n")
-    assert stub.gone.wait(5) and turns(page) == []
+    assert stub.gone.wait(PATIENCE) and turns(page) == []
     stub.answer = lambda body: ["new"]
     ask(page, "Hello")
     wait_for(page, "done")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from dev.chromium import Chromium
 from dev.chromium_page import Page
 from dev.page_figure import set_fields
 from runtime import Engine, EngineOptions, SamplingParams
+from tests.leftovers import until
 from tests.runtime.page.doing import ask, turns, wait_for
 
 if TYPE_CHECKING:
@@ -93,10 +93,7 @@ def test_stop_frees_the_place(fresh: Page, server: Running) -> None:
     assert server.served.service.counts().running == 1
     fresh.press("Escape")
     wait_for(fresh, "stopped")
-    end = time.monotonic() + 5
-    while server.served.service.counts().running:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(lambda: not server.served.service.counts().running)
     assert turns(fresh)[1][1] != ""
 
 

@@ -33,7 +33,7 @@ def file(tmp_path: Path) -> Path:
 def test_a_file_is_read_both_ways(file: Path) -> None:
     began = time.perf_counter()
     found = measure_disk([(file, 5000, file.stat().st_size - 9000)])
-    assert time.perf_counter() - began < 10
+    assert time.perf_counter() - began < 60
     assert found.buffered is not None and 1e-4 < found.buffered < 1e3
     assert found.reading == (found.direct if found.go_direct else found.buffered)
 

@@ -42,7 +42,7 @@ def limit() -> Iterator[None]:
     ended = threading.Event()
 
     def watch() -> None:
-        if not ended.wait(60):
+        if not ended.wait(300):
             traceback.print_stack(sys._current_frames()[threading.main_thread().ident or 0])
             os._exit(1)
 
@@ -287,13 +287,13 @@ if child == 0:
         arena.unregister([1], None, engine.runner.turns.process)  # asks no driver
         engine.close()
         del tokens, session, engine
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
         os._exit(0)
     finally:
         sys.excepthook(*sys.exc_info())
         os._exit(4)
 held[1].set()
-deadline = time.monotonic() + 30
+deadline = time.monotonic() + 90
 while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
     time.sleep(0.01)
 if done == (0, 0):
@@ -308,5 +308,5 @@ engine.close()
 @pytest.mark.parametrize("offload", ["never", "always"])
 def test_a_fork_is_refused_at_once_and_ends_quietly(checkpoint: Path, offload: str) -> None:
     program = [sys.executable, "-c", FORKED, str(checkpoint), offload]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -56,7 +56,7 @@ def test_sigterm_lets_an_answer_end() -> None:
             process.send_signal(signal.SIGTERM)
             *_, last = found
         assert last["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         assert process.stderr is not None and process.stderr.read() == ""
         with pytest.raises(httpx.ConnectError):
             httpx.get(url + "/health")
@@ -71,7 +71,7 @@ def test_ctrl_c() -> None:
             process.send_signal(signal.SIGINT)
             *_, last = found
         assert last["error"]["code"] == "stopping"  # type: ignore[index]
-        assert process.wait(30) == 130
+        assert process.wait(60) == 130
         assert process.stderr is not None and process.stderr.read() == "interrupted\n"
 
 

@@ -4,18 +4,27 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.client import HTTPResponse
 
 import pytest
 
 from runtime import Engine
 from runtime.serve.guard import Limits
+from tests.leftovers import PATIENCE, until
 from tests.runtime.serve.served import Running, running
 
 LIMITS = Limits(
     header=2000, body=8 << 20, header_time=0.2, write_time=0.4, idle_time=0.2, beat=0.05, connections=3
 )
 HEAD = b"GET /health HTTP/1.1\r\nhost: x\r\n"
+
+
+@pytest.fixture(scope="module")
+def patient(demo: Engine) -> Iterator[Running]:
+    """Waits for headers: for tests of something else, on a machine that may be."""
+    with running(demo, replace(LIMITS, header_time=60.0)) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +37,7 @@ def cut_after(connection: socket.socket, drip: bytes = b"") -> float:
     """Seconds until the server ends a connection, to which `drip` is sent again and again."""
     began = time.monotonic()
     connection.settimeout(0.1)
-    while time.monotonic() - began < 10:
+    while time.monotonic() - began < PATIENCE:
         try:
             if drip:
                 connection.sendall(drip)
@@ -66,10 +75,10 @@ def test_an_idle_connection(hasty: Running) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 4000])
-def test_a_large_header(hasty: Running, cut: int) -> None:
+def test_a_large_header(patient: Running, cut: int) -> None:
     """Refused when all of it is there, and before."""
     sent = HEAD + b"x-large: " + b"x" * 5000 + b"\r\n\r\n"
-    with hasty.connect() as connection:
+    with patient.connect() as connection:
         connection.sendall(sent[:-cut])
         time.sleep(0.05)
         connection.sendall(sent[-cut:])
@@ -80,29 +89,29 @@ def test_a_large_header(hasty: Running, cut: int) -> None:
 @pytest.mark.parametrize(
     "sent", [b"\x16\x03\x01 hello\r\n\r\n", HEAD + b"content-length: -1\r\n\r\n", b"GET / HTTP/9\r\n\r\n"]
 )
-def test_what_is_no_request(hasty: Running, sent: bytes) -> None:
+def test_what_is_no_request(patient: Running, sent: bytes) -> None:
     """Uvicorn itself would answer in plain text."""
-    with hasty.connect() as connection:
+    with patient.connect() as connection:
         connection.sendall(sent)
         status, error = refusal(connection)
         assert status == 400 and error["message"].startswith("this is no request of HTTP/1.1: ")
         assert "bytearray" not in error["message"]
 
 
-def test_no_request_after_the_response(hasty: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_request_after_the_response(patient: Running, caplog: pytest.LogCaptureFixture) -> None:
     """There is nothing more to say then."""
-    with hasty.connect() as connection:
+    with patient.connect() as connection:
         head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
         connection.sendall(head)
         assert connection.recv(4096).startswith(b"HTTP/1.1 415")
         connection.sendall(b"no chunk\r\n")
-        assert cut_after(connection) < 4
+        assert cut_after(connection) < 30
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def refusal(connection: socket.socket) -> tuple[int, dict[str, str]]:
     """The status and the error that a connection gives before it ends."""
-    connection.settimeout(10)
+    connection.settimeout(PATIENCE)
     response = HTTPResponse(connection)
     response.begin()
     assert response.getheader("content-type") == "application/json"
@@ -121,20 +130,17 @@ def test_a_client_that_does_not_read(hasty: Running, demo: Engine) -> None:
         connection.connect(("127.0.0.1", hasty.port))
         head = f"POST /detokenize HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
         connection.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
-        end = time.monotonic() + 30
-        while hasty.server.server_state.connections:
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        assert cut_after(connection) < 10  # what the system holds can still be read
+        until(lambda: not hasty.server.server_state.connections)
+        assert cut_after(connection) < 30  # what the system holds can still be read
     assert hasty.get("/health").status_code == 200
 
 
-def test_more_connections_than_there_may_be(hasty: Running) -> None:
-    connections = [hasty.connect() for _ in range(4)]
+def test_more_connections_than_there_may_be(patient: Running) -> None:
+    connections = [patient.connect() for _ in range(4)]
     for connection in connections[:3]:
         connection.sendall(HEAD + b"\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-    assert cut_after(connections[3]) < 0.3
+    assert cut_after(connections[3]) < 30
     for connection in connections:
         connection.close()
 
@@ -142,7 +148,7 @@ def test_more_connections_than_there_may_be(hasty: Running) -> None:
 def test_a_stream_without_news_gives_signs_of_life(hasty: Running) -> None:
     with hasty.connect() as connection:
         connection.sendall(b"GET /experts/stream HTTP/1.1\r\nhost: x\r\n\r\n")
-        found, end = b"", time.monotonic() + 10
+        found, end = b"", time.monotonic() + PATIENCE
         while b": nothing new" not in found:
             assert time.monotonic() < end
             found += connection.recv(4096)

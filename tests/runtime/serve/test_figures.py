@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -81,17 +82,17 @@ def test_all_experts_on_the_device(server: Running) -> None:
 
 def test_the_picture_as_a_stream(offloaded: Running) -> None:
     """It changes while a text is written, at most five times a second."""
-    seen, began = [], time.monotonic()
+    seen, began = list[dict[str, Any]](), time.monotonic()
     with httpx.stream("GET", offloaded.url + "/experts/stream", timeout=30) as stream:
         for line in stream.iter_lines():
             if line.startswith("data: "):
                 seen.append(json.loads(line.removeprefix("data: ")))
                 if len(seen) == 1:
                     offloaded.post("/v1/completions", BODY | {"max_tokens": 100, "ignore_eos": True})
-            if len(seen) == 3:
-                break
-    assert time.monotonic() - began > 0.35
-    assert seen[1]["tokens_per_second"] > 0 and seen[1]["copied_bytes"] > seen[0]["copied_bytes"]
+                elif len(seen) > 2 and seen[-1]["tokens_per_second"] > 0:
+                    break
+    assert time.monotonic() - began > 0.18 * (len(seen) - 1)
+    assert seen[-1]["copied_bytes"] > seen[0]["copied_bytes"]
 
 
 def test_rates_are_those_of_the_last_seconds() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from runtime import Engine, OptionError
 from runtime.serve.guard import Keys, Limits
+from tests.leftovers import until
 from tests.runtime.serve.served import Running, running
 
 BODY = {"prompt": "x", "max_tokens": 1}
@@ -112,10 +113,8 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(
         head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n"
         connection.sendall((head + 'content-type: application/json\r\n\r\n{"prompt"').encode())
         time.sleep(0.1)
-    end = time.monotonic() + 10
-    while server.server.server_state.tasks and time.monotonic() < end:
-        time.sleep(0.02)
-    assert not server.server.server_state.tasks and caplog.records == []
+    until(lambda: not server.server.server_state.tasks)
+    assert caplog.records == []
 
 
 def test_two_lengths_of_one_body(guarded: Running) -> None:

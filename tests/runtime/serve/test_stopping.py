@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from runtime import Engine
+from tests.leftovers import until
 from tests.runtime.serve.served import Running, running
 
 LONG = {"prompt": "def read_bytes(obj):", "max_tokens": 100, "ignore_eos": True, "temperature": 0}
@@ -20,7 +21,7 @@ def events(stream: httpx.Response) -> list[str]:
     return [line.removeprefix("data: ") for line in stream.iter_lines() if line.startswith("data: ")]
 
 
-def idle(server: Running, seconds: float = 20) -> bool:
+def idle(server: Running, seconds: float = 60) -> bool:
     """Whether the service has nothing to do, within some seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -66,7 +67,8 @@ def test_without_grace_an_answer_is_broken_off_with_a_reason(demo: Engine) -> No
     with running(demo, grace=0) as server:
         whole = threading.Thread(target=ask, args=[server])
         whole.start()
-        with httpx.stream("POST", server.url + PATH, json=STREAM, timeout=60) as stream:
+        until(lambda: server.served.service.counts().running == 1)
+        with httpx.stream("POST", server.url + PATH, json=STREAM | {"max_tokens": 480}, timeout=60) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.server.should_exit = True
@@ -99,10 +101,11 @@ def test_several_texts_are_given_up_together(server: Running) -> None:
 
 def test_a_full_queue(demo: Engine) -> None:
     """429 at once, with the time after which to try again. What was taken on is not touched."""
+    asked = STREAM | {"max_tokens": 200}  # which are being written while the others come
     with running(demo, queue=1) as server:
         streams = [httpx.Client(timeout=60) for _ in range(demo.plan.parallel + 1)]
         begun = [
-            client.send(client.build_request("POST", server.url + PATH, json=STREAM), stream=True)
+            client.send(client.build_request("POST", server.url + PATH, json=asked), stream=True)
             for client in streams
         ]
         refused = server.post(PATH, LONG)
