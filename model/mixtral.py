@@ -200,19 +200,21 @@ class Mixtral(nn.Module):
     def logits_each(self, x: Tensor) -> Tensor:  # [N, D] -> [N, V]
         return apart(self.lm_head, self.norm(x))
 
-    def step(self, token: Tensor, position: Tensor, kv: KVCache) -> Iterator[Choice | Tensor | None]:
+    def step(self, given: Tensor, position: Tensor, kv: KVCache) -> Iterator[Choice | Tensor | None]:
         """What `forward` computes for one id, on a GPU. Yields L choices, one a layer, then logits [1, V].
 
-        token and position, [1] int64 each on the model's device, are the id and the number of tokens that
-        `kv` holds. The caller moves `kv.length`. After each choice, the caller can bring the chosen experts
-        to the device before it resumes this generator. If the host computes some of them, there is a second
-        stop, a None, where the device has computed the others and needs the host's sum.
+        `given` and position, [1] int64 each on the model's device, are the id and the number of tokens that
+        `kv` holds. A part without embeddings is given the hidden state [1, D] instead of the id, and one
+        without a head yields that instead of logits. The caller moves `kv.length`. After each choice, it can
+        bring the chosen experts to the device before it resumes this generator. If the host computes some of
+        them, there is a second stop, a None, where the device has computed the others and needs the host's
+        sum.
 
         This is a second way because a step is captured as CUDA graphs, which replay launches without Python.
         So no line here depends on the position or on a choice, nothing waits for the device, and one launch
         does the work of some ten small calls in `forward`.
         """
-        x = self.embed_tokens(token)  # [1, D]
+        x = self.embed(given) if self.embeds else given  # [1, D]
         y = torch.zeros_like(x)  # what the last sublayer adds to the residual stream
         for layer, block in enumerate(self.blocks):
             x, h = block.input_layernorm.step(x, y)
@@ -225,7 +227,7 @@ class Mixtral(nn.Module):
             if (rest := experts.rest) is not None:
                 yield None
                 y = rest(y)
-        yield self.lm_head(self.norm.step(x, y)[1])
+        yield self.lm_head(self.norm.step(x, y)[1]) if self.heads else x + y
 
     def room(self, B: int, T: int, kv: KVCache | None) -> tuple[int, int]:
         """The number of tokens without and with T new ones. Raises `ValueError` if they do not fit."""

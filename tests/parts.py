@@ -1,11 +1,15 @@
 """Parts of a model, one after the other in this process, for tests that compare them with the whole."""
 
+import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
@@ -24,6 +28,30 @@ def in_order(config: ModelConfig, layers: Sequence[int]) -> list[Part]:
     """Parts with these numbers of layers, in the order of layers."""
     last, *others = Part.split(config, (layers[-1], *layers[:-1]))
     return [*others, last]
+
+
+def needs(part: Part, tensor: str, tied: bool = False) -> bool:
+    """Whether a part needs a tensor of the files, by its name there. Embeddings that are `tied` are the head,
+    too."""
+    if layer := re.search(r"\blayers\.(\d+)\.", tensor):
+        return part.first <= int(layer[1]) < part.first + part.layers
+    module = tensor.removeprefix("model.").partition(".")[0]
+    assert module in ("embed_tokens", "tok_embeddings", "norm", "lm_head", "output"), tensor
+    if tied and module != "norm":
+        return part.embeds or part.heads
+    return part.embeds if "embed" in module else part.heads
+
+
+def spoiled(folder: Path, made: Path, part: Part, tied: bool = False) -> Path:
+    """A copy of a checkpoint, below `made`, in which all that the part does not need is overwritten: what is
+    not quantized is NaN."""
+    copy = shutil.copytree(folder, made / f"{folder.name}-{part.first}-{part.layers}")
+    for piece in open_checkpoint(copy).layout.pieces:
+        if not needs(part, piece.tensor, tied):
+            with piece.path.open("r+b") as file:
+                file.seek(piece.offset)
+                file.write(b"\xff" * piece.bytes)
+    return copy
 
 
 class Chain:

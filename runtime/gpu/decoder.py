@@ -11,6 +11,9 @@ the host can bring a missing expert. A token then goes this way:
    router. To this graph a hit and a miss are the same.
 5. This repeats for every layer. The last part ends with the logits.
 
+If the model is a `model.part.Part`, a step may begin with a hidden state instead of an id, which the host
+launches a copy of before part 0, and may end with one instead of logits.
+
 If the host computes some of the missing experts, a layer has one more part. Part 0 also writes what the
 experts take to pinned memory. Part 1 leaves out the host's experts, and ends after the layer's others. Part 2
 fetches the sum that the host has written to pinned memory by then, adds it, and goes on.
@@ -69,11 +72,9 @@ class DecoderCache(Protocol):
 
 def make_decoder(model: Mixtral, cache: DecoderCache | None, capture: bool) -> "Decoder | None":
     """The model's decoder, or None if its device cannot have one."""
-    embeddings = model.embed_tokens.weight
-    device = embeddings.device
-    if unfit(model.config, device, embeddings.dtype):
+    if unfit(model.config, model.device, model.dtype):
         return None
-    return Decoder(model, cache, CudaGraphs(device), capture)
+    return Decoder(model, cache, CudaGraphs(model.device), capture)
 
 
 def unfit(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -93,7 +94,7 @@ class Decoder:
     ) -> None:
         """`cache` provides the experts, unless all are resident. Without `capture`, every step launches its
         kernels one by one."""
-        config, device = model.config, model.embed_tokens.weight.device
+        config, device = model.config, model.device
         self.model, self.cache, self.graphs, self.capturing = model, cache, graphs, capture
         model.prepare_step()
         self.routers = [block.block_sparse_moe.gate for block in model.blocks]
@@ -104,25 +105,37 @@ class Decoder:
         self.choices = graphs.shared(config.layers, most, dtype=torch.int32)  # each layer's `Choice.packed`
         self.numbers = self.choices.numpy()  # the same memory
         self.weights = [row[: config.experts_per_token].view(torch.float32) for row in self.choices]
-        self.logits = torch.zeros(config.vocab, dtype=torch.float32, device=device)
+        self.hidden = torch.zeros(1, config.hidden, dtype=model.dtype, device=device)  # if it does not embed
+        self.result = torch.zeros_like(self.hidden)
+        if model.heads:
+            self.result = torch.zeros(config.vocab, dtype=torch.float32, device=device)
         self.captured: weakref.WeakKeyDictionary[KVCache, list[Work]] = weakref.WeakKeyDictionary()
         # What graphs read of the routers, which make new gates when they look ahead anew.
         self.gates: weakref.WeakKeyDictionary[KVCache, list[Tensor | None]] = weakref.WeakKeyDictionary()
 
-    def step(self, token: int, kv: KVCache) -> Tensor:
+    def step(self, given: int | Tensor, kv: KVCache) -> Tensor:
         """Add a token to `kv`; return the logits after it, [V] float32. The next step overwrites them.
+
+        A part without embeddings is given the token's hidden state [1, D] instead of its id, on any device.
+        One without a head returns that, [1, D] in the model's dtype, instead of logits.
 
         Raises `TransferError` if an expert does not arrive, and `ValueError` if `kv` is full.
         """
         position, end = self.model.room(1, 1, kv)
         self.graphs.wait()  # the previous step may not have read its inputs yet
-        self.inputs[0], self.inputs[1] = token, position
+        if isinstance(given, Tensor):
+            assert not self.model.embeds, given.shape
+            self.hidden.copy_(given)
+        else:
+            assert self.model.embeds, given
+            self.inputs[0] = given
+        self.inputs[1] = position
         captured = self.captured.get(kv)
         self.launch(captured or self.parts(kv))
         kv.length = end
         if captured is None and self.capturing:
             self.capture(kv)
-        return self.logits
+        return self.result
 
     def launch(self, parts: Iterable[Work]) -> None:
         """Launch the parts of a step, and between them let the cache provide each layer's experts."""
@@ -154,11 +167,13 @@ class Decoder:
     def launches(self, kv: KVCache) -> Iterator[None]:
         """Launch a step's kernels. Stops wherever a part ends."""
         kernels.fetch(self.inputs, self.inputs_there)
-        token, position = self.inputs_there[:1], self.inputs_there[1:]
+        given, position = self.inputs_there[:1], self.inputs_there[1:]
+        if not self.model.embeds:
+            given = self.hidden
         choices = iter(self.choices)
-        for result in self.model.step(token, position, kv):
+        for result in self.model.step(given, position, kv):
             if isinstance(result, Tensor):
-                self.logits.copy_(result[0])
+                self.result.copy_(result.view_as(self.result))
                 yield
             elif result is None:
                 yield

@@ -66,7 +66,7 @@ def warm_ups(runner: ModelRunner, kv: KVCache) -> list[Work]:
     The router decides how many rows an expert gets, so one expert is computed by itself. So are attention's
     projections, and the head, which has a row for each token of a text that is scored. One layer and one
     expert stand for all, which are alike. Then a prompt and a token are computed, after which the decoder
-    makes its graphs.
+    makes its graphs. A part of a model computes its own layers alone.
     """
     model, config = runner.model, runner.config
     block = model.blocks[0]
@@ -76,14 +76,38 @@ def warm_ups(runner: ModelRunner, kv: KVCache) -> list[Work]:
         (block.self_attn.qkv_proj, config.hidden),
         (block.self_attn.o_proj, config.heads * config.head_dim),
         (experts[0], config.hidden),
-        (model.lm_head, config.hidden),
     ]
-    like = model.embed_tokens.weight.detach()
+    if model.heads:
+        products.append((model.lm_head, config.hidden))
+    zeros = partial(torch.zeros, dtype=model.dtype, device=model.device)
     works: list[Work] = [
-        partial(alone, product, like.new_zeros(rows, width)) for product, width in products for rows in ROWS
+        partial(alone, product, zeros(rows, width)) for product, width in products for rows in ROWS
     ]
     prompt = [0] * min(2, kv.capacity - 1)  # a context holds 2 tokens at least
-    return works + [partial(runner.forward, ids, kv) for ids in (prompt, [0])]
+    return works + [partial(add, runner, ids, kv) for ids in (prompt, [0])]
+
+
+def add(runner: ModelRunner, ids: list[int], kv: KVCache) -> None:
+    """Add tokens to `kv`, as requests do."""
+    if runner.model.embeds and runner.model.heads:
+        runner.forward(ids, kv)
+    else:
+        runner.alone(partial(add_to_part, runner, ids, kv))
+
+
+def add_to_part(runner: ModelRunner, ids: list[int], kv: KVCache) -> None:
+    """The same by this part of a model alone, whose neighbours are not asked for anything."""
+    model = runner.model
+    with torch.inference_mode():
+        x = torch.zeros(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)  # [T, D]
+        if runner.decoder is not None and len(ids) == 1:
+            runner.decoder.step(ids[0] if model.embeds else x, kv)
+            return
+        if model.embeds:
+            x = model.embed(torch.tensor(ids, device=model.device))
+        x = model.through(x[None], kv)
+        if model.heads:
+            model.logits(x, last=True)
 
 
 def alone(product: Product, x: Tensor) -> None:

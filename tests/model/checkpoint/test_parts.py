@@ -1,8 +1,6 @@
 """Parts of a checkpoint: the whole one's weights, whatever its spelling, and not a byte of other layers."""
 
 import json
-import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +15,10 @@ from tests.model.checkpoint.conftest import TINY, random_model
 from tests.model.checkpoint.test_load import write_mistral
 from tests.model.checkpoint.test_native import SMALL, write_native
 from tests.model.test_merged import save
-from tests.parts import compare, in_order, splits
+from tests.parts import compare, in_order, splits, spoiled
 
 CONFIG = replace(TINY, layers=3)
 NATIVE = replace(SMALL, layers=3)
-BEFORE = {"model.embed_tokens.weight", "tok_embeddings.weight"}
-NORMS = {"model.norm.weight", "norm.weight"}
-AFTER = {*NORMS, "lm_head.weight", "output.weight"}
 SPELLINGS = ("HF", "HF, experts stacked", "Mistral", "tied")
 
 
@@ -44,27 +39,6 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return out
 
 
-def needs(part: Part, tensor: str, tied: bool = False) -> bool:
-    """Whether a part needs a tensor of the files, by its name there."""
-    if layer := re.search(r"\blayers\.(\d+)\.", tensor):
-        return part.first <= int(layer[1]) < part.first + part.layers
-    assert tensor in BEFORE | AFTER, tensor
-    if tied and tensor not in NORMS:  # the same bytes
-        return part.embeds or part.heads
-    return part.embeds if tensor in BEFORE else part.heads
-
-
-def spoiled(folder: Path, part: Part, tied: bool) -> Path:
-    """A copy in which all that the part does not need is NaN."""
-    copy = shutil.copytree(folder, folder.parent / f"{part.first}-{part.layers}")
-    for piece in open_checkpoint(copy).layout.pieces:
-        if not needs(part, piece.tensor, tied):
-            with piece.path.open("r+b") as file:
-                file.seek(piece.offset)
-                file.write(b"\xff" * piece.bytes)
-    return copy
-
-
 def filled(checkpoint: Checkpoint) -> Mixtral:
     """The network of a checkpoint or of a part, in which a row that is not filled shows."""
     model = Mixtral(checkpoint.config, embeds=checkpoint.embeds, heads=checkpoint.heads)
@@ -77,11 +51,13 @@ def filled(checkpoint: Checkpoint) -> Mixtral:
 
 
 @pytest.mark.parametrize("folder", SPELLINGS, indirect=True)
-def test_all_splits_need_only_their_own_bytes(folder: Path, request: pytest.FixtureRequest) -> None:
+def test_all_splits_need_only_their_own_bytes(
+    folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     tied = request.node.callspec.params["folder"] == "tied"
     with torch.inference_mode():
         compare(
-            lambda part: filled(open_checkpoint(spoiled(folder, part, tied)).part(part)),
+            lambda part: filled(open_checkpoint(spoiled(folder, tmp_path, part, tied)).part(part)),
             filled(open_checkpoint(folder)),
         )
 
