@@ -1,0 +1,154 @@
+"""The ranks of one engine: who they are, what they tell each other, and whether all are there.
+
+meeting = Meeting.join(timeout=10)
+layers = meeting.share("layers", 16)  # [16, 8, 8] on each of three ranks
+meeting.close()
+"""
+
+import json
+import os
+import queue
+import socket
+import time
+from typing import Any
+
+from runtime.errors import DeviceError
+from runtime.ranks.address import LOOPBACK, interface_address, local_address, remote_address
+from runtime.ranks.beside import beside
+from runtime.ranks.launch import Launch
+from runtime.ranks.links import Links, Place, connect
+from runtime.ranks.lost import Lost
+from runtime.ranks.watch import Watch
+
+PATIENCE = 120.0  # seconds between the first rank's coming and the last one's
+
+
+class Meeting:
+    """One rank's view of all of them. Use it in one thread; close it in the end."""
+
+    rank: int
+    size: int
+    local_rank: (
+        int  # among the ranks of this machine; what torchrun says, which a launcher by hand may not know
+    )
+    host: str  # names the machine; ranks have the same `host` if and only if they are on the same machine
+    hosts: tuple[str, ...]  # of all ranks, in their order
+    address: str  # numeric, of this machine, that the other ranks can reach
+    store: Any  # a torch.distributed.Store, for this meeting alone
+    watch: Watch
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        timeout: float,
+        local_rank: int = 0,
+        place: Place | None = None,
+        patience: float = PATIENCE,
+    ) -> None:
+        """Meet `size` ranks, which all call this with the same `store`, a `torch.distributed.Store` that has
+        not been used. Waits for the last one up to `patience` seconds.
+
+        `timeout`: seconds of silence after which a rank is lost. `place` is on the loopback interface if it
+        is not given. Raises `DeviceError` if a rank does not come, or cannot be reached.
+        """
+        place = place or Place(socket.gethostname(), LOOPBACK, LOOPBACK)
+        deadline = time.monotonic() + patience
+
+        def overdue() -> None:
+            if time.monotonic() > deadline + 5:  # the store does not answer at all
+                raise DeviceError(
+                    f"the ranks' store has not answered for {patience:g} s; is rank 0's machine up?"
+                )
+
+        links: Links = beside(lambda: connect(store, rank, size, place, deadline), overdue)
+        self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
+        self.host, self.hosts, self.address = links.hosts[rank], links.hosts, links.address
+        self.mail: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
+        self.told: dict[tuple[int, int], Any] = {}  # by number of the share and rank
+        self.closed: set[int] = set()  # ranks whose goodbye has been taken from the mail
+        self.shares = 0
+        self.watch = Watch(
+            rank, links.hosts, links.sockets, timeout, lambda r, told: self.mail.put((r, told))
+        )
+        self.watch.on_loss(lambda: self.mail.put(None))
+
+    @classmethod
+    def join(cls, timeout: float, patience: float = PATIENCE) -> "Meeting":
+        """Meet the ranks that torchrun has started with this one. `timeout`, `patience`: as above.
+
+        A process may join again, at the same time or later, if all do. Raises `DeviceError` if torchrun's
+        variables are missing, if a rank does not come, or cannot be reached.
+        """
+        launch, deadline = Launch.read(os.environ), time.monotonic() + patience
+
+        def overdue() -> None:
+            if time.monotonic() > deadline + 10:
+                raise DeviceError(
+                    f"the ranks' store at {launch.address}:{launch.port} has not answered "
+                    f"for {patience:g} s; is rank 0's machine up, and may this one connect to it?"
+                )
+
+        def enter() -> Any:
+            from torch.distributed import PrefixStore
+
+            store = launch.open_store(deadline)
+            coming = store.add(f"mixtral/{launch.attempt}/{launch.rank}", 1)
+            return PrefixStore(f"mixtral/{launch.attempt}/{coming}", store)
+
+        store = beside(enter, overdue)
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+        try:
+            own = interface_address(interface) if interface else local_address(launch.address, launch.port)
+            seen = remote_address(launch.address, launch.port)
+        except OSError as error:
+            raise DeviceError(f"MASTER_ADDR={launch.address}: {error.strerror or error}") from error
+        place = Place(socket.gethostname(), own, seen)
+        left = max(deadline - time.monotonic(), 1)
+        return cls(store, launch.rank, launch.size, timeout, launch.local_rank, place, left)
+
+    def share(self, topic: str, value: Any) -> list[Any]:
+        """Every rank's `value`, in the order of ranks. All must call this with the same topic.
+
+        Values are what JSON can hold, and come back as JSON gives them: tuples as lists. Waits as long as the
+        others are alive. Raises `Lost` if one is lost, has failed, or has closed.
+        """
+        self.shares += 1
+        number = self.shares
+        self.watch.tell({"share": number, "topic": topic, "value": value})
+        self.told[number, self.rank] = json.loads(json.dumps(value))
+        while missing := [rank for rank in range(self.size) if (number, rank) not in self.told]:
+            self.watch.check()
+            if closed := [rank for rank in missing if rank in self.closed]:
+                raise Lost(f"{self.name(closed[0])} has closed before it told its {topic}")
+            if (item := self.mail.get()) is None:  # a loss
+                continue
+            rank, message = item
+            if message is None:
+                self.closed.add(rank)
+                continue
+            if message["share"] == number and message["topic"] != topic:
+                raise RuntimeError(f"rank {rank} shares {message['topic']!r}, this one {topic!r}")
+            self.told[message["share"], rank] = message["value"]
+        return [self.told.pop((number, rank)) for rank in range(self.size)]
+
+    def name(self, rank: int) -> str:
+        """How messages call a rank."""
+        return f"rank {rank} ({self.hosts[rank]})"
+
+    def fail(self, line: str) -> None:
+        """Tell the other ranks why this one ends. They raise `Lost(f"rank {self.rank}: {line}")`."""
+        self.watch.fail(line)
+
+    def close(self) -> None:
+        """Leave. The others lose nothing by that until they need this rank. Takes at most some seconds, if
+        one of them hangs, and milliseconds else. Does nothing in a fork."""
+        self.watch.close()
+        self.store = None
+
+    def __enter__(self) -> "Meeting":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
