@@ -45,7 +45,7 @@ class Edge:
         other wait ends with an error, except those whose message is half transferred.
         """
         with suppress(RuntimeError):
-            self.post(torch.empty(1, dtype=torch.uint8), BREAK).wait(MOMENT)
+            self.post(torch.empty(1, dtype=torch.uint8, device="cpu"), BREAK).wait(MOMENT)
 
     def close(self) -> None:
         """Free the connection. No transfer may be waited for any more."""

@@ -27,7 +27,7 @@ class Inbox:
         self.come: queue.SimpleQueue[tuple[torch.Tensor, torch.Tensor | None] | None] = queue.SimpleQueue()
         self.posted: deque[tuple[torch.Tensor, Any]] = deque()  # frames that are being received, in order
         for _ in range(frames):
-            self.empty.put(torch.empty(frame_bytes, dtype=torch.uint8))
+            self.empty.put(torch.empty(frame_bytes, dtype=torch.uint8, device="cpu"))
         for _ in range(large):
             self.permits.put(True)
         self.thread = threading.Thread(target=self.run, name="receives", daemon=True)
@@ -76,7 +76,7 @@ class Inbox:
                 if shape is not None and rows is None:
                     if not self.permits.get():
                         return
-                    own = torch.empty(shape.rows, shape.width, dtype=shape.dtype)
+                    own = torch.empty(shape.rows, shape.width, dtype=shape.dtype, device="cpu")
                     wait(self.edge.post(own.view(torch.uint8), ROWS))
                 self.come.put((frame, own))
                 del frame, work, rows, own

@@ -41,7 +41,7 @@ class Outbox:
         self.frames: Tokens = queue.SimpleQueue()
         self.permits: Tokens = queue.SimpleQueue()
         for _ in range(frames):
-            self.frames.put(torch.empty(frame_bytes, dtype=torch.uint8))
+            self.frames.put(torch.empty(frame_bytes, dtype=torch.uint8, device="cpu"))
         for _ in range(large):
             self.permits.put(True)
         self.at_once = max(frames // 2, 1)

@@ -24,8 +24,9 @@ from runtime.ranks.lost import Lost
 from runtime.ranks.meeting import Meeting
 from runtime.ranks.outbox import Outbox, Woken
 
-FRAMES = 8  # that may be under way in each direction
+FRAMES = 8  # that may be under way in each direction, and around the ring without anyone's waiting to send
 LARGE = 2  # of them with rows of their own
+LEAST = 1 << 16  # bytes of a frame; to copy so few costs less than another message
 PARTING = 1.0  # seconds for threads to end, and for the next rank to close
 
 
@@ -35,7 +36,9 @@ class Ring:
     On the host it has 2 x `FRAMES` frames, and up to `LARGE` larger messages in each direction.
     """
 
-    def __init__(self, meeting: Meeting, frame_bytes: int, patience: float = 60.0) -> None:
+    def __init__(
+        self, meeting: Meeting, frame_bytes: int, patience: float = 60.0, least: int = LEAST
+    ) -> None:
         """All ranks, at least 2, make one at the same time.
 
         Rows that fit a frame of `frame_bytes` together with the header (see `frames.frame_bytes`) are sent in
@@ -46,7 +49,7 @@ class Ring:
         self.next = (meeting.rank + 1) % meeting.size
         self.previous = (meeting.rank - 1) % meeting.size
         self.process, self.closed = os.getpid(), False
-        size = max(meeting.share("frame bytes", frame_bytes))
+        size = max(least, *meeting.share("frame bytes", frame_bytes))
         into, out = self.connect(patience)
         self.edges = [into, out]
         self.inbox = Inbox(into, size, FRAMES, LARGE, lambda: self.broke(self.previous))

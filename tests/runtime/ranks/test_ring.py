@@ -21,7 +21,7 @@ SMALL = frame_bytes(rows=4, width=16, dtype=torch.float32, header=8)
 
 @contextmanager
 def ringing(meeting: Meeting) -> Iterator[Ring]:
-    ring = Ring(meeting, SMALL)
+    ring = Ring(meeting, SMALL, least=0)
     try:
         yield ring
     finally:
@@ -146,7 +146,7 @@ def test_nothing_is_left_after_closing() -> None:
 
 def test_mistakes_are_refused() -> None:
     def work(meeting: Meeting) -> Any:
-        ring = Ring(meeting, SMALL)
+        ring = Ring(meeting, SMALL, least=0)
         for header, rows in (
             ([0] * 1000, None),
             ([0], torch.ones(3)),
