@@ -16,7 +16,7 @@ from model.rows import kernel_bytes
 from model.target import Target
 from runtime.planning.memory import driver_bytes, overhead_bytes
 
-MATRIX_SHAPES = 5  # of a model: qkv, o, w13, w2 and the head
+MATRIX_SHAPES = 4  # of a layer: qkv, o, w13 and w2
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Costs:
     overhead_bytes: int  # of PyTorch's allocator on a GPU, of oneDNN's kernels on a CPU
     driver_bytes: int  # of a GPU, outside of PyTorch's allocator
     attending: Attending  # how attention of a prompt is computed
-    mapped_trunk_bytes: int = 0  # of files, not counted above: embeddings, head and all attention
+    mapped_attention_bytes: int = 0  # a layer's projections in files, if they are mapped; not counted above
+    mapped_ends_bytes: int = 0  # the same of embeddings and head
     mapped_expert_bytes: int = 0  # an expert's in files, if resident experts are mapped; else 0
     from_files: bool = False  # whether an expert can be read alone, since files have it as memory keeps it
 
@@ -43,15 +44,19 @@ class Costs:
         target: Target,
         files: torch.dtype | None = None,
         maps: bool = False,
+        embeds: bool = True,
+        heads: bool = True,
     ) -> "Costs":
-        """`files` is `Checkpoint.mappable`; `maps` says whether weights are to be mapped if they can be.
+        """`files` is `Checkpoint.mappable`; `maps` says whether weights are to be mapped if they can be. A
+        part of a model may lack embeddings or the head (see `model.part`). The number of layers changes
+        nothing.
 
         Raises `ModelError` if a format's groups do not divide the model's matrices.
         """
         widest = max(config.hidden, config.ffn)
-        kernels = kernel_bytes(MATRIX_SHAPES, dtype, target.device)
+        kernels = kernel_bytes(MATRIX_SHAPES + heads, dtype, target.device)
         form = ExpertFormat.of(config, formats.experts, dtype, target)
-        embedding_bytes = config.vocab * config.hidden * dtype.itemsize
+        embedding_bytes = config.vocab * config.hidden * dtype.itemsize * embeds
         maps_embeddings = maps and dtype == files
         from_files = maps_experts(form, dtype, files)
 
@@ -62,13 +67,13 @@ class Costs:
             return matrix_bytes(name, spec, shape, dtype, target), 0
 
         attention = [place(name, formats.attention, it) for name, it in attention_shapes(config).items()]
-        stored = sum(mapped for _, mapped in attention)
-        head, mapped_head = place("lm_head", formats.head, (config.vocab, config.hidden))
+        head, mapped_head = place("lm_head", formats.head, (config.vocab, config.hidden)) if heads else (0, 0)
         return Costs(
             embedding_bytes=0 if maps_embeddings else embedding_bytes,
             attention_bytes=sum(read for read, _ in attention),
             head_bytes=head,
-            mapped_trunk_bytes=config.layers * stored + mapped_head + maps_embeddings * embedding_bytes,
+            mapped_attention_bytes=sum(mapped for _, mapped in attention),
+            mapped_ends_bytes=mapped_head + maps_embeddings * embedding_bytes,
             mapped_expert_bytes=form.stored[-1].end if maps and from_files else 0,
             from_files=from_files,
             blob_bytes=form.blob_bytes,

@@ -102,8 +102,11 @@ def has_kernels(capability: tuple[int, int], built: Sequence[str]) -> bool:
 SMALL_MODEL = 1 << 28  # weights: 1 GiB in float32
 
 
-def pick_dtype(name: str | None, target: Target, weights: int, quantized: bool = False) -> torch.dtype:
+def pick_dtype(
+    name: str | None, target: Target, weights: int, quantized: bool = False, bfloat16: bool | None = None
+) -> torch.dtype:
     """The dtype called `name`. None picks one for the target and a model with this number of weights.
+    `bfloat16` says whether a CPU multiplies that in hardware; by default this one is asked.
 
     bfloat16 has float32's range, so it is the first choice where hardware multiplies it: GPUs from compute
     capability 8.0 on, CPUs with AVX-512 BF16 or AMX. Older GPUs get float16, and other CPUs float32. Small
@@ -116,7 +119,9 @@ def pick_dtype(name: str | None, target: Target, weights: int, quantized: bool =
         return torch.bfloat16 if target.capability >= AMPERE else torch.float16
     if quantized and has_fast_product(torch.bfloat16, target):
         return torch.bfloat16
-    return torch.bfloat16 if weights > SMALL_MODEL and cpu_multiplies_bfloat16() else torch.float32
+    if weights <= SMALL_MODEL:
+        return torch.float32
+    return torch.bfloat16 if (cpu_multiplies_bfloat16() if bfloat16 is None else bfloat16) else torch.float32
 
 
 def cpu_multiplies_bfloat16() -> bool:

@@ -4,7 +4,6 @@ The prefill chunk depends on the model and the context alone, and not on whether
 prompt that is cut elsewhere rounds elsewhere, so otherwise a smaller budget would change what a model writes.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,13 @@ from model.attention import Attending
 from model.kv_cache import KVCache
 from runtime.experts.arena import pitch
 from runtime.experts.tiers import SPARE_BERTHS, SPARE_SLOTS
+from runtime.planning.received import as_json, from_json
 from runtime.planning.request import Request
 from runtime.units import format_bytes
 
 PREFILL_CHUNK = 512  # prompt tokens per forward, at least: enough rows for a product to be compute-bound
 MAX_CHUNK = 2048
+CHUNKS_UNDER_WAY = 2  # hidden states that a part has besides its own: those that arrive, those that leave
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,13 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, in types that JSON has."""
-        names = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
-        return dataclasses.asdict(self) | names | {"slots_per_layer": list(self.slots_per_layer)}
+        made: dict[str, Any] = as_json(self)
+        return made
+
+    @staticmethod
+    def from_dict(value: object) -> "Plan":
+        """The plan that `as_dict` wrote, in another process. Raises `DeviceError` for anything else."""
+        return from_json(Plan, value, "a rank's plan")
 
     def __str__(self) -> str:
         """One line, or two if experts are offloaded.
@@ -189,7 +195,7 @@ def lay_out(
     berths = 0 if resident else min(berths or r.options.berths or r.experts, r.experts)
     tiered = 0 < berths < r.experts
     trunk = costs.embedding_bytes + costs.head_bytes + c.layers * costs.attention_bytes
-    trunk += (1 + 2 * c.layers) * c.hidden * wide  # norms
+    trunk += (r.heads + 2 * c.layers) * c.hidden * wide  # norms
     trunk += c.layers * c.experts * c.hidden * 4  # gates are float32
     trunk += 2 * c.context * c.head_dim * wide  # rotary tables
     chunk = chunk_tokens(r)
@@ -197,6 +203,8 @@ def lay_out(
     if costs.attending is not Attending.ROWS:
         attending += KVCache.decoded_bytes(c, r.context, r.dtype, r.options.kv)
     logits = (3 + r.options.parallel) * c.vocab * 4  # of a token of each text, and copies for the sampler
+    travelling = 0 if r.embeds and r.heads else CHUNKS_UNDER_WAY * chunk * c.hidden * wide
+    ends = r.heads * logits + travelling
     mapped_experts = c.layers * c.experts * costs.mapped_expert_bytes if resident else 0
     spares = 0 if resident else r.options.lookahead * r.options.prefetch + tiered * SPARE_SLOTS
     homeless = r.experts + SPARE_BERTHS - berths - sum(slots_per_layer)
@@ -207,7 +215,7 @@ def lay_out(
         chunk=chunk,
         trunk_bytes=trunk,
         kv_bytes=r.options.parallel * KVCache.bytes(c, 1, r.context, r.dtype, r.options.kv),
-        workspace_bytes=chunk * activation_bytes(r, resident) + attending + logits + costs.scratch_bytes,
+        workspace_bytes=chunk * activation_bytes(r, resident) + attending + ends + costs.scratch_bytes,
         staging_bytes=spares * costs.blob_bytes + (0 if resident else gate_bytes(r)),
         slots_bytes=0 if mapped_experts else sum(slots_per_layer) * costs.blob_bytes,
         arena_bytes=berths * berth_bytes(r, tiered),
@@ -216,7 +224,7 @@ def lay_out(
         blob_bytes=costs.blob_bytes,
         overhead_bytes=costs.overhead_bytes,
         driver_bytes=costs.driver_bytes,
-        mapped_bytes=costs.mapped_trunk_bytes + mapped_experts,
+        mapped_bytes=c.layers * costs.mapped_attention_bytes + costs.mapped_ends_bytes + mapped_experts,
         experts=r.experts,
         berths=berths,
         file_experts=max(homeless, 0) if tiered else 0,
@@ -241,7 +249,11 @@ def chunk_tokens(request: Request) -> int:
     chunk doubles while its activations take no more than a quarter of one slot per layer. The memory of
     attention's mask or scores does not count here: it grows with the context, so a longer context could
     otherwise mean a shorter chunk and more slots.
+
+    A part of a model has the chunk that the request says, which is that of the whole.
     """
+    if request.chunk is not None:
+        return min(request.chunk, request.context)
     chunk = PREFILL_CHUNK
     quarter = request.config.layers * request.costs.blob_bytes // 4
     while chunk < MAX_CHUNK and 2 * chunk * activation_bytes(request, resident=False) <= quarter:

@@ -8,6 +8,7 @@ are needed.
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -18,11 +19,13 @@ from model.target import Target
 from runtime.errors import DeviceError
 from runtime.options import EngineOptions
 from runtime.planning.device import pick_device
+from runtime.planning.offer import Offer
 from runtime.planning.plan import Plan
 from runtime.planning.rates import Run, with_rates
 from runtime.planning.refusal import refusal
 from runtime.planning.request import Request
 from runtime.planning.search import best_plan, excess_bytes
+from runtime.planning.sharing import JointRequest
 from runtime.units import format_bytes
 
 FOR_MISSES = ("berths", "misses", "disk_gbps", "cpu_gbps")  # options that matter only if experts are missing
@@ -34,6 +37,22 @@ def plan_checkpoint(checkpoint: Checkpoint, options: EngineOptions) -> Plan:
     c = checkpoint
     plan = plan_model(c.config, c.formats, options, c.mappable)
     return with_rates(plan, expert_runs(checkpoint) if plan.tiered else ())
+
+
+def plan_part(
+    own: Checkpoint, whole: Checkpoint, options: EngineOptions, offers: Sequence[Offer], rank: int
+) -> Plan:
+    """Plan this rank's part `own` of the checkpoint `whole` for the device and the memory of its offer.
+
+    Prompts are cut as the whole model's are, and the dtype is that of the whole model on this device. Warns
+    and raises as `plan_model` does.
+    """
+    w = whole
+    joint = JointRequest(w.config, w.formats, options, tuple(offers), w.mappable)
+    request = joint.request(rank, own.config.layers)
+    plan = make_plan(request)
+    tell(request, plan)
+    return with_rates(plan, expert_runs(own) if plan.tiered else ())
 
 
 def check_fits(checkpoint: Checkpoint, options: EngineOptions) -> None:
@@ -67,11 +86,15 @@ def plan_model(
     target = Target.of(pick_device(options.device))
     request = Request.make(config, formats, options, target, files=files)
     plan = make_plan(request)
-    if line := larger_than_memory(request, plan):
-        warnings.warn(line, RuntimeWarning, stacklevel=5)  # the caller of Engine.load or Engine.plan
-    if line := without_effect(options, plan):
-        warnings.warn(line, RuntimeWarning, stacklevel=5)
+    tell(request, plan)
     return plan
+
+
+def tell(request: Request, plan: Plan) -> None:
+    """Warn if the model is larger than memory, and of options that change nothing."""
+    for line in (larger_than_memory(request, plan), without_effect(request.options, plan)):
+        if line:
+            warnings.warn(line, RuntimeWarning, stacklevel=6)  # the caller of Engine.load or Engine.plan
 
 
 def without_effect(options: EngineOptions, plan: Plan) -> str | None:

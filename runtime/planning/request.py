@@ -84,6 +84,9 @@ class Request:
     dtype: torch.dtype
     costs: Costs
     budgets: Budgets
+    embeds: bool = True  # this and the next are those of a part (see `model.part`)
+    heads: bool = True
+    chunk: int | None = None  # prompt tokens per forward; None: as many as suit the configuration
 
     @staticmethod
     def make(
@@ -93,11 +96,14 @@ class Request:
         target: Target,
         budgets: Budgets | None = None,
         files: torch.dtype | None = None,
+        embeds: bool = True,
+        heads: bool = True,
     ) -> "Request":
         """Join what the caller gives with what follows from it.
 
         By default the budgets are `Budgets.here`, or `Budgets.given` for a hypothetical target. `files` is
-        `Checkpoint.mappable`.
+        `Checkpoint.mappable`. For a part of a model, `config` is the part's, and `embeds` and `heads` say
+        what else it has.
 
         Raises `OptionError` if an option does not fit the model or the device, and `ModelError` if a format's
         groups do not divide the model's matrices.
@@ -105,7 +111,7 @@ class Request:
         check(options, config, target.device)
         dtype = pick_dtype(options.dtype, target, sum(count_weights(config)), formats.quantized)
         maps = options.map and target.device.type == "cpu"
-        costs = Costs.of(config, formats, dtype, target, files, maps)
+        costs = Costs.of(config, formats, dtype, target, files, maps, embeds, heads)
         total = config.layers * config.experts
         if options.berths is not None and options.berths < total and not costs.from_files:
             raise OptionError(
@@ -114,7 +120,7 @@ class Request:
             )
         if budgets is None:
             budgets = (Budgets.here if target.present else Budgets.given)(options, target.device)
-        return Request(config, formats, options, target, dtype, costs, budgets)
+        return Request(config, formats, options, target, dtype, costs, budgets, embeds, heads)
 
     @property
     def context(self) -> int:
