@@ -9,6 +9,8 @@ from importlib.util import find_spec
 
 import pytest
 
+from tests.aside import MANY, Aside, belongs
+
 # PyTorch reads this when it is imported, and processes that tests start inherit it. Threads that wait for
 # each other spin: on a machine with other work, two of them took ten to thirty times as long as one. Tests of
 # what several threads do ask for a number of threads.
@@ -38,25 +40,17 @@ def pytest_make_collect_report(
     return report
 
 
-MANY = 500  # tests: whoever runs fewer looks for one thing
-
-
 @pytest.hookimpl(trylast=True)  # after tests have been deselected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Among many tests, those marked `aside` come last. What they wait for runs beside the others."""
+    """Many tests are divided among two processes if there are two processors."""
     from runtime.process.threads import usable_processors
-    from tests.model.kernels.running import begin_aside
 
-    aside = {item: mark for item in items if (mark := item.get_closest_marker("aside"))}
-    if len(items) > MANY and aside and usable_processors() > 1 and not config.option.collectonly:
-        items[:] = [item for item in items if item not in aside] + list(aside)
-        begin_aside([(mark.args[0], mark.kwargs) for mark in aside.values()])
-
-
-def pytest_sessionfinish() -> None:
-    from tests.model.kernels.running import end_aside
-
-    end_aside()
+    alone = config.option.collectonly or config.option.usepdb or config.getoption("--tell", None)
+    if len(items) > MANY and usable_processors() > 1 and not alone:
+        aside = [item for item in items if belongs(item)]
+        items[:] = [item for item in items if not belongs(item)] + aside
+        if aside:
+            config.pluginmanager.register(Aside(aside, config.option.markexpr))
 
 
 @pytest.fixture(autouse=True, scope="session")

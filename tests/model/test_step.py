@@ -18,7 +18,6 @@ CASES = "tests/model/whole_step_cases.py"
 
 
 @triton
-@pytest.mark.aside(CASES, TRITON_INTERPRET="1")
 def test_in_the_interpreter(tmp_path: Path) -> None:
     run_cases(CASES, tmp_path, TRITON_INTERPRET="1")
 

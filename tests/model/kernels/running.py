@@ -5,13 +5,8 @@ others.
 """
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,12 +17,8 @@ triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not i
 
 
 def run_cases(file: str, tmp_path: Path, *options: str, **environment: str) -> None:
-    """Run tests of a file that pytest does not find by itself: all of them, unless options say which.
-
-    A test that is marked `aside(file, **environment)` and calls this may find that they ran already.
-    """
-    ahead = begun.pop(name_of(file, environment), None) if not options else None
-    returncode, out, err = ahead.result() if ahead else run(tmp_path, file, *options, **environment)
+    """Run tests of a file that pytest does not find by itself: all of them, unless options say which."""
+    returncode, out, err = run(tmp_path, file, *options, **environment)
     assert returncode == 0 and " passed" in out, out[-20000:] + err[-5000:]
     assert "skipped" not in out, out
 
@@ -40,42 +31,11 @@ def run(cache: Path, file: str, *options: str, **environment: str) -> tuple[int,
     with subprocess.Popen(
         command, cwd=ROOT, env=inherited | ours, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        processes.append(process)
         try:
             out, err = process.communicate(timeout=900)
         finally:
             process.kill()
     return process.returncode, out, err
-
-
-# Files that run beside the other tests, one after the other: each takes a minute or more of one processor.
-begun: "dict[str, Future[tuple[int, str, str]]]" = {}
-processes: list["subprocess.Popen[str]"] = []
-begun_in: list[Path] = []
-
-
-def name_of(file: str, environment: Mapping[str, str]) -> str:
-    return " ".join([file, *map("=".join, sorted(environment.items()))])
-
-
-def begin_aside(cases: Sequence[tuple[str, Mapping[str, str]]]) -> None:
-    """Begin to run files, each given with its environment. `end_aside` ends it."""
-    cache, pool = Path(tempfile.mkdtemp(prefix="triton-")), ThreadPoolExecutor(1)
-    for number, (file, environment) in enumerate(cases):
-        work = partial(run, cache / str(number), file, **environment)
-        begun[name_of(file, environment)] = pool.submit(work)
-    begun_in.append(cache)
-    pool.shutdown(wait=False)
-
-
-def end_aside() -> None:
-    """End what nobody has waited for, and remove what was compiled."""
-    for ahead in begun.values():
-        ahead.cancel()
-    for process in processes:
-        process.kill()
-    for cache in begun_in:
-        shutil.rmtree(cache, ignore_errors=True)
 
 
 def imports_triton(module: str) -> bool:

@@ -27,15 +27,12 @@ COMPILED = "tests/model/kernels/compiled_cases.py"
 
 
 @triton
-@pytest.mark.parametrize(
-    "file", [pytest.param(file, marks=pytest.mark.aside(file, TRITON_INTERPRET="1")) for file in FILES]
-)
+@pytest.mark.parametrize("file", FILES)
 def test_in_the_interpreter(file: str, tmp_path: Path) -> None:
     run_cases(file, tmp_path, TRITON_INTERPRET="1")
 
 
 @triton
-@pytest.mark.aside(COMPILED)
 def test_compiled_without_a_gpu(tmp_path: Path) -> None:
     run_cases(COMPILED, tmp_path)
 
