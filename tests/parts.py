@@ -46,11 +46,13 @@ def spoiled(folder: Path, made: Path, part: Part, tied: bool = False) -> Path:
     """A copy of a checkpoint, below `made`, in which all that the part does not need is overwritten: what is
     not quantized is NaN."""
     copy = shutil.copytree(folder, made / f"{folder.name}-{part.first}-{part.layers}")
-    for piece in open_checkpoint(copy).layout.pieces:
-        if not needs(part, piece.tensor, tied):
-            with piece.path.open("r+b") as file:
-                file.seek(piece.offset)
-                file.write(b"\xff" * piece.bytes)
+    checkpoint = open_checkpoint(copy)
+    others = [piece for piece in checkpoint.layout.pieces if not needs(part, piece.tensor, tied)]
+    assert others or part == Part.whole(checkpoint.config)
+    for piece in others:
+        with piece.path.open("r+b") as file:
+            file.seek(piece.offset)
+            file.write(b"\xff" * piece.bytes)
     return copy
 
 
