@@ -10,6 +10,7 @@ from dev.harness.parts.interrupts import open_interrupts
 from dev.harness.parts.journal import open_journal
 from dev.harness.parts.kills import open_kills
 from dev.harness.parts.options import open_options
+from dev.harness.parts.ranks import open_ranks
 from dev.harness.parts.server import open_server
 from dev.harness.parts.sessions import open_sessions
 from dev.harness.parts.signals import open_signals
@@ -40,6 +41,7 @@ PARTS = {
         Part("interrupts", open_interrupts, patience=30),
         Part("soak", open_soak),
         Part("tiers", open_tiers),
+        Part("ranks", open_ranks, patience=240),
         Part("server", open_server, cpu_seconds=60, patience=180),
     )
 }
