@@ -15,6 +15,12 @@ rates that you give.
 Several sizes give a table. If both --vram and --ram have several, the first goes with the first, and so on.
 For a size that is too small, the reason takes the place of the column. If every size is too small, the exit
 status is 1.
+
+    python -m tools.plan --shape mixtral-8x22b --attention 4 --experts 3g128 --ranks 24GiB,24GiB,cpu:64GiB
+
+With --ranks, several devices share one model, as torchrun starts them with --distributed (docs/ranks.md).
+Each size is a rank's device memory, or with cpu: before it the memory of a rank that computes on its CPU.
+--ram is then the host memory of ranks with a card. Each rank is a column.
 """
 
 from runtime.shell.command import DONE, FAILED, launch, put, run, say
@@ -31,21 +37,25 @@ import torch
 
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.part import Part
 from model.quant.formats import KINDS, PLAIN, Formats
 from model.quant.spec import QuantSpec
 from model.shapes import SHAPES
 from model.target import Target
 from runtime.errors import DeviceError, OptionError
 from runtime.hub.opening import open_headers
-from runtime.options import EngineOptions
+from runtime.options import EngineOptions, check_size
+from runtime.planning.offer import Offer
 from runtime.planning.planner import make_plan
+from runtime.planning.rank_plans import RankPlans
 from runtime.planning.request import Budgets, Request
+from runtime.planning.sharing import JointRequest, share_layers
 from runtime.shell.arguments import MODEL_HELP, add_flag, from_flags, new_parser
 from tools.sheet import Column, Sheet, as_json, as_text
 
 ENGINE_FLAGS = (
     "dtype", "map", "context", "kv", "offload", "slots", "berths", "lookahead", "prefetch",
-    "link_gbps", "disk_gbps",
+    "link_gbps", "disk_gbps", "rank_layers",
 )  # fmt: skip
 
 
@@ -62,6 +72,56 @@ def make_sheet(args: argparse.Namespace) -> Sheet:
         options = from_flags(EngineOptions, argparse.Namespace(**vars(args) | sizes))
         requests.append((label, make_request(model, files, options, target)))
     return Sheet(args.shape or args.model, [make_column(*column) for column in requests])
+
+
+def make_rank_sheet(args: argparse.Namespace) -> Sheet:
+    """Plan the model for ranks together. Raises as `make_sheet` does, and `DeviceError` if they have not
+    enough memory."""
+    (config, formats), files = describe_model(args)
+    options = from_flags(EngineOptions, argparse.Namespace(**vars(args) | {"vram": None, "ram": None}))
+    offers = make_offers(args)
+    try:
+        shares = share_layers(config, formats, options, offers, files)
+    except ModelError as error:  # a format that does not divide this model's matrices
+        raise OptionError(str(error)) from error
+    asked = JointRequest(config, formats, options, offers, files)
+    requests = [asked.request(rank, layers) for rank, layers in enumerate(shares)]
+    labels = [f"rank {rank}: {size.strip()}" for rank, size in enumerate(args.ranks.split(","))]
+    columns = [
+        Column(label, request, make_plan(request)) for label, request in zip(labels, requests, strict=True)
+    ]
+    plans = [column.plan for column in columns if column.plan]
+    hosts = [offer.host for offer in offers]
+    return Sheet(
+        args.shape or args.model, columns, RankPlans(Part.split(config, shares), plans, hosts, config.hidden)
+    )
+
+
+def make_offers(args: argparse.Namespace) -> tuple[Offer, ...]:
+    """What each rank has, from --ranks and --ram.
+
+    Raises `OptionError` if there are several sizes of --ram, but not one for each rank, or if a flag
+    contradicts --ranks.
+    """
+    sizes, rams = args.ranks.split(","), [None] if args.ram is None else args.ram.split(",")
+    if args.vram is not None or args.device == "cpu":
+        given = f"device is {args.device}" if args.vram is None else f"vram is {args.vram}"
+        raise OptionError(
+            f"{given}, and ranks is {args.ranks}; write all ranks in --ranks, as 11GiB,cpu:32GiB"
+        )
+    if len(rams) not in (1, len(sizes)):
+        raise OptionError(f"ram is {args.ram}; give one size, or one for each of {len(sizes)} ranks")
+    offers = []
+    for rank, (size, ram) in enumerate(zip(sizes, rams * (len(sizes) // len(rams)), strict=True)):
+        kind, colon, own = size.strip().partition(":")
+        on_cpu = kind == "cpu"
+        target = Target.of(torch.device("cpu")) if on_cpu else Target.hypothetical(args.capability)
+        vram, ram = (None, own or ram) if on_cpu else (size.strip(), ram)
+        for name, text in (("ranks", own if on_cpu and colon else vram), ("ram", ram)):
+            if text is not None:
+                check_size(name, text.strip())
+        offers.append(Offer.given(target, vram, ram and ram.strip(), f"machine {rank}"))
+    return tuple(offers)
 
 
 def make_sizes(args: argparse.Namespace) -> list[tuple[str, dict[str, str | None]]]:
@@ -150,6 +210,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ram", metavar="SIZE[,SIZE...]", help="host memory to use at most (default: no limit)"
     )
+    parser.add_argument(
+        "--ranks",
+        metavar="SIZE[,SIZE...]",
+        help="plan for several devices together: device memory of each rank, or cpu:SIZE",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument(
         "--capability", type=capability, default="8.0", metavar="X.Y", help="of the card (default: 8.0)"
@@ -171,7 +236,10 @@ def main(argv: list[str] | None = None) -> int:
 def say_plan(argv: list[str] | None) -> int:
     """Do what the command line asks. Sizes that are too small are reported, other errors are raised."""
     args = make_parser().parse_args(argv)
-    sheet = make_sheet(args)
+    args.distributed = args.ranks is not None  # which --rank-layers needs
+    if not args.distributed and hasattr(args, "rank_layers"):
+        raise OptionError(f"rank_layers is {args.rank_layers}, and there are no ranks; add --ranks")
+    sheet = make_rank_sheet(args) if args.distributed else make_sheet(args)
     if args.json:
         put(json.dumps(as_json(sheet), indent=2) + "\n")
     elif sheet.plans:

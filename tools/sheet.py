@@ -6,12 +6,14 @@ from typing import Any
 
 from runtime.planning.plan import Plan, describe_slots, milliseconds
 from runtime.planning.planner import larger_than_memory
+from runtime.planning.rank_plans import RankPlans, describe
 from runtime.planning.request import Request
 from runtime.planning.search import excess_bytes, used_bytes
 from runtime.units import format_bytes
 
 LINKS = (12, 25)  # GB/s: what PCIe 3.0 and 4.0 with 16 lanes move in practice
 DISKS = (0.5, 2, 6)  # GB/s: SATA, a virtual machine's disk, NVMe
+NETWORKS = (1, 10)  # Gbit/s: Ethernet
 TERMS = {  # labels of a plan's fields
     "trunk_bytes": "trunk",
     "kv_bytes": "KV cache",
@@ -58,6 +60,7 @@ class Sheet:
 
     model: str
     columns: Sequence[Column]
+    ranks: RankPlans | None = None  # if the columns are ranks of one model, and all have plans
 
     @property
     def plans(self) -> list[tuple[Column, Plan]]:
@@ -79,11 +82,13 @@ def term_rows(sheet: Sheet) -> list[tuple[str, list[int]]]:
     table = [(label, [getattr(plan, name) for _, plan in sheet.plans]) for name, label in TERMS.items()]
     rest = [column.left_over_bytes for column, _ in sheet.plans]
     known = [size for size in rest if size is not None]
-    return [row for row in table if any(row[1])] + ([("left over", known)] if known else [])
+    same = len(known) == len(rest)  # of ranks, one may have a limit and another none
+    return [row for row in table if any(row[1])] + ([("left over", known)] if same else [])
 
 
 def table_rows(sheet: Sheet) -> list[list[str]]:
-    """The whole table. One plan has GiB and bytes side by side, several have GiB above and bytes below."""
+    """The whole table. One plan has GiB and bytes side by side, several have GiB above and bytes below, and
+    so have ranks."""
     plans, terms = [plan for _, plan in sheet.plans], term_rows(sheet)
     unit, power = ("GiB", 30) if max(plan.device_bytes for plan in plans) >= 1 << 30 else ("MiB", 20)
     slots = [
@@ -96,12 +101,20 @@ def table_rows(sheet: Sheet) -> list[list[str]]:
         counts.append(["experts read from files", *(str(p.file_experts) for p in plans)])
     counts.append(["tokens in a chunk", *(str(p.chunk) for p in plans)])
     labels = [column.label for column, _ in sheet.plans]
-    if len(plans) == 1:
+    if len(plans) == 1 and not sheet.ranks:
         both = [[label, f"{size / 2**power:.2f}", f"{size:,}"] for label, [size] in terms]
         return [[*labels, unit, "bytes"], *both, *([label, "", count] for label, count in counts)]
     rounded = [[f"{label}, {unit}", *(f"{size / 2**power:.2f}" for size in sizes)] for label, sizes in terms]
     exact = [[f"{label}, bytes", *(f"{size:,}" for size in sizes)] for label, sizes in terms]
-    return [["", *labels], *counts, *rounded, *exact]
+    return [["", *labels], *rank_rows(sheet), *counts, *rounded, *exact]
+
+
+def rank_rows(sheet: Sheet) -> list[list[str]]:
+    """What tells ranks apart: their devices and layers. Without ranks there is nothing to tell."""
+    if sheet.ranks is None:
+        return []
+    devices = [plan.where for plan in sheet.ranks.plans]
+    return [["computes in", *devices], ["has", *map(describe, sheet.ranks.parts)]]
 
 
 def describe_berths(plan: Plan) -> str:
@@ -133,6 +146,9 @@ def as_text(sheet: Sheet, markdown: bool = False) -> str:
     )
     if sheet.about.get("capability") not in (None, "8.0"):
         title += f" of compute capability {sheet.about['capability']}"
+    if sheet.ranks:
+        title = "{model}, attention {attention}, experts {experts}, head {head}".format(**sheet.about)
+        title += f", on {len(sheet.columns)} rank{'s' * (len(sheet.columns) > 1)}"
     tiers = [describe_misses("a miss takes", host_misses(plan))]
     if any(plan.tiered for _, plan in sheet.plans):
         tiers.append(describe_misses("one that is read from files takes", file_misses(plan)))
@@ -143,9 +159,26 @@ def as_text(sheet: Sheet, markdown: bool = False) -> str:
             *layout(table_rows(sheet), markdown),
             *gap,
             f"An expert is {format_bytes(plan.blob_bytes)} ({plan.blob_bytes:,} bytes); {'; '.join(tiers)}.",
+            *([describe_crossing(sheet.ranks)] if sheet.ranks and sheet.ranks.hops else []),
             *(f"{column.label}: {column.remark}" for column in sheet.columns if column.remark),
         ]
     )
+
+
+def describe_crossing(ranks: RankPlans) -> str:
+    """What crosses between ranks, and how long usual networks take to carry it, by arithmetic."""
+    widest = max(ranks.hops, key=lambda hop: hop.token_bytes)
+    each, chunk = carried(widest.token_bytes), carried(widest.chunk_bytes)
+    taken = [
+        f"{1e6 * each[rate]:.2g} us and {milliseconds(chunk[rate])} at {rate} Gbit/s" for rate in NETWORKS
+    ]
+    what = f"{format_bytes(widest.token_bytes)} and {format_bytes(widest.chunk_bytes)}"
+    return f"{ranks.crossing}\n{what} take {', '.join(taken)}, and the network's latency."
+
+
+def carried(size: int) -> dict[float, float]:
+    """Seconds that so many bytes take, by Gbit/s."""
+    return {rate: size * 8 / rate / 1e9 for rate in NETWORKS}
 
 
 def describe_misses(what: str, misses: dict[float, float]) -> str:
@@ -168,7 +201,7 @@ def file_misses(plan: Plan) -> dict[float, float]:
 
 def as_json(sheet: Sheet) -> dict[str, Any]:
     """Everything, in bytes."""
-    columns = []
+    columns: list[dict[str, Any]] = []
     for column in sheet.columns:
         about: dict[str, Any] = {
             "size": column.label,
@@ -182,8 +215,16 @@ def as_json(sheet: Sheet) -> dict[str, Any]:
             about["seconds_per_miss"] = by_rate(host_misses(plan))
             about["seconds_per_miss_from_files"] = by_rate(file_misses(plan) if plan.tiered else {})
         columns.append(about)
-    return sheet.about | {"plans": columns}
+    if sheet.ranks is None:
+        return sheet.about | {"plans": columns}
+    told = sheet.ranks.as_dict()
+    ranks = [rank | column for rank, column in zip(told["ranks"], columns, strict=True)]
+    hops = [
+        hop | {"seconds_per_token": by_rate(carried(hop["token_bytes"]), "Gbit/s")} for hop in told["hops"]
+    ]
+    common = {name: sheet.about[name] for name in ("model", "attention", "experts", "head")}
+    return common | {"ranks": ranks, "hops": hops}
 
 
-def by_rate(seconds: dict[float, float]) -> dict[str, float]:
-    return {f"{rate:g} GB/s": s for rate, s in seconds.items()}
+def by_rate(seconds: dict[float, float], unit: str = "GB/s") -> dict[str, float]:
+    return {f"{rate:g} {unit}": s for rate, s in seconds.items()}

@@ -19,7 +19,7 @@ from runtime.units import format_bytes
 
 PREFILL_CHUNK = 512  # prompt tokens per forward, at least: enough rows for a product to be compute-bound
 MAX_CHUNK = 2048
-CHUNKS_UNDER_WAY = 2  # hidden states that a part has besides its own: those that arrive, those that leave
+CHUNKS_UNDER_WAY = 4  # of hidden states on a rank's host: two that have arrived, two that leave
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,8 @@ def lay_out(
     if costs.attending is not Attending.ROWS:
         attending += KVCache.decoded_bytes(c, r.context, r.dtype, r.options.kv)
     logits = (3 + r.options.parallel) * c.vocab * 4  # of a token of each text, and copies for the sampler
-    travelling = 0 if r.embeds and r.heads else CHUNKS_UNDER_WAY * chunk * c.hidden * wide
+    alone = r.embeds and r.heads
+    travelling = CHUNKS_UNDER_WAY * chunk * c.hidden * wide if r.shared and not alone else 0
     ends = r.heads * logits + travelling
     mapped_experts = c.layers * c.experts * costs.mapped_expert_bytes if resident else 0
     spares = 0 if resident else r.options.lookahead * r.options.prefetch + tiered * SPARE_SLOTS

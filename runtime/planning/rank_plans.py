@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from model.part import Part
@@ -19,10 +20,6 @@ class Hop:
     receiver: int
     token_bytes: int
     chunk_bytes: int  # for a whole chunk of a prompt
-
-    def __str__(self) -> str:
-        each, chunk = format_bytes(self.token_bytes), format_bytes(self.chunk_bytes)
-        return f"rank {self.sender} to {self.receiver}: {each} a token, {chunk} a chunk of a prompt"
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,18 @@ class RankPlans:
             f"rank {rank} on {host}: {describe(part)}, in {plan.where}, {plan}"
             for rank, (part, plan, host) in enumerate(ranks)
         ]
-        return "\n".join([*lines, *map(str, self.hops)])
+        return "\n".join([*lines, self.crossing] if self.hops else lines)
+
+    @property
+    def crossing(self) -> str:
+        """The hops, those of the same size on one line."""
+        lines = []
+        for size, hops in groupby(self.hops, key=lambda hop: hop.token_bytes):
+            found = list(hops)
+            where = ", ".join(f"{hop.sender} to {hop.receiver}" for hop in found)
+            chunk = format_bytes(found[0].chunk_bytes)
+            lines.append(f"rank {where}: {format_bytes(size)} a token, {chunk} a chunk of a prompt")
+        return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, in types that JSON has."""

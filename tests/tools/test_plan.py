@@ -19,6 +19,7 @@ from tools import plan
 Run = Callable[..., tuple[int, str, str]]
 SHEET = ("--shape", "mixtral-8x7b", "--attention", 4, "--experts", 2, "--head", 8)
 FORMATS = Formats(QuantSpec(4), QuantSpec(2), QuantSpec(8))
+THREE = Formats(QuantSpec(4), QuantSpec(3, 128), QuantSpec(8))
 
 
 @pytest.fixture
@@ -222,3 +223,101 @@ def test_bad_input_is_one_line(run: Run, words: tuple[object, ...], status: int,
     got, out, err = run(*words)
     assert got == status and out == "" and reason in err and "Traceback" not in err
     assert err.splitlines()[-1].count("error: ") == 1
+
+
+RANKS = ("--shape", "mixtral-8x7b", "--attention", 4, "--experts", "3g128", "--head", 8, "--ranks")
+
+
+def test_ranks_have_a_column_each(run: Run) -> None:
+    status, out, err = run(*RANKS, "12GiB,cpu:32GiB,cpu", "--ram", "20GiB")
+    lines = [re.split(r"\s{2,}", line) for line in out.splitlines()]
+    assert (status, err) == (0, "")
+    assert lines[0] == [f"mixtral-8x7b, {THREE}, on 3 ranks, context 4096 tokens"]
+    assert lines[1] == ["", "rank 0: 12GiB", "rank 1: cpu:32GiB", "rank 2: cpu"]
+    rows = {row[0]: row[1:] for row in lines[2:-4]}
+    assert [words.split()[-1] for words in rows["computes in"]] == ["cuda", "cpu", "cpu"]
+    assert re.fullmatch(r"layers \d+ to 31 and the head", rows["has"][0])
+    assert rows["has"][1].startswith("embeddings and layers 0 to ")
+    assert lines[-3:-1] == [
+        ["rank 0 to 1: 8 B a token, 16.0 KiB a chunk of a prompt"],
+        ["rank 1 to 2, 2 to 0: 8.0 KiB a token, 16.0 MiB a chunk of a prompt"],
+    ]
+    taken = "8.0 KiB and 16.0 MiB take 66 us and 134 ms at 1 Gbit/s, 6.6 us and 13 ms at 10 Gbit/s"
+    assert lines[-1] == [f"{taken}, and the network's latency."]
+    assert run(*RANKS, "12GiB,cpu:32GiB,cpu", "--ram", "20GiB", "--markdown")[0] == 0
+
+
+def test_json_has_each_ranks_plan_and_what_crosses(run: Run) -> None:
+    status, out, _ = run(*RANKS, "9GiB,16GiB", "--ram", "4GiB,8GiB", "--json")
+    sheet = json.loads(out)
+    first, second = sheet["ranks"]
+    assert status == 0 and "device" not in sheet and sheet["experts"] == "3g128"
+    assert (first["rank"], first["first_layer"], second["first_layer"]) == (0, second["layers"], 0)
+    assert first["layers"] + second["layers"] == 32 and len(first["slots_per_layer"]) == first["layers"]
+    assert [rank["budget_bytes"] for rank in sheet["ranks"]] == [9 << 30, 16 << 30]
+    for rank, host in ((first, 4 << 30), (second, 8 << 30)):
+        assert rank["device_bytes"] + rank["left_over_bytes"] == rank["budget_bytes"]
+        assert rank["host_bytes"] <= host and rank["left_over_bytes"] >= 0
+    assert [(hop["sender"], hop["receiver"], hop["token_bytes"]) for hop in sheet["hops"]] == [
+        (0, 1, 8),
+        (1, 0, 8192),
+    ]
+    assert sheet["hops"][1]["seconds_per_token"] == {"1 Gbit/s": 8192 * 8 / 1e9, "10 Gbit/s": 8192 * 8 / 1e10}
+    assert sheet["hops"][1]["chunk_bytes"] == 8192 * first["chunk"]
+
+
+def test_one_rank_plans_what_one_device_does(run: Run) -> None:
+    alone = json.loads(run(*RANKS[:-1], "--vram", "12GiB", "--json")[1])["plans"][0]
+    [rank] = json.loads(run(*RANKS, "12GiB", "--json")[1])["ranks"]
+    del alone["size"]
+    assert {name: rank[name] for name in alone} == alone
+
+
+def test_layers_of_ranks_can_be_given(run: Run) -> None:
+    status, out, _ = run(*RANKS, "12GiB,12GiB", "--rank-layers", "10,22", "--json")
+    assert status == 0 and [rank["layers"] for rank in json.loads(out)["ranks"]] == [10, 22]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("x,8GiB",), "ranks: 'x' is not a size"),
+        (("8GiB,",), "ranks: '' is not a size"),
+        (("cpu:,8GiB",), "ranks: '' is not a size"),
+        (("gpu:8GiB",), "ranks: 'gpu:8GiB' is not a size"),
+        (("0,8GiB",), "ranks is '0', and must be at least 1 byte"),
+        (("90%,8GiB",), "vram: '90%': how much memory there is cannot be told; write the size in GiB"),
+        (("8GiB", "--vram", "8GiB"), "vram is 8GiB, and ranks is 8GiB; write all ranks in --ranks"),
+        (("8GiB", "--device", "cpu"), "device is cpu, and ranks is 8GiB; write all ranks in --ranks"),
+        (
+            ("8GiB,8GiB", "--ram", "1GiB,2GiB,3GiB"),
+            "ram is 1GiB,2GiB,3GiB; give one size, or one for each of 2 ranks",
+        ),
+        (
+            ("9GiB,9GiB", "--rank-layers", "10,20"),
+            "rank_layers is 10,20, 30 in all, and the model has 32 layers",
+        ),
+        (
+            ("9GiB,9GiB", "--rank-layers", "32"),
+            "rank_layers is 32, and there are 2 ranks; give as many numbers",
+        ),
+        (
+            ("9GiB,9GiB", "--rank-layers", "0,32"),
+            "rank_layers is '0,32', and must be whole numbers from 1 to 9999",
+        ),
+        (
+            (",".join(["9GiB"] * 33),),
+            "there are 33 ranks, and the model has 32 layers; start at most 32 ranks",
+        ),
+        (("2GiB,2GiB",), "the model has 32 layers, and there is room for "),
+    ],
+)
+def test_ranks_that_make_no_sense(run: Run, words: tuple[str, ...], expected: str) -> None:
+    status, out, err = run(*RANKS, *words)
+    assert status == (1 if words == ("2GiB,2GiB",) else 2) and out == ""
+    assert err.startswith(f"error: {expected}") and err.count("\n") == 1
+
+
+def test_layers_of_ranks_without_ranks_are_refused(run: Run) -> None:
+    status, _, err = run(*RANKS[:-1], "--rank-layers", "10,22")
+    assert status == 2 and err == "error: rank_layers is 10,22, and there are no ranks; add --ranks\n"
