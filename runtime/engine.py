@@ -26,6 +26,7 @@ from runtime.gpu.warm_up import Bar
 from runtime.options import RATES, EngineOptions, SamplingParams
 from runtime.planning.attribute import planned
 from runtime.planning.plan import Plan
+from runtime.planning.rank_plans import RankPlans
 from runtime.requests import check_ids, more_context
 from runtime.runner import ModelRunner
 from runtime.saved import load_session
@@ -75,7 +76,11 @@ class Engine:
         (before anything is read), and `OptionError` if an option does not fit the model.
         """
         name, options = DEMO if path is None else path, options or EngineOptions()
-        return Engine(*start(name, options, progress, compiling, judge, downloading))
+        if not options.distributed:
+            return Engine(*start(name, options, progress, compiling, judge, downloading))
+        from runtime.ranks.starting import start_rank  # here, since few need what it imports
+
+        return Engine(*start_rank(name, options, progress, compiling, judge, downloading))
 
     @planned
     @staticmethod
@@ -110,7 +115,7 @@ class Engine:
 
     def session(self, system: str | None = None) -> Session:
         """Begin a conversation, with a system message if given."""
-        self.runner.check_open()
+        self.check_leads()
         return Session(self.runner, self.tokenizer, system)
 
     def restore(self, path: str | PathLike[str]) -> Session:
@@ -146,14 +151,14 @@ class Engine:
     def batch(self, queue: int = 64) -> Batch:
         """Serve many requests at once, as many as `EngineOptions.parallel` says, while `queue` more may wait.
         See `runtime.batching.batch`, and `runtime.batching.service` for one that has a thread."""
-        self.runner.check_open()
+        self.check_leads()
         return Batch(self.runner, queue)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """The logits after each of `ids`, computed as a prompt is: [T, V] float32, on the engine's device.
         The plan does not count their memory. Raises `RequestError` if the ids are not the model's, or if they
         are more than the context holds."""
-        self.runner.check_open()
+        self.check_leads()
         checked, context = check_ids(ids, self.config.vocab), self.plan.context
         if len(checked) > context:
             raise RequestError(
@@ -201,14 +206,48 @@ class Engine:
             if not runner.turns.forked:
                 writer.close()
 
+    @property
+    def rank(self) -> int:
+        """This process's rank. Rank 0 takes requests, and each other one has to call `follow`."""
+        return self.runner.company.rank if self.runner.company else 0
+
+    @property
+    def distributed(self) -> bool:
+        """Whether several ranks compute."""
+        return self.runner.company is not None
+
+    def check_ranks(self) -> None:
+        """Raises `RequestError` if another rank is gone. Then no request can be served any more."""
+        if self.runner.company:
+            self.runner.company.check()
+
+    @property
+    def rank_plans(self) -> RankPlans | None:
+        """All ranks' plans, if the engine is distributed."""
+        return self.runner.company.plans if self.runner.company else None
+
+    def follow(self) -> None:
+        """Compute what rank 0 asks for, until it closes its engine. Raises `RequestError` if a rank is gone,
+        after which there is nothing more to do."""
+        if not self.rank:
+            raise RequestError("only ranks other than 0 can follow; this one takes requests")
+        assert self.runner.company is not None
+        self.runner.company.follow()
+
     def stats(self) -> Stats:
-        """A copy of the counters since the engine was loaded."""
+        """A copy of the counters since the engine was loaded. Rank 0 counts what all ranks' experts do."""
         return self.runner.stats()
+
+    def check_leads(self) -> None:
+        """Raises `RequestError` if the engine is closed, or is another rank's than 0."""
+        self.runner.check_open()
+        if self.rank:
+            raise RequestError(f"this is rank {self.rank}, and rank 0 takes requests; call follow here")
 
     @property
     def model(self) -> Mixtral:
-        """The network. A closed engine has none. Do not write to its weights: a CPU's may be memory that
-        cannot be written (see `EngineOptions.map`)."""
+        """The network, or this rank's part of it. A closed engine has none. Do not write to its weights: a
+        CPU's may be memory that cannot be written (see `EngineOptions.map`)."""
         return self.runner.model
 
     def close(self) -> None:

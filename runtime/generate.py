@@ -32,6 +32,7 @@ from runtime.shell.aside import check_writable, written_aside
 from runtime.shell.conversation import Conversation, show
 from runtime.shell.progress import byte_bar, download_bar, kernel_bar
 from runtime.shell.prompts import read_prompt
+from runtime.shell.ranks import end_when_lost, ending_together, follow, say_loaded, say_rank_plans
 from runtime.shell.reading import MessageReader
 from runtime.shell.talk import talk
 
@@ -57,10 +58,13 @@ def generate(argv: list[str] | None) -> None:
         options, params = from_flags(EngineOptions, args), from_flags(SamplingParams, args)
     except OptionError as error:
         parser.error(str(error))
-    if args.dry_run:
-        say_plan(args.model, options)
-    else:
-        serve(args, options, params)
+    with ending_together(options) as rank:
+        if args.dry_run:
+            say_plan(args.model, options)
+        elif rank:
+            follow(args.model, options)
+        else:
+            serve(args, options, params)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -104,6 +108,9 @@ def say_plan(model: str | None, options: EngineOptions) -> None:
     from runtime.hub.opening import open_headers
     from runtime.planning.planner import plan_checkpoint
 
+    if options.distributed:
+        say_rank_plans(model or DEMO, options)
+        return
     checkpoint = open_headers(model or DEMO)
     plan = plan_checkpoint(checkpoint, options)
     for line in f"{checkpoint.description}, in {plan.where}: {plan}".splitlines():
@@ -126,9 +133,9 @@ def serve(args: argparse.Namespace, options: EngineOptions, params: SamplingPara
             args.model, options, loading, compiling, partial(judge, args, params, prompt), downloading
         ) as engine,
     ):
+        end_when_lost(engine)
         if not args.quiet:
-            for line in f"{engine.plan.where}: {engine.plan}".splitlines():
-                say(line)
+            say_loaded(engine)
         with engine.recording(args.trace) if args.trace else nullcontext():
             if prompt is None:
                 talk(Conversation(engine, params, args.system, args.session), MessageReader())

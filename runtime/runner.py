@@ -4,7 +4,6 @@ Threads take turns with the model. A finalizer or signal handler that runs in th
 `stats`, `give_kv` and `close`, which wait for no turn.
 """
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from runtime.errors import RequestError
 from runtime.experts.cache import ExpertCache
 from runtime.gpu.decoder import make_decoder
 from runtime.options import EngineOptions, SamplingParams
+from runtime.passes import Company, Here, Pass, Passes
 from runtime.planning.memory import release
 from runtime.planning.plan import Plan
 from runtime.process.ambient import default_settings
@@ -59,6 +59,8 @@ class ModelRunner:
         self.config = model.config
         self.device, self.dtype = plan.device, plan.dtype
         self.decoder = make_decoder(model, cache, options.graphs)
+        self.passes: Passes = Here(model, self.decoder, self.device)
+        self.company: Company | None = None  # the other ranks, if there are any
         self.processors = usable_processors()
         self.counters = Stats()
         self.constraints = Constraints(self.config.vocab)
@@ -75,26 +77,55 @@ class ModelRunner:
     def decode(self, tokens: list[int], kvs: list[KVCache]) -> Tensor:
         """Add one token to each of N texts; return the logits after it, [N, V] float32. Call it inside
         `working`. Raises as `alone` does."""
-        if len(tokens) == 1:
-            return self.forward(tokens, kvs[0])[None]
-        return self.alone(partial(self.compute_each, tokens, kvs))
+        return self.finish(self.begin_each(tokens, kvs))
 
-    def compute_each(self, tokens: list[int], kvs: list[KVCache]) -> Tensor:
-        with torch.inference_mode():
-            rows = self.model.decode(torch.tensor(tokens, device=self.device), kvs).float()
-            return rows if self.unused is None else rows.masked_fill(self.unused, -torch.inf)
+    def begin(self, ids: list[int], kv: KVCache, past: int) -> Pass:
+        """Begin a pass whose logits are wanted after the last token (see `Passes.begin`). Raises as `alone`
+        does."""
+        return self.begun(lambda: self.passes.begin(ids, kv, past))
+
+    def begin_each(self, tokens: list[int], kvs: list[KVCache]) -> Pass:
+        """Begin a pass of one token for each of N texts. Raises as `alone` does."""
+        return self.begun(lambda: self.passes.begin_each(tokens, kvs))
+
+    def begun(self, begin: Callable[[], Pass]) -> Pass:
+        """With other ranks a pass begins now, and takes a turn for that. Otherwise there is nothing to do
+        before it is finished."""
+        return self.alone(begin) if self.company else lambda: begin()()
+
+    def finish(self, begun: Pass) -> Tensor:
+        """The logits of a pass, [N, V] float32. Raises as `alone` does."""
+
+        def work() -> Tensor:
+            with torch.inference_mode():
+                return self.usable(begun())
+
+        return self.alone(work)
 
     def compute(self, ids: list[int], kv: KVCache) -> Tensor:
         with torch.inference_mode():
-            if self.decoder is not None and len(ids) == 1:
-                row = self.decoder.step(ids[0], kv).clone()
-            else:
-                for start in range(0, len(ids), self.plan.chunk):
-                    self.check_open()
-                    chunk = torch.tensor([ids[start : start + self.plan.chunk]], device=self.device)
-                    logits = self.model(chunk, kv, last=True)  # [1, 1, V]
-                row = logits[0, 0].float()
-            return row if self.unused is None else row.masked_fill(self.unused, -torch.inf)
+            for logits in self.chunks(ids, kv):  # [1, V]
+                row = logits[0]
+            return self.usable(row)
+
+    def chunks(self, ids: list[int], kv: KVCache, last: bool = True) -> Iterator[Tensor]:
+        """Add `ids` to `kv` in the planned chunks, and yield what each pass gives (see `Passes.begin`). The
+        next ones are under way meanwhile."""
+        size, past = self.plan.chunk, kv.length
+        under_way: deque[Pass] = deque()
+        for start in range(0, len(ids), size):
+            self.check_open()
+            under_way.append(self.passes.begin(ids[start : start + size], kv, past + start, last))
+            if len(under_way) == self.passes.depth:
+                yield under_way.popleft()()
+        while under_way:
+            self.check_open()
+            yield under_way.popleft()()
+
+    def usable(self, logits: Tensor) -> Tensor:
+        """Logits [..., V] in float32, with minus infinity for ids that no token has."""
+        logits = logits.float()
+        return logits if self.unused is None else logits.masked_fill(self.unused, -torch.inf)
 
     def logits(self, ids: list[int]) -> Tensor:
         """The logits after each of `ids`, computed as a prompt is: [T, V] float32. Raises as `alone` does."""
@@ -106,13 +137,11 @@ class ModelRunner:
 
     def compute_all(self, ids: list[int], kv: KVCache) -> Tensor:
         with self.working(), torch.no_grad():
-            row = torch.tensor([ids], device=self.device)  # [1, T]
             shape = len(ids), self.config.vocab
             logits = torch.empty(shape, dtype=torch.float32, device=self.device)  # [T, V]
-            chunks = zip(row.split(self.plan.chunk, 1), logits.split(self.plan.chunk), strict=True)
-            for chunk, part in chunks:  # [1, t], [t, V]
-                self.check_open()
-                part.copy_(self.model(chunk, kv)[0])
+            parts = zip(logits.split(self.plan.chunk), self.chunks(ids, kv, last=False), strict=True)
+            for part, chunk in parts:  # [t, V] each
+                part.copy_(chunk)
             return logits
 
     def answer(self, ids: list[int], params: SamplingParams, decoder: StreamDecoder) -> Answer:
@@ -173,6 +202,10 @@ class ModelRunner:
         plan = self.plan
         return KVCache.allocate(self.config, 1, plan.context, self.dtype, self.device, plan.kv)
 
+    def copy_kv(self, source: KVCache, target: KVCache, length: int) -> None:
+        """Have `target` hold the first `length` tokens of `source`. Raises as `alone` does."""
+        self.alone(partial(self.passes.copy, source, target, length))
+
     def give_kv(self, kv: KVCache) -> None:
         """Keep a KV cache for the next session."""
         if len(self.idle_kvs) < self.plan.parallel:
@@ -182,7 +215,12 @@ class ModelRunner:
 
     def stats(self) -> Stats:
         """A copy of the counters, which may be taken in the middle of a forward."""
-        return self.counters + self.cache.count() if self.cache else dataclasses.replace(self.counters)
+        others = self.company.count() if self.company else Stats()
+        return self.counters + self.count_experts() + others
+
+    def count_experts(self) -> Stats:
+        """What this process's expert cache has counted."""
+        return self.cache.count() if self.cache else Stats()
 
     def count_prompt(self, computed: int, reused: int) -> None:
         with self.turns.lock:
@@ -203,11 +241,13 @@ class ModelRunner:
                 self.counters.decode_seconds += seconds
 
     def check_open(self) -> None:
-        """Raises `RequestError` if the engine is closed, if this process is a fork, or if a mapped file is no
-        longer what it was."""
+        """Raises `RequestError` if the engine is closed, if this process is a fork, if another rank is gone,
+        or if a mapped file is no longer what it was."""
         self.turns.check_process()
         if self.closed:
             raise RequestError("the engine is closed; load it again")
+        if self.company:
+            self.company.check()
         if self.files:
             try:
                 self.files.check()
@@ -240,8 +280,11 @@ class ModelRunner:
     def drop(self) -> None:
         self.idle_kvs.clear()
         self.decoder = None
-        self.__dict__.pop("model", None)
+        for name in ("model", "passes"):
+            self.__dict__.pop(name, None)
         if self.cache:
             self.cache.close()
         if self.files:
             self.files.close()
+        if self.company:
+            self.company.close()

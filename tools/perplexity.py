@@ -16,11 +16,11 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,12 @@ from runtime.engine import DEMO, Engine
 from runtime.errors import OptionError, RequestError
 from runtime.hub.opening import find_folder
 from runtime.options import EngineOptions
+from runtime.passes import Here, Pass, Passes
 from runtime.planning.plan import PREFILL_CHUNK
 from runtime.shell.arguments import MODEL_HELP, add_flags, from_flags, new_parser
 from runtime.shell.progress import byte_bar, download_bar, kernel_bar, progress
+from runtime.shell.ranks import end_when_lost, ending_together, follow
+from tools.windows import Piece, pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,38 +75,6 @@ class Score:
         return {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte} | dataclasses.asdict(self)
 
 
-def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Windows over a text of `tokens` ids, as (start, first, end). The model sees ids[start:end], up to
-    `window` of them, and its logits after ids[first:end] count. Each id but the very first is predicted once.
-
-    >>> list(windows(10, window=6, stride=3))
-    [(0, 0, 6), (3, 6, 9)]
-    >>> list(windows(10, window=4, stride=4))
-    [(0, 0, 4), (4, 4, 8), (8, 8, 9)]
-    """
-    if not 1 <= stride <= window:
-        raise ValueError(f"a stride of {stride} for a window of {window}")
-    inputs = tokens - 1  # nothing follows the last id
-    first = 0
-    for start in range(0, inputs, stride):
-        end = min(start + window, inputs)
-        yield start, first, end
-        if end == inputs:
-            return
-        first = end
-
-
-def chunks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut a range into as few pieces of up to `size` as possible, of about equal length. A last piece of one
-    token would go through the code for decoding, which rounds differently in low precision.
-
-    >>> list(chunks(0, 10, size=4)), list(chunks(5, 5, size=4))
-    ([(0, 3), (3, 6), (6, 10)], [])
-    """
-    count = -(-(end - start) // size)
-    return itertools.pairwise(start + (end - start) * n // max(count, 1) for n in range(count + 1))
-
-
 @torch.inference_mode()
 def negative_log_likelihood(
     model: Mixtral,
@@ -113,32 +84,47 @@ def negative_log_likelihood(
     chunk: int = PREFILL_CHUNK,
     progress: Callable[[int], object] | None = None,
     kv_bits: int = 16,
+    passes: Passes | None = None,
 ) -> float:
     """The sum over ids[1:] of -ln p(id | ids before it), in nats, with up to `window` tokens in view.
 
     Windows start `stride` tokens apart. Each counts only the tokens that the one before did not reach, so all
     but those of the first have more than `window - stride` tokens in view. Tokens go through the model
     `chunk` at a time, so no more than [chunk, V] logits exist at once. `progress` is called with each number
-    of predicted ids. Keys and values are kept in `kv_bits`. Raises `RequestError` if a logit is not finite.
+    of predicted ids. Keys and values are kept in `kv_bits`. `passes` computes instead of `model` alone.
+    Raises `RequestError` if a logit is not finite.
     """
-    kv = KVCache.allocate(model.config, 1, min(window, len(ids)), model.dtype, model.device, kv_bits)
-    text = torch.tensor(ids, device=model.device)
-    total = 0.0
-    for start, first, end in windows(len(ids), window, stride):
-        kv.truncate(0)
-        for a, b in chunks(start, first, chunk):
-            model(text[None, a:b], kv, last=True)  # seen but not scored, so their logits are not needed
-        for a, b in chunks(first, end, chunk):
-            logits = model(text[None, a:b], kv)[0].float()  # [b - a, V]
-            nats = F.cross_entropy(logits, text[a + 1 : b + 1], reduction="none")  # [b - a]
-            total += nats.double().sum().item()
-            if not math.isfinite(total):
-                raise RequestError(
-                    f"logits after tokens {a} to {b - 1} are not finite; compute with --dtype float32, "
-                    "and if that does not help, the checkpoint is damaged"
-                )
-            if progress:
-                progress(b - a)
+    device = model.device
+    kv = KVCache.allocate(model.config, 1, min(window, len(ids)), model.dtype, device, kv_bits)
+    passes = passes or Here(model, None, device)
+    text = torch.tensor(ids, device=device)
+    total, under_way = 0.0, deque[tuple[Piece, Pass]]()
+
+    def finish() -> None:
+        nonlocal total
+        piece, finished = under_way.popleft()
+        logits = finished().float()  # [b - a, V]
+        if not piece.scored:
+            return
+        a, b = piece.begin, piece.end
+        nats = F.cross_entropy(logits, text[a + 1 : b + 1], reduction="none")  # [b - a]
+        total += nats.double().sum().item()
+        if not math.isfinite(total):
+            raise RequestError(
+                f"logits after tokens {a} to {b - 1} are not finite; compute with --dtype float32, "
+                "and if that does not help, the checkpoint is damaged"
+            )
+        if progress:
+            progress(b - a)
+
+    for piece in pieces(len(ids), window, stride, chunk):
+        past = piece.begin - piece.start
+        begun = passes.begin(ids[piece.begin : piece.end], kv, past, last=not piece.scored)
+        under_way.append((piece, begun))
+        if len(under_way) == passes.depth:
+            finish()
+    while under_way:
+        finish()
     return total
 
 
@@ -161,7 +147,14 @@ def score(
     with engine.runner.working():
         nats = engine.runner.alone(
             lambda: negative_log_likelihood(
-                engine.model, ids, window, stride, progress=progress, kv_bits=engine.plan.kv
+                engine.model,
+                ids,
+                window,
+                stride,
+                PREFILL_CHUNK,
+                progress,
+                engine.plan.kv,
+                engine.runner.passes,
             )
         )
     return Score(nats, len(ids) - 1, len(text.encode()), time.perf_counter() - began)
@@ -193,8 +186,12 @@ def measure(argv: list[str] | None) -> None:
         check_window(args.window, args.stride, options.context)
     except OptionError as error:
         parser.error(str(error))
-    report = make_report(args, options)
-    put((json.dumps(report, indent=2) if args.json else as_text(report)) + "\n")
+    with ending_together(options) as rank:
+        if rank:
+            follow(str(args.model), dataclasses.replace(options, context=options.context or args.window))
+            return
+        report = make_report(args, options)
+        put((json.dumps(report, indent=2) if args.json else as_text(report)) + "\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -244,6 +241,7 @@ def make_report(args: argparse.Namespace, options: EngineOptions) -> dict[str, A
     if options.context is None:
         options = dataclasses.replace(options, context=args.window)
     with Engine.load(args.model, options, byte_bar, kernel_bar) as engine:
+        end_when_lost(engine)
         window = args.window or engine.plan.context
         stride = args.stride or window // 2
         check_window(window, stride, None)

@@ -11,6 +11,7 @@ is served, to the bit where a CPU's kernels compute it.
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from runtime.batching.scheduler import Scheduler
 from runtime.batching.texts import Text, Texts
 from runtime.errors import RequestError
 from runtime.options import SamplingParams
+from runtime.passes import Pass
 from runtime.requests import check_ids
 from runtime.runner import ModelRunner
 from tokenizer import StreamDecoder
@@ -45,15 +47,28 @@ class Request:
     text: Text | None = None  # None until its prompt's first chunk is due
     reused: int = 0  # tokens of the prompt that a KV cache held
     token: int = -1  # the last one, which is not in the KV cache yet
+    begun: int = 0  # tokens of the prompt that are computed or in a turn
+    turns: int = 0  # that it is part of, and that are under way
+    over: bool = False  # it has ended or was given up, and leaves when its turns are over
     seconds: float = field(default=0.0, repr=False)  # that its prompt took
 
     @property
     def left(self) -> int:
-        """How many tokens of the prompt have still to be computed."""
-        return len(self.work.ids) - (len(self.text.ids) if self.text else 0)
+        """How many tokens of the prompt are in no turn yet."""
+        return 0 if self.over else len(self.work.ids) - self.begun
 
 
 Result = tuple[Request, Token | RequestError]
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A pass under way: a `chunk` of one request's prompt, or else the next token of each request."""
+
+    requests: list[Request]
+    ids: list[int]
+    chunk: bool
+    begun: Pass
 
 
 class Batch:
@@ -62,8 +77,11 @@ class Batch:
     def __init__(self, runner: ModelRunner, queue: int = 64) -> None:
         """As many requests are served at once as the plan has KV caches, and `queue` more may wait."""
         self.runner, self.chunk = runner, runner.plan.chunk
-        self.scheduler: Scheduler[Request] = Scheduler(runner.plan.parallel, queue, lambda r: r.left)
-        self.texts = Texts(runner.plan.parallel, runner.take_kv)
+        self.turns: deque[Turn] = deque()  # under way, the oldest first
+        self.scheduler: Scheduler[Request] = Scheduler(
+            runner.plan.parallel, queue, lambda request: request.left, runner.passes.depth
+        )
+        self.texts = Texts(runner.plan.parallel, runner.take_kv, runner.copy_kv)
 
     @property
     def caveats(self) -> list[str]:
@@ -90,65 +108,110 @@ class Batch:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Give a request up, if it has not ended. Its place is free from the next step on."""
-        self.scheduler.remove(request)
-        if request.text is not None:
-            request.text.busy = False
-            request.text = None
+        """Give a request up, if it has not ended. Its place is free from the next step on, or over several
+        ranks when the passes are over that it is part of."""
+        request.over = True
+        if not request.turns:
+            self.scheduler.remove(request)
+            if request.text is not None:
+                request.text.busy = False
+                request.text = None
 
     def step(self) -> list[Result]:
-        """Compute a chunk of one prompt, or one more token for all texts. Returns what came of it. A request
-        has ended after its last token, whose `finish` is set, or after an error."""
-        self.scheduler.admit()
-        if not self.scheduler.served:
-            return []
-        if self.scheduler.next_is_prompt():
-            results = self.compute_chunk(self.scheduler.next_prompt())
-        else:
-            results = self.write(list(self.scheduler.writing))
+        """Compute a chunk of one prompt, or one more token for several texts. Returns what came of it. A
+        request has ended after its last token, whose `finish` is set, or after an error."""
+        results = self.begin_turns()
+        if self.turns:
+            turn = self.turns[0]
+            if not all(request.over for request in turn.requests):
+                results += self.finish_chunk(turn) if turn.chunk else self.write(turn)
+            self.turns.popleft()  # only now, so that an interrupted step can be done again
+            for request in turn.requests:
+                request.turns -= 1
+                if request.over:
+                    self.cancel(request)
+            self.scheduler.come_back(turn.requests)
         for request, result in results:
             if isinstance(result, RequestError) or result.finish:
                 self.cancel(request)
         return results
 
-    def compute_chunk(self, request: Request) -> list[Result]:
-        """The next chunk of a prompt. The last one gives the first token."""
-        runner, ids, began = self.runner, request.work.ids, time.perf_counter()
+    def begin_turns(self) -> list[Result]:
+        """Begin as many turns as are useful. Returns errors of those that could not be begun."""
+        self.scheduler.admit()
+        results: list[Result] = []
+        while len(self.turns) < self.runner.passes.depth:
+            prompt, group = self.scheduler.next_turn()
+            if prompt is None and not group:
+                break
+            requests = group if prompt is None else [prompt]
+            try:
+                with self.runner.working():
+                    turn = self.begin_each(group) if prompt is None else self.begin_chunk(prompt)
+            except BaseException as error:
+                self.scheduler.come_back(requests)
+                if not isinstance(error, RequestError):
+                    raise
+                results += [(request, error) for request in requests]
+                break
+            self.turns.append(turn)
+            for request in requests:
+                request.turns += 1
+        return results
+
+    def begin_chunk(self, request: Request) -> Turn:
+        """The next chunk of a prompt."""
+        ids = request.work.ids
+        if request.text is None:
+            request.text = self.texts.take(ids, request.work.reuse)
+            request.reused = request.begun = len(request.text.ids)
+        start = request.begun
+        chunk = ids[start : start + self.chunk]
+        begun = self.runner.begin(chunk, request.text.kv, start)
+        request.begun += len(chunk)
+        return Turn([request], chunk, True, begun)
+
+    def begin_each(self, requests: list[Request]) -> Turn:
+        """The next token of each text, in one forward."""
+        texts = [request.text for request in requests if request.text is not None]
+        for text in texts:
+            text.cut(len(text.ids))  # an interrupt can have left tokens in the KV cache that no one knows of
+        tokens = [request.token for request in requests]
+        return Turn(requests, tokens, False, self.runner.begin_each(tokens, [text.kv for text in texts]))
+
+    def finish_chunk(self, turn: Turn) -> list[Result]:
+        """The last chunk of a prompt gives the first token."""
+        runner, (request,), began = self.runner, turn.requests, time.perf_counter()
+        assert request.text is not None
         try:
             with runner.working():
-                if request.text is None:
-                    request.text = self.texts.take(ids, request.work.reuse)
-                    request.reused = len(request.text.ids)
-                text, start = request.text, len(request.text.ids)
-                text.cut(start)  # an interrupt can have left tokens in the KV cache that no one knows of
-                chunk = ids[start : start + self.chunk]
-                logits = runner.forward(chunk, text.kv)
-                text.ids += chunk
-                if request.left:
+                logits = runner.finish(turn.begun)[0]  # [V]
+                request.text.ids += turn.ids
+                if len(request.text.ids) < len(request.work.ids):
                     request.seconds += time.perf_counter() - began
                     return []
                 token = self.take(request, logits)
         except RequestError as error:
             return [(request, error)]
-        runner.count_prompt(len(ids) - request.reused, request.reused)
+        runner.count_prompt(len(request.work.ids) - request.reused, request.reused)
         runner.count_tokens(1, request.seconds + time.perf_counter() - began, first=True)
         self.scheduler.begin_writing(request)
         return [(request, token)]
 
-    def write(self, requests: list[Request]) -> list[Result]:
-        """The next token of each text, in one forward."""
+    def write(self, turn: Turn) -> list[Result]:
+        """The next token of each text that is still wanted."""
         runner, began, results = self.runner, time.perf_counter(), list[Result]()
-        texts = [request.text for request in requests if request.text is not None]
-        for text in texts:
-            text.cut(len(text.ids))
+        wanted = [request for request in turn.requests if not request.over]
         try:
             with runner.working():
-                rows = runner.decode([r.token for r in requests], [text.kv for text in texts])
-                for request, text, row in zip(requests, texts, rows, strict=True):
-                    text.ids.append(request.token)
-                    results.append((request, self.settle(request, row)))
+                rows = runner.finish(turn.begun)  # [N, V]
+                for request, token, row in zip(turn.requests, turn.ids, rows, strict=True):
+                    assert request.text is not None
+                    request.text.ids.append(token)
+                    if not request.over:
+                        results.append((request, self.settle(request, row)))
         except RequestError as error:  # of the forward, which was for all of them
-            return [(request, error) for request in requests]
+            return [(request, error) for request in wanted]
         runner.count_tokens(len(results), time.perf_counter() - began)
         return results
 
@@ -167,15 +230,18 @@ class Batch:
     def give_up(self) -> list[Request]:
         """Give up all requests that are being served, and return them: what a step leaves that failed as none
         should. What KV caches hold is still known."""
-        served = [*self.scheduler.prompts, *self.scheduler.writing]
+        scheduler = self.scheduler
+        served = [*scheduler.prompts, *scheduler.writing, *scheduler.away]
+        self.turns.clear()
         for request in served:
+            request.turns = 0
             self.cancel(request)
         return served
 
     def close(self) -> None:
         """Give up all requests, and give the KV caches back to the engine."""
-        scheduler = self.scheduler
-        for request in (*scheduler.waiting, *scheduler.prompts, *scheduler.writing):
+        self.give_up()
+        for request in list(self.scheduler.waiting):
             self.cancel(request)
         while self.texts.all:
             self.runner.give_kv(self.texts.all.pop().kv)

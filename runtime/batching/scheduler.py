@@ -3,10 +3,13 @@
 Plain Python, which knows nothing of models. A batch asks it for one turn after the other. A turn is a chunk
 of one prompt, or one more token for all texts that are being written. If there is work of both kinds they
 alternate, so a text waits for at most one chunk between two of its tokens.
+
+Several turns may be under way at once. A text takes part in one of them, because its next token follows from
+the last. So if there are no prompts, the texts take turns in as many groups as turns can be under way.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 from runtime.errors import RequestError
@@ -27,27 +30,28 @@ class Scheduler(Generic[Item]):
     ...     scheduler.add(name)
     >>> scheduler.admit()
     ['long', 'short']
-    >>> scheduler.next_prompt(), scheduler.next_prompt()  # the one with the least left, and the oldest
-    ('short', 'long')
+    >>> scheduler.next_turn(), scheduler.next_turn()  # the one with the least left, and the oldest
+    (('short', []), ('long', []))
     >>> scheduler.add("one too many")
     Traceback (most recent call last):
     runtime.batching.scheduler.QueueFull: 2 requests are being served and 1 waits, as many as may; try again later
     """  # noqa: E501
 
-    def __init__(self, places: int, queue: int, left: Callable[[Item], int]) -> None:
+    def __init__(self, places: int, queue: int, left: Callable[[Item], int], groups: int = 1) -> None:
         """`places` requests are served at once, and `queue` more may wait. `left` says how many tokens of an
-        item's prompt have still to be computed."""
-        self.places, self.queue, self.left = places, queue, left
+        item's prompt are in no turn yet. Texts are written in up to so many `groups`."""
+        self.places, self.queue, self.left, self.groups = places, queue, left, groups
         self.waiting: deque[Item] = deque()
         self.prompts: list[Item] = []  # the oldest first
-        self.writing: list[Item] = []
+        self.writing: list[Item] = []  # without those in a turn
+        self.away: list[Item] = []  # texts in a turn that is under way
         self.prompt_turn = False  # the last turn was a prompt's
         self.oldest_turn = True  # the last prompt's turn was the oldest one's
 
     @property
     def served(self) -> int:
         """How many requests have a place."""
-        return len(self.prompts) + len(self.writing)
+        return len(self.prompts) + len(self.writing) + len(self.away)
 
     def add(self, item: Item) -> None:
         """Let a request wait for a place. Raises `QueueFull` if there are too many already."""
@@ -66,7 +70,7 @@ class Scheduler(Generic[Item]):
 
     def remove(self, item: Item) -> None:
         """A request has ended or was given up, wherever it is."""
-        for items in (self.waiting, self.prompts, self.writing):
+        for items in (self.waiting, self.prompts, self.writing, self.away):
             if item in items:
                 items.remove(item)
 
@@ -75,17 +79,32 @@ class Scheduler(Generic[Item]):
         self.prompts.remove(item)
         self.writing.append(item)
 
-    def next_is_prompt(self) -> bool:
-        """Whether the next turn is a prompt's. Call it once a turn, while there is work."""
-        self.prompt_turn = bool(self.prompts) and not (self.writing and self.prompt_turn)
-        return self.prompt_turn
+    def come_back(self, items: Iterable[Item]) -> None:
+        """The turn of these texts is over."""
+        for item in items:
+            if item in self.away:
+                self.away.remove(item)
+                self.writing.append(item)
 
-    def next_prompt(self) -> Item:
+    def next_turn(self) -> tuple[Item | None, list[Item]]:
+        """A prompt whose next chunk is to be computed, or texts that get one more token; neither if there is
+        nothing to do before a turn under way is over."""
+        due = [item for item in self.prompts if self.left(item)]
+        self.prompt_turn = bool(due) and not (self.writing and self.prompt_turn)
+        if self.prompt_turn:
+            return self.next_prompt(due), []
+        # With a prompt's chunk between any two turns, groups would wait for several chunks.
+        size = len(self.writing) if due else -(-(len(self.writing) + len(self.away)) // self.groups)
+        group, self.writing = self.writing[:size], self.writing[size:]
+        self.away += group
+        return None, group
+
+    def next_prompt(self, due: Sequence[Item]) -> Item:
         """The prompt whose turn it is. Every second turn is that of the one with the least left, so a short
         prompt does not wait for long ones. The others are the oldest one's, so a long one does not wait for
         ever."""
         self.oldest_turn = not self.oldest_turn
-        return self.prompts[0] if self.oldest_turn else min(self.prompts, key=self.left)
+        return due[0] if self.oldest_turn else min(due, key=self.left)
 
 
 def full(served: int, waiting: int) -> QueueFull:

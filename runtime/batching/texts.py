@@ -24,8 +24,14 @@ class Text:
 class Texts:
     """Up to `places` texts. Each is made when it is first needed."""
 
-    def __init__(self, places: int, make: Callable[[], KVCache]) -> None:
-        self.places, self.make = places, make
+    def __init__(
+        self,
+        places: int,
+        make: Callable[[], KVCache],
+        copy: Callable[[KVCache, KVCache, int], None] = lambda source, target, n: target.copy_from(source, n),
+    ) -> None:
+        """`copy(source, target, length)` has a KV cache hold the beginning of another."""
+        self.places, self.make, self.copy = places, make, copy
         self.all: list[Text] = []
         self.clock = 0
 
@@ -45,7 +51,7 @@ class Texts:
             text = self.oldest(best)
             text.cut(0)
             if best is not None and best is not text:
-                text.kv.copy_from(best.kv, length)
+                self.copy(best.kv, text.kv, length)
                 text.ids = list(ids[:length])
         text.cut(length)
         text.busy, text.used = True, self.clock

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from runtime.errors import OptionError
 from runtime.options import EngineOptions
 from runtime.shell.arguments import MODEL_HELP, add_flags, from_flags, group, new_parser
-from runtime.shell.command import run, say
+from runtime.shell.command import run
 from runtime.shell.progress import byte_bar, download_bar, kernel_bar
+from runtime.shell.ranks import end_when_lost, ending_together, follow, say_loaded
 
 if TYPE_CHECKING:
     pass
@@ -42,6 +43,14 @@ def serve(argv: list[str] | None) -> None:
         parser.error(str(error))
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise OptionError(f"serving needs {', '.join(missing)}; pip install 'mixtral-runtime[serve]'")
+    with ending_together(options) as rank:
+        if rank:
+            follow(args.model, options)
+        else:
+            serve_requests(args, options)
+
+
+def serve_requests(args: argparse.Namespace, options: EngineOptions) -> None:
     from runtime.engine import Engine
     from runtime.serve.address import bind, check_exposed
     from runtime.serve.guard import Keys
@@ -53,9 +62,9 @@ def serve(argv: list[str] | None) -> None:
         bars = (None, None, None) if args.quiet else (byte_bar, kernel_bar, download_bar)
         loading, compiling, downloading = bars
         with Engine.load(args.model, options, loading, compiling, None, downloading) as engine:
+            end_when_lost(engine)
             if not args.quiet:
-                for line in f"{engine.plan.where}: {engine.plan}".splitlines():
-                    say(line)
+                say_loaded(engine)
             setting = Setting(named(args), keys, args.origin, args.queue, args.grace, args.quiet)
             keep_serving(engine, listening, setting)
 

@@ -46,11 +46,12 @@ def talk(conversation: Conversation, reader: Reader) -> None:
                 break
             conversation.keep()
         except KeyboardInterrupt:
-            if hinted:
+            if hinted or conversation.engine.distributed:  # it ends all ranks
                 raise
             hinted = True
             say("Ctrl-C once more ends the program, and so does Ctrl-D")
         except (MixtralError, OSError) as error:
+            conversation.engine.check_ranks()
             say(f"error: {reason(error)}")
     conversation.keep()
 
@@ -89,6 +90,8 @@ def answer(conversation: Conversation, work: Callable[[], None]) -> None:
         with restore_interrupts():
             work()
     except KeyboardInterrupt:
+        if conversation.engine.distributed:
+            raise
         put("\n")
         begun = conversation.last is not last
         say("the answer was ended" + ("" if begun else " before it began; the conversation is as it was"))

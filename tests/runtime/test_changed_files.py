@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from runtime import Engine, RequestError, SamplingParams
+from runtime.passes import Pass
 from tests.quantized import quantize_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +24,7 @@ GREEDY = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
 CUTTING = """
 import os, sys
 from pathlib import Path
+from typing import Any
 from model.mixtral import Mixtral
 from runtime.shell.command import launch
 
@@ -87,13 +89,13 @@ def test_a_file_that_changes_between_tokens_or_in_a_forward(
     engine = load(folder)
     tokens = engine.generate(IDS, GREEDY)
     next(tokens)
-    compute = engine.runner.compute
+    begin = engine.runner.passes.begin_each
 
-    def changing(ids: list[int], kv: object) -> Tensor:
+    def changing(*arguments: Any) -> Pass:
         change_bytes(max(folder.glob("*.safetensors")))
-        return compute(ids, kv)
+        return begin(*arguments)
 
-    monkeypatch.setattr(engine.runner, "compute", changing)
+    monkeypatch.setattr(engine.runner.passes, "begin_each", changing)
     with pytest.raises(RequestError, match="was written to"):
         next(tokens)
 

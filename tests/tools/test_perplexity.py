@@ -20,7 +20,8 @@ from model.mixtral import Mixtral
 from runtime import Engine, EngineOptions, RequestError
 from runtime.engine import DEMO
 from tools import perplexity
-from tools.perplexity import chunks, negative_log_likelihood, read_text, windows
+from tools.perplexity import negative_log_likelihood, read_text
+from tools.windows import chunks, windows
 
 CONTEXT = 48
 TEXT = "def mean(values):\n    return sum(values) / len(values)  # naïve\n" * 30

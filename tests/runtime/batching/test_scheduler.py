@@ -43,8 +43,8 @@ def test_random_traffic(seed: int) -> None:
             if made == 60:
                 break
             continue
-        if scheduler.next_is_prompt():
-            job = scheduler.next_prompt()
+        job, group = scheduler.next_turn()
+        if job:
             for other in scheduler.prompts:
                 other.waited += 1
             job.left, job.waited = job.left - 1, 0
@@ -55,8 +55,10 @@ def test_random_traffic(seed: int) -> None:
             if not job.left:
                 scheduler.begin_writing(job)
         else:
-            assert scheduler.writing
-            for job in list(scheduler.writing):
+            assert group and not scheduler.writing
+            scheduler.come_back(group)
+            assert scheduler.writing == group
+            for job in group:
                 job.tokens, job.turns = job.tokens - 1, 0
                 if not job.tokens:
                     scheduler.remove(job)
@@ -65,13 +67,56 @@ def test_random_traffic(seed: int) -> None:
     assert order == sorted(order)  # places go to those that have waited longest
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_several_turns_under_way(seed: int) -> None:
+    """A text is in one turn at a time, and waits for at most one chunk between two of its tokens. Without
+    prompts, no group is larger than an even share."""
+    r = random.Random(seed)
+    depth, places = r.randint(2, 4), r.randint(1, 9)
+    scheduler: Scheduler[Job] = Scheduler(places, 99, lambda job: job.left, depth)
+    turns: list[tuple[Job | None, list[Job]]] = []
+    for name in range(30):
+        scheduler.add(Job(name, r.randint(1, 9), r.randint(1, 6)))
+    ended: list[Job] = []
+    while scheduler.served or scheduler.waiting:
+        scheduler.admit()
+        while len(turns) < depth:
+            due = [job for job in scheduler.prompts if job.left]
+            prompt, group = scheduler.next_turn()
+            if prompt is None and not group:
+                break
+            assert not any(job in other for job in group for _, other in turns)
+            if prompt is None:
+                texts = len(group) + len(scheduler.writing) + len(scheduler.away) - len(group)
+                assert len(group) <= (texts if due else -(-texts // depth)) and len(set(group)) == len(group)
+                for job in group:
+                    assert job.turns <= 1
+                    job.turns = 0
+            else:
+                prompt.left -= 1
+                for job in scheduler.writing:
+                    job.turns += 1
+            turns.append((prompt, group))
+        assert turns, "there is always something to do"
+        prompt, group = turns.pop(0)
+        if prompt is not None and not prompt.left and not any(prompt is other for other, _ in turns):
+            scheduler.begin_writing(prompt)
+        scheduler.come_back(group)
+        for job in group:
+            job.tokens -= 1
+            if not job.tokens:
+                scheduler.remove(job)
+                ended.append(job)
+    assert len(ended) == 30 and not scheduler.away
+
+
 def test_a_short_prompt_does_not_wait_for_long_ones() -> None:
     scheduler: Scheduler[Job] = Scheduler(4, 0, lambda job: job.left)
     jobs = [Job(0, 50, 1), Job(1, 40, 1), Job(2, 30, 1), Job(3, 1, 1)]
     for job in jobs:
         scheduler.add(job)
     scheduler.admit()
-    assert jobs[3] in (scheduler.next_prompt(), scheduler.next_prompt())
+    assert jobs[3] in (scheduler.next_turn()[0], scheduler.next_turn()[0])
 
 
 def test_a_long_prompt_does_not_wait_for_ever() -> None:
@@ -82,7 +127,8 @@ def test_a_long_prompt_does_not_wait_for_ever() -> None:
         if scheduler.served + len(scheduler.waiting) < 2:
             scheduler.add(Job(1, 1, 1))  # short ones keep coming
         scheduler.admit()
-        job = scheduler.next_prompt()
+        job, _ = scheduler.next_turn()
+        assert job
         job.left -= 1
         turns += 1
         if not job.left:

@@ -170,7 +170,7 @@ def test_the_service_outlives_whatever_fails(engine: Engine, error: BaseExceptio
         return collect(results)
 
     with Service(engine) as service:
-        for place, name in ((service.batch.texts, "make"), (engine.runner, "forward")):
+        for place, name in ((service.batch.texts, "make"), (engine.runner, "finish")):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(place, name, fail)
                 (failed,) = served()

@@ -1,0 +1,57 @@
+"""One rank's place among all: what an engine has of the others."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from runtime.errors import RequestError
+from runtime.planning.rank_plans import RankPlans
+from runtime.ranks.follower import Follower
+from runtime.ranks.meeting import Meeting
+from runtime.ranks.pipeline import Pipeline
+from runtime.ranks.ring import Ring
+from runtime.stats import Stats
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The `Company` of a rank. `role` is what it does for the others."""
+
+    meeting: Meeting
+    ring: Ring
+    plans: RankPlans
+    role: Pipeline | Follower
+
+    @property
+    def rank(self) -> int:
+        return self.meeting.rank
+
+    def follow(self) -> None:
+        """Do what rank 0 asks for, until it ends. Raises `Lost` if a rank is gone."""
+        assert isinstance(self.role, Follower)
+        self.role.follow()
+
+    def on_loss(self, tell: Callable[[str], None]) -> None:
+        """Have `tell` called from another thread, with the reason, once a rank is gone."""
+        watch = self.meeting.watch
+        watch.on_loss(lambda: tell(watch.cause or "a rank is gone"))
+
+    def count(self) -> Stats:
+        """What the other ranks' experts have counted, as far as rank 0 has heard."""
+        return self.role.counted if isinstance(self.role, Pipeline) else Stats()
+
+    def check(self) -> None:
+        """Raises `Lost` if another rank is gone."""
+        self.meeting.watch.check()
+
+    def close(self) -> None:
+        """Rank 0 tells the others that there is nothing more to do. Another rank that leaves before it was
+        told so ends the others' requests."""
+        with suppress(RequestError):  # they are gone already
+            self.check()
+            if isinstance(self.role, Pipeline):
+                self.role.close()
+            elif not self.role.ended:
+                self.meeting.fail("its engine was closed")
+        self.ring.close()
+        self.meeting.close()
