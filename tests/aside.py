@@ -27,6 +27,7 @@ PLACES = (
     "tests/model/kernels/test_matrices.py",
     "tests/model/kernels/test_step.py",
     "tests/model/test_step.py",
+    "tests/dev",
     "tests/tokenizer",
     "tests/tools",
 )

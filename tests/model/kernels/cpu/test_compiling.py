@@ -41,16 +41,29 @@ def compile_in(folder: Path, program: str = PROGRAM, **environment: str) -> int:
     return int(done.stdout)
 
 
-def test_each_kernel_is_compiled_once(tmp_path: Path) -> None:
-    assert compile_in(tmp_path) > 0
-    kept = {path.name for path in tmp_path.rglob("*.nbc")}
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that was empty before."""
+    folder = tmp_path_factory.mktemp("filled")
+    assert compile_in(folder) > 0
+    return folder
+
+
+@pytest.fixture
+def cache(filled: Path, tmp_path: Path) -> Path:
+    """The same, for a test that spoils it."""
+    return shutil.copytree(filled, tmp_path / "cache")
+
+
+def test_each_kernel_is_compiled_once(cache: Path) -> None:
+    kept = {path.name for path in cache.rglob("*.nbc")}
     assert len(kept) == 4, "two kernels, and a grid with and without threads"
-    assert compile_in(tmp_path) == 0
+    assert compile_in(cache) == 0
     changed = PROGRAM.replace(
         "from model.kernels.cpu.rounding",
         "compiling.version = lambda: 7\n" + "from model.kernels.cpu.rounding",
     )
-    assert compile_in(tmp_path, changed) > 0, "another version of the kernels' code"
+    assert compile_in(cache, changed) > 0, "another version of the kernels' code"
 
 
 ONE_FORMAT = """
@@ -81,21 +94,19 @@ def test_processes_that_compile_at_the_same_time_do_not_mix_up_their_kernels(tmp
 
 
 @pytest.mark.parametrize(("extension", "length"), [("nbi", 0), ("nbc", 100)])
-def test_a_damaged_cache_is_written_again(tmp_path: Path, extension: str, length: int) -> None:
+def test_a_damaged_cache_is_written_again(cache: Path, extension: str, length: int) -> None:
     """As after a power failure."""
-    compile_in(tmp_path)
-    for file in tmp_path.rglob(f"*.{extension}"):
+    for file in cache.rglob(f"*.{extension}"):
         os.truncate(file, length)
-    assert compile_in(tmp_path) > 0
-    assert compile_in(tmp_path) == 0, "it is whole again"
+    assert compile_in(cache) > 0
+    assert compile_in(cache) == 0, "it is whole again"
 
 
-def test_a_cache_that_cannot_be_read_or_written_does_no_harm(tmp_path: Path) -> None:
-    compile_in(tmp_path)
-    for file in [*tmp_path.rglob("*.nbi")]:
+def test_a_cache_that_cannot_be_read_or_written_does_no_harm(cache: Path) -> None:
+    for file in [*cache.rglob("*.nbi")]:
         file.unlink()
         file.mkdir()
-    assert compile_in(tmp_path) > 0
+    assert compile_in(cache) > 0
 
 
 def reason(**environment: str) -> str:

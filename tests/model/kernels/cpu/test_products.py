@@ -1,6 +1,7 @@
 """Products of a CPU with quantized matrices, against NumPy's and against the dequantized matrix."""
 
 import copy
+import hashlib
 import itertools
 import os
 import pickle
@@ -261,41 +262,34 @@ def test_sums_do_not_saturate(extreme: int) -> None:
             torch.testing.assert_close(products.multiply(x, packed(matrix)), want, rtol=1e-6, atol=0)
 
 
-PROGRAM = """
-import hashlib
-import torch
-from model.kernels.cpu import compiling, products
-from model.quant.spec import QuantSpec
-from tests.model.kernels.cpu.rounded_reference import random_matrix
-bits = []
-for spec in (QuantSpec(8), QuantSpec(3, 16)):
-    matrix = random_matrix(spec, (32, 256))
-    packed = products.PackedMatrix(spec, matrix.shape, matrix.streams())
-    x = torch.randn(11, 256, generator=torch.Generator().manual_seed(0))
-    bits += [products.multiply(x, packed), products.gate_up(x, packed)]
-digest = hashlib.sha256(torch.cat([b.flatten() for b in bits]).numpy().tobytes())
-print(compiling.processor().name, digest.hexdigest())
-"""
+def some_bits() -> tuple[str, str]:
+    """The processor's way, and a digest of some products."""
+    x, bits = torch.randn(11, 256, generator=torch.Generator().manual_seed(0)), []
+    for product, spec in ((products.multiply, QuantSpec(8)), (products.gate_up, QuantSpec(3, 16))):
+        bits.append(product(x, packed(random_matrix(spec, (32, 256)))))
+    digest = hashlib.sha256(torch.cat([b.flatten() for b in bits]).numpy().tobytes())
+    return compiling.processor().name, digest.hexdigest()
 
 
-def run(**environment: str) -> list[str]:
+def some_bits_with(**environment: str) -> tuple[str, ...]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", f"from {__name__} import some_bits; print(*some_bits())"],
         env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return tuple(done.stdout.split())
 
 
 @pytest.mark.skipif(compiling.processor() == Way.GENERIC, reason="there are no features to mask")
 def test_processors_with_fewer_features_compute_the_same_bits() -> None:
     """LLVM is told of fewer features than there are, and then has to do without them everywhere."""
-    here = run()
-    older = run(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+avx,+avx2,+fma,+sse4.2,+bmi,+bmi2")
-    oldest = run(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
+    here = some_bits()
+    features = "+avx,+avx2,+fma,+sse4.2,+bmi,+bmi2"
+    older = some_bits_with(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES=features)
+    oldest = some_bits_with(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
     assert (here[0], older[0], oldest[0]) == (compiling.processor().name, "AVX2", "GENERIC")
     assert here[1] == older[1] == oldest[1]
 
