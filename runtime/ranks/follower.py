@@ -58,7 +58,7 @@ class Follower:
             [self.text(*text) for text in order.texts],
         )
         with torch.inference_mode():
-            if order.kind is Kind.ROWS and decoder is not None and len(rows) == 1:
+            if order.kind is Kind.STEP and decoder is not None:
                 return decoder.step(int(rows) if model.embeds else rows, kvs[0]).clone()
             if model.embeds:
                 x = model.embed(rows[:, 0].to(model.device))

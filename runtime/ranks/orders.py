@@ -25,11 +25,12 @@ class Kind(IntEnum):
     """What an order is about, and which rows come with it."""
 
     ROWS = 1  # more tokens of one text: ids [T, 1] at first, then hidden states [T, D]
-    EACH = 2  # one more token of each of several texts: ids [N, 1] at first, then hidden states [N, D]
-    COPY = 3  # the first text becomes the beginning of the second one, of that length
-    FORGET = 4  # the texts' KV caches are not needed any more
-    FAILED = 5  # a rank could not do it: its line, [characters, 1]
-    END = 6  # there is nothing more to do
+    STEP = 2  # one more token of one text, whose logits are wanted: the same, with one row
+    EACH = 3  # one more token of each of several texts: ids [N, 1] at first, then hidden states [N, D]
+    COPY = 4  # the first text becomes the beginning of the second one, of that length
+    FORGET = 5  # the texts' KV caches are not needed any more
+    FAILED = 6  # a rank could not do it: its line, [characters, 1]
+    END = 7  # there is nothing more to do
 
 
 @dataclass(frozen=True)

@@ -53,12 +53,12 @@ class Pipeline:
         self.counted = Stats()  # by the other ranks' expert caches
 
     def begin(self, ids: Sequence[int], kv: KVCache, past: int, last: bool = True) -> RemotePass:
-        begun = self.send(Kind.ROWS, ids, [kv], [past])
+        begun = self.send(Kind.STEP if last and len(ids) == 1 else Kind.ROWS, ids, [kv], [past])
         begun.last = last
         return begun
 
     def begin_each(self, ids: Sequence[int], kvs: Sequence[KVCache]) -> RemotePass:
-        return self.send(Kind.EACH if len(ids) > 1 else Kind.ROWS, ids, kvs, [kv.length for kv in kvs])
+        return self.send(Kind.EACH if len(ids) > 1 else Kind.STEP, ids, kvs, [kv.length for kv in kvs])
 
     def copy(self, source: KVCache, target: KVCache, length: int) -> None:
         """Have all ranks' parts of a text hold the beginning of another."""
@@ -121,7 +121,7 @@ class Pipeline:
         x = rows.to(model.device, model.dtype)
         if order.kind is Kind.EACH:
             return model.logits_each(model.through_each(x, kvs))
-        if self.decoder is not None and begun.last and len(x) == 1:
+        if self.decoder is not None and order.kind is Kind.STEP:
             return self.decoder.step(x, kvs[0]).clone()[None]
         return model.logits(model.through(x[None], kvs[0]), begun.last)[0]
 

@@ -45,13 +45,11 @@ def ending_together(options: EngineOptions) -> Iterator[int]:
         raise RequestError("told to stop (SIGTERM)")
 
     before = signal.signal(signal.SIGTERM, tell), signal.signal(signal.SIGALRM, stop)
-    stderr = sys.stderr
     if rank:
-        sys.stderr = Named(stderr, f"rank {rank}: ")
+        sys.stderr = Named(sys.stderr, f"rank {rank}: ")  # until `run` has printed the last line
     try:
         yield rank
     finally:
-        sys.stderr = stderr
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in zip((signal.SIGTERM, signal.SIGALRM), before, strict=True):
             signal.signal(number, handler)
@@ -66,7 +64,8 @@ def end_when_lost(engine: Engine) -> None:
 
 def end_soon(line: str) -> None:
     def end() -> None:
-        say(f"error: {line}")
+        if threading.main_thread().is_alive():  # otherwise it has said so itself
+            say(f"error: {line}")
         os._exit(FAILED)
 
     timer = threading.Timer(LAST, end)
