@@ -24,6 +24,11 @@ class Launch:
     agent: bool  # whether torchrun hosts the store; otherwise rank 0 does
     attempt: str  # how often torchrun has started these ranks again
 
+    @property
+    def place(self) -> str:
+        """Where the ranks meet, for messages."""
+        return f"{self.address}:{self.port} (MASTER_ADDR, MASTER_PORT)"
+
     @staticmethod
     def read(environ: Mapping[str, str]) -> "Launch":
         """From RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; LOCAL_RANK is 0 where it is not set.
@@ -62,9 +67,8 @@ class Launch:
             return TCPStore(self.address, self.port, None, hosts, left, False, True)
         except (RuntimeError, OSError) as error:  # of PyTorch's and of sockets
             reason = " ".join(str(error).split())[:160]
-            where = f"{self.address}:{self.port} (MASTER_ADDR, MASTER_PORT)"
             remedy = "take another port" if hosts else "is rank 0 up, and may this machine connect to it?"
-            raise DeviceError(f"the ranks cannot meet at {where}: {reason}; {remedy}") from error
+            raise DeviceError(f"the ranks cannot meet at {self.place}: {reason}; {remedy}") from error
 
     def await_host(self, deadline: float) -> None:
         """Return when somebody listens at the store's address. PyTorch's own attempts would print a stack

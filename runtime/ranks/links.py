@@ -35,14 +35,16 @@ class Links:
     sockets: dict[int, socket.socket]  # by rank, of all others; they do not block
     hosts: tuple[str, ...]  # the machines' names, by rank; two machines have two names
     address: str  # this rank's own, numeric, that the others can reach
+    timeout: float  # seconds of silence after which the least patient rank takes another for lost
 
 
-def connect(store: Any, rank: int, size: int, place: Place, deadline: float) -> Links:
+def connect(store: Any, rank: int, size: int, place: Place, timeout: float, deadline: float) -> Links:
     """Meet the other ranks. `store` is for this meeting alone.
 
     Blocks until all have come, or until `time.monotonic()` reaches `deadline`. Raises `DeviceError`.
     """
-    own = {"host": place.host, "boot": boot(), "address": place.address, "seen": place.seen}
+    own: dict[str, Any] = {"host": place.host, "boot": boot(), "address": place.address, "seen": place.seen}
+    own["timeout"] = timeout
     told = exchange(store, "who", own, rank, size, deadline)
     hosts = machine_names([record["host"] for record in told], [record["boot"] for record in told])
     address = reachable(place.address, hosts[rank], hosts, [record["seen"] for record in told])
@@ -63,7 +65,7 @@ def connect(store: Any, rank: int, size: int, place: Place, deadline: float) -> 
     for made in sockets.values():
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         made.setblocking(False)
-    return Links(sockets, tuple(hosts), address)
+    return Links(sockets, tuple(hosts), address, min(float(record["timeout"]) for record in told))
 
 
 def exchange(store: Any, topic: str, own: dict[str, Any], rank: int, size: int, deadline: float) -> list[Any]:
@@ -80,13 +82,11 @@ def exchange(store: Any, topic: str, own: dict[str, Any], rank: int, size: int, 
 def absent(missing: Sequence[int], size: int) -> DeviceError:
     """
     >>> print(absent([1, 2], 3))
-    of 3 ranks, 1 and 2 have not come in time; start all of them, and look at their output
+    of 3 ranks, 1 and 2 have not come in time; look at their output
     """
     names = " and ".join(map(str, missing)) if len(missing) < 5 else f"{len(missing)} of them"
     have = "has" if len(missing) == 1 else "have"
-    return DeviceError(
-        f"of {size} ranks, {names} {have} not come in time; start all of them, and look at their output"
-    )
+    return DeviceError(f"of {size} ranks, {names} {have} not come in time; look at their output")
 
 
 def call(place: dict[str, Any], rank: int, other: int, host: str, deadline: float) -> socket.socket:

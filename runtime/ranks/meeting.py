@@ -10,6 +10,7 @@ import os
 import queue
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 from runtime.errors import DeviceError
@@ -20,6 +21,8 @@ from runtime.ranks.links import Links, Place, connect
 from runtime.ranks.lost import Lost
 from runtime.ranks.watch import Watch
 
+POLL = 0.1  # seconds between two attempts
+PARTING = 1.0  # seconds that rank 0 may take to close its store
 PATIENCE = 120.0  # seconds between the first rank's coming and the last one's
 
 
@@ -62,16 +65,15 @@ class Meeting:
                     f"the ranks' store has not answered for {patience:g} s; is rank 0's machine up?"
                 )
 
-        links: Links = beside(lambda: connect(store, rank, size, place, deadline), overdue)
+        links: Links = beside(lambda: connect(store, rank, size, place, timeout, deadline), overdue)
         self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
         self.host, self.hosts, self.address = links.hosts[rank], links.hosts, links.address
         self.mail: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
-        self.told: dict[tuple[int, int], Any] = {}  # by number of the share and rank
+        self.told: dict[tuple[int, int], tuple[str, Any]] = {}  # by number of the share and rank
         self.closed: set[int] = set()  # ranks whose goodbye has been taken from the mail
         self.shares = 0
-        self.watch = Watch(
-            rank, links.hosts, links.sockets, timeout, lambda r, told: self.mail.put((r, told))
-        )
+        self.hosted = self.store_closed = False  # whether rank 0 hosts the store, and whether it did
+        self.watch = Watch(rank, links, timeout, lambda r, told: self.mail.put((r, told)))
         self.watch.on_loss(lambda: self.mail.put(None))
 
     @classmethod
@@ -82,22 +84,34 @@ class Meeting:
         variables are missing, if a rank does not come, or cannot be reached.
         """
         launch, deadline = Launch.read(os.environ), time.monotonic() + patience
+        while True:
+            try:
+                return cls.enter(launch, timeout, deadline)
+            except RuntimeError as error:  # PyTorch's: the store was one that rank 0 was about to close
+                if time.monotonic() > deadline:
+                    reason = " ".join(str(error).split())[:160]
+                    raise DeviceError(f"the ranks' store at {launch.place} ended: {reason}") from error
+                time.sleep(POLL)
+
+    @classmethod
+    def enter(cls, launch: Launch, timeout: float, deadline: float) -> "Meeting":
+        """One attempt of `join`."""
 
         def overdue() -> None:
             if time.monotonic() > deadline + 10:
                 raise DeviceError(
-                    f"the ranks' store at {launch.address}:{launch.port} has not answered "
-                    f"for {patience:g} s; is rank 0's machine up, and may this one connect to it?"
+                    f"the ranks' store at {launch.place} does not answer; is rank 0's machine up, "
+                    "and may this one connect to it?"
                 )
 
-        def enter() -> Any:
+        def open_store() -> Any:
             from torch.distributed import PrefixStore
 
             store = launch.open_store(deadline)
             coming = store.add(f"mixtral/{launch.attempt}/{launch.rank}", 1)
             return PrefixStore(f"mixtral/{launch.attempt}/{coming}", store)
 
-        store = beside(enter, overdue)
+        store = beside(open_store, overdue)
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
         try:
             own = interface_address(interface) if interface else local_address(launch.address, launch.port)
@@ -106,7 +120,9 @@ class Meeting:
             raise DeviceError(f"MASTER_ADDR={launch.address}: {error.strerror or error}") from error
         place = Place(socket.gethostname(), own, seen)
         left = max(deadline - time.monotonic(), 1)
-        return cls(store, launch.rank, launch.size, timeout, launch.local_rank, place, left)
+        meeting = cls(store, launch.rank, launch.size, timeout, launch.local_rank, place, left)
+        meeting.hosted = not launch.agent
+        return meeting
 
     def share(self, topic: str, value: Any) -> list[Any]:
         """Every rank's `value`, in the order of ranks. All must call this with the same topic.
@@ -117,21 +133,28 @@ class Meeting:
         self.shares += 1
         number = self.shares
         self.watch.tell({"share": number, "topic": topic, "value": value})
-        self.told[number, self.rank] = json.loads(json.dumps(value))
+        self.told[number, self.rank] = topic, json.loads(json.dumps(value))
         while missing := [rank for rank in range(self.size) if (number, rank) not in self.told]:
             self.watch.check()
             if closed := [rank for rank in missing if rank in self.closed]:
                 raise Lost(f"{self.name(closed[0])} has closed before it told its {topic}")
-            if (item := self.mail.get()) is None:  # a loss
-                continue
-            rank, message = item
-            if message is None:
-                self.closed.add(rank)
-                continue
-            if message["share"] == number and message["topic"] != topic:
-                raise RuntimeError(f"rank {rank} shares {message['topic']!r}, this one {topic!r}")
-            self.told[message["share"], rank] = message["value"]
-        return [self.told.pop((number, rank)) for rank in range(self.size)]
+            self.take()
+        told = [self.told.pop((number, rank)) for rank in range(self.size)]
+        if len({theirs for theirs, _ in told}) > 1:
+            raise RuntimeError(f"ranks share different things: {', '.join(theirs for theirs, _ in told)}")
+        return [value for _, value in told]
+
+    def take(self, seconds: float | None = None) -> None:
+        """Wait for something that the watch has found, at most so long (else `queue.Empty`), and note it."""
+        if (item := self.mail.get(timeout=seconds)) is None:  # a loss
+            return
+        rank, message = item
+        if message is None:
+            self.closed.add(rank)
+        elif "store" in message:
+            self.store_closed = True
+        elif "share" in message:
+            self.told[message["share"], rank] = str(message["topic"]), message["value"]
 
     def name(self, rank: int) -> str:
         """How messages call a rank."""
@@ -144,8 +167,20 @@ class Meeting:
     def close(self) -> None:
         """Leave. The others lose nothing by that until they need this rank. Takes at most some seconds, if
         one of them hangs, and milliseconds else. Does nothing in a fork."""
-        self.watch.close()
         self.store = None
+        if self.hosted and not self.watch.ending and self.watch.process == os.getpid():
+            self.await_store()
+        self.watch.close()
+
+    def await_store(self) -> None:
+        """Wait, but not for long, until rank 0 hosts the store no more. A rank that joined again before that
+        would find the old one."""
+        if self.rank == 0:
+            self.watch.tell({"store": None})
+            return
+        with suppress(queue.Empty):
+            while self.watch.cause is None and not self.store_closed:
+                self.take(PARTING)
 
     def __enter__(self) -> "Meeting":
         return self

@@ -27,7 +27,8 @@ from runtime.ranks.outbox import Outbox, Woken
 FRAMES = 8  # that may be under way in each direction, and around the ring without anyone's waiting to send
 LARGE = 2  # of them with rows of their own
 LEAST = 1 << 16  # bytes of a frame; to copy so few costs less than another message
-PARTING = 1.0  # seconds for threads to end, and for the next rank to close
+PARTING = 1.0  # seconds for the next rank to close
+JOIN = 0.3  # seconds for a thread to end
 
 
 class Ring:
@@ -55,9 +56,8 @@ class Ring:
         self.inbox = Inbox(into, size, FRAMES, LARGE, lambda: self.broke(self.previous))
         self.outbox = Outbox(out, size, FRAMES, LARGE, lambda: self.broke(self.next))
         self.watch.on_loss(self.wake)
-        atexit.register(
-            self.close
-        )  # a thread that came back from gloo while Python ends would end it at once
+        # A thread that came back from gloo while Python shuts down would end the process with a signal.
+        atexit.register(self.abandon)
 
     def connect(self, patience: float) -> tuple[Edge, Edge]:
         """The edges from the previous rank and to the next one."""
@@ -147,13 +147,24 @@ class Ring:
         if self.closed or self.process != os.getpid():
             return
         self.closed = True
-        atexit.unregister(self.close)
+        atexit.unregister(self.abandon)
         self.outbox.finish()
         self.await_end(lambda: not self.outbox.thread.is_alive(), self.watch.timeout)
         self.watch.leave()
         self.await_end(lambda: self.watch.left(self.next), PARTING)
+        self.sever()
+
+    def abandon(self) -> None:
+        """What happens if Python shuts down first."""
+        if self.process == os.getpid():
+            self.closed = True
+            self.watch.end()
+            self.sever()
+
+    def sever(self) -> None:
+        """Disconnect."""
         self.wake()
         for edge in self.edges:
             edge.sever()
-        self.inbox.close(PARTING)
-        self.outbox.close(PARTING)
+        self.inbox.close(JOIN)
+        self.outbox.close(JOIN)

@@ -11,17 +11,19 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from runtime.ranks.links import Links
 from runtime.ranks.lost import Lost
 from runtime.ranks.peer import BEAT, Peer, encoded
 
-BEATS = 5  # in a timeout
+BEATS = 5  # in the shortest timeout
 GRACE = 0.3  # seconds in which a better reason for a broken connection may come
 PARTING = 1.0  # seconds for the last words
 LONGEST = 2000  # characters of a cause
+ENDED = "ended; the output there may say why"
 
 
 class Watch:
@@ -30,19 +32,20 @@ class Watch:
     def __init__(
         self,
         rank: int,
-        hosts: Sequence[str],
-        sockets: Mapping[int, socket.socket],
+        links: Links,
         timeout: float,
         deliver: Callable[[int, dict[str, Any] | None], None] = lambda rank, message: None,
     ) -> None:
-        """`hosts`: the machines' names, by rank. `timeout`: seconds of silence that are a loss.
+        """`timeout`: seconds of silence that are a loss here. Others may have other ones.
 
         `deliver(rank, message)` is called in the watch's thread with each message that is not the watch's
         own, and with None when that rank closes in order.
         """
         self.rank, self.timeout, self.deliver = rank, timeout, deliver
         now = time.monotonic()
-        self.peers = {r: Peer(r, f"rank {r} ({hosts[r]})", s, now) for r, s in sorted(sockets.items())}
+        self.peers = {r: Peer(r, f"rank {r} ({links.hosts[r]})", s, now) for r, s in links.sockets.items()}
+        self.interval = links.timeout / BEATS
+        self.name = f"rank {rank} ({links.hosts[rank]})"
         self.process = os.getpid()
         self.lock = threading.RLock()  # guards what follows
         self.cause: str | None = None
@@ -93,6 +96,12 @@ class Watch:
         """Tell the others why this rank ends. Waits until they have been told, at most a second."""
         if self.process == os.getpid():
             self.lose(one_line(f"rank {self.rank}: {line}"))
+            self.await_words()
+
+    def end(self) -> None:
+        """Tell the others that this process ends before it has closed. Waits as `fail` does."""
+        if self.process == os.getpid():
+            self.lose(f"{have(self.name)} {ENDED}")
             self.await_words()
 
     def leave(self) -> None:
@@ -146,16 +155,17 @@ class Watch:
         beat = looked = time.monotonic()
         while not self.ending:
             now = time.monotonic()
-            if now - looked > self.timeout / 2:  # this process was stopped, and has heard nobody meanwhile
-                for peer in self.peers.values():
-                    peer.heard = now
-            looked = now
             if now >= beat:
-                beat = now + self.timeout / BEATS
+                beat = now + self.interval
                 self.say(BEAT)
             self.say_words()
             self.listen(selector, min(beat, *self.suspected.values(), beat) - now)
-            self.judge(time.monotonic())
+            now = time.monotonic()
+            if now - looked > self.timeout / 2:  # this process was stopped itself, and has heard nobody
+                for peer in self.peers.values():
+                    peer.heard = now
+            looked = now
+            self.judge(now)
 
     def say(self, line: bytes) -> None:
         """To all."""
@@ -190,7 +200,7 @@ class Watch:
                     peer.close()
                     ended.append(peer)
         if lost := [peer for peer in ended if not peer.leaving]:
-            self.lose(f"{have(lost)} ended; the output there may say why")
+            self.lose(f"{have(*(peer.name for peer in lost))} {ENDED}")
 
     def drain_ear(self) -> None:
         try:
@@ -213,11 +223,10 @@ class Watch:
         """Find a loss that nobody has told."""
         watched = [peer for peer in self.peers.values() if peer.open and not peer.leaving]
         if any(now - peer.heard > self.timeout for peer in watched):
-            nearly = self.timeout * (1 - 1.5 / BEATS)  # the same event, but beats come one after the other
+            nearly = self.timeout - 1.5 * self.interval  # the same event, but beats come one after the other
             silent = [peer for peer in watched if now - peer.heard > nearly]
-            self.lose(
-                f"{have(silent)} not answered for {self.timeout:g} s; stopped, or cut off from the network?"
-            )
+            names = have(*(peer.name for peer in silent))
+            self.lose(f"{names} not answered for {self.timeout:g} s; stopped, or cut off from the network?")
         with self.lock:
             for rank, when in list(self.suspected.items()):
                 if self.peers[rank].leaving or self.cause is not None:
@@ -226,12 +235,15 @@ class Watch:
                     self.lose(f"the connection to {self.peers[rank].name} broke")
 
     def lose(self, cause: str) -> None:
-        """Make `cause` known here and to the others, unless there is one."""
+        """Make `cause` known to the others and here, unless there is one. In this order, since this process
+        may end as soon as it knows, and the others would take that for the cause."""
         with self.lock:
             if self.cause is not None:
                 return
-            self.cause = cause
             self.words.append(encoded({"cause": cause}))
+            if threading.current_thread() is self.thread:
+                self.say_words()
+            self.cause = cause
             callbacks, self.callbacks = self.callbacks, []
         self.ring()
         for callback in callbacks:
@@ -251,9 +263,12 @@ class Watch:
             self.listen(selector, 0.05)
 
 
-def have(peers: Sequence[Peer]) -> str:
-    """The beginning of a sentence about ranks."""
-    return " and ".join(peer.name for peer in peers) + (" has" if len(peers) == 1 else " have")
+def have(*names: str) -> str:
+    """
+    >>> have("rank 1", "rank 2")
+    'rank 1 and rank 2 have'
+    """
+    return " and ".join(names) + (" has" if len(names) == 1 else " have")
 
 
 def one_line(text: str) -> str:

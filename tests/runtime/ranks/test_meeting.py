@@ -1,5 +1,11 @@
+import socket
+import time
 from typing import Any
 
+import pytest
+from torch.distributed import HashStore
+
+from runtime.errors import DeviceError
 from runtime.ranks.lost import Lost
 from runtime.ranks.meeting import Meeting
 from tests.runtime.ranks.together import succeed, together
@@ -44,3 +50,72 @@ def test_a_rank_that_closes_before_it_shares_is_named() -> None:
 def test_a_rank_that_shares_and_closes_is_heard() -> None:
     for _ in range(20):
         assert succeed(2, lambda meeting: meeting.share("x", meeting.rank)) == [[0, 1], [0, 1]]
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    line = "of 3 ranks, 0 and 2 have not come in time; look at their output"
+    with pytest.raises(DeviceError, match=line):
+        Meeting(HashStore(), 1, 3, 1.0, patience=0.1)
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    return monkeypatch
+
+
+def test_nobody_at_the_meeting_place(
+    variables: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One line, soon, and no stack of PyTorch's."""
+    started = time.monotonic()
+    with pytest.raises(DeviceError, match=r"cannot meet at 127.0.0.1:\d+ .*refused; is rank 0 up"):
+        Meeting.join(1.0, patience=0.2)
+    assert time.monotonic() - started < 5
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("RANK", None, "ranks find each other by the variables RANK, .* and RANK is not set; start"),
+        ("WORLD_SIZE", "x", "WORLD_SIZE='x' is not a whole number from 1 to 65536"),
+        ("RANK", "2", "RANK='2' is not a whole number from 0 to 1"),
+        ("MASTER_PORT", "70000", "MASTER_PORT='70000' is not a whole number from 1 to 65535"),
+        ("LOCAL_RANK", "-1", "LOCAL_RANK='-1' is not a whole number from 0 to 1"),
+        ("MASTER_ADDR", "no.such.host.invalid", "cannot meet at no.such.host.invalid:"),
+    ],
+)
+def test_variables_that_make_no_sense(
+    variables: pytest.MonkeyPatch, name: str, value: str | None, line: str
+) -> None:
+    if value is None:
+        variables.delenv(name)
+    else:
+        variables.setenv(name, value)
+    with pytest.raises(DeviceError, match=line) as raised:
+        Meeting.join(1.0, patience=0.1)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_interface_that_is_not_there(variables: pytest.MonkeyPatch) -> None:
+    variables.setenv("RANK", "0")
+    variables.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    with pytest.raises(DeviceError, match="GLOO_SOCKET_IFNAME='nosuch0': no interface of that name"):
+        Meeting.join(1.0, patience=0.1)
+
+
+def test_a_port_that_is_taken(variables: pytest.MonkeyPatch) -> None:
+    variables.setenv("RANK", "0")
+    with socket.create_server(("", 0)) as server:
+        variables.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        with pytest.raises(DeviceError, match=r"in use.*; take another port"):
+            Meeting.join(1.0, patience=0.1)
