@@ -6,7 +6,7 @@ pass sets the other ranks to work, so several passes under way keep several rank
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from runtime.gpu.decoder import Decoder
+from runtime.held import Held
 from runtime.planning.rank_plans import RankPlans
 from runtime.stats import Stats
 
@@ -63,6 +64,11 @@ class Company(Protocol):
 
     def on_loss(self, tell: Callable[[str], None]) -> None:
         """Have `tell` called from another thread, with the reason, once a rank is gone."""
+        ...
+
+    def held(self, alone: Callable[..., Any], kv: KVCache, length: int) -> Held:
+        """What all ranks hold of a text's first `length` tokens. `alone` is `ModelRunner.alone`. Raises
+        `RequestError` if they do not hold it alike."""
         ...
 
     def count(self) -> Stats:

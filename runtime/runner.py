@@ -22,6 +22,7 @@ from runtime.constraint import Constraints
 from runtime.errors import RequestError
 from runtime.experts.cache import ExpertCache
 from runtime.gpu.decoder import make_decoder
+from runtime.held import Held, HeldHere
 from runtime.options import EngineOptions, SamplingParams
 from runtime.passes import Company, Here, Pass, Passes
 from runtime.planning.memory import release
@@ -205,6 +206,11 @@ class ModelRunner:
     def copy_kv(self, source: KVCache, target: KVCache, length: int) -> None:
         """Have `target` hold the first `length` tokens of `source`. Raises as `alone` does."""
         self.alone(partial(self.passes.copy, source, target, length))
+
+    def held(self, kv: KVCache, length: int) -> Held:
+        """What is stored of a text's first `length` tokens, on all ranks. Raises `RequestError` if ranks
+        store it differently. Over ranks, reading and writing it takes turns and raises as `alone` does."""
+        return self.company.held(self.alone, kv, length) if self.company else HeldHere(kv, length)
 
     def give_kv(self, kv: KVCache) -> None:
         """Keep a KV cache for the next session."""

@@ -3,7 +3,8 @@
 A file is a safetensors file. Its metadata name the model and hold the messages. Its tensors are
 
     ids             [T] int64, the tokens whose keys and values follow
-    layers.0.keys   and all else that a KV cache stores of T tokens: see `KVCache.parts`
+    layers.0.keys   and all else that a KV cache stores of T tokens: see `KVCache.parts`. Over ranks, a file
+                    has all ranks' layers
     sha256          [32] uint8, the SHA-256 of all bytes before it
 
 A file may be anyone's. Nothing in it is believed before it has been checked, and nothing in it can be code.
@@ -27,6 +28,7 @@ from model.checkpoint.writer import TensorSpec, Writer, encode_header
 from model.errors import ModelError, quoted
 from model.kv_cache import KVCache
 from runtime.errors import RequestError
+from runtime.held import Held
 from runtime.origin import Origin
 from runtime.requests import more_context
 from runtime.runner import ModelRunner
@@ -50,7 +52,8 @@ def save_session(path: Path, runner: ModelRunner, messages: Messages, ids: list[
         "version": VERSION,
         "messages": json.dumps(messages, ensure_ascii=False),  # the header's JSON escapes it once
     }
-    specs = tensor_specs(kv, len(ids))
+    held = runner.held(kv, len(ids))
+    specs = tensor_specs(held, len(ids))
     if (size := len(encode_header(specs, metadata))) > MOST_HEADER_BYTES:
         raise RequestError(
             f"{path}: the messages take {size} bytes, and a saved session has room for {MOST_HEADER_BYTES}; "
@@ -61,8 +64,8 @@ def save_session(path: Path, runner: ModelRunner, messages: Messages, ids: list[
         with saving_in(path.parent), Writer(path, specs, metadata, digest.update) as writer:
             keep_permissions(path, writer.file.fileno())
             writer.write(IDS, torch.tensor(ids, dtype=torch.int64, device="cpu"))
-            for name, part in kv.parts(len(ids)).items():
-                writer.write(name, part)
+            for spec, part in zip(held.specs, held.read(), strict=True):
+                writer.write(spec.name, part)
             writer.write(DIGEST, torch.tensor(list(digest.digest()), dtype=torch.uint8, device="cpu"))
     except OSError as error:
         raise RequestError(f"{path}: cannot be written ({error.strerror})") from error
@@ -114,14 +117,12 @@ def load_session(path: Path, runner: ModelRunner, kv: KVCache) -> tuple[Messages
             messages = checked_messages(path, header)
             Origin.of(runner, kv).check(path, header.metadata)
             length = checked_length(path, header, kv, runner.config.context)
-            ids = torch.empty(length, dtype=torch.int64, device="cpu")
-            read_tensor(path, file, header, IDS, ids)
+            held = runner.held(kv, length)
+            ids_spec, *specs, _ = checked_specs(path, header, held, length)
+            ids = read_tensor(path, file, header, ids_spec)
             if length and not 0 <= int(ids.min()) <= int(ids.max()) < runner.config.vocab:
                 raise damaged(path, f"it has ids outside the vocabulary of {runner.config.vocab}")
-            for name, part in kv.parts(length).items():
-                values = torch.empty(part.shape, dtype=part.dtype, device="cpu")
-                read_tensor(path, file, header, name, values)
-                part.copy_(values)
+            held.write(read_tensor(path, file, header, spec) for spec in specs)
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # a NUL in the path
@@ -130,12 +131,11 @@ def load_session(path: Path, runner: ModelRunner, kv: KVCache) -> tuple[Messages
     return messages, ids.tolist()
 
 
-def tensor_specs(kv: KVCache, length: int) -> list[TensorSpec]:
+def tensor_specs(held: Held, length: int) -> list[TensorSpec]:
     """All tensors of a file with `length` tokens, in order."""
-    parts = kv.parts(length).items()
     return [
         TensorSpec(IDS, torch.int64, (length,)),
-        *(TensorSpec(name, part.dtype, tuple(part.shape)) for name, part in parts),
+        *held.specs,
         TensorSpec(DIGEST, torch.uint8, (hashlib.sha256().digest_size,)),
     ]
 
@@ -211,8 +211,8 @@ def is_message(value: Any) -> bool:
 
 
 def checked_length(path: Path, header: Header, kv: KVCache, most: int) -> int:
-    """The number of tokens. Raises `RequestError` if they do not fit `kv`, or if the tensors are not those of
-    so many tokens. `most` is the largest context that the model was made for."""
+    """The number of tokens. Raises `RequestError` if they do not fit `kv`. `most` is the largest context that
+    the model was made for."""
     shape = header.tensors[IDS].shape if IDS in header.tensors else ()
     if len(shape) != 1:
         raise damaged(path, "it has no list of ids")
@@ -222,20 +222,28 @@ def checked_length(path: Path, header: Header, kv: KVCache, most: int) -> int:
             f"{path}: the conversation has {length} tokens, and the context holds {kv.capacity}; "
             f"begin a new one{more_context(' or ', kv.capacity, most)}"
         )
-    expected = {spec.name: (spec.dtype, spec.shape) for spec in tensor_specs(kv, length)}
+    return length
+
+
+def checked_specs(path: Path, header: Header, held: Held, length: int) -> list[TensorSpec]:
+    """What the file has. Raises `RequestError` if that is not what `held` has of `length` tokens."""
+    specs = tensor_specs(held, length)
+    expected = {spec.name: (spec.dtype, spec.shape) for spec in specs}
     found = {name: (DTYPES.get(entry.dtype), entry.shape) for name, entry in header.tensors.items()}
     if found != expected:
         wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
         raise damaged(path, f"tensor {quoted(wrong[0])} is not that of {length} tokens")
-    return length
+    return specs
 
 
-def read_tensor(path: Path, file: BinaryIO, header: Header, name: str, tensor: Tensor) -> None:
-    """Read a checked tensor's bytes into a tensor of its shape and dtype on the CPU."""
-    file.seek(header.tensors[name].offset)
+def read_tensor(path: Path, file: BinaryIO, header: Header, spec: TensorSpec) -> Tensor:
+    """A checked tensor, on the CPU."""
+    tensor = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
+    file.seek(header.tensors[spec.name].offset)
     memory = byte_view(tensor)
     if file.readinto(memory) < len(memory):  # type: ignore[attr-defined]
-        raise damaged(path, f"it was cut short in {quoted(name)} while it was read")
+        raise damaged(path, f"it was cut short in {quoted(spec.name)} while it was read")
+    return tensor
 
 
 def damaged(path: Path, reason: str) -> RequestError:

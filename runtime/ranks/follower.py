@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.kv_cache import KVCache
 from runtime.errors import RequestError
+from runtime.ranks.held import as_rows
 from runtime.ranks.orders import Kind, Order, rows_of
 from runtime.ranks.ring import Ring
 from runtime.runner import ModelRunner
@@ -51,6 +52,9 @@ class Follower:
             (source, length), (target, _) = order.texts
             self.text(target, 0).copy_from(self.text(source), length)
             return None
+        if order.kind in (Kind.FETCH, Kind.STORE):
+            (name, length), (rank, index) = order.texts
+            return rows if rank != self.rank else self.held(name, length, index, rows)
         assert rows is not None
         model, decoder, kvs = (
             self.runner.model,
@@ -65,6 +69,17 @@ class Follower:
             else:
                 x = rows.to(model.device, model.dtype)
             return model.through_each(x, kvs) if order.kind is Kind.EACH else model.through(x[None], *kvs)[0]
+
+    def held(self, name: int, length: int, index: int, rows: Tensor | None) -> Tensor | None:
+        """Give one of a text's tensors, or store `rows` in it. Rank 0 alone knows when all are there. Until
+        then it says in each order that it has none of the text."""
+        kv = self.text(name, 0 if rows is not None else length)
+        part = list(kv.parts(length).values())[index]
+        if rows is None:
+            return as_rows(part)
+        part.copy_(rows.view(part.dtype).view(part.shape))
+        kv.length = length
+        return None
 
     def text(self, name: int, length: int | None = None) -> KVCache:
         """The text of this name, cut back to `length` tokens."""

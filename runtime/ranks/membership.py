@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
+from model.kv_cache import KVCache
 from runtime.errors import RequestError
 from runtime.planning.rank_plans import RankPlans
 from runtime.ranks.follower import Follower
+from runtime.ranks.held import HeldByRanks
 from runtime.ranks.meeting import Meeting
 from runtime.ranks.pipeline import Pipeline
 from runtime.ranks.ring import Ring
@@ -35,6 +38,10 @@ class Membership:
         """Have `tell` called from another thread, with the reason, once a rank is gone."""
         watch = self.meeting.watch
         watch.on_loss(lambda: tell(watch.cause or "a rank is gone"))
+
+    def held(self, alone: Callable[..., Any], kv: KVCache, length: int) -> HeldByRanks:
+        assert isinstance(self.role, Pipeline)
+        return HeldByRanks(self.role, self.plans, alone, kv, length)
 
     def count(self) -> Stats:
         """What the other ranks' experts have counted, as far as rank 0 has heard."""

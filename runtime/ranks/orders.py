@@ -29,13 +29,19 @@ class Kind(IntEnum):
     EACH = 3  # one more token of each of several texts: ids [N, 1] at first, then hidden states [N, D]
     COPY = 4  # the first text becomes the beginning of the second one, of that length
     FORGET = 5  # the texts' KV caches are not needed any more
-    FAILED = 6  # a rank could not do it: its line, [characters, 1]
-    END = 7  # there is nothing more to do
+    FETCH = 6  # a tensor of a text is wanted: its rows, from the rank that holds it on
+    STORE = 7  # a tensor of a text: its rows, up to the rank that holds it
+    FAILED = 8  # a rank could not do it: its line, [characters, 1]
+    END = 9  # there is nothing more to do
 
 
 @dataclass(frozen=True)
 class Order:
-    """One order. `texts` are pairs of a text's name, which is a number, and its length before the order."""
+    """One order. `texts` are pairs of a text's name, which is a number, and its length before the order.
+
+    An order about a tensor of a text has a second pair: the rank that holds it, and its index in that rank's
+    `KVCache.parts`.
+    """
 
     kind: Kind
     number: int
@@ -44,8 +50,8 @@ class Order:
 
     @staticmethod
     def length(texts: int) -> int:
-        """How many numbers headers have, for orders of up to so many texts."""
-        return FRONT + 2 * texts + len(COUNTED)
+        """How many numbers headers have, for orders of up to so many texts. There is room for two pairs."""
+        return FRONT + 2 * max(texts, 2) + len(COUNTED)
 
     def packed(self, length: int) -> list[int]:
         """

@@ -65,8 +65,27 @@ class Pipeline:
         target.copy_from(source, length)
         self.send(Kind.COPY, None, [source, target], [length, length])
 
+    def send_held(
+        self, kind: Kind, kv: KVCache, length: int, rank: int, index: int, rows: Tensor | None
+    ) -> RemotePass:
+        """Have a rank give or take one of a text's tensors, of its first `length` tokens: `index` counts that
+        rank's `KVCache.parts`. Call `arrival` for the answer."""
+        return self.start(kind, [kv], [length], [(self.name(kv), length), (rank, index)], rows)
+
     def send(
         self, kind: Kind, ids: Sequence[int] | None, kvs: Sequence[KVCache], pasts: Sequence[int]
+    ) -> RemotePass:
+        """Send an order for texts of such lengths on its way."""
+        rows = None if ids is None else torch.tensor(ids, dtype=torch.int64, device="cpu")[:, None]
+        return self.start(kind, kvs, pasts, list(zip(map(self.name, kvs), pasts, strict=True)), rows)
+
+    def start(
+        self,
+        kind: Kind,
+        kvs: Sequence[KVCache],
+        pasts: Sequence[int],
+        pairs: Sequence[tuple[int, int]],
+        rows: Tensor | None,
     ) -> RemotePass:
         """Send an order on its way. Its result is kept as long as the caller keeps what this returns."""
         while self.forgotten:
@@ -74,9 +93,7 @@ class Pipeline:
             self.dispatch(Order(Kind.FORGET, next(self.numbers), tuple((name, 0) for name in names)), None)
         begun = RemotePass(self, next(self.numbers), kvs, pasts)
         self.begun[begun.number] = begun
-        texts = tuple(zip(map(self.name, kvs), pasts, strict=True))
-        rows = None if ids is None else torch.tensor(ids, dtype=torch.int64, device="cpu")[:, None]
-        self.dispatch(Order(kind, begun.number, texts), rows)
+        self.dispatch(Order(kind, begun.number, tuple(pairs)), rows)
         return begun
 
     def dispatch(self, order: Order, rows: Tensor | None) -> None:
@@ -104,14 +121,20 @@ class Pipeline:
             if number < order.number and earlier.arrived is None:
                 earlier.arrived = Order(Kind.FAILED, number), None
 
-    def finish(self, begun: RemotePass) -> Tensor:
-        """Wait for the other ranks, and compute rank 0's layers and the logits. May be called again after an
-        interrupt. Raises `RequestError` if a rank failed, and `Lost` if one is gone."""
+    def arrival(self, begun: RemotePass) -> tuple[Order, Tensor | None]:
+        """Wait until an order has come back. May be called again after an interrupt. Raises `RequestError` if
+        a rank failed, and `Lost` if one is gone."""
         while begun.arrived is None:
             self.take()
         order, rows = begun.arrived
-        if order.kind is Kind.FAILED or rows is None:
+        if order.kind is Kind.FAILED:
             raise RequestError(FORGOTTEN if rows is None else line_of(rows))
+        return order, rows
+
+    def finish(self, begun: RemotePass) -> Tensor:
+        """Wait for the other ranks as `arrival` does, and compute rank 0's layers and the logits."""
+        order, rows = self.arrival(begun)
+        assert rows is not None
         kvs = begun.kvs
         for kv, past in zip(kvs, begun.pasts, strict=True):
             if kv.length < past:

@@ -170,11 +170,12 @@ import torch
 from model.checkpoint import Identity
 from model.config import ModelConfig
 from model.kv_cache import KVCache
+from runtime.held import HeldHere
 from runtime.saved import load_session, save_session
 
 config = ModelConfig(vocab=400, hidden=64, layers=2, heads=4, kv_heads=4, head_dim=32, ffn=32, experts=4,
                      experts_per_token=2, context=512, rope_theta=1e4, norm_eps=1e-5)
-runner = SimpleNamespace(identity=Identity("m", "0"), dtype=torch.float32, config=config)
+runner = SimpleNamespace(identity=Identity("m", "0"), dtype=torch.float32, config=config, held=HeldHere)
 chance, file, cpu = random.Random(7), Path(sys.argv[1]), torch.device("cpu")
 
 def conversation(length):
