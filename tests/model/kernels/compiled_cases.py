@@ -30,7 +30,7 @@ POINTERS = {
 }  # fmt: skip
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)  # `widely_compiled_cases.py` tries all of them
 BROADLY = (80, 90)  # in every format; elsewhere in one, which is every kernel too
 SHARED = {75: 64 << 10}  # bytes that a program may have of it; from 8.0 on every GPU has at least
 LEAST_SHARED = 99 << 10
@@ -103,7 +103,10 @@ class Compiler:
         assert not any(self.stacks.values()), self.stacks
 
 
-@pytest.fixture(params=CAPABILITIES)
+few = pytest.mark.parametrize("compiler", (75, *BROADLY, 120), indirect=True)
+
+
+@pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> Compiler:
     capability = request.param
     compiler = Compiler(tmp_path, capability)
@@ -128,6 +131,7 @@ def make_product(text: str, shape: tuple[int, int] = (4096, 4096)) -> Fused:
     return Fused(spec, shape, {field.name[1:]: field.view(memory) for field in fields})
 
 
+@few
 def test_a_matrix(compiler: Compiler) -> None:
     formats = ("3", "2", "4", "8") if compiler.capability in BROADLY else ("3",)
     for text, dtype in zip(formats, 4 * compiler.dtypes, strict=False):
@@ -138,6 +142,7 @@ def test_a_matrix(compiler: Compiler) -> None:
     compiler.check("multiply_one", "multiply_few", "expand")
 
 
+@few
 def test_all_codes_of_one_row_are_under_way_at_once(compiler: Compiler) -> None:
     """A thread loads 64 codes of 4 rows and one or two blocks, 16 bytes at a time, before it loads x, 8 bytes
     at a time."""
@@ -156,6 +161,7 @@ def compute_experts(text: str, D: int, ffn: int, dtype: torch.dtype, absent: boo
     experts_by_slot(torch.empty(1, D, dtype=dtype), pool, slots, weights, layout, absent=absent)
 
 
+@few
 def test_experts(compiler: Compiler) -> None:
     formats = ("16", "8", "4", "3g128", "2") if compiler.capability in BROADLY else ("16", "3g128")
     for text in formats:
@@ -183,9 +189,10 @@ def small_kernels(dtype: torch.dtype, capacity: int, D: int = 4096, H: int = 32)
 STEP = ("fetch", "add_and_norm", "rotate_and_append", "attend_stretch", "attend_sum", "route")
 
 
+@few
 def test_a_step(compiler: Compiler) -> None:
     """Its small kernels. In float32 no GPU has tensor cores for them."""
-    for dtype in (compiler.dtypes[0], torch.float32):
+    for dtype in (compiler.dtypes[0], torch.float32)[: 1 + (compiler.capability in BROADLY)]:
         small_kernels(dtype, 64)
     compiler.check(*STEP)
 

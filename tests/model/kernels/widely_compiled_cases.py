@@ -8,6 +8,7 @@ import torch
 
 from model.kernels import matrices
 from tests.model.kernels.compiled_cases import (
+    CAPABILITIES,
     STEP,
     Compiler,
     compiler,  # noqa: F401, a fixture
@@ -21,6 +22,7 @@ MODELS = {"8x7B": (4096, 14336, 32, 32000), "8x22B": (6144, 16384, 48, 32768)}  
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("compiler", CAPABILITIES, indirect=True)
 def test_every_kernel_keeps_to_registers(compiler: Compiler, model: str) -> None:  # noqa: F811
     D, ffn, H, vocab = MODELS[model]
     dtype = compiler.dtypes[0]

@@ -48,7 +48,7 @@ def test_bit_for_bit(rigs: Any, jitter: Any, sample: Any, bits: int, dtype: str)
     rig = rigs(bits, dtype)
     longest = rig.form.blob_bytes
 
-    @settings(max_examples=20)
+    @settings(max_examples=14)
     @given(
         case=cases(rig.layers), prompt=st.sampled_from((1, 7, 200)), count=st.sampled_from((4,) * 9 + (128,)),
         seed=st.integers(0, 99),

@@ -98,7 +98,7 @@ def wrong(
 def test_streams_are_ordered_by_marks_alone(rigs: Any, sample: Any) -> None:
     rig = rigs(4)
 
-    @settings(max_examples=30)
+    @settings(max_examples=20)
     @given(
         case=st.fixed_dictionaries(
             {

@@ -122,7 +122,7 @@ def test_interrupts_at_random_instructions(rigs: Any, engine: Engine) -> None:
 
 @pytest.mark.parametrize("split", [None, Split(1.5, 1.0, demand=True)])
 def test_interrupted_between_any_two_lines(rigs: Any, split: Split | None) -> None:
-    """Ctrl-C comes at every 61st line of the bookkeeping in turn. What the host computes depends on what is
+    """Ctrl-C comes at every 97th line of the bookkeeping in turn. What the host computes depends on what is
     in slots, which are empty at first."""
     files = ("residency.py", "slots.py", "policy.py", "store.py", "berths.py", "tickets.py", "copying.py")
     rig, left, failed = rigs(4), [0], 0
@@ -141,7 +141,7 @@ def test_interrupted_between_any_two_lines(rigs: Any, split: Split | None) -> No
     guesses = {"lookahead": 2 if split is None else 0, "prefetch": 2}
     with rig.cached(2, berths=7, **guesses, split=split) as cache:
         expected = rig.tokens(prompt, 3) if split is None else taken(rig.engine, prompt, 3)[0]
-        for n in range(1, 4200, 61):
+        for n in range(1, 4200, 97):
             if split is not None:
                 cache.residency.forget()
             left[0] = n
@@ -157,7 +157,7 @@ def test_interrupted_between_any_two_lines(rigs: Any, split: Split | None) -> No
             assert taken(rig.engine, prompt, 3) == (expected, None)
             if split is None:  # otherwise one may still be on its way to a slot
                 none_lost(cache)
-    assert failed > 30
+    assert failed > 20
 
 
 # --- ends

@@ -43,7 +43,7 @@ def cases(layers: int) -> st.SearchStrategy[dict[str, Any]]:
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("examples", [25, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [16, pytest.param(400, marks=pytest.mark.slow)])
 def test_bit_for_bit(rigs: Any, jitter: Any, sample: Any, bits: int, dtype: str, examples: int) -> None:
     rig, moved = rigs(bits, dtype), Counter[str]()
     longest = rig.form.blob_bytes
