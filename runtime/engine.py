@@ -94,9 +94,17 @@ class Engine:
         experts do not all fit, it may copy or read for a moment to learn the rates that the options leave
         open. The `plan` of a loaded engine is the `Plan` that it keeps to.
 
+        With `distributed`, all ranks have to call it, and it is the plan of this one.
+
         Raises as `load` does, except that errors in the tokenizer and in the weights are not found.
         """
-        return plan_named(DEMO if path is None else path, options or EngineOptions())
+        name, options = DEMO if path is None else path, options or EngineOptions()
+        if not options.distributed:
+            return plan_named(name, options)
+        from runtime.ranks.starting import plan_named_ranks
+
+        rank, plans = plan_named_ranks(name, options)
+        return plans.plans[rank]
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams = DEFAULT_PARAMS

@@ -2,6 +2,9 @@
 
 import ast
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from runpy import run_path
@@ -20,6 +23,14 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def test_all_are_tested_and_short() -> None:
@@ -62,6 +73,19 @@ def test_logits(run: Callable[..., str]) -> None:
     lines = run("logits").splitlines()
     assert len(lines) == 31 and lines[1].startswith("'class'") and 2 < float(lines[-1].split()[1]) < 4
     assert "over 2 tokens" in run("logits", None, "import os")
+
+
+def test_ranks(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
+    """One rank here, and two by torchrun: with the same text."""
+    where = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    with monkeypatch.context() as patch:
+        for name, value in where.items():
+            patch.setenv(name, value)
+        alone = run("ranks")
+    assert alone.startswith('def read_bytes(obj):\n    """\n') and "#" not in alone
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/ranks.py"]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.stdout == alone + "# 4 layers from layer 4 on\n# 4 layers from layer 0 on\n", done.stderr
 
 
 def test_schema(run: Callable[..., str]) -> None:

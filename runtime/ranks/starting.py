@@ -5,6 +5,7 @@ plans its own part, and says what it came to. Nothing is allocated before all pl
 begins before all parts are loaded.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -110,15 +111,18 @@ def load_rank(
     return runner, tokenizer
 
 
-def plan_named_ranks(name: str | PathLike[str], options: EngineOptions) -> tuple[int, RankPlans]:
+def plan_named_ranks(
+    name: str | PathLike[str], options: EngineOptions, meeting: Meeting | None = None
+) -> tuple[int, RankPlans]:
     """This process's rank, and all ranks' plans of a model, without loading it. Raises as `start_rank`
     does."""
-    with joined(options, None) as meeting:
+    with joined(options, meeting) as together:
         checkpoint = open_headers(name)
-        agree(meeting, options, identify(checkpoint, title(name)))
-        plans, _ = plan_ranks(meeting, checkpoint, options)
-        meeting.close()
-        return meeting.rank, plans
+        planned = f"{checkpoint.config} {checkpoint.formats}"  # of a model at the hub, there may be no more
+        agree(together, options, Identity(title(name), hashlib.sha256(planned.encode()).hexdigest()))
+        plans, _ = plan_ranks(together, checkpoint, options)
+        together.close()
+        return together.rank, plans
 
 
 def plan_ranks(

@@ -150,6 +150,8 @@ def make_subject(args: argparse.Namespace, tokens: int, **defaults: Any) -> Subj
         raise OptionError(f"these are {tokens} tokens, and this model was made for {config.context}")
     defaults.setdefault("context", max(tokens, min(DEFAULT_CONTEXT, config.context)))
     options = from_flags(EngineOptions, argparse.Namespace(**defaults | vars(args)))
+    if options.distributed:
+        raise OptionError("a benchmark measures one process; leave out --distributed (see dev.bench ranks)")
     if (options.context or 0) < tokens:
         raise OptionError(f"{tokens} tokens do not fit --context {options.context}")
     plan = plan_model(config, formats, options, checkpoint.mappable if checkpoint else None)

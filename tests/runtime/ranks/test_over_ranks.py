@@ -16,9 +16,10 @@ from runtime.batching.batch import Request, Work
 from runtime.engine import DEMO
 from runtime.ranks.follower import Follower
 from runtime.ranks.pipeline import Pipeline
+from runtime.ranks.starting import plan_named_ranks
 from tests.parts import splits
 from tests.quantized import quantizer
-from tests.runtime.ranks.engines import over_ranks
+from tests.runtime.ranks.engines import on_ranks, options_for, over_ranks
 from tools.perplexity import score
 
 GREEDY = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
@@ -251,6 +252,20 @@ def test_texts_that_are_gone_are_forgotten_everywhere(folder: Path, monkeypatch:
         assert all(len(follower.runner.idle_kvs) == 1 for follower in followers)
 
     over_ranks(folder, (1, 2, 1), measure, **CPU)
+
+
+def test_planning_without_loading(folder: Path) -> None:
+    """Gives the plans that engines keep to."""
+    options = options_for((1, 2, 1), **CPU)
+    found = on_ranks(3, lambda meeting: plan_named_ranks(folder, options, meeting))
+
+    def plans(engine: Engine) -> dict[str, Any]:
+        assert engine.rank_plans
+        return engine.rank_plans.as_dict()
+
+    expected = over_ranks(folder, (1, 2, 1), plans, **CPU)
+    assert [found[rank][0] for rank in range(3)] == [0, 1, 2]
+    assert all(found[rank][1].as_dict() == expected for rank in range(3))
 
 
 def test_only_rank_0_takes_requests(folder: Path) -> None:

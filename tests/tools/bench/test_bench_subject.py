@@ -73,6 +73,7 @@ def test_experts_that_share_host_memory(monkeypatch: pytest.MonkeyPatch) -> None
         (9, {"context": 8}, "9 tokens do not fit --context 8"),
         (8, {"enforce": True}, "--enforce wants a GPU and --vram"),
         (8, {"slots": 5}, "slots is 5"),
+        (8, {"distributed": True}, "a benchmark measures one process"),
     ],
 )
 def test_what_makes_no_sense(tokens: int, options: dict[str, Any], message: str) -> None:
