@@ -46,6 +46,10 @@ def launch(module: str) -> "NoReturn":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the caller ignores Ctrl-C
         signal.signal(signal.SIGINT, interrupt)
 
+    distributed = "--distributed" in sys.argv
+    if distributed:  # PyTorch warns of addresses without names, and with stacks of what an error's line says
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
     def work() -> int:
         with one_line_bus_errors(FAILED):
             status: int = import_module(module).main()
@@ -54,6 +58,8 @@ def launch(module: str) -> "NoReturn":
     status = run(work)
     if signal.getsignal(signal.SIGINT) is interrupt:
         signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # no work is left to interrupt
+    if distributed:  # Python would wait for connections to ranks that may hang
+        os._exit(status)
     sys.exit(status)
 
 

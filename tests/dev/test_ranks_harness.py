@@ -1,6 +1,7 @@
 """The harness's part for ranks, with ranks that are stand-ins: it is content with good ones, and finds the
 mistakes of others."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from dev.harness.ranks.moments import WRITING, Pace
 from dev.harness.ranks.namespaces import machines, present, why_not
 from dev.harness.ranks.one_process import written_by_one
 
+ROOT = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake_ranks.py")
 HAND, APART = WAYS[1], WAYS[2]
 
@@ -129,3 +131,14 @@ def test_all_ways_to_start_them(texts: Texts, tmp_path: Path, way: Way) -> None:
     if way.apart and why_not():
         pytest.skip("no network namespaces here")
     many(cuts(texts, tmp_path, way, limit=30), 10)
+
+
+@pytest.mark.slow
+def test_real_ranks_end_well_whatever_befalls_them(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    words = ["--only", "ranks", "--cases", "12", "--seconds", "900", "--json", str(file), "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dev.harness", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    (found,) = json.loads(file.read_text())["parts"]
+    assert found["findings"] == [] and found["tried"] > 0, done.stderr

@@ -41,7 +41,7 @@ PARTS = {
         Part("interrupts", open_interrupts, patience=30),
         Part("soak", open_soak),
         Part("tiers", open_tiers),
-        Part("ranks", open_ranks, patience=240),
+        Part("ranks", open_ranks, patience=180),
         Part("server", open_server, cpu_seconds=60, patience=180),
     )
 }

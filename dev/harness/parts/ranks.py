@@ -1,17 +1,17 @@
 """Ranks that are killed, stopped, cut off and interrupted at random moments, and ranks that disagree. Every
 other one ends within seconds, with one line, and what has been written is a beginning of the right text."""
 
-import importlib.util
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dev.harness.part import Absent, Case
+from dev.harness.part import Case
 from dev.harness.ranks.asked import Asked
 from dev.harness.ranks.cuts import Cuts, Limits
 from dev.harness.ranks.disagreeing import Checkpoints
+from dev.harness.ranks.impatient import PATIENCE
 from dev.harness.ranks.launching import WAYS
 from dev.harness.ranks.namespaces import why_not
 from dev.harness.ranks.one_process import written_by_one
@@ -19,15 +19,13 @@ from dev.harness.subject import Subject
 from runtime.engine import DEMO
 
 TIMEOUT = 4.0  # seconds, as ranks are told
-LIMITS = Limits(met=TIMEOUT + 6, meeting=60)
+LIMITS = Limits(met=TIMEOUT + 6, meeting=PATIENCE + 20)
 SAME = ["--device", "cpu", "--dtype", "float32", "--threads", "1", "--slots", "4"]
 MESSAGES = ("def f(x):", "def g(y):")
 
 
 @contextmanager
 def open_ranks(subject: Subject) -> Iterator[Case]:
-    if importlib.util.find_spec("runtime.ranks") is None:
-        raise Absent("this version has no ranks")
     work = subject.work("ranks")
     reason = why_not()
     ways = [way for way in WAYS if not (way.apart and reason)]
@@ -51,9 +49,10 @@ def asked(work: Path) -> tuple[Asked, Asked]:
 
 
 def one(argv: Sequence[str], messages: tuple[str, ...], work: Path) -> Asked:
-    command = [sys.executable, "-m", "runtime.generate", *argv]
-    text = written_by_one(command, messages, work / f"alone-{len(messages)}")
-    return Asked((*command, "--distributed", "--rank-timeout", f"{TIMEOUT:g}"), text, messages)
+    alone = [sys.executable, "-m", "runtime.generate", *argv]
+    text = written_by_one(alone, messages, work / f"alone-{len(messages)}")
+    ranks = [sys.executable, "-m", "dev.harness.ranks.impatient", *argv]
+    return Asked((*ranks, "--distributed", "--rank-timeout", f"{TIMEOUT:g}"), text, messages)
 
 
 def checkpoints(subject: Subject, work: Path) -> Checkpoints:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FIGURES = re.compile(r"[\d.,]+( ?(?:[KMG]iB|bytes|ms|us|s)\b)?")
+USUAL = re.compile(r"(loading|compiling|downloading).*: (done|.* of )|rank \d+ (on|to) ")  # progress, plans
+NAMED = re.compile(r"^rank \d+: ")  # how the lines of all ranks but 0 begin
 PROMPT = "> "  # of a conversation on a terminal
 
 
@@ -40,12 +42,15 @@ class Ordinary:
         self.known: set[str] = {PROMPT.strip()}
 
     def learn(self, err: str) -> None:
-        self.known |= {kind(line) for line in err.splitlines()}
+        self.known |= {kind(NAMED.sub("", line)) for line in err.splitlines()}
 
     def others(self, err: str) -> list[str]:
-        """The lines that are none of these. A prompt in front of a line is no part of it."""
-        lines = [re.sub(f"^({PROMPT})+", "", line) for line in err.splitlines()]
-        return [line for line in lines if line.strip() and kind(line) not in self.known]
+        """The lines that are none of these, without a prompt in front or the rank that says it."""
+        lines = [NAMED.sub("", re.sub(f"^({PROMPT})+", "", line)) for line in err.splitlines()]
+        return [line for line in lines if line.strip() and not self.knows(line)]
+
+    def knows(self, line: str) -> bool:
+        return kind(line) in self.known or USUAL.match(line) is not None
 
 
 def kind(line: str) -> str:
@@ -62,6 +67,6 @@ def kinds_of(lines: Sequence[str]) -> dict[str, int]:
     first: dict[str, str] = {}
     counts: dict[str, int] = {}
     for line in lines:
-        shown = first.setdefault(re.sub(r"rank #", "rank N", kind(line)), line)
+        shown = first.setdefault(kind(line), line)
         counts[shown] = counts.get(shown, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
