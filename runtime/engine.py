@@ -36,7 +36,9 @@ from runtime.stats import Stats
 from tokenizer import Tokenizer, TokenizerError
 
 DEMO = Path(__file__).parent / "demo"
-NOTHING_TO_TRACE = "all experts are resident, so there is nothing to trace; use --offload always"
+NOTHING_TO_TRACE = (
+    "all experts of this process are resident, so there is nothing to trace; use --offload always"
+)
 
 
 class Engine:
@@ -178,6 +180,9 @@ class Engine:
     @contextmanager
     def recording(self, path: str | PathLike[str]) -> Iterator[None]:
         """Inside, write what happens to each expert to a trace file, which `python -m tools.trace` reads.
+
+        Over ranks, it is about this rank's layers, which it numbers from 0. Another rank than 0 may call
+        `follow` inside.
 
         Raises `OptionError` if all experts are resident, since nothing happens to them then. Raises
         `TraceError` if the file cannot be written, at the latest on leaving.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
+from runtime.experts.places import Places
 from runtime.gpu.decoder import Decoder
 from runtime.held import Held
 from runtime.planning.rank_plans import RankPlans
@@ -69,6 +70,11 @@ class Company(Protocol):
     def held(self, alone: Callable[..., Any], kv: KVCache, length: int) -> Held:
         """What all ranks hold of a text's first `length` tokens. `alone` is `ModelRunner.alone`. Raises
         `RequestError` if they do not hold it alike."""
+        ...
+
+    def look(self) -> Places:
+        """Where the other ranks' experts were when rank 0 last heard of it. Newer figures come back with the
+        next orders. Any thread may ask."""
         ...
 
     def count(self) -> Stats:

@@ -4,6 +4,9 @@ On a CPU it does not. A token that is decoded beside others has the same bits as
 If numba's kernels compute all matrices, they also make a prompt's tokens the same however the prompt is cut,
 so a beginning that was computed for another request is the same, too. Elsewhere the last bits of numbers may
 differ, and with them, now and then, a token.
+
+Nor does it matter over how many ranks the layers are spread, unless the CPU computes missing experts. Which
+ones those are depends on guesses, and no rank guesses another's experts.
 """
 
 from collections.abc import Iterator
@@ -14,19 +17,27 @@ from runtime.runner import ModelRunner
 
 
 def caveats(runner: ModelRunner) -> list[str]:
-    """Why a text may depend on the other requests, one line for each reason. Empty if it does not."""
+    """Why a text may depend on the other requests, or on the number of ranks: one line for each reason."""
     found = []
-    if runner.device.type == "cuda":
+    others = runner.company.plans.plans[1:] if runner.company else ()  # other ranks'
+    on_gpu = any(device.type == "cuda" for device in (runner.device, *(plan.device for plan in others)))
+    offloads = runner.cache is not None or not all(plan.resident for plan in others)
+    if on_gpu:
         found.append(
             "a text may differ in single tokens from the same text served alone, because a GPU computes "
             "several tokens by other kernels than one"
         )
-    elif runner.cache and runner.options.misses != "copy":
+    elif offloads and runner.options.misses != "copy":
         found.append(
             f"a text may differ in single tokens from the same text served alone, because misses is "
             f"{runner.options.misses!r}, and the CPU computes experts of a single text only"
         )
-    if not cuts_alike(runner):
+    if runner.company and offloads and runner.options.misses != "copy":
+        found.append(
+            f"a text may differ in single tokens from what another number of ranks writes, because misses is "
+            f"{runner.options.misses!r}, and no rank guesses another's experts"
+        )
+    if on_gpu or not cuts_alike(runner):
         found.append(
             "a text may differ in single tokens if its prompt's beginning was computed for another request; "
             "a request that says so computes all of its prompt"

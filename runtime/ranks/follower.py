@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.kv_cache import KVCache
 from runtime.errors import RequestError
+from runtime.experts.places import Places
 from runtime.ranks.held import as_rows
 from runtime.ranks.orders import Kind, Order, rows_of
 from runtime.ranks.ring import Ring
@@ -52,6 +53,10 @@ class Follower:
             (source, length), (target, _) = order.texts
             self.text(target, 0).copy_from(self.text(source), length)
             return None
+        if order.kind is Kind.LOOK:
+            config = self.runner.config
+            own = Places.of(self.runner.cache, config.layers, config.experts).packed()
+            return own if rows is None else torch.cat([rows, own])
         if order.kind in (Kind.FETCH, Kind.STORE):
             (name, length), (rank, index) = order.texts
             return rows if rank != self.rank else self.held(name, length, index, rows)

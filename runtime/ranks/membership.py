@@ -7,6 +7,7 @@ from typing import Any
 
 from model.kv_cache import KVCache
 from runtime.errors import RequestError
+from runtime.experts.places import Places
 from runtime.planning.rank_plans import RankPlans
 from runtime.ranks.follower import Follower
 from runtime.ranks.held import HeldByRanks
@@ -42,6 +43,17 @@ class Membership:
     def held(self, alone: Callable[..., Any], kv: KVCache, length: int) -> HeldByRanks:
         assert isinstance(self.role, Pipeline)
         return HeldByRanks(self.role, self.plans, alone, kv, length)
+
+    def look(self) -> Places:
+        assert isinstance(self.role, Pipeline)
+        if (rows := self.role.look()) is not None:
+            return Places.unpacked(rows)
+        experts, others = (
+            self.role.model.config.experts,
+            zip(self.plans.parts[1:], self.plans.plans[1:], strict=True),
+        )
+        known = (Places.alike("s" if plan.resident else "?", part.layers, experts) for part, plan in others)
+        return sum(known, Places([], []))
 
     def count(self) -> Stats:
         """What the other ranks' experts have counted, as far as rank 0 has heard."""

@@ -31,8 +31,9 @@ class Kind(IntEnum):
     FORGET = 5  # the texts' KV caches are not needed any more
     FETCH = 6  # a tensor of a text is wanted: its rows, from the rank that holds it on
     STORE = 7  # a tensor of a text: its rows, up to the rank that holds it
-    FAILED = 8  # a rank could not do it: its line, [characters, 1]
-    END = 9  # there is nothing more to do
+    LOOK = 8  # where experts are: the rows of `Places.packed`, to which each rank adds its layers'
+    FAILED = 9  # a rank could not do it: its line, [characters, 1]
+    END = 10  # there is nothing more to do
 
 
 @dataclass(frozen=True)

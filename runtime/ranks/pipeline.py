@@ -51,6 +51,8 @@ class Pipeline:
         self.begun: weakref.WeakValueDictionary[int, RemotePass] = weakref.WeakValueDictionary()
         self.under_way = 0  # orders that have not come back
         self.counted = Stats()  # by the other ranks' expert caches
+        self.seen: Tensor | None = None  # where the other ranks' experts were (`Places.packed`)
+        self.watched = False  # somebody has looked at `seen` since it was last asked for
 
     def begin(self, ids: Sequence[int], kv: KVCache, past: int, last: bool = True) -> RemotePass:
         begun = self.send(Kind.STEP if last and len(ids) == 1 else Kind.ROWS, ids, [kv], [past])
@@ -94,7 +96,16 @@ class Pipeline:
         begun = RemotePass(self, next(self.numbers), kvs, pasts)
         self.begun[begun.number] = begun
         self.dispatch(Order(kind, begun.number, tuple(pairs)), rows)
+        if self.watched:
+            self.watched = False
+            self.dispatch(Order(Kind.LOOK, next(self.numbers)), None)
         return begun
+
+    def look(self) -> Tensor | None:
+        """What is known of the other ranks' experts. The next order that is sent is followed by one that asks
+        for more. Any thread may call."""
+        self.watched = True
+        return self.seen
 
     def dispatch(self, order: Order, rows: Tensor | None) -> None:
         while self.under_way >= FRAMES:
@@ -115,6 +126,8 @@ class Pipeline:
         self.under_way -= 1
         order = Order.unpacked(header)
         self.counted = order.counted
+        if order.kind is Kind.LOOK:
+            self.seen = rows
         if (waiting := self.begun.get(order.number)) is not None:
             waiting.arrived = order, rows
         for number, earlier in list(self.begun.items()):  # orders come back in the order of their numbers

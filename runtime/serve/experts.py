@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from runtime.serve.picture import last, places
+from runtime.serve.picture import picture, resident
 from runtime.serve.served import Served
 from runtime.serve.stream import EventStream
 
@@ -50,14 +50,14 @@ def snapshot(served: Served) -> dict[str, Any]:
     engine, counts = served.engine, served.service.counts()
     total = engine.stats()
     recent, seconds = served.rates.read(total)
-    cache, layers, experts = engine.runner.cache, engine.config.layers, engine.config.experts
+    found = picture(engine.runner)
     known = recent if recent.hits + recent.misses else total
     return {
-        "layers": layers,
-        "experts": experts,
-        "resident": cache is None,
-        "places": places(cache, layers, experts),
-        "last": last(cache, layers),
+        "layers": len(found.places),
+        "experts": engine.config.experts,
+        "resident": resident(engine.runner),
+        "places": found.places,
+        "last": found.last,
         "tokens_per_second": round(recent.new_tokens / seconds, 2),
         "hit_ratio": round(known.hit_ratio, 4),
         "running": counts.running,

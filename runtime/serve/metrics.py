@@ -65,7 +65,7 @@ class Counters:
     service: Service
 
     def collect(self) -> Iterator[Metric]:
-        stats, counts, plan = self.engine.stats(), self.service.counts(), self.engine.plan
+        stats, counts, plans = self.engine.stats(), self.service.counts(), self.engine.rank_plans
         yield gauge("requests_running", "Texts that are being written", counts.running)
         yield gauge("requests_queued", "Texts that wait for a place", counts.queued)
         yield counter("prompt_tokens", "Prompt tokens that were computed", stats.prompt_tokens)
@@ -83,10 +83,13 @@ class Counters:
         moved.add_metric(("file_to_host",), stats.read_bytes)
         yield moved
         yield counter("wasted_bytes", "Copied bytes of experts that nobody needed", stats.wasted_bytes)
-        memory = GaugeMetricFamily("mixtral_memory_bytes", "What the plan has in each tier", labels=("tier",))
-        memory.add_metric(("device",), plan.device_bytes)
-        memory.add_metric(("host",), plan.host_bytes)
-        memory.add_metric(("file",), plan.mapped_bytes + plan.file_experts * plan.blob_bytes)
+        memory = GaugeMetricFamily(
+            "mixtral_memory_bytes", "What the plan of each rank has in each tier", labels=("tier", "rank")
+        )
+        for rank, plan in enumerate(plans.plans if plans else [self.engine.plan]):
+            memory.add_metric(("device", str(rank)), plan.device_bytes)
+            memory.add_metric(("host", str(rank)), plan.host_bytes)
+            memory.add_metric(("file", str(rank)), plan.mapped_bytes + plan.file_experts * plan.blob_bytes)
         yield memory
 
 

@@ -1,4 +1,4 @@
-"""Where each expert is, and what changed lately: read while other threads go on, and never waited for."""
+"""What changed lately, and where each expert is, for the page's picture."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from runtime.experts.cache import ExpertCache
-from runtime.experts.residency import Residency
+from runtime.experts.places import Places
+from runtime.runner import ModelRunner
 from runtime.stats import Stats
 
 SPAN = 2.0  # seconds over which rates are taken
@@ -39,41 +39,14 @@ class Rates:
         return total - before, max(now - since, 1e-3)
 
 
-def places(cache: ExpertCache | None, layers: int, experts: int) -> list[str]:
-    """Where each expert is: a text for each layer, with a letter for each expert.
-
-    s in a slot, l on its way to one, g guessed, b in a berth of host memory, f only in its file
-    """
-    if cache is None:
-        return ["s" * experts] * layers
-    berths = cache.store.berths
-    in_berths = set(berths.where) if not berths.complete else None
-    rows = []
-    for layer in range(layers):
-        row = ["b" if in_berths is None or layer * experts + e in in_berths else "f" for e in range(experts)]
-        for e in guessed(cache.residency, layer):
-            row[e] = "g"
-        for e, letter in in_slots(cache.residency, layer):
-            row[e] = letter
-        rows.append("".join(row))
-    return rows
+def picture(runner: ModelRunner) -> Places:
+    """All layers of the model. Over ranks, rank 0 has the last ones, and knows the others from what came back
+    with its orders."""
+    own = Places.of(runner.cache, runner.config.layers, runner.config.experts)
+    return runner.company.look() + own if runner.company else own
 
 
-def guessed(residency: Residency, layer: int) -> list[int]:
-    return [e for of, e in list(residency.spares.guesses) if of == layer]
-
-
-def in_slots(residency: Residency, layer: int) -> list[tuple[int, str]]:
-    """A layer's experts that have a slot, each with its letter."""
-    found = []
-    for expert, slot in list(residency.tables[layer].where.items()):
-        ticket = residency.tickets.get(slot)
-        found.append((expert, "s" if ticket is None or ticket.complete else "l"))
-    return found
-
-
-def last(cache: ExpertCache | None, layers: int) -> list[dict[str, list[int]]]:
-    """For each layer, which experts its last forward found in slots, and which it missed."""
-    latest = {} if cache is None else cache.ledger.latest
-    rows = [latest.get(layer, ((), ())) for layer in range(layers)]
-    return [{"hit": list(hits), "miss": list(misses)} for hits, misses in rows]
+def resident(runner: ModelRunner) -> bool:
+    """Whether the devices of all ranks hold every expert for good."""
+    plans = runner.company.plans.plans if runner.company else [runner.plan]
+    return all(plan.resident for plan in plans)

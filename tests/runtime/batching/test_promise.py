@@ -50,7 +50,7 @@ def test_without_numba(make: MAKE, without_numba: str) -> None:
 
 def test_a_gpu() -> None:
     runner: Any = SimpleNamespace(
-        device=torch.device("cuda"), dtype=torch.bfloat16, cache=None,
+        device=torch.device("cuda"), dtype=torch.bfloat16, cache=None, company=None,
         config=SimpleNamespace(head_dim=128, heads=32, kv_heads=8, hidden=4096),
     )  # fmt: skip
     assert len(caveats(runner)) == 2 and "a GPU computes" in caveats(runner)[0]

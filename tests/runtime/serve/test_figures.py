@@ -53,7 +53,7 @@ def test_metrics_count_what_happened(offloaded: Running) -> None:
         gained["mixtral_expert_misses_total"] > 0 and gained["mixtral_moved_bytes_total[host_to_device]"] > 0
     )
     plan = offloaded.served.engine.plan
-    assert after["mixtral_memory_bytes[host]"] == plan.host_bytes
+    assert after["mixtral_memory_bytes[0][host]"] == plan.host_bytes
     assert after["mixtral_hit_ratio"] == pytest.approx(offloaded.served.engine.stats().hit_ratio)
     assert (after["mixtral_requests_running"], after["mixtral_requests_queued"]) == (0, 0)
 
