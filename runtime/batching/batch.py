@@ -19,7 +19,7 @@ from torch import Tensor
 from runtime.answer import Answer, Token
 from runtime.batching.promise import caveats
 from runtime.batching.scheduler import Scheduler
-from runtime.batching.texts import Text, Texts
+from runtime.batching.texts import Text, Texts, common_prefix
 from runtime.errors import RequestError
 from runtime.options import SamplingParams
 from runtime.passes import Pass
@@ -67,6 +67,7 @@ class Turn:
 
     requests: list[Request]
     ids: list[int]
+    past: list[int]  # tokens of each text before it
     chunk: bool
     begun: Pass
 
@@ -142,7 +143,7 @@ class Batch:
         results: list[Result] = []
         while len(self.turns) < self.runner.passes.depth:
             prompt, group = self.scheduler.next_turn()
-            if prompt is None and not group:
+            if (prompt is None and not group) or (prompt and self.is_under_way(prompt)):
                 break
             requests = group if prompt is None else [prompt]
             try:
@@ -159,6 +160,16 @@ class Batch:
                 request.turns += 1
         return results
 
+    def is_under_way(self, request: Request) -> bool:
+        """Whether a prompt should wait for its beginning, which is under way for another request. A few
+        tokens alike are no reason to wait."""
+        if request.text is not None or not request.work.reuse or not self.turns:
+            return False
+        ids, known = request.work.ids, self.texts.longest(request.work.ids)[0]
+        others = [turn.requests[0] for turn in self.turns if turn.chunk]
+        most = max((common_prefix(other.work.ids[: other.begun], ids) for other in others), default=0)
+        return 2 * (most - known) > min(self.chunk, len(ids) - known)
+
     def begin_chunk(self, request: Request) -> Turn:
         """The next chunk of a prompt."""
         ids = request.work.ids
@@ -169,7 +180,7 @@ class Batch:
         chunk = ids[start : start + self.chunk]
         begun = self.runner.begin(chunk, request.text.kv, start)
         request.begun += len(chunk)
-        return Turn([request], chunk, True, begun)
+        return Turn([request], chunk, [start], True, begun)
 
     def begin_each(self, requests: list[Request]) -> Turn:
         """The next token of each text, in one forward."""
@@ -177,7 +188,8 @@ class Batch:
         for text in texts:
             text.cut(len(text.ids))  # an interrupt can have left tokens in the KV cache that no one knows of
         tokens = [request.token for request in requests]
-        return Turn(requests, tokens, False, self.runner.begin_each(tokens, [text.kv for text in texts]))
+        begun = self.runner.begin_each(tokens, [text.kv for text in texts])
+        return Turn(requests, tokens, [len(text.ids) for text in texts], False, begun)
 
     def finish_chunk(self, turn: Turn) -> list[Result]:
         """The last chunk of a prompt gives the first token."""
@@ -186,7 +198,7 @@ class Batch:
         try:
             with runner.working():
                 logits = runner.finish(turn.begun)[0]  # [V]
-                request.text.ids += turn.ids
+                request.text.ids[turn.past[0] :] = turn.ids
                 if len(request.text.ids) < len(request.work.ids):
                     request.seconds += time.perf_counter() - began
                     return []
@@ -205,9 +217,10 @@ class Batch:
         try:
             with runner.working():
                 rows = runner.finish(turn.begun)  # [N, V]
-                for request, token, row in zip(turn.requests, turn.ids, rows, strict=True):
+                each = zip(turn.requests, turn.ids, turn.past, rows, strict=True)
+                for request, token, past, row in each:
                     assert request.text is not None
-                    request.text.ids.append(token)
+                    request.text.ids[past:] = [token]
                     if not request.over:
                         results.append((request, self.settle(request, row)))
         except RequestError as error:  # of the forward, which was for all of them

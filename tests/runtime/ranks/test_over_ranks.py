@@ -160,6 +160,27 @@ def test_several_ranks_work_at_the_same_time(folder: Path, monkeypatch: pytest.M
     assert over_ranks(folder, (2, 2), measure, **CPU, parallel=4) == [2, 3]  # with the copy of a beginning
 
 
+def test_a_beginning_that_is_under_way_is_waited_for(quantized: Callable[..., Path]) -> None:
+    """Choices of one request compute their prompt once. Prompts with little in common do not wait."""
+
+    def measure(engine: Engine) -> list[list[int]]:
+        found = []
+        for alike in (600, 3):
+            with engine.batch() as batch:
+                requests = []
+                for n in range(3):
+                    ids = prompt(alike) + prompt(20, seed=n)
+                    requests.append(batch.add(Work(ids, GREEDY, engine.tokenizer.stream(ids))))
+                while batch.busy:
+                    batch.step()
+                found.append([request.reused for request in requests])
+        return found
+
+    options: dict[str, Any] = {**CPU, "parallel": 3}
+    first, second = over_ranks(quantized(4, 4, 8), (2, 2), measure, **options)
+    assert first == [0, 601, 601] and second[0] <= 3 and second[1] <= 3
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_request_that_fails_on_a_rank(
     quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, rank: int
