@@ -5,6 +5,7 @@ header                      int64, `count` of them
 rows                        [rows, width], if they fit; otherwise they are a message of their own
 """
 
+import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 FIXED = 4  # numbers before the header
 WORD = 8  # bytes
+PARTS = 64
 
 
 @dataclass(frozen=True)
@@ -34,36 +36,70 @@ def frame_bytes(rows: int, width: int, dtype: torch.dtype, header: int) -> int:
     return Shape(rows, width, dtype).bytes + WORD * (FIXED + header)
 
 
-def write(frame: torch.Tensor, header: Sequence[int], rows: torch.Tensor | None) -> tuple[int, bool]:
-    """Put a header and rows into `frame` (uint8, on the host). Returns the bytes used, and whether the rows
-    are among them.
+class Frame:
+    """Memory for one message.
 
-    Raises `ValueError` for rows that are no matrix of a dtype in `DTYPES`, or a header longer than the frame.
+    A hop takes as long as its calls, and those into PyTorch take microseconds. So rows are copied by address.
     """
-    end = WORD * (FIXED + len(header))
-    if end > len(frame):
-        raise ValueError(f"a header of {len(header)} numbers does not fit a frame of {len(frame)} bytes")
-    if rows is None:
-        struct.pack_into(f"={FIXED + len(header)}q", frame.numpy().data, 0, len(header), -1, 0, 0, *header)
-        return end, True
-    if rows.dim() != 2 or rows.dtype not in DTYPES:
-        raise ValueError(f"rows of shape {list(rows.shape)} and {rows.dtype} are no frame's")
-    numbers = len(header), DTYPES.index(rows.dtype), rows.shape[0], rows.shape[1]
-    struct.pack_into(f"={FIXED + len(header)}q", frame.numpy().data, 0, *numbers, *header)
-    size = rows.numel() * rows.itemsize
-    if end + size > len(frame):
-        return end, False
-    frame[end : end + size].view(rows.dtype).view(rows.shape).copy_(rows)
-    return end + size, True
 
+    def __init__(self, size: int) -> None:
+        """`size` in bytes."""
+        self.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self.memory, self.address = self.bytes.numpy().data, self.bytes.data_ptr()
+        self.size = size
+        self.parts = {size: self.bytes}  # beginnings of `bytes`, by length; few are in use
 
-def read(frame: torch.Tensor) -> tuple[list[int], Shape | None, torch.Tensor | None]:
-    """The header of a frame, the shape of its rows, and a view of them if they are in it."""
-    count, code, rows, width = struct.unpack_from(f"={FIXED}q", frame.numpy().data, 0)
-    header = list(struct.unpack_from(f"={count}q", frame.numpy().data, WORD * FIXED))
-    if code < 0:
-        return header, None, None
-    shape, start = Shape(rows, width, DTYPES[code]), WORD * (FIXED + count)
-    if start + shape.bytes > len(frame):
-        return header, shape, None
-    return header, shape, frame[start : start + shape.bytes].view(shape.dtype).view(rows, width)
+    def write(self, header: Sequence[int], rows: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
+        """Put a header and rows [N, width] in. Returns the part of `bytes` that is to be sent, and whether
+        the rows are in it.
+
+        Raises `ValueError` for rows that are no matrix of a dtype in `DTYPES`, or a header longer than the
+        frame.
+        """
+        count = len(header)
+        end = WORD * (FIXED + count)
+        if end > self.size:
+            raise ValueError(f"a header of {count} numbers does not fit a frame of {self.size} bytes")
+        if rows is None:
+            struct.pack_into(f"={FIXED + count}q", self.memory, 0, count, -1, 0, 0, *header)
+            return self.part(end), True
+        if rows.dim() != 2 or rows.dtype not in DTYPES:
+            raise ValueError(f"rows of shape {list(rows.shape)} and {rows.dtype} are no frame's")
+        n, width = rows.shape
+        numbers = count, DTYPES.index(rows.dtype), n, width
+        struct.pack_into(f"={FIXED + count}q", self.memory, 0, *numbers, *header)
+        size = rows.numel() * rows.itemsize
+        if end + size > self.size:
+            return self.part(end), False
+        rows = rows.contiguous() if rows.is_cpu else rows.to("cpu").contiguous()
+        ctypes.memmove(self.address + end, rows.data_ptr(), size)
+        return self.part(end + size), True
+
+    def announced(self) -> Shape | None:
+        """The rows that follow the frame as a message of their own; None if none do."""
+        count, code, n, width = struct.unpack_from(f"={FIXED}q", self.memory, 0)
+        if code < 0:
+            return None
+        shape = Shape(n, width, DTYPES[code])
+        return shape if WORD * (FIXED + count) + shape.bytes > self.size else None
+
+    def read(self) -> tuple[list[int], torch.Tensor | None]:
+        """The header, and a copy of the rows if they are in the frame."""
+        count, code, n, width = struct.unpack_from(f"={FIXED}q", self.memory, 0)
+        header = list(struct.unpack_from(f"={count}q", self.memory, WORD * FIXED))
+        if code < 0:
+            return header, None
+        shape, start = Shape(n, width, DTYPES[code]), WORD * (FIXED + count)
+        if start + shape.bytes > self.size:
+            return header, None
+        rows = torch.empty(n, width, dtype=shape.dtype, device="cpu")
+        ctypes.memmove(rows.data_ptr(), self.address + start, shape.bytes)
+        return header, rows
+
+    def part(self, end: int) -> torch.Tensor:
+        """The first `end` bytes."""
+        if (part := self.parts.get(end)) is None:
+            if len(self.parts) > PARTS:
+                self.parts.clear()
+            part = self.parts[end] = self.bytes[:end]
+        return part

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from runtime.ranks.edge import FRAMES, ROWS, Edge, wait
-from runtime.ranks.frames import read
+from runtime.ranks.frames import Frame
 from runtime.ranks.outbox import Woken
 
 
@@ -22,12 +22,12 @@ class Inbox:
         """Up to `frames` frames wait here, and rows of their own of `large` of them. `broken` is called in
         the inbox's thread if the connection breaks."""
         self.edge, self.broken = edge, broken
-        self.empty: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()  # frames to receive into
+        self.empty: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()  # frames to receive into
         self.permits: queue.SimpleQueue[bool] = queue.SimpleQueue()  # to receive rows of their own
-        self.come: queue.SimpleQueue[tuple[torch.Tensor, torch.Tensor | None] | None] = queue.SimpleQueue()
-        self.posted: deque[tuple[torch.Tensor, Any]] = deque()  # frames that are being received, in order
+        self.come: queue.SimpleQueue[tuple[Frame, torch.Tensor | None] | None] = queue.SimpleQueue()
+        self.posted: deque[tuple[Frame, Any]] = deque()  # frames that are being received, in order
         for _ in range(frames):
-            self.empty.put(torch.empty(frame_bytes, dtype=torch.uint8, device="cpu"))
+            self.empty.put(Frame(frame_bytes))
         for _ in range(large):
             self.permits.put(True)
         self.thread = threading.Thread(target=self.run, name="receives", daemon=True)
@@ -42,14 +42,11 @@ class Inbox:
             self.come.put(None)
             raise Woken
         frame, own = item
-        header, _, rows = read(frame)
-        if own is not None:
-            rows = own
-            self.permits.put(True)
-        elif rows is not None:
-            rows = rows.clone()
+        header, rows = frame.read()
         self.empty.put(frame)
-        return header, rows
+        if own is not None:
+            self.permits.put(True)
+        return header, rows if own is None else own
 
     def wake(self) -> None:
         """End all waiting, now and later, but for what waits in gloo."""
@@ -71,15 +68,14 @@ class Inbox:
             while self.post():
                 frame, work = self.posted.popleft()
                 wait(work)
-                _, shape, rows = read(frame)
                 own = None
-                if shape is not None and rows is None:
+                if (shape := frame.announced()) is not None:
                     if not self.permits.get():
                         return
                     own = torch.empty(shape.rows, shape.width, dtype=shape.dtype, device="cpu")
                     wait(self.edge.post(own.view(torch.uint8), ROWS))
                 self.come.put((frame, own))
-                del frame, work, rows, own
+                del frame, work, own
         except RuntimeError:
             self.broken()
         finally:
@@ -90,5 +86,5 @@ class Inbox:
         while not (self.posted and self.empty.empty()):
             if (frame := self.empty.get()) is None:
                 return False
-            self.posted.append((frame, self.edge.post(frame, FRAMES)))
+            self.posted.append((frame, self.edge.post(frame.bytes, FRAMES)))
         return True

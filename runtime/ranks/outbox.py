@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from runtime.ranks.edge import FRAMES, ROWS, Edge, wait
-from runtime.ranks.frames import write
+from runtime.ranks.frames import Frame
 
 Tokens = queue.SimpleQueue[Any]  # what may be taken to send one more; None wakes whoever waits
 
@@ -41,7 +41,7 @@ class Outbox:
         self.frames: Tokens = queue.SimpleQueue()
         self.permits: Tokens = queue.SimpleQueue()
         for _ in range(frames):
-            self.frames.put(torch.empty(frame_bytes, dtype=torch.uint8, device="cpu"))
+            self.frames.put(Frame(frame_bytes))
         for _ in range(large):
             self.permits.put(True)
         self.at_once = max(frames // 2, 1)
@@ -51,21 +51,20 @@ class Outbox:
         self.thread.start()
 
     def send(self, header: Sequence[int], rows: torch.Tensor | None) -> None:
-        """Send a frame (see `frames.write`). Rows that do not fit it must stay as they are.
+        """Send a frame (see `Frame.write`). Rows that do not fit it must stay as they are.
 
         Waits in Python while too many are under way. Raises `Woken`, or `RuntimeError` if the connection is
         broken.
         """
-        frame = taken(self.frames)
+        frame: Frame = taken(self.frames)
         try:
-            end, complete = write(frame, header, rows)
+            message, complete = frame.write(header, rows)
         except BaseException:
             self.frames.put(frame)
             raise
         own = None if complete or rows is None else rows.to("cpu").contiguous().view(torch.uint8)
         if own is not None:
             taken(self.permits)
-        message = frame[:end]
         self.begun.append(Send(self.edge.send(message, FRAMES), message, self.frames, frame))
         if own is not None:
             self.begun.append(Send(self.edge.send(own, ROWS), own, self.permits, True))

@@ -111,11 +111,12 @@ class Watch:
 
     def close(self) -> None:
         """Say goodbye, and end the thread. Takes as long as the others need to answer, at most a second."""
-        if self.process != os.getpid() or self.ending:
+        if self.process != os.getpid():
             return
-        self.leave()
-        self.ending = True
-        self.ring()
+        if not self.ending:
+            self.leave()
+            self.ending = True
+            self.ring()
         self.thread.join()
 
     def await_words(self) -> None:
