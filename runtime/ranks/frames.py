@@ -3,6 +3,8 @@
 count, dtype, rows, width   int64 each; dtype is an index into DTYPES, and -1 stands for no rows
 header                      int64, `count` of them
 rows                        [rows, width], if they fit; otherwise they are a message of their own
+
+APART is added to dtype if the rows come from GPU to GPU.
 """
 
 import ctypes
@@ -14,6 +16,7 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 FIXED = 4  # numbers before the header
+APART = 1 << 8
 WORD = 8  # bytes
 PARTS = 64
 
@@ -49,9 +52,11 @@ class Frame:
         self.size = size
         self.parts = {size: self.bytes}  # beginnings of `bytes`, by length; few are in use
 
-    def write(self, header: Sequence[int], rows: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
+    def write(
+        self, header: Sequence[int], rows: torch.Tensor | None, apart: bool = False
+    ) -> tuple[torch.Tensor, bool]:
         """Put a header and rows [N, width] in. Returns the part of `bytes` that is to be sent, and whether
-        the rows are in it.
+        no message is to follow: the rows are in it, or go `apart`.
 
         Raises `ValueError` for rows that are no matrix of a dtype in `DTYPES`, or a header longer than the
         frame.
@@ -66,11 +71,11 @@ class Frame:
         if rows.dim() != 2 or rows.dtype not in DTYPES:
             raise ValueError(f"rows of shape {list(rows.shape)} and {rows.dtype} are no frame's")
         n, width = rows.shape
-        numbers = count, DTYPES.index(rows.dtype), n, width
+        numbers = count, DTYPES.index(rows.dtype) + (APART if apart else 0), n, width
         struct.pack_into(f"={FIXED + count}q", self.memory, 0, *numbers, *header)
         size = rows.numel() * rows.itemsize
-        if end + size > self.size:
-            return self.part(end), False
+        if apart or end + size > self.size:
+            return self.part(end), apart
         rows = rows.contiguous() if rows.is_cpu else rows.to("cpu").contiguous()
         ctypes.memmove(self.address + end, rows.data_ptr(), size)
         return self.part(end + size), True
@@ -78,17 +83,19 @@ class Frame:
     def announced(self) -> Shape | None:
         """The rows that follow the frame as a message of their own; None if none do."""
         count, code, n, width = struct.unpack_from(f"={FIXED}q", self.memory, 0)
-        if code < 0:
+        if code < 0 or code >= APART:
             return None
         shape = Shape(n, width, DTYPES[code])
         return shape if WORD * (FIXED + count) + shape.bytes > self.size else None
 
-    def read(self) -> tuple[list[int], torch.Tensor | None]:
-        """The header, and a copy of the rows if they are in the frame."""
+    def read(self) -> tuple[list[int], torch.Tensor | Shape | None]:
+        """The header, and a copy of the rows if they are in the frame, or their shape if they come apart."""
         count, code, n, width = struct.unpack_from(f"={FIXED}q", self.memory, 0)
         header = list(struct.unpack_from(f"={count}q", self.memory, WORD * FIXED))
         if code < 0:
             return header, None
+        if code >= APART:
+            return header, Shape(n, width, DTYPES[code - APART])
         shape, start = Shape(n, width, DTYPES[code]), WORD * (FIXED + count)
         if start + shape.bytes > self.size:
             return header, None

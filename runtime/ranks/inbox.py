@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from runtime.ranks.edge import FRAMES, ROWS, Edge, wait
-from runtime.ranks.frames import Frame
+from runtime.ranks.frames import Frame, Shape
 from runtime.ranks.outbox import Woken
 
 
@@ -33,8 +33,9 @@ class Inbox:
         self.thread = threading.Thread(target=self.run, name="receives", daemon=True)
         self.thread.start()
 
-    def receive(self) -> tuple[list[int], torch.Tensor | None]:
-        """The next frame's header, and its rows on the host, which are the caller's. Waits in Python.
+    def receive(self) -> tuple[list[int], torch.Tensor | Shape | None]:
+        """The next frame's header, and its rows on the host, which are the caller's, or the shape of rows
+        that come apart. Waits in Python.
 
         Raises `Woken` when there is no use in waiting.
         """

@@ -50,24 +50,26 @@ class Outbox:
         self.thread = threading.Thread(target=self.run, name="sends", daemon=True)
         self.thread.start()
 
-    def send(self, header: Sequence[int], rows: torch.Tensor | None) -> None:
+    def send(self, header: Sequence[int], rows: torch.Tensor | None, apart: bool = False) -> None:
         """Send a frame (see `Frame.write`). Rows that do not fit it must stay as they are.
 
-        Waits in Python while too many are under way. Raises `Woken`, or `RuntimeError` if the connection is
-        broken.
+        Waits in Python while too many are under way. Raises `Woken` then, or if the connection is broken.
         """
         frame: Frame = taken(self.frames)
         try:
-            message, complete = frame.write(header, rows)
+            message, complete = frame.write(header, rows, apart)
         except BaseException:
             self.frames.put(frame)
             raise
         own = None if complete or rows is None else rows.to("cpu").contiguous().view(torch.uint8)
         if own is not None:
             taken(self.permits)
-        self.begun.append(Send(self.edge.send(message, FRAMES), message, self.frames, frame))
-        if own is not None:
-            self.begun.append(Send(self.edge.send(own, ROWS), own, self.permits, True))
+        try:
+            self.begun.append(Send(self.edge.send(message, FRAMES), message, self.frames, frame))
+            if own is not None:
+                self.begun.append(Send(self.edge.send(own, ROWS), own, self.permits, True))
+        except RuntimeError as error:
+            raise Woken from error
         if own is not None or len(self.begun) >= self.at_once:
             self.hand_over()
 

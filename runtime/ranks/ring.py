@@ -19,6 +19,8 @@ import torch
 from runtime.errors import RequestError
 from runtime.ranks.beside import beside
 from runtime.ranks.edge import Edge
+from runtime.ranks.frames import Shape
+from runtime.ranks.gpu_edge import connect_gpus
 from runtime.ranks.inbox import Inbox
 from runtime.ranks.lost import Lost
 from runtime.ranks.meeting import Meeting
@@ -38,13 +40,21 @@ class Ring:
     """
 
     def __init__(
-        self, meeting: Meeting, frame_bytes: int, patience: float = 60.0, least: int = LEAST
+        self,
+        meeting: Meeting,
+        frame_bytes: int,
+        patience: float = 60.0,
+        least: int = LEAST,
+        device: torch.device | None = None,
     ) -> None:
         """All ranks, at least 2, make one at the same time.
 
         Rows that fit a frame of `frame_bytes` together with the header (see `frames.frame_bytes`) are sent in
         one message. Larger ones take two. The ranks take the largest number that one of them says. Connecting
         takes up to `patience` seconds. Raises `Lost`.
+
+        `device` is where this rank computes. Rows that are there go straight to the next rank's GPU, if that
+        works.
         """
         self.meeting, self.watch = meeting, meeting.watch
         self.next = (meeting.rank + 1) % meeting.size
@@ -55,6 +65,10 @@ class Ring:
         self.edges = [into, out]
         self.inbox = Inbox(into, size, FRAMES, LARGE, lambda: self.broke(self.previous))
         self.outbox = Outbox(out, size, FRAMES, LARGE, lambda: self.broke(self.next))
+        self.gpu_into, self.gpu_out = connect_gpus(meeting, device, patience)
+        for edge in (self.gpu_into, self.gpu_out):
+            if edge is not None:
+                self.watch.on_loss(edge.abort)
         self.watch.on_loss(self.wake)
         # A thread that came back from gloo while Python shuts down would end the process with a signal.
         atexit.register(self.abandon)
@@ -92,19 +106,31 @@ class Ring:
         Raises `Lost`, and `ValueError` for what is no frame.
         """
         self.check()
+        straight = rows is not None and self.gpu_out is not None and rows.device == self.gpu_out.device
         try:
-            self.outbox.send(header, rows)
-        except (Woken, RuntimeError):
+            self.outbox.send(header, rows, straight)
+        except Woken:
             self.explain(self.next)
+        if straight and self.gpu_out is not None and rows is not None:
+            self.gpu_out.send(rows)
 
     def receive(self) -> tuple[list[int], torch.Tensor | None]:
-        """The next frame of the previous rank: its header, and its rows on the host in the sender's dtype,
-        which are the caller's to change. Waits for it. Raises `Lost`."""
+        """The next frame of the previous rank: its header, and its rows in the sender's dtype, which are the
+        caller's to change. They are on the host, or on `device` if they came straight from another GPU.
+
+        Waits for it. Raises `Lost`.
+        """
         self.check()
         try:
-            return self.inbox.receive()
+            header, rows = self.inbox.receive()
         except Woken:
             self.explain(self.previous)
+        if isinstance(rows, Shape):
+            assert self.gpu_into is not None
+            own = self.gpu_into.receive(rows)
+            self.watch.check()  # a loss ends the transfer, and then there is anything in the rows
+            return header, own
+        return header, rows
 
     def check(self) -> None:
         """Raises `Lost` if a rank is lost, and `RequestError` if the ring is closed, or another process's."""

@@ -97,7 +97,8 @@ def load_rank(
     runner = make_runner(own, identity, plan, tokenizer, options, progress, compiling)
     try:
         length = Order.length(plan.parallel)
-        ring = Ring(meeting, frame_bytes(plan.parallel, checkpoint.config.hidden, plan.dtype, length))
+        frame = frame_bytes(plan.parallel, checkpoint.config.hidden, plan.dtype, length)
+        ring = Ring(meeting, frame, device=runner.device)
         meeting.share("ready", True)
         role: Pipeline | Follower
         if rank == 0:
