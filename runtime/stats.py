@@ -1,6 +1,7 @@
 """Counters of an engine."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from operator import add, sub
 
 from runtime.units import format_bytes
 
@@ -32,10 +33,14 @@ class Stats:
     written_back_bytes: int = 0  # from slots to host memory
 
     def __add__(self, other: "Stats") -> "Stats":
-        return Stats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        """
+        >>> (Stats(hits=3, misses=1) + Stats(hits=1, stall_seconds=0.5) - Stats(misses=1)).hits
+        4
+        """
+        return Stats(*map(add, vars(self).values(), vars(other).values()))  # astuple takes 20 times as long
 
     def __sub__(self, other: "Stats") -> "Stats":
-        return Stats(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Stats(*map(sub, vars(self).values(), vars(other).values()))
 
     @property
     def prompt_rate(self) -> float:
