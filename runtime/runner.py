@@ -112,12 +112,13 @@ class ModelRunner:
     def chunks(self, ids: list[int], kv: KVCache, last: bool = True) -> Iterator[Tensor]:
         """Add `ids` to `kv` in the planned chunks, and yield what each pass gives (see `Passes.begin`). The
         next ones are under way meanwhile."""
-        size, past = self.plan.chunk, kv.length
+        size, past, depth = self.plan.chunk, kv.length, self.passes.depth
+        most = depth + (depth > 1)  # one waits at the first rank, which goes on at once when it has time
         under_way: deque[Pass] = deque()
         for start in range(0, len(ids), size):
             self.check_open()
             under_way.append(self.passes.begin(ids[start : start + size], kv, past + start, last))
-            if len(under_way) == self.passes.depth:
+            if len(under_way) == most:
                 yield under_way.popleft()()
         while under_way:
             self.check_open()
