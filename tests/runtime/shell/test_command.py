@@ -180,11 +180,23 @@ def test_control_characters_are_escaped_on_a_terminal_alone() -> None:
 # --- each command
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_goes_to_stdout(command: str) -> None:
-    done = python("-m", command, "--help")
+# Each as `python -m` runs it, but in one process, which imports PyTorch once.
+HELPING = """
+import runpy, sys
+for command in sys.argv[1:]:
+    sys.argv = [command, "--help"]
+    try:
+        runpy.run_module(command, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        print("status", end.code, "\\0", flush=True)
+"""
+
+
+def test_help_goes_to_stdout() -> None:
+    done = python("-c", HELPING, *COMMANDS)
     assert (done.returncode, done.stderr) == (DONE, "")
-    assert done.stdout.startswith(f"usage: python -m {command} ")
+    for command, said in zip(COMMANDS, done.stdout.split("\0\n"), strict=False):
+        assert said.startswith(f"usage: python -m {command} ") and said.endswith("\nstatus 0 ")
 
 
 @FULL
@@ -226,7 +238,7 @@ def interrupted_after(seconds: float) -> tuple[int, bytes]:
     return process.returncode, err
 
 
-@pytest.mark.parametrize("seconds", [0, 0.01, 0.05, 0.2, 0.5, 1, 1.5, 2])
+@pytest.mark.parametrize("seconds", [0, 0.05, 0.3, 1, 2])
 def test_ctrl_c_at_any_moment(seconds: float) -> None:
     status, err = interrupted_after(seconds)
     assert status == INTERRUPTED
