@@ -91,7 +91,7 @@ def test_the_ids_of_sentencepiece(
     same(made, Tokenizer.load(folder, vocab=original.vocab_size()), 50)
 
 
-@pytest.mark.parametrize(("style", "converter"), zip(STYLES, itertools.cycle(CONVERTERS)))
+@pytest.mark.parametrize(("style", "converter"), [*zip(STYLES, itertools.cycle(CONVERTERS))])
 def test_fine_tunes(tmp_path: Path, load: Any, style: str, converter: str) -> None:
     """With a padded vocabulary, too."""
     folder = make_folder(tmp_path / "original", STYLES[style])
