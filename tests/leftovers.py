@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 PATIENCE = 60.0  # seconds for what has to come on a busy machine
@@ -20,16 +21,22 @@ def workers() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith(WORKERS)}
 
 
+def handles() -> set[str]:
+    """What this process has open: the number of each descriptor, and what it is of. Nothing where the system
+    does not tell."""
+    found = set()
+    for link in Path("/proc/self/fd").glob("*"):
+        with suppress(OSError):  # another thread's, closed meanwhile
+            found.add(f"{link.name} {os.readlink(link)}")
+    return found
+
+
 def open_below(folder: Path) -> list[str]:
     """The files below `folder` that this process has open, one for each descriptor. A deleted one is named as
     the system does it, with a word behind. Nothing where the system does not tell."""
-    found, root = [], f"{os.path.realpath(folder)}{os.sep}"
-    for link in Path("/proc/self/fd").glob("*"):
-        try:
-            found.append(os.readlink(link))
-        except OSError:  # another thread's, closed meanwhile
-            continue
-    return sorted(name for name in found if name.startswith(root))
+    root = f"{os.path.realpath(folder)}{os.sep}"
+    names = [handle.partition(" ")[2] for handle in handles()]
+    return sorted(name for name in names if name.startswith(root))
 
 
 def resident_at(address: int) -> int:

@@ -2,7 +2,6 @@
 the next request."""
 
 import _thread
-import contextlib
 import gc
 import os
 import random
@@ -21,7 +20,7 @@ from runtime import Engine, EngineOptions, RequestError, SamplingParams
 from runtime.experts import copying
 from runtime.experts.link import HostLink
 from runtime.experts.tickets import TransferError
-from tests.leftovers import workers
+from tests.leftovers import handles, workers
 
 COUNT = 12
 
@@ -310,11 +309,7 @@ def footprint() -> tuple[int, set[str]]:
     """Resident memory in KiB; the numbers of threads and of file handles with what these are of."""
     with open("/proc/self/status") as file:
         values = dict(line.split(":", 1) for line in file)
-    own = {f"thread {thread}" for thread in os.listdir("/proc/self/task")}
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the handle that lists the folder
-            own.add(f"handle {number} of {os.readlink(f'/proc/self/fd/{number}')}")
-    return int(values["VmRSS"].split()[0]), own
+    return int(values["VmRSS"].split()[0]), {*os.listdir("/proc/self/task"), *handles()}
 
 
 @pytest.mark.slow

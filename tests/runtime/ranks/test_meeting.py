@@ -79,7 +79,7 @@ def test_nobody_at_the_meeting_place(
     started = time.monotonic()
     with pytest.raises(DeviceError, match=r"cannot meet at 127.0.0.1:\d+ .*refused; is rank 0 up"):
         Meeting.join(1.0, patience=0.2)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
     assert capfd.readouterr().err == ""
 
 

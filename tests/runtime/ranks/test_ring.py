@@ -14,6 +14,7 @@ from runtime.ranks.frames import DTYPES, frame_bytes
 from runtime.ranks.lost import Lost
 from runtime.ranks.meeting import Meeting
 from runtime.ranks.ring import FRAMES, Ring
+from tests.leftovers import handles, until
 from tests.runtime.ranks.together import succeed, together
 
 SMALL = frame_bytes(rows=4, width=16, dtype=torch.float32, header=8)
@@ -123,12 +124,12 @@ def test_a_rank_that_has_closed_is_named() -> None:
     started = time.monotonic()
     error = together(3, work)[0]
     assert isinstance(error, Lost) and str(error) == f"rank 2 ({os.uname().nodename}) has closed"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_nothing_is_left_after_closing() -> None:
-    def left() -> tuple[int, int]:
-        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+    def there() -> set[object]:
+        return {*threading.enumerate(), *handles()}
 
     def work(meeting: Meeting) -> Any:
         with ringing(meeting) as ring:
@@ -138,10 +139,10 @@ def test_nothing_is_left_after_closing() -> None:
     if not Path("/proc/self/fd").exists():
         pytest.skip("counts descriptors in /proc")
     succeed(2, work)  # whatever a process has once
-    before = left()
+    before = there()
     for _ in range(3):
         assert succeed(3, work) == [[1]] * 3
-    assert left() == before
+    until(lambda: not there() - before, lambda: there() - before)
 
 
 def test_mistakes_are_refused() -> None:

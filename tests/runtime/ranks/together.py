@@ -8,7 +8,7 @@ from torch.distributed import HashStore, PrefixStore
 
 from runtime.ranks.meeting import Meeting
 
-TIMEOUT = 1.0
+TIMEOUT = 10.0  # seconds: on a busy machine a thread may have to wait for some
 
 
 def together(size: int, work: Callable[[Meeting], Any], timeout: float = TIMEOUT) -> list[Any]:
