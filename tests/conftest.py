@@ -5,6 +5,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Generator
 from importlib.util import find_spec
 
@@ -16,6 +17,11 @@ from tests.aside import MANY, Aside, belongs
 # each other spin: on a machine with other work, two of them took ten to thirty times as long as one. Tests of
 # what several threads do ask for a number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Whatever started the tests may ignore Ctrl-C, as a shell does for what runs in the background. Processes that
+# tests start would do so, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The other packages that tests import. What needs a GPU needs none of these.
 EXTRA = {

@@ -211,8 +211,7 @@ def test_help_on_a_full_disk() -> None:
 # Runs a command as `python -m` does, and says when the first import of its own begins. The interpreter's
 # start comes before it, and nothing of ours can change what an interrupt does there.
 STARTING = """
-import os, runpy, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may ignore it
+import os, runpy, sys
 def hook(event, args):
     if event == "import" and args[0] == "argparse":
         os.write(1, b"!")
