@@ -18,8 +18,8 @@ from tests.aside import MANY, Aside, belongs
 # what several threads do ask for a number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Whatever started the tests may ignore Ctrl-C, as a shell does for what runs in the background. Processes that
-# tests start would do so, too.
+# Whatever started the tests may ignore Ctrl-C, as a shell does for what runs in the background. Processes
+# that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
