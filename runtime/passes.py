@@ -81,6 +81,10 @@ class Company(Protocol):
         """What their experts have counted."""
         ...
 
+    def in_its_thread(self) -> bool:
+        """Whether the calling thread is one that a forward may wait for."""
+        ...
+
     def check(self) -> None:
         """Raises `RequestError` if one of them is gone."""
         ...

@@ -265,13 +265,14 @@ class ModelRunner:
         """Release the weights and caches, after the running forward if there is one.
 
         A request that waits for an expert fails at once, any other at the end of its forward. `close` waits
-        for that end. If a finalizer or signal handler calls it in the thread that computes, it cannot wait,
-        and the forward releases everything when it ends.
+        for that end. If a finalizer or signal handler calls it in the thread that computes, or in one that
+        this thread may wait for, it cannot wait, and the forward releases everything when it ends.
         """
         self.closed = True
         if self.turns.forked:  # the rest belongs to the process that loaded it
             return
-        if self.cache and self.cache.end():  # in a finalizer, while a forward may wait for this thread
+        waited_for = bool(self.cache and self.cache.end())  # in a finalizer, by a forward
+        if waited_for or (self.company and self.company.in_its_thread()):
             self.close_later = True
             return
         self.let_go()

@@ -1,5 +1,6 @@
 """One rank's place among all: what an engine has of the others."""
 
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,6 +59,12 @@ class Membership:
     def count(self) -> Stats:
         """What the other ranks' experts have counted, as far as rank 0 has heard."""
         return self.role.counted if isinstance(self.role, Pipeline) else Stats()
+
+    def in_its_thread(self) -> bool:
+        threads = [self.ring.inbox.thread, self.ring.outbox.thread, self.meeting.watch.thread]
+        if isinstance(self.role, Pipeline):
+            threads.append(self.role.shelter.thread)
+        return threading.current_thread() in threads
 
     def check(self) -> None:
         """Raises `Lost` if another rank is gone."""

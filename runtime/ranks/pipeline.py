@@ -6,6 +6,7 @@ ranks work at the same time.
 """
 
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from itertools import count
 
@@ -16,6 +17,7 @@ from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from runtime.errors import RequestError
 from runtime.gpu.decoder import Decoder
+from runtime.process.shelter import Shelter
 from runtime.ranks.orders import Kind, Order, line_of
 from runtime.ranks.ring import FRAMES, Ring
 from runtime.stats import Stats
@@ -43,11 +45,13 @@ class Pipeline:
     def __init__(self, model: Mixtral, decoder: Decoder | None, ring: Ring, size: int, texts: int) -> None:
         """`model` is rank 0's part. `size` ranks are in the ring, and an order names up to `texts` texts."""
         self.model, self.decoder, self.ring = model, decoder, ring
+        self.shelter = Shelter()  # for all that sends and receives
         self.depth = size
         self.texts = texts
         self.numbers, self.names = count(), count()
         self.named: weakref.WeakKeyDictionary[KVCache, int] = weakref.WeakKeyDictionary()
-        self.forgotten: list[int] = []  # names of texts that are gone here, but not on the other ranks
+        # Names of texts that are gone here, but not on the other ranks. Finalizers add to it at any moment.
+        self.forgotten: deque[int] = deque()
         self.begun: weakref.WeakValueDictionary[int, RemotePass] = weakref.WeakValueDictionary()
         self.under_way = 0  # orders that have not come back
         self.counted = Stats()  # by the other ranks' expert caches
@@ -90,16 +94,24 @@ class Pipeline:
         rows: Tensor | None,
     ) -> RemotePass:
         """Send an order on its way. Its result is kept as long as the caller keeps what this returns."""
+
+        def work() -> RemotePass:
+            self.forget()
+            begun = RemotePass(self, next(self.numbers), kvs, pasts)
+            self.begun[begun.number] = begun
+            self.dispatch(Order(kind, begun.number, tuple(pairs)), rows)
+            if self.watched:
+                self.watched = False
+                self.dispatch(Order(Kind.LOOK, next(self.numbers)), None)
+            return begun
+
+        return self.shelter.do(work)
+
+    def forget(self) -> None:
+        """Have the other ranks forget texts that are gone here."""
         while self.forgotten:
-            names, self.forgotten = self.forgotten[: self.texts], self.forgotten[self.texts :]
+            names = [self.forgotten.popleft() for _ in range(min(len(self.forgotten), self.texts))]
             self.dispatch(Order(Kind.FORGET, next(self.numbers), tuple((name, 0) for name in names)), None)
-        begun = RemotePass(self, next(self.numbers), kvs, pasts)
-        self.begun[begun.number] = begun
-        self.dispatch(Order(kind, begun.number, tuple(pairs)), rows)
-        if self.watched:
-            self.watched = False
-            self.dispatch(Order(Kind.LOOK, next(self.numbers)), None)
-        return begun
 
     def look(self) -> Tensor | None:
         """What is known of the other ranks' experts. The next order that is sent is followed by one that asks
@@ -135,14 +147,17 @@ class Pipeline:
                 earlier.arrived = Order(Kind.FAILED, number), None
 
     def arrival(self, begun: RemotePass) -> tuple[Order, Tensor | None]:
-        """Wait until an order has come back. May be called again after an interrupt. Raises `RequestError` if
-        a rank failed, and `Lost` if one is gone."""
-        while begun.arrived is None:
-            self.take()
-        order, rows = begun.arrived
+        """Wait until an order has come back. May be called again after an interrupt, which loses nothing.
+        Raises `RequestError` if a rank failed, and `Lost` if one is gone."""
+        order, rows = self.shelter.do(lambda: self.await_arrival(begun))
         if order.kind is Kind.FAILED:
             raise RequestError(FORGOTTEN if rows is None else line_of(rows))
         return order, rows
+
+    def await_arrival(self, begun: RemotePass) -> tuple[Order, Tensor | None]:
+        while begun.arrived is None:
+            self.take()
+        return begun.arrived
 
     def finish(self, begun: RemotePass) -> Tensor:
         """Wait for the other ranks as `arrival` does, and compute rank 0's layers and the logits."""
@@ -163,6 +178,12 @@ class Pipeline:
 
     def close(self) -> None:
         """Tell the other ranks that there is nothing more to do. Raises `Lost` if one is gone."""
+        try:
+            self.shelter.do(self.end)
+        finally:
+            self.shelter.close()
+
+    def end(self) -> None:
         self.dispatch(Order(Kind.END, next(self.numbers)), None)
         while self.under_way:
             self.take()
