@@ -23,6 +23,7 @@ from runtime.ranks.watch import Watch
 
 POLL = 0.1  # seconds between two attempts
 PARTING = 1.0  # seconds that rank 0 may take to close its store
+INTERRUPTED = "interrupted"  # what the others are told of a rank that was ended by Ctrl-C
 PATIENCE = 120.0  # seconds between the first rank's coming and the last one's
 
 

@@ -12,7 +12,7 @@ from runtime.experts.places import Places
 from runtime.planning.rank_plans import RankPlans
 from runtime.ranks.follower import Follower
 from runtime.ranks.held import HeldByRanks
-from runtime.ranks.meeting import Meeting
+from runtime.ranks.meeting import INTERRUPTED, Meeting
 from runtime.ranks.pipeline import Pipeline
 from runtime.ranks.ring import Ring
 from runtime.stats import Stats
@@ -34,7 +34,11 @@ class Membership:
     def follow(self) -> None:
         """Do what rank 0 asks for, until it ends. Raises `Lost` if a rank is gone."""
         assert isinstance(self.role, Follower)
-        self.role.follow()
+        try:
+            self.role.follow()
+        except KeyboardInterrupt:
+            self.meeting.fail(INTERRUPTED)
+            raise
 
     def on_loss(self, tell: Callable[[str], None]) -> None:
         """Have `tell` called from another thread, with the reason, once a rank is gone."""

@@ -31,7 +31,7 @@ from runtime.process.threads import start_threads, using_threads
 from runtime.ranks.agreement import differences, facts
 from runtime.ranks.follower import Follower
 from runtime.ranks.frames import frame_bytes
-from runtime.ranks.meeting import Meeting
+from runtime.ranks.meeting import INTERRUPTED, Meeting
 from runtime.ranks.membership import Membership
 from runtime.ranks.orders import Order
 from runtime.ranks.pipeline import Pipeline
@@ -71,7 +71,8 @@ def joined(options: EngineOptions, meeting: Meeting | None) -> Iterator[Meeting]
             except (ModelError, TokenizerError) as error:
                 raise LoadError(str(error)) from error
     except BaseException as error:
-        meeting.fail(str(error) if isinstance(error, MixtralError) else type(error).__name__)
+        words = str(error) if isinstance(error, MixtralError) else type(error).__name__
+        meeting.fail(INTERRUPTED if isinstance(error, KeyboardInterrupt) else words)
         meeting.close()
         raise
 

@@ -7,8 +7,8 @@ from random import Random
 
 from dev.harness.ranks.launching import Ranks
 
-KILL, STOP, CUT, INTERRUPT, TERMINATE, ORPHAN, NOTHING = (
-    "kill -9", "SIGSTOP", "network cut", "Ctrl-C", "SIGTERM", "torchrun killed", "nothing",
+KILL, STOP, CUT, INTERRUPT, INTERRUPT_ONE, TERMINATE, ORPHAN, NOTHING = (
+    "kill -9", "SIGSTOP", "network cut", "Ctrl-C", "Ctrl-C of one", "SIGTERM", "torchrun killed", "nothing",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ class Befallen:
 
 def draw(ranks: Ranks, chance: Random) -> str:
     """Something to do to these ranks, or to one of them."""
-    kinds = [(KILL, 6), (STOP, 6), (INTERRUPT, 3), (TERMINATE, 2), (NOTHING, 1)]
+    kinds = [(KILL, 6), (STOP, 6), (INTERRUPT, 3), (INTERRUPT_ONE, 2), (TERMINATE, 2), (NOTHING, 1)]
     if ranks.machines:
         kinds.append((CUT, 8))
     if ranks.way.torchrun:
@@ -56,6 +56,12 @@ def interrupt(ranks: Ranks, chance: Random) -> Befallen:
     return to_all(ranks, INTERRUPT, signal.SIGINT)
 
 
+def interrupt_one(ranks: Ranks, chance: Random) -> Befallen:
+    """As somebody does in one of several terminals."""
+    victim = chance.randrange(ranks.size)
+    return Befallen(INTERRUPT_ONE, victim, ranks.send(victim, signal.SIGINT))
+
+
 def terminate(ranks: Ranks, chance: Random) -> Befallen:
     if chance.random() < 0.5:
         return to_all(ranks, TERMINATE, signal.SIGTERM)
@@ -81,8 +87,8 @@ def nothing(ranks: Ranks, chance: Random) -> Befallen:
 
 
 DO: dict[str, Callable[[Ranks, Random], Befallen]] = {
-    KILL: kill, STOP: stop, CUT: cut, INTERRUPT: interrupt, TERMINATE: terminate, ORPHAN: orphan,
-    NOTHING: nothing,
+    KILL: kill, STOP: stop, CUT: cut, INTERRUPT: interrupt, INTERRUPT_ONE: interrupt_one,
+    TERMINATE: terminate, ORPHAN: orphan, NOTHING: nothing,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dev.harness.command import DONE, FAILED, INTERRUPTED, USAGE
 from dev.harness.judge import fault_of
 from dev.harness.outcome import Wrong
-from dev.harness.ranks.acts import INTERRUPT, KILL, NOTHING, ORPHAN, STOP, TERMINATE, Befallen
+from dev.harness.ranks.acts import INTERRUPT, INTERRUPT_ONE, KILL, NOTHING, ORPHAN, STOP, TERMINATE, Befallen
 from dev.harness.ranks.asked import Ordinary
 from dev.harness.ranks.launching import Ranks
 from dev.harness.ranks.moments import Scene
@@ -88,13 +88,15 @@ def fault_in(scene: Scene, rank: int, said: Sequence[str], befallen: Befallen) -
             return ""  # Python itself had not started yet
         return "a traceback"
     by_torchrun = ranks.way.torchrun and befallen.act != NOTHING  # which sends SIGTERM to the others
-    if status == DONE:
-        return "" if not said and scene.whole() else "it ends as if all were well"
-    if status == INTERRUPTED and befallen.act == INTERRUPT:
+    if status == DONE:  # also of a rank that was told so by rank 0, whose user ended it
+        well = scene.whole() or (rank > 0 and ranks.status(0) in (INTERRUPTED, DONE))
+        return "" if not said and well else "it ends as if all were well"
+    interrupted = befallen.act == INTERRUPT or (befallen.act == INTERRUPT_ONE and rank == befallen.victim)
+    if status == INTERRUPTED and interrupted:
         return "" if list(said) in ([], ["interrupted"]) else "other words for an interrupt"
     if status == TERMINATED and (befallen.act in (TERMINATE, ORPHAN) or by_torchrun):
         return "" if len(said) < 2 else "more than one line"
-    if status == 128 + signal.SIGINT and befallen.act == INTERRUPT:
+    if status == 128 + signal.SIGINT and interrupted:
         return ""  # Python itself had not started yet
     if status != FAILED:
         return f"status {status}"

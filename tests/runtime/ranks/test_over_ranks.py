@@ -2,6 +2,7 @@
 
 import gc
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from runtime.answer import Token
 from runtime.batching.batch import Request, Work
 from runtime.engine import DEMO
 from runtime.ranks.follower import Follower
+from runtime.ranks.meeting import Meeting
 from runtime.ranks.pipeline import Pipeline
-from runtime.ranks.starting import plan_named_ranks
+from runtime.ranks.starting import plan_named_ranks, start_rank
 from tests.parts import splits
 from tests.quantized import quantizer
 from tests.runtime.ranks.engines import on_ranks, options_for, over_ranks
@@ -318,3 +320,27 @@ def test_only_rank_0_takes_requests(folder: Path) -> None:
         assert (alone.rank, alone.distributed, alone.rank_plans) == (0, False, None)
         with pytest.raises(RequestError, match="only ranks other than 0"):
             alone.follow()
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_other_ranks_hear_of_an_interrupt(folder: Path, loads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C on rank 1, while it loads or waits for orders."""
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def work(meeting: Meeting) -> str:
+        progress = interrupted if loads and meeting.rank else None
+        try:
+            with Engine(*start_rank(folder, options, progress, None, None, None, meeting)) as engine:
+                while not engine.rank:
+                    engine.check_ranks()
+                    time.sleep(0.01)
+                engine.follow()
+        except (RequestError, KeyboardInterrupt) as error:
+            return str(error)
+        return "it ends as if all were well"
+
+    options = options_for((2, 2), **CPU)
+    monkeypatch.setattr(Follower, "follow", interrupted)
+    assert on_ranks(2, work) == {0: "rank 1: interrupted", 1: ""}
