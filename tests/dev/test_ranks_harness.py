@@ -2,6 +2,7 @@
 mistakes of others."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,11 +19,12 @@ from dev.harness.ranks.disagreeing import Checkpoints
 from dev.harness.ranks.launching import WAYS, Way
 from dev.harness.ranks.left import left_processes
 from dev.harness.ranks.moments import WRITING, Pace
-from dev.harness.ranks.namespaces import machines, present, why_not
+from dev.harness.ranks.namespaces import PREFIX, machines, present, why_not
 from dev.harness.ranks.one_process import written_by_one
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake_ranks.py")
+OURS = f"{PREFIX}{os.getpid()}-"
 HAND, APART = WAYS[1], WAYS[2]
 
 
@@ -61,7 +63,7 @@ def cuts(
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path) -> Iterator[None]:
     yield
-    assert not left_processes(tmp_path / "case" / "tmp") and not present()
+    assert not left_processes(tmp_path / "case" / "tmp") and not present(OURS)
 
 
 def many(cases: Cuts, count: int) -> set[Verdict]:
@@ -122,7 +124,7 @@ def test_machines_reach_each_other_until_they_are_cut() -> None:
             words = [*made.inside(0), sys.executable, "-c", ask.format(made.addresses[1])]
             said = subprocess.run(words, capture_output=True, text=True).stderr
             assert ("ConnectionRefusedError" in said) is reached
-    assert not present()
+    assert not present(OURS)
 
 
 @pytest.mark.slow
