@@ -232,6 +232,38 @@ def test_a_cpu_has_as_few_layers_as_it_can_beside_a_gpu() -> None:
     assert share_layers(replace(MODEL, layers=6), PLAIN, EngineOptions(), (cpu, cpu)) == (3, 3)
 
 
+QUANTIZED = Formats(QuantSpec(4), QuantSpec(4), QuantSpec(8))
+FOUR = replace(MODEL, layers=4)
+
+
+def test_experts_that_are_read_from_files_count_first() -> None:
+    """The card lacks slots for more than a layer, but its host has berths for all. The CPU has memory for one
+    layer, and would read others again and again."""
+    wishes, files = EngineOptions(dtype="float32", prefetch=0, context=2), torch.bfloat16
+    free = (offer(0, "gpu", None, None), offer(1, "cpu", None, None))
+    roomy = JointRequest(FOUR, QUANTIZED, wishes, free, files)
+    slots, mapped = make_plan(roomy.request(0, 3).changed(slots=2)), roomy.plan(1, 1)
+    assert mapped is not None and roomy.shares == (3, 1)
+    card = offer(0, "gpu", slots.device_bytes - BESIDE, None)
+    cpu = offer(1, "cpu", None, mapped.device_bytes + mapped.mapped_bytes)
+    asked = JointRequest(FOUR, QUANTIZED, wishes, (card, cpu), files)
+    assert asked.shares == (3, 1) and asked.costs[0][3][:2] == (0, 6) and asked.costs[1][1][:2] == (0, 0)
+    assert asked.costs[1][2][0] > 0, "the CPU could have more, from files"
+    assert replace(asked, offers=(card, free[1])).shares[0] < 3  # type: ignore[index]
+
+
+def test_mapped_files_beyond_memory_count_as_read_from_files() -> None:
+    wishes, files = EngineOptions(dtype="float32"), torch.bfloat16
+    free = JointRequest(
+        FOUR, QUANTIZED, wishes, (offer(0, "cpu", None, None), offer(1, "cpu", None, None)), files
+    )
+    assert free.shares == (2, 2)
+    one = free.plan(0, 1)
+    assert one is not None and one.mapped_bytes > 0
+    small = offer(0, "cpu", None, one.device_bytes + one.mapped_bytes)
+    assert share_layers(FOUR, QUANTIZED, wishes, (small, free.offers[1]), files) == (1, 3)
+
+
 def refused(match: str, layers: int, ranks: int, **wishes: Any) -> None:
     with pytest.raises(OptionError, match=match):
         share_layers(replace(MODEL, layers=layers), PLAIN, EngineOptions(**wishes), CARDS[:ranks])
