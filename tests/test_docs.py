@@ -4,6 +4,7 @@ programs."""
 import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ ROOMS = ("model", "tokenizer", "runtime", "tools", "dev", "tests", "docs", "exam
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-COMMAND = re.compile(r"\bpython3? -m ([\w.]+)([^|&#]*)")
+COMMAND = re.compile(r"\b(?:python3?|torchrun [^|&#\n]*?) -m ([\w.]+)([^|&#]*)")
 
 
 def each_page(test: object) -> pytest.MarkDecorator:
@@ -80,10 +81,12 @@ def test_paths(page: Path) -> None:
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Every `python -m` of a page, in blocks and between words, and what follows each.
+    """Every `python -m` and `torchrun -m` of a page, in blocks and between words, and what follows each.
 
     >>> list(commands("Run `python -m tools.plan --vram\\n8GiB` now."))
     [('tools.plan', ['--vram', '8GiB'])]
+    >>> list(commands("`torchrun --nproc-per-node 2 -m runtime.serve --distributed`"))
+    [('runtime.serve', ['--distributed'])]
     """
     spans = [line for _, block in FENCE.findall(text) for line in block.splitlines()]
     spans += [" ".join(span.split()) for span in INLINE.findall(FENCE.sub("", text))]
@@ -160,6 +163,11 @@ def test_the_notebooks_commands_are_found() -> None:
     assert {"--trace", "--seed"} <= set(found["runtime.generate"])
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def programs() -> list[str]:
     """The Python programs of all pages, with the demo in place of a checkpoint of the reader's."""
     found = [code for page in PAGES for kind, code in FENCE.findall(markdown(page)) if kind == "python"]
@@ -174,6 +182,9 @@ def test_programs_run(
     number: int, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # for the files that they write
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in alone.items():  # for those that torchrun should start
+        monkeypatch.setenv(name, value)
     exec(compile(programs()[number], "page", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
 
