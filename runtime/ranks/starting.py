@@ -134,7 +134,8 @@ def plan_ranks(
     c, here = checkpoint, Offer.here(options, meeting.local_rank, meeting.host)
     offers = [Offer.from_dict(offer) for offer in meeting.share("offers", here.as_dict())]
     counts = share_layers(c.config, c.formats, options, offers, c.mappable)
-    parts = Part.split(c.config, counts)
+    agreed = meeting.share("layers", counts)[0]  # machines with other kernels may come to others
+    parts = Part.split(c.config, [int(layers) for layers in agreed])
     own = checkpoint.part(parts[meeting.rank])
     plan = plan_part(own, checkpoint, options, offers, meeting.rank)
     plans = [Plan.from_dict(plan) for plan in meeting.share("plans", plan.as_dict())]
