@@ -25,6 +25,8 @@ ROUNDING_BYTES = 32 << 20
 # another one serves, and each uses the stream that computes and the one that captures. The stream of copies
 # multiplies nothing. Each further thread that serves takes two more workspaces, which are not planned.
 CUBLAS_WORKSPACES = 2 * 2
+# What NCCL takes for a rank's connections to GPUs before and after it in the ring: an estimate, not measured.
+NCCL_BYTES = 256 << 20
 HOPPER = (9, 0)  # the first compute capability with large workspaces
 
 

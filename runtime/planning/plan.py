@@ -19,7 +19,9 @@ from runtime.units import format_bytes
 
 PREFILL_CHUNK = 512  # prompt tokens per forward, at least: enough rows for a product to be compute-bound
 MAX_CHUNK = 2048
-CHUNKS_UNDER_WAY = 4  # of hidden states on a rank's host: two that have arrived, two that leave
+# Chunks of hidden states that a rank has besides the one that it computes. On a CPU, two have arrived and two
+# leave. A GPU keeps those that leave until they are sent.
+CHUNKS_UNDER_WAY = {"cpu": 4, "cuda": 2}
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def lay_out(
         attending += KVCache.decoded_bytes(c, r.context, r.dtype, r.options.kv)
     logits = (3 + r.options.parallel) * c.vocab * 4  # of a token of each text, and copies for the sampler
     alone = r.embeds and r.heads
-    travelling = CHUNKS_UNDER_WAY * chunk * c.hidden * wide if r.shared and not alone else 0
+    travelling = 0 if alone else CHUNKS_UNDER_WAY[r.target.device.type] * chunk * c.hidden * wide
     ends = r.heads * logits + travelling
     mapped_experts = c.layers * c.experts * costs.mapped_expert_bytes if resident else 0
     spares = 0 if resident else r.options.lookahead * r.options.prefetch + tiered * SPARE_SLOTS

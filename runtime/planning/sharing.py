@@ -19,6 +19,7 @@ from runtime.errors import DeviceError, OptionError
 from runtime.options import EngineOptions
 from runtime.planning.costs import count_weights
 from runtime.planning.device import pick_dtype
+from runtime.planning.memory import NCCL_BYTES
 from runtime.planning.offer import Offer, share_memory
 from runtime.planning.plan import Plan, chunk_tokens
 from runtime.planning.refusal import remedies, rounded_up, shortage
@@ -71,11 +72,17 @@ class JointRequest:
             heads=rank == 0,
         )
         if offer.target.is_gpu:  # whose overhead it has measured itself
-            costs = replace(
-                request.costs, driver_bytes=offer.driver_bytes, overhead_bytes=offer.overhead_bytes
-            )
+            driver = offer.driver_bytes + NCCL_BYTES * self.beside_gpus(rank)
+            costs = replace(request.costs, driver_bytes=driver, overhead_bytes=offer.overhead_bytes)
             request = replace(request, costs=costs)
         return request.changed(berths=self.options.berths)
+
+    def beside_gpus(self, rank: int) -> bool:
+        """Whether the rank before or after this one has another GPU."""
+        ring = [self.offers[(rank + way) % len(self.offers)] for way in (-1, 1)]
+        near = {(offer.host, offer.card) for offer in ring if offer.target.is_gpu}
+        own = self.offers[rank]
+        return own.target.is_gpu and bool(near - {(own.host, own.card)})
 
     def request(self, rank: int, layers: int) -> Request:
         """What this rank plans if it has so many layers."""

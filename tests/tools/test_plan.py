@@ -309,12 +309,12 @@ def test_layers_of_ranks_can_be_given(run: Run) -> None:
             (",".join(["9GiB"] * 33),),
             "there are 33 ranks, and the model has 32 layers; start at most 32 ranks",
         ),
-        (("2GiB,2GiB",), "the model has 32 layers, and there is room for "),
+        (("3GiB,3GiB",), "the model has 32 layers, and there is room for "),
     ],
 )
 def test_ranks_that_make_no_sense(run: Run, words: tuple[str, ...], expected: str) -> None:
     status, out, err = run(*RANKS, *words)
-    assert status == (1 if words == ("2GiB,2GiB",) else 2) and out == ""
+    assert status == (1 if words == ("3GiB,3GiB",) else 2) and out == ""
     assert err.startswith(f"error: {expected}") and err.count("\n") == 1
 
 

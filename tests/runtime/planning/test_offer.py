@@ -19,7 +19,7 @@ from runtime.planning.offer import Memory, Offer, share_memory, spread
 from runtime.planning.plan import Plan
 from runtime.planning.planner import plan_part
 from runtime.planning.rank_plans import RankPlans
-from runtime.planning.sharing import share_layers
+from runtime.planning.sharing import JointRequest, share_layers
 from tests.runtime.planning.asked import CPU, SMALL, plan
 
 BOX = 100 << 30
@@ -87,6 +87,18 @@ def test_ranks_of_a_machine_share_its_memory() -> None:
         (8 * G, 50 * G),
         (2 * G, 50 * G),
     ]
+
+
+@pytest.mark.usefixtures("cards")
+def test_connections_of_gpus_are_planned_where_there_are_two() -> None:
+    def beside(*offers: Offer) -> list[bool]:
+        asked = JointRequest(SMALL, PLAIN, EngineOptions(), offers)
+        return [asked.beside_gpus(rank) for rank in range(len(offers))]
+
+    assert beside(here(0)) == [False]
+    assert beside(here(0), here(1)) == beside(here(0), here(0, host="attic")) == [True, True]
+    assert beside(here(0), here(0, device="cuda:0")) == [False, False], "which are one GPU"
+    assert beside(here(0), here(2), here(2), here(1)) == [True, False, False, True]
 
 
 @pytest.mark.usefixtures("cards")

@@ -16,6 +16,7 @@ from model.quant.formats import PLAIN, Formats
 from model.quant.spec import QuantSpec
 from model.target import Target
 from runtime import DeviceError, EngineOptions, OptionError
+from runtime.planning.memory import NCCL_BYTES
 from runtime.planning.offer import Offer
 from runtime.planning.plan import Plan, chunk_tokens
 from runtime.planning.planner import make_plan
@@ -83,7 +84,12 @@ def slow_plan(asked: JointRequest, rank: int, part: Part) -> Plan | None:
         request = Request.make(
             config, asked.formats, wishes, target, budgets, asked.files, part.embeds, part.heads
         )
-        return make_plan(replace(request, chunk=slow_chunk(asked)))
+        P = len(asked.offers)
+        near = not cpu and any(
+            asked.offers[it % P].device != CPU for it in (rank - 1, rank + 1) if it % P != rank
+        )
+        costs = replace(request.costs, driver_bytes=request.costs.driver_bytes + near * NCCL_BYTES)
+        return make_plan(replace(request, chunk=slow_chunk(asked), costs=costs))
     except (DeviceError, OptionError):
         return None
 
