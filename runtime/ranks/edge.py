@@ -4,8 +4,10 @@ Gloo transfers a message when its receive has been posted. So receives are poste
 one way instead of three.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -30,9 +32,10 @@ class Edge:
         self.other = 1 if sends else 0
         self.group: Any = ProcessGroupGloo(store, 1 - self.other, 2, options)
 
-    def send(self, message: torch.Tensor, tag: int) -> Any:
-        """Begin to send. `message` must stay as it is until `wait` has returned for what is returned."""
-        return self.group.send([message], self.other, tag)
+    def sends(self, messages: Sequence[torch.Tensor], tags: Sequence[int]) -> Iterator[Any]:
+        """Begin to send one message each time that the next result is taken, by C code alone. A message must
+        stay as it is until `wait` has returned for its result."""
+        return map(self.group.send, [[message] for message in messages], repeat(self.other), tags)
 
     def post(self, message: torch.Tensor, tag: int) -> Any:
         """Begin to receive into `message`, which may be longer than what is sent."""

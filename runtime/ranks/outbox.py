@@ -3,7 +3,6 @@
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +17,8 @@ class Woken(Exception):
     """There is no use in waiting any longer."""
 
 
-@dataclass(frozen=True)
-class Send:
-    """A message under way. When it is complete, `token` goes back to `tokens`."""
-
-    work: Any
-    message: torch.Tensor  # which must live that long
-    tokens: Tokens
-    token: Any
+# A message under way: what to wait for, and the message, which must live that long. Then the token goes back.
+Send = tuple[Any, torch.Tensor, Tokens, Any]
 
 
 class Outbox:
@@ -58,19 +51,21 @@ class Outbox:
         frame: Frame = taken(self.frames)
         try:
             message, complete = frame.write(header, rows, apart)
+            messages, pools, tokens = [message], [self.frames], [frame]
+            if not complete and rows is not None:
+                messages.append(rows.to("cpu").contiguous().view(torch.uint8))
+                pools.append(self.permits)
+                tokens.append(taken(self.permits))
+            sends = zip(self.edge.sends(messages, (FRAMES, ROWS)), messages, pools, tokens, strict=False)
         except BaseException:
             self.frames.put(frame)
             raise
-        own = None if complete or rows is None else rows.to("cpu").contiguous().view(torch.uint8)
-        if own is not None:
-            taken(self.permits)
         try:
-            self.begun.append(Send(self.edge.send(message, FRAMES), message, self.frames, frame))
-            if own is not None:
-                self.begun.append(Send(self.edge.send(own, ROWS), own, self.permits, True))
+            # C code alone, so no interrupt parts a frame from its rows, or either from what is known of it.
+            self.begun.extend(sends)
         except RuntimeError as error:
             raise Woken from error
-        if own is not None or len(self.begun) >= self.at_once:
+        if len(messages) > 1 or len(self.begun) >= self.at_once:
             self.hand_over()
 
     def hand_over(self) -> None:
@@ -99,10 +94,10 @@ class Outbox:
         try:
             while (batch := self.batches.get()) is not None:
                 while batch:  # so that no message lives longer than it must
-                    send = batch.pop(0)
-                    wait(send.work)
-                    send.tokens.put(send.token)
-                    del send
+                    work, message, pool, token = batch.pop(0)
+                    wait(work)
+                    pool.put(token)
+                    del work, message, pool, token
         except RuntimeError:
             self.broken()
 
