@@ -28,7 +28,7 @@ from runtime.ranks.outbox import Outbox, Woken
 
 FRAMES = 8  # that may be under way in each direction, and around the ring without anyone's waiting to send
 LARGE = 2  # of them with rows of their own
-LEAST = 1 << 16  # bytes of a frame; to copy so few costs less than another message
+LEAST = 1 << 17  # bytes of a frame; to copy so few costs less than another message
 PARTING = 1.0  # seconds for the next rank to close
 JOIN = 0.3  # seconds for a thread to end
 

@@ -70,6 +70,7 @@ def play(part: str, meeting: Meeting, ring: Ring) -> None:
         ring.close()
         meeting.close()
     elif part == "exits":  # without a word
+        time.sleep(0.5)
         raise SystemExit(0)
     else:
         raise AssertionError(part)
