@@ -69,6 +69,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # otherwise Triton's bindings complain of what is left at the end
+
+
 @pytest.fixture(autouse=True, scope="session")
 def patient_progress() -> Generator[None, None, None]:
     """Nothing says how far it is, however slow the machine: what a command prints does not depend on that."""
