@@ -123,7 +123,9 @@ def room(args: argparse.Namespace, config: ModelConfig) -> int:
             f"and the model's is {config.context}; take fewer"
         )
     if args.ranks > config.layers:
-        raise OptionError(f"{args.ranks} ranks, and the model has {config.layers} layers; take fewer ranks")
+        raise OptionError(
+            f"{args.ranks} ranks are more than the model's layers ({config.layers}); take fewer"
+        )
     return context
 
 

@@ -93,7 +93,7 @@ def test_ratios_are_the_rounds_own() -> None:
     ("words", "line"),
     [
         (["--long", "100"], "the model's is 1024; take fewer"),
-        (["--long", "1", "--ranks", "30"], "30 ranks, and the model has"),
+        (["--long", "1", "--ranks", "30"], "30 ranks are more than the model's layers (3); take fewer"),
         (["--long", "1", "--folder", "x"], "--folder is for a random model"),
     ],
 )
