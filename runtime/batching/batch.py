@@ -204,6 +204,8 @@ class Batch:
                     return []
                 token = self.take(request, logits)
         except RequestError as error:
+            if runner.company:  # the other ranks may lack what this one has of the text, if a copy failed
+                request.text.cut(0)
             return [(request, error)]
         runner.count_prompt(len(request.work.ids) - request.reused, request.reused)
         runner.count_tokens(1, request.seconds + time.perf_counter() - began, first=True)

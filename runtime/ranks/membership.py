@@ -32,12 +32,17 @@ class Membership:
         return self.meeting.rank
 
     def follow(self) -> None:
-        """Do what rank 0 asks for, until it ends. Raises `Lost` if a rank is gone."""
+        """Do what rank 0 asks for, until it ends. Raises `Lost` if a rank is gone. Any other error is told to
+        the others as the reason why this rank ends."""
         assert isinstance(self.role, Follower)
         try:
             self.role.follow()
         except KeyboardInterrupt:
             self.meeting.fail(INTERRUPTED)
+            raise
+        except Exception as error:
+            if not isinstance(error, RequestError):
+                self.meeting.fail(f"{type(error).__name__}: {error}")
             raise
 
     def on_loss(self, tell: Callable[[str], None]) -> None:

@@ -170,6 +170,8 @@ class Pipeline:
             kv.truncate(past)
         model = self.model
         x = rows.to(model.device, model.dtype)
+        if rows.is_cuda:  # another thread has received it, on a stream of its own
+            rows.record_stream(torch.cuda.current_stream(rows.device))
         if order.kind is Kind.EACH:
             return model.logits_each(model.through_each(x, kvs))
         if self.decoder is not None and order.kind is Kind.STEP:

@@ -13,9 +13,10 @@ from os import PathLike
 from pathlib import Path
 
 from model.checkpoint import Checkpoint, Identity, identify, open_checkpoint
+from model.config import ModelConfig
 from model.errors import ModelError
 from model.part import Part
-from runtime.errors import DeviceError, LoadError, MixtralError
+from runtime.errors import DeviceError, LoadError, MixtralError, OptionError
 from runtime.gpu.warm_up import Bar
 from runtime.hub.names import title
 from runtime.hub.opening import find_folder, open_headers
@@ -55,9 +56,23 @@ def start_rank(
     with joined(options, meeting) as together:
         if together.size == 1:
             together.close()
-            return start(name, options, progress, compiling, judge, downloading)
+            alone = partial(judge_alone, options, judge)
+            return start(name, options, progress, compiling, alone, downloading)
         start_threads()
         return load_rank(together, name, options, progress, compiling, judge, downloading)
+
+
+def judge_alone(
+    options: EngineOptions, judge: Judge | None, tokenizer: Tokenizer, plan: Plan, config: ModelConfig
+) -> None:
+    """`judge`, of the only rank. Raises `OptionError` if it is asked for some of the layers."""
+    if options.rank_layers not in (None, f"{config.layers}"):
+        raise OptionError(
+            f"rank_layers is {options.rank_layers}, and the only rank has all {config.layers} layers; "
+            "start more ranks, or leave it out"
+        )
+    if judge:
+        judge(tokenizer, plan, config)
 
 
 @contextmanager
@@ -100,7 +115,11 @@ def load_rank(
         length = Order.length(plan.parallel)
         frame = frame_bytes(plan.parallel, checkpoint.config.hidden, plan.dtype, length)
         ring = Ring(meeting, frame, device=runner.device)
-        meeting.share("ready", True)
+        try:
+            meeting.share("ready", True)
+        except BaseException:
+            ring.close()
+            raise
         role: Pipeline | Follower
         if rank == 0:
             role = runner.passes = Pipeline(runner.model, runner.decoder, ring, meeting.size, plan.parallel)
