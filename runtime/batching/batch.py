@@ -70,6 +70,7 @@ class Turn:
     past: list[int]  # tokens of each text before it
     chunk: bool
     begun: Pass
+    done: dict[Request, Token | RequestError] = field(default_factory=dict)  # what has come of it
 
 
 class Batch:
@@ -197,12 +198,14 @@ class Batch:
         assert request.text is not None
         try:
             with runner.working():
+                self.cut_back(turn)
                 logits = runner.finish(turn.begun)[0]  # [V]
                 request.text.ids[turn.past[0] :] = turn.ids
                 if len(request.text.ids) < len(request.work.ids):
                     request.seconds += time.perf_counter() - began
                     return []
-                token = self.take(request, logits)
+                if request not in turn.done:  # by a step that was interrupted
+                    turn.done[request] = self.take(request, logits)
         except RequestError as error:
             if runner.company:  # the other ranks may lack what this one has of the text, if a copy failed
                 request.text.cut(0)
@@ -210,25 +213,32 @@ class Batch:
         runner.count_prompt(len(request.work.ids) - request.reused, request.reused)
         runner.count_tokens(1, request.seconds + time.perf_counter() - began, first=True)
         self.scheduler.begin_writing(request)
-        return [(request, token)]
+        return list(turn.done.items())
 
     def write(self, turn: Turn) -> list[Result]:
         """The next token of each text that is still wanted."""
-        runner, began, results = self.runner, time.perf_counter(), list[Result]()
+        runner, began, done = self.runner, time.perf_counter(), turn.done
         wanted = [request for request in turn.requests if not request.over]
         try:
             with runner.working():
+                self.cut_back(turn)
                 rows = runner.finish(turn.begun)  # [N, V]
                 each = zip(turn.requests, turn.ids, turn.past, rows, strict=True)
                 for request, token, past, row in each:
                     assert request.text is not None
                     request.text.ids[past:] = [token]
-                    if not request.over:
-                        results.append((request, self.settle(request, row)))
+                    if not request.over and request not in done:  # by a step that was interrupted
+                        done[request] = self.settle(request, row)
         except RequestError as error:  # of the forward, which was for all of them
             return [(request, error) for request in wanted]
-        runner.count_tokens(len(results), time.perf_counter() - began)
-        return results
+        runner.count_tokens(len(done), time.perf_counter() - began)
+        return list(done.items())
+
+    def cut_back(self, turn: Turn) -> None:
+        """Forget what an interrupted step has done of a turn, which is now done again."""
+        for request, past in zip(turn.requests, turn.past, strict=True):
+            if request.text is not None:
+                request.text.cut(past)
 
     def settle(self, request: Request, row: Tensor) -> Token | RequestError:
         """The token that a row of logits gives. An error is that request's alone."""

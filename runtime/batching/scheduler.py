@@ -75,9 +75,10 @@ class Scheduler(Generic[Item]):
                 items.remove(item)
 
     def begin_writing(self, item: Item) -> None:
-        """A prompt has been computed."""
-        self.prompts.remove(item)
-        self.writing.append(item)
+        """A prompt has been computed. May be said twice."""
+        if item in self.prompts:
+            self.prompts.remove(item)
+            self.writing.append(item)
 
     def come_back(self, items: Iterable[Item]) -> None:
         """The turn of these texts is over."""
