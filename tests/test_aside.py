@@ -32,7 +32,7 @@ def test_has_an_error(broken): pass
 def test_runs_there():
     assert THERE
 
-@pytest.mark.gpu
+@pytest.mark.MARKER
 def test_of_a_gpu_runs_here():
     assert not THERE
 
@@ -63,7 +63,9 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs one\n")
-    (tmp_path / "tests/tools/test_there.py").write_text(TESTS)
+    (tmp_path / "tests/tools/test_there.py").write_text(
+        TESTS.replace("MARKER", "gpu")
+    )  # no test of this file is one
     (tmp_path / "test_here.py").write_text("def test_here(): pass\n")
     return tmp_path
 
