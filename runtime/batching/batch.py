@@ -80,6 +80,8 @@ class Batch:
         """As many requests are served at once as the plan has KV caches, and `queue` more may wait."""
         self.runner, self.chunk = runner, runner.plan.chunk
         self.turns: deque[Turn] = deque()  # under way, the oldest first
+        self.outcomes: dict[Turn, list[Result]] = {}  # which the caller does not have yet
+        self.interrupted = False  # a step, before its end
         self.scheduler: Scheduler[Request] = Scheduler(
             runner.plan.parallel, queue, lambda request: request.left, runner.passes.depth
         )
@@ -122,44 +124,56 @@ class Batch:
     def step(self) -> list[Result]:
         """Compute a chunk of one prompt, or one more token for several texts. Returns what came of it. A
         request has ended after its last token, whose `finish` is set, or after an error."""
-        results = self.begin_turns()
-        if self.turns:
-            turn = self.turns[0]
-            if not all(request.over for request in turn.requests):
-                results += self.finish_chunk(turn) if turn.chunk else self.write(turn)
-            self.turns.popleft()  # only now, so that an interrupted step can be done again
-            for request in turn.requests:
-                request.turns -= 1
-                if request.over:
-                    self.cancel(request)
-            self.scheduler.come_back(turn.requests)
+        if self.interrupted:
+            self.tidy()
+        self.interrupted = True  # until the end of this step
+        results: list[Result] = []
+        if not self.outcomes:  # otherwise an interrupted step left them
+            results += self.begin_turns()
+            if self.turns:
+                turn = self.turns[0]
+                self.outcomes[turn] = self.finish(turn)
+        self.tidy()
+        results += [result for outcome in self.outcomes.values() for result in outcome]
         for request, result in results:
             if isinstance(result, RequestError) or result.finish:
                 self.cancel(request)
+        self.outcomes, self.interrupted = {}, False
         return results
+
+    def tidy(self) -> None:
+        """Have everything follow from what is under way and what has been computed, wherever an interrupt may
+        have come."""
+        if self.turns and self.turns[0] in self.outcomes:
+            self.turns.popleft()
+        for request in self.scheduler.all:
+            turns = [turn for turn in self.turns if request in turn.requests]
+            request.turns = len(turns)
+            if request.text is not None:
+                ends = [turn.past[0] + len(turn.ids) for turn in turns if turn.chunk]
+                request.begun = max([len(request.text.ids), *ends])
+            if request.over:
+                self.cancel(request)
+        self.scheduler.come_back([request for request in self.scheduler.away if not request.turns])
+        in_use = {request.text for request in self.scheduler.all}
+        for text in self.texts.all:
+            text.busy = text in in_use
 
     def begin_turns(self) -> list[Result]:
         """Begin as many turns as are useful. Returns errors of those that could not be begun."""
         self.scheduler.admit()
-        results: list[Result] = []
         while len(self.turns) < self.runner.passes.depth:
             prompt, group = self.scheduler.next_turn()
             if (prompt is None and not group) or (prompt and self.is_under_way(prompt)):
                 break
-            requests = group if prompt is None else [prompt]
             try:
                 with self.runner.working():
                     turn = self.begin_each(group) if prompt is None else self.begin_chunk(prompt)
-            except BaseException as error:
-                self.scheduler.come_back(requests)
-                if not isinstance(error, RequestError):
-                    raise
-                results += [(request, error) for request in requests]
-                break
+            except RequestError as error:
+                return [(request, error) for request in (group if prompt is None else [prompt])]
             self.turns.append(turn)
-            for request in requests:
-                request.turns += 1
-        return results
+            self.tidy()
+        return []
 
     def is_under_way(self, request: Request) -> bool:
         """Whether a prompt should wait for its beginning, which is under way for another request. A few
@@ -179,9 +193,7 @@ class Batch:
             request.reused = request.begun = len(request.text.ids)
         start = request.begun
         chunk = ids[start : start + self.chunk]
-        begun = self.runner.begin(chunk, request.text.kv, start)
-        request.begun += len(chunk)
-        return Turn([request], chunk, [start], True, begun)
+        return Turn([request], chunk, [start], True, self.runner.begin(chunk, request.text.kv, start))
 
     def begin_each(self, requests: list[Request]) -> Turn:
         """The next token of each text, in one forward."""
@@ -191,6 +203,12 @@ class Batch:
         tokens = [request.token for request in requests]
         begun = self.runner.begin_each(tokens, [text.kv for text in texts])
         return Turn(requests, tokens, [len(text.ids) for text in texts], False, begun)
+
+    def finish(self, turn: Turn) -> list[Result]:
+        """What comes of a turn. May be done again after an interrupt."""
+        if all(request.over for request in turn.requests):
+            return []
+        return self.finish_chunk(turn) if turn.chunk else self.write(turn)
 
     def finish_chunk(self, turn: Turn) -> list[Result]:
         """The last chunk of a prompt gives the first token."""
@@ -256,8 +274,9 @@ class Batch:
         """Give up all requests that are being served, and return them: what a step leaves that failed as none
         should. What KV caches hold is still known."""
         scheduler = self.scheduler
-        served = [*scheduler.prompts, *scheduler.writing, *scheduler.away]
+        served = scheduler.all
         self.turns.clear()
+        self.outcomes = {}
         for request in served:
             request.turns = 0
             self.cancel(request)

@@ -53,6 +53,11 @@ class Scheduler(Generic[Item]):
         """How many requests have a place."""
         return len(self.prompts) + len(self.writing) + len(self.away)
 
+    @property
+    def all(self) -> list[Item]:
+        """Those that have a place."""
+        return [*self.prompts, *self.writing, *self.away]
+
     def add(self, item: Item) -> None:
         """Let a request wait for a place. Raises `QueueFull` if there are too many already."""
         free = self.places - self.served
@@ -64,8 +69,10 @@ class Scheduler(Generic[Item]):
         """Give free places to those that have waited longest. Returns who has got one."""
         admitted = []
         while self.waiting and self.served < self.places:
-            admitted.append(self.waiting.popleft())
-            self.prompts.append(admitted[-1])
+            admitted.append(self.waiting[0])
+            if admitted[-1] not in self.prompts:  # by a call that was interrupted
+                self.prompts.append(admitted[-1])
+            self.waiting.popleft()
         return admitted
 
     def remove(self, item: Item) -> None:
@@ -77,15 +84,17 @@ class Scheduler(Generic[Item]):
     def begin_writing(self, item: Item) -> None:
         """A prompt has been computed. May be said twice."""
         if item in self.prompts:
+            if item not in self.writing:
+                self.writing.append(item)
             self.prompts.remove(item)
-            self.writing.append(item)
 
     def come_back(self, items: Iterable[Item]) -> None:
         """The turn of these texts is over."""
         for item in items:
             if item in self.away:
+                if item not in self.writing:
+                    self.writing.append(item)
                 self.away.remove(item)
-                self.writing.append(item)
 
     def next_turn(self) -> tuple[Item | None, list[Item]]:
         """A prompt whose next chunk is to be computed, or texts that get one more token; neither if there is
@@ -96,8 +105,9 @@ class Scheduler(Generic[Item]):
             return self.next_prompt(due), []
         # With a prompt's chunk between any two turns, groups would wait for several chunks.
         size = len(self.writing) if due else -(-(len(self.writing) + len(self.away)) // self.groups)
-        group, self.writing = self.writing[:size], self.writing[size:]
-        self.away += group
+        group = self.writing[:size]
+        self.away += group  # first, so that an interrupt loses none
+        del self.writing[:size]
         return None, group
 
     def next_prompt(self, due: Sequence[Item]) -> Item:
