@@ -70,13 +70,18 @@ def connect(store: Any, rank: int, size: int, place: Place, timeout: float, dead
 
 def exchange(store: Any, topic: str, own: dict[str, Any], rank: int, size: int, deadline: float) -> list[Any]:
     """Every rank's record, by rank. Raises `DeviceError` naming those that have not come."""
-    store.set(f"{topic}/{rank}", json.dumps(own))
     missing = list(range(size))
-    while missing := [other for other in missing if not store.check([f"{topic}/{other}"])]:
-        if time.monotonic() > deadline:
-            raise absent(missing, size)
-        time.sleep(POLL)
-    return [json.loads(store.get(f"{topic}/{other}")) for other in range(size)]
+    try:
+        store.set(f"{topic}/{rank}", json.dumps(own))
+        while missing := [other for other in missing if not store.check([f"{topic}/{other}"])]:
+            if time.monotonic() > deadline:
+                raise absent(missing, size)
+            time.sleep(POLL)
+        return [json.loads(store.get(f"{topic}/{other}")) for other in range(size)]
+    except RuntimeError as error:  # its host has given up
+        raise DeviceError(
+            "the ranks' store has ended before all had met; the output of rank 0 or of torchrun may say why"
+        ) from error
 
 
 def absent(missing: Sequence[int], size: int) -> DeviceError:

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from runtime.errors import DeviceError
+from runtime.errors import DeviceError, MixtralError
 from runtime.ranks.address import LOOPBACK, interface_address, local_address, remote_address
 from runtime.ranks.beside import beside
 from runtime.ranks.launch import Launch
@@ -23,7 +23,6 @@ from runtime.ranks.watch import Watch
 
 POLL = 0.1  # seconds between two attempts
 PARTING = 1.0  # seconds that rank 0 may take to close its store
-INTERRUPTED = "interrupted"  # what the others are told of a rank that was ended by Ctrl-C
 PATIENCE = 120.0  # seconds between the first rank's coming and the last one's
 
 
@@ -161,9 +160,11 @@ class Meeting:
         """How messages call a rank."""
         return f"rank {rank} ({self.hosts[rank]})"
 
-    def fail(self, line: str) -> None:
-        """Tell the other ranks why this one ends. They raise `Lost(f"rank {self.rank}: {line}")`."""
-        self.watch.fail(line)
+    def fail(self, reason: str | BaseException) -> None:
+        """Tell the other ranks why this one ends. They raise `Lost(f"rank {self.rank}: {reason}")`. They know
+        of a loss already."""
+        if not isinstance(reason, Lost):
+            self.watch.fail(words(reason) if isinstance(reason, BaseException) else reason)
 
     def close(self) -> None:
         """Leave. The others lose nothing by that until they need this rank. Takes at most some seconds, if
@@ -188,3 +189,14 @@ class Meeting:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def words(error: BaseException) -> str:
+    """What ends a rank, as others are told.
+
+    >>> words(KeyboardInterrupt()), words(DeviceError("it is too long")), words(OSError("x"))
+    ('interrupted', 'it is too long', 'OSError: x')
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return str(error) if isinstance(error, MixtralError) else f"{type(error).__name__}: {error}"

@@ -12,7 +12,7 @@ from runtime.experts.places import Places
 from runtime.planning.rank_plans import RankPlans
 from runtime.ranks.follower import Follower
 from runtime.ranks.held import HeldByRanks
-from runtime.ranks.meeting import INTERRUPTED, Meeting
+from runtime.ranks.meeting import Meeting
 from runtime.ranks.pipeline import Pipeline
 from runtime.ranks.ring import Ring
 from runtime.stats import Stats
@@ -37,12 +37,8 @@ class Membership:
         assert isinstance(self.role, Follower)
         try:
             self.role.follow()
-        except KeyboardInterrupt:
-            self.meeting.fail(INTERRUPTED)
-            raise
-        except Exception as error:
-            if not isinstance(error, RequestError):
-                self.meeting.fail(f"{type(error).__name__}: {error}")
+        except BaseException as error:
+            self.meeting.fail(error)
             raise
 
     def on_loss(self, tell: Callable[[str], None]) -> None:

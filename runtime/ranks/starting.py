@@ -16,7 +16,7 @@ from model.checkpoint import Checkpoint, Identity, identify, open_checkpoint
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.part import Part
-from runtime.errors import DeviceError, LoadError, MixtralError, OptionError
+from runtime.errors import DeviceError, LoadError, OptionError
 from runtime.gpu.warm_up import Bar
 from runtime.hub.names import title
 from runtime.hub.opening import find_folder, open_headers
@@ -32,7 +32,7 @@ from runtime.process.threads import start_threads, using_threads
 from runtime.ranks.agreement import differences, facts
 from runtime.ranks.follower import Follower
 from runtime.ranks.frames import frame_bytes
-from runtime.ranks.meeting import INTERRUPTED, Meeting
+from runtime.ranks.meeting import Meeting
 from runtime.ranks.membership import Membership
 from runtime.ranks.orders import Order
 from runtime.ranks.pipeline import Pipeline
@@ -86,8 +86,7 @@ def joined(options: EngineOptions, meeting: Meeting | None) -> Iterator[Meeting]
             except (ModelError, TokenizerError) as error:
                 raise LoadError(str(error)) from error
     except BaseException as error:
-        words = str(error) if isinstance(error, MixtralError) else type(error).__name__
-        meeting.fail(INTERRUPTED if isinstance(error, KeyboardInterrupt) else words)
+        meeting.fail(error)
         meeting.close()
         raise
 

@@ -16,7 +16,7 @@ from os import PathLike
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from runtime.errors import RequestError
+from runtime.errors import MixtralError
 from runtime.shell.command import FAILED, say
 
 if TYPE_CHECKING:
@@ -27,9 +27,13 @@ MOMENT = 1.0  # seconds between SIGTERM and its effect
 LAST = 3.0  # seconds between the loss of a rank and the end of a process that computes or waits for input
 
 
+class Stopped(MixtralError):
+    """SIGTERM has come. No request fails by that; the command ends."""
+
+
 @contextmanager
 def ending_together(options: EngineOptions) -> Iterator[int]:
-    """Gives this process's rank. Inside, SIGTERM is a `RequestError` a moment later, and the lines of all
+    """Gives this process's rank. Inside, SIGTERM is a `Stopped` a moment later, and the lines of all
     ranks but 0 say whose they are. Without `distributed`, the rank is 0 and nothing differs."""
     if not options.distributed:
         yield 0
@@ -42,7 +46,7 @@ def ending_together(options: EngineOptions) -> Iterator[int]:
         signal.setitimer(signal.ITIMER_REAL, MOMENT)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise RequestError("told to stop (SIGTERM)")
+        raise Stopped("told to stop (SIGTERM)")
 
     before = signal.signal(signal.SIGTERM, tell), signal.signal(signal.SIGALRM, stop)
     if rank:

@@ -12,6 +12,7 @@ from runtime.errors import MixtralError, RequestError
 from runtime.process.interrupts import restore_interrupts
 from runtime.shell.command import put, reason, say
 from runtime.shell.conversation import Conversation
+from runtime.shell.ranks import Stopped
 from runtime.shell.slash import Command, help_lines, parse
 
 GREETING = "Write a message and press Enter; Ctrl-C ends an answer, Ctrl-D the conversation; /help says more"
@@ -50,6 +51,8 @@ def talk(conversation: Conversation, reader: Reader) -> None:
                 raise
             hinted = True
             say("Ctrl-C once more ends the program, and so does Ctrl-D")
+        except Stopped:
+            raise
         except (MixtralError, OSError) as error:
             conversation.engine.check_ranks()
             say(f"error: {reason(error)}")

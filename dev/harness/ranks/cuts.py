@@ -15,7 +15,7 @@ from dev.harness.ranks.asked import Asked, Ordinary
 from dev.harness.ranks.disagreeing import Checkpoints, disagreement
 from dev.harness.ranks.ends import check, check_refused, go_on, wait_for_others
 from dev.harness.ranks.launching import WAYS, Ranks, Way
-from dev.harness.ranks.left import check_left, in_shared_memory
+from dev.harness.ranks.left import check_left
 from dev.harness.ranks.moments import IDLE, MOMENTS, STARTING, Pace, Scene, Terminal
 from dev.harness.ranks.namespaces import Machines, machines
 from dev.harness.ranks.record import Record
@@ -155,7 +155,6 @@ class Cuts:
     ) -> Iterator[Scene]:
         """Ranks that run inside. Raises `Leaked` if something is left of them after."""
         shutil.rmtree(self.work, ignore_errors=True)
-        shared = in_shared_memory()
         with ExitStack() as stack:
             apart: Machines | None = stack.enter_context(machines(size)) if way.apart else None
             terminal = Terminal() if chatting else None
@@ -166,4 +165,4 @@ class Cuts:
             stack.callback(ranks.end)
             yield Scene(ranks, asked, self.pace, terminal, shown)
             ranks.end()
-        check_left(self.work / "tmp", shared, self.limits.leaving)
+        check_left(self.work / "tmp", self.limits.leaving)

@@ -89,7 +89,8 @@ def fault_in(scene: Scene, rank: int, said: Sequence[str], befallen: Befallen) -
         return "a traceback"
     by_torchrun = ranks.way.torchrun and befallen.act != NOTHING  # which sends SIGTERM to the others
     if status == DONE:  # also of a rank that was told so by rank 0, whose user ended it
-        well = scene.whole() or (rank > 0 and ranks.status(0) in (INTERRUPTED, DONE))
+        ended = befallen.act == TERMINATE or ranks.status(0) in (INTERRUPTED, DONE)
+        well = scene.whole() or (rank > 0 and ended)
         return "" if not said and well else "it ends as if all were well"
     interrupted = befallen.act == INTERRUPT or (befallen.act == INTERRUPT_ONE and rank == befallen.victim)
     if status == INTERRUPTED and interrupted:

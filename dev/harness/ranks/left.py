@@ -10,7 +10,6 @@ from dev.harness.outcome import Leaked
 from dev.harness.ranks.namespaces import PREFIX, present
 
 TORCHRUN = "torchelastic_"  # its folder for logs, which stays if it is killed
-SHARED = Path("/dev/shm")
 
 
 def left_processes(temporary: Path) -> list[int]:
@@ -24,10 +23,9 @@ def left_processes(temporary: Path) -> list[int]:
     return found
 
 
-def check_left(temporary: Path, shared: set[str], patience: float) -> None:
+def check_left(temporary: Path, patience: float) -> None:
     """Raises `Leaked` if a process with this temporary folder is left after some seconds, which is killed
-    then, or if the folder is not empty, or if there are namespaces of this process, or if there is shared
-    memory that is not in `shared`."""
+    then, or if the folder is not empty, or if there are namespaces of this process."""
     end = time.monotonic() + patience
     while (left := left_processes(temporary)) and time.monotonic() < end:
         time.sleep(0.01)
@@ -42,12 +40,6 @@ def check_left(temporary: Path, shared: set[str], patience: float) -> None:
     files = [str(file.relative_to(temporary)) for file in temporary.rglob("*")]
     if files := [name for name in files if not name.startswith(TORCHRUN)]:
         raise Leaked(f"left in the temporary folder: {', '.join(files)[:300]}")
-    if names := sorted(in_shared_memory() - shared):
-        raise Leaked(f"left in shared memory: {', '.join(names)[:300]}")
-
-
-def in_shared_memory() -> set[str]:
-    return set(os.listdir(SHARED)) if SHARED.is_dir() else set()
 
 
 def command_line(pid: int) -> str:

@@ -119,3 +119,12 @@ def test_a_port_that_is_taken(variables: pytest.MonkeyPatch) -> None:
         variables.setenv("MASTER_PORT", str(server.getsockname()[1]))
         with pytest.raises(DeviceError, match=r"in use.*; take another port"):
             Meeting.join(1.0, patience=0.1)
+
+
+def test_a_store_whose_host_gives_up_first_is_one_line() -> None:
+    class Gone(HashStore):
+        def check(self, keys: list[str]) -> bool:
+            raise RuntimeError("Connection reset by peer\nException raised from recvBytes")
+
+    with pytest.raises(DeviceError, match=r"^the ranks' store has ended before all had met; .* rank 0"):
+        Meeting(Gone(), 0, 2, 1)

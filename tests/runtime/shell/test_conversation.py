@@ -6,6 +6,7 @@ import pytest
 
 from runtime import Engine, RequestError, SamplingParams, Session, Token
 from runtime.shell import conversation as module
+from runtime.shell.ranks import Stopped
 from tests.runtime.shell.talking import PARAMS, Talk, Typed
 
 HINT = "Ctrl-C once more ends the program, and so does Ctrl-D"
@@ -198,3 +199,9 @@ def test_a_message_that_never_fits_makes_nothing_forgotten(talk: Talk) -> None:
     talk(*(f"message {n} of many" for n in range(5)), "x" * 2000)
     assert not any(line.startswith("note: ") for line in talk.err)
     assert len(talk.session.messages) == 10
+
+
+def test_being_told_to_stop_ends_it(talk: Talk) -> None:
+    with pytest.raises(Stopped, match="SIGTERM"):
+        talk(Stopped("told to stop (SIGTERM)"), "and this is never read")
+    assert talk.err == []

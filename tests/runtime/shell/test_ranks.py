@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import EngineOptions, RequestError
+from runtime import EngineOptions
 from runtime.engine import DEMO
 from runtime.generate import main
 from runtime.shell import ranks
@@ -166,7 +166,7 @@ def test_sigterm_takes_effect_after_a_moment(monkeypatch: pytest.MonkeyPatch) ->
     before = signal.getsignal(signal.SIGTERM)
     began = time.monotonic()
     with (
-        pytest.raises(RequestError, match=r"^told to stop \(SIGTERM\)$"),
+        pytest.raises(ranks.Stopped, match=r"^told to stop \(SIGTERM\)$"),
         ranks.ending_together(EngineOptions(distributed=True)) as rank,
     ):
         assert rank == 1
