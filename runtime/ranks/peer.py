@@ -5,7 +5,7 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-LONGEST = 64 << 20  # bytes of a line; plans and offers have kilobytes
+LONGEST = 1 << 20  # bytes of a line; plans and offers have kilobytes
 BEAT = b"\n"  # an empty line
 
 
@@ -75,8 +75,12 @@ def encoded(message: dict[str, Any]) -> bytes:
 
 
 def decoded(line: bytes | bytearray) -> Any:
-    """What a line holds; None if that is no JSON."""
+    """What a line holds; None if that is no JSON, or nested too deeply to be a message.
+
+    >>> decoded(b"[" * 100_000) is None
+    True
+    """
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -12,7 +12,6 @@ import pytest
 
 from runtime.ranks.links import Links
 from runtime.ranks.lost import Lost
-from runtime.ranks.peer import LONGEST
 from runtime.ranks.watch import GRACE, Watch
 
 TIMEOUT = 0.5
@@ -221,7 +220,7 @@ def test_nonsense_on_a_connection_is_no_traceback(world: World) -> None:
     world.say(2, {"value": 1})
     time.sleep(0.1)
     world.watch.check()
-    assert world.mail == [(2, {"value": 1})] and LONGEST > 1 << 20
+    assert world.mail == [(2, {"value": 1})]
 
 
 def test_closing_waits_for_no_silent_rank(world: World) -> None:
