@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from runtime.errors import DeviceError
+from runtime.ranks.deadline import Deadline
 
 HOW = "start the ranks by torchrun, e.g. torchrun --nproc-per-node 2 -m runtime.generate --distributed ..."
 
@@ -52,10 +53,10 @@ class Launch:
             attempt=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
         )
 
-    def open_store(self, deadline: float) -> Any:  # a Store, which is not imported before it is needed
+    def open_store(self, deadline: Deadline) -> Any:  # a Store, which is not imported before it is needed
         """A connection of one's own to the store, which rank 0 hosts unless torchrun does.
 
-        Raises `DeviceError` if nobody answers there until `time.monotonic()` reaches `deadline`.
+        Raises `DeviceError` if nobody answers there until the deadline.
         """
         from torch.distributed import TCPStore
 
@@ -63,23 +64,23 @@ class Launch:
         try:
             if not hosts:
                 self.await_host(deadline)
-            left = timedelta(seconds=max(deadline - time.monotonic(), 1))
+            left = timedelta(seconds=max(deadline.left, 1))
             return TCPStore(self.address, self.port, None, hosts, left, False, True)
         except (RuntimeError, OSError) as error:  # of PyTorch's and of sockets
             reason = " ".join(str(error).split())[:160]
             remedy = "take another port" if hosts else "is rank 0 up, and may this machine connect to it?"
             raise DeviceError(f"the ranks cannot meet at {self.place}: {reason}; {remedy}") from error
 
-    def await_host(self, deadline: float) -> None:
+    def await_host(self, deadline: Deadline) -> None:
         """Return when somebody listens at the store's address. PyTorch's own attempts would print a stack
         each time. Raises `OSError`."""
         while True:
             try:
-                left = max(min(deadline - time.monotonic(), 5), 0.1)
+                left = max(min(deadline.left, 5), 0.1)
                 socket.create_connection((self.address, self.port), left).close()
                 return
             except OSError:
-                if time.monotonic() > deadline:
+                if deadline.left < 0:
                     raise
                 time.sleep(0.05)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from runtime.errors import DeviceError
 from runtime.ranks.address import boot, machine_names, reachable
+from runtime.ranks.deadline import Deadline
 
 POLL = 0.02  # seconds between two looks at the store
 GREETING = 1.0  # seconds that a connection may take to say who it is
@@ -38,10 +39,10 @@ class Links:
     timeout: float  # seconds of silence after which the least patient rank takes another for lost
 
 
-def connect(store: Any, rank: int, size: int, place: Place, timeout: float, deadline: float) -> Links:
+def connect(store: Any, rank: int, size: int, place: Place, timeout: float, deadline: Deadline) -> Links:
     """Meet the other ranks. `store` is for this meeting alone.
 
-    Blocks until all have come, or until `time.monotonic()` reaches `deadline`. Raises `DeviceError`.
+    Blocks until all have come, or until the deadline. Raises `DeviceError`.
     """
     own: dict[str, Any] = {"host": place.host, "boot": boot(), "address": place.address, "seen": place.seen}
     own["timeout"] = timeout
@@ -68,13 +69,15 @@ def connect(store: Any, rank: int, size: int, place: Place, timeout: float, dead
     return Links(sockets, tuple(hosts), address, min(float(record["timeout"]) for record in told))
 
 
-def exchange(store: Any, topic: str, own: dict[str, Any], rank: int, size: int, deadline: float) -> list[Any]:
+def exchange(
+    store: Any, topic: str, own: dict[str, Any], rank: int, size: int, deadline: Deadline
+) -> list[Any]:
     """Every rank's record, by rank. Raises `DeviceError` naming those that have not come."""
     missing = list(range(size))
     try:
         store.set(f"{topic}/{rank}", json.dumps(own))
         while missing := [other for other in missing if not store.check([f"{topic}/{other}"])]:
-            if time.monotonic() > deadline:
+            if deadline.left < 0:
                 raise absent(missing, size)
             time.sleep(POLL)
         return [json.loads(store.get(f"{topic}/{other}")) for other in range(size)]
@@ -94,11 +97,11 @@ def absent(missing: Sequence[int], size: int) -> DeviceError:
     return DeviceError(f"of {size} ranks, {names} {have} not come in time; look at their output")
 
 
-def call(place: dict[str, Any], rank: int, other: int, host: str, deadline: float) -> socket.socket:
+def call(place: dict[str, Any], rank: int, other: int, host: str, deadline: Deadline) -> socket.socket:
     """A connection to a rank that listens at `place`. Raises `DeviceError`."""
     where = place["address"], place["port"]
     try:
-        made = socket.create_connection(where, max(deadline - time.monotonic(), GREETING))
+        made = socket.create_connection(where, max(deadline.left, GREETING))
         made.sendall(json.dumps({"rank": rank, "token": place["token"]}).encode() + b"\n")
         return made
     except OSError as error:
@@ -114,10 +117,10 @@ def accept(
     missing: Sequence[int],
     sockets: dict[int, socket.socket],
     size: int,
-    deadline: float,
+    deadline: Deadline,
 ) -> None:
     """Take one connection into `sockets` if it is of a `missing` rank, which knows the token."""
-    server.settimeout(max(deadline - time.monotonic(), 0.001))
+    server.settimeout(max(deadline.left, 0.001))
     try:
         caller, _ = server.accept()
     except TimeoutError:

@@ -16,6 +16,7 @@ from typing import Any
 from runtime.errors import DeviceError, MixtralError
 from runtime.ranks.address import LOOPBACK, interface_address, local_address, remote_address
 from runtime.ranks.beside import beside
+from runtime.ranks.deadline import Deadline
 from runtime.ranks.launch import Launch
 from runtime.ranks.links import Links, Place, connect
 from runtime.ranks.lost import Lost
@@ -57,15 +58,17 @@ class Meeting:
         is not given. Raises `DeviceError` if a rank does not come, or cannot be reached.
         """
         place = place or Place(socket.gethostname(), LOOPBACK, LOOPBACK)
-        deadline = time.monotonic() + patience
+        deadline = Deadline(patience)
 
         def overdue() -> None:
-            if time.monotonic() > deadline + 5:  # the store does not answer at all
+            if deadline.left < -5:  # the store does not answer at all
                 raise DeviceError(
                     f"the ranks' store has not answered for {patience:g} s; is rank 0's machine up?"
                 )
 
-        links: Links = beside(lambda: connect(store, rank, size, place, timeout, deadline), overdue)
+        links: Links = beside(
+            lambda: connect(store, rank, size, place, timeout, deadline), overdue, deadline.end
+        )
         self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
         self.host, self.hosts, self.address = links.hosts[rank], links.hosts, links.address
         self.mail: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
@@ -83,22 +86,22 @@ class Meeting:
         A process may join again, at the same time or later, if all do. Raises `DeviceError` if torchrun's
         variables are missing, if a rank does not come, or cannot be reached.
         """
-        launch, deadline = Launch.read(os.environ), time.monotonic() + patience
+        launch, deadline = Launch.read(os.environ), Deadline(patience)
         while True:
             try:
                 return cls.enter(launch, timeout, deadline)
             except RuntimeError as error:  # PyTorch's: the store was one that rank 0 was about to close
-                if time.monotonic() > deadline:
+                if deadline.left < 0:
                     reason = " ".join(str(error).split())[:160]
                     raise DeviceError(f"the ranks' store at {launch.place} ended: {reason}") from error
                 time.sleep(POLL)
 
     @classmethod
-    def enter(cls, launch: Launch, timeout: float, deadline: float) -> "Meeting":
+    def enter(cls, launch: Launch, timeout: float, deadline: Deadline) -> "Meeting":
         """One attempt of `join`."""
 
         def overdue() -> None:
-            if time.monotonic() > deadline + 10:
+            if deadline.left < -10:
                 raise DeviceError(
                     f"the ranks' store at {launch.place} does not answer; is rank 0's machine up, "
                     "and may this one connect to it?"
@@ -111,7 +114,7 @@ class Meeting:
             coming = store.add(f"mixtral/{launch.attempt}/{launch.rank}", 1)
             return PrefixStore(f"mixtral/{launch.attempt}/{coming}", store)
 
-        store = beside(open_store, overdue)
+        store = beside(open_store, overdue, deadline.end)
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
         try:
             own = interface_address(interface) if interface else local_address(launch.address, launch.port)
@@ -119,7 +122,7 @@ class Meeting:
         except OSError as error:
             raise DeviceError(f"MASTER_ADDR={launch.address}: {error.strerror or error}") from error
         place = Place(socket.gethostname(), own, seen)
-        left = max(deadline - time.monotonic(), 1)
+        left = max(deadline.left, 1)
         meeting = cls(store, launch.rank, launch.size, timeout, launch.local_rank, place, left)
         meeting.hosted = not launch.agent
         return meeting
