@@ -75,6 +75,10 @@ def judge_alone(
         judge(tokenizer, plan, config)
 
 
+class Disagreement(LoadError):
+    """Ranks differ in what must be equal."""
+
+
 @contextmanager
 def joined(options: EngineOptions, meeting: Meeting | None) -> Iterator[Meeting]:
     """Inside, the ranks load together. The error that ends one is told to the others."""
@@ -86,7 +90,8 @@ def joined(options: EngineOptions, meeting: Meeting | None) -> Iterator[Meeting]
             except (ModelError, TokenizerError) as error:
                 raise LoadError(str(error)) from error
     except BaseException as error:
-        meeting.fail(error)
+        if not isinstance(error, Disagreement):  # which each rank has found itself
+            meeting.fail(error)
         meeting.close()
         raise
 
@@ -161,9 +166,9 @@ def plan_ranks(
 
 
 def agree(meeting: Meeting, options: EngineOptions, identity: Identity) -> None:
-    """Raises `LoadError` if ranks differ in what must be equal."""
+    """Raises `Disagreement`, on all ranks, if they differ in what must be equal."""
     if line := differences(meeting.share("facts", facts(options, identity))):
-        raise LoadError(line)
+        raise Disagreement(line)
 
 
 def find_in_turn(meeting: Meeting, find: Callable[[], Path]) -> Path:

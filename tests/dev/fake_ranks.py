@@ -85,7 +85,16 @@ class Rank:
                     time.sleep(0.02)
             peer.sendall(json.dumps(self.rank).encode() + b"\n")
             return {0: peer}
-        server = socket.create_server(("", place[1]))
+        if self.size == 1:
+            return {}
+        while True:  # another program's connection may have the port for a moment
+            try:
+                server = socket.create_server(("", place[1]))
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.02)
         server.settimeout(self.timeout)
         peers = {}
         while len(peers) < self.size - 1:

@@ -101,7 +101,7 @@ def test_a_rank_that_cannot_take_part(words: Sequence[str], line: str) -> None:
         said = err.splitlines()
         assert (status, out, len(said)) == (1, "", 1), err
         assert said[0].startswith("error: " if rank == 0 else "rank 1: error: ")
-        assert line in said[0] and "rank 1" in said[0]
+        assert line in said[0] and "rank 1" in said[0] and "rank 0: rank" not in said[0]
 
 
 def test_a_request_that_cannot_be_served() -> None:
