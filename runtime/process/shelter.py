@@ -48,7 +48,8 @@ class Shelter:
             work, answer = item
             try:
                 with self.lock:
-                    answer.put((True, work()))
+                    result: tuple[bool, Any] = True, work()
             except BaseException as error:
-                answer.put((False, error))
-            del item, work, answer  # which may be all that keeps something
+                result = False, error
+            answer.put(result)
+            del item, work, answer, result  # which may be all that keeps something

@@ -110,7 +110,7 @@ def test_an_interface_that_is_not_there(variables: pytest.MonkeyPatch) -> None:
     variables.setenv("RANK", "0")
     variables.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     with pytest.raises(DeviceError, match="GLOO_SOCKET_IFNAME='nosuch0': no interface of that name"):
-        Meeting.join(1.0, patience=0.1)
+        Meeting.join(1.0, patience=60)
 
 
 def test_a_port_that_is_taken(variables: pytest.MonkeyPatch) -> None:
