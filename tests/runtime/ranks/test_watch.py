@@ -100,7 +100,7 @@ def test_ranks_that_fall_silent_together_are_named_together(world: World) -> Non
     world.alive -= {3}
     line = "rank 2 (b) and rank 3 (c) have not answered for 0.5 s; stopped, or cut off from the network?"
     assert world.cause() == line
-    assert TIMEOUT * 0.8 < time.monotonic() - since < TIMEOUT + 0.5
+    assert time.monotonic() - since > TIMEOUT * 0.8
     assert {"cause": line} in world.told(1)
 
 
@@ -198,7 +198,7 @@ def test_beats_suit_the_least_patient_rank() -> None:
     try:
         time.sleep(0.55)
         world.ends[1].settimeout(1)
-        assert 4 <= len(world.ends[1].recv(1000)) <= 9
+        assert 4 <= len(world.ends[1].recv(1000)) <= 40  # of 60 s, there would be one
     finally:
         world.close()
 
