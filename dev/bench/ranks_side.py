@@ -74,7 +74,7 @@ class RankSide:
         return {"processor": time.process_time(), "timed": self.timed}
 
     def limit(self, depth: int | None) -> None:
-        """Have so many passes under way at once, or as many as an engine has."""
+        """Limit the passes under way at once to this number; None is an engine's own."""
         self.engine.runner.passes.depth = depth or self.depth  # type: ignore[misc]
 
     def prompt(self, tokens: int, seed: int) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class RankSide:
         return [chance.randrange(FIRST_ID, self.engine.tokenizer.vocab_size) for _ in range(count)]
 
     def seat(self, texts: int, prompt: int, tokens: int, seed: int) -> None:
-        """Begin to write so many texts together: compute all prompts."""
+        """Begin to write this number of texts together: compute all prompts."""
         self.batch = self.engine.batch()
         for i in range(texts):
             ids = self.random_ids(prompt, seed + i)
@@ -109,7 +109,7 @@ class RankSide:
             begun |= {id(request) for request, _ in self.batch.step()}
 
     def write(self, tokens: int) -> dict[str, Any]:
-        """Write on until there are so many more tokens in all."""
+        """Write on until all texts together have this number of new tokens."""
         before, made = self.engine.stats(), 0
         while made < tokens:
             for _, got in self.batch.step():

@@ -35,7 +35,7 @@ class Works:
 
     @staticmethod
     def context(long: int, tokens: int) -> int:
-        """The context that these works need, whose long prompt has so many tokens."""
+        """The context that these works need. The long prompt has this number of tokens."""
         return max(long, PROMPT + 3 * tokens + 64)
 
     def rounds(self, deadline: float) -> Iterator[int]:

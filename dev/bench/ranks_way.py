@@ -14,7 +14,7 @@ RANK_SIDE = "dev.bench.ranks_side"
 
 @dataclass(frozen=True)
 class Way:
-    """So many processes of so many threads each. `depth` limits the passes under way at once."""
+    """Several processes of several threads each. `depth` limits the passes under way at once."""
 
     name: str
     ranks: int

@@ -54,10 +54,8 @@ class Membership:
         assert isinstance(self.role, Pipeline)
         if (rows := self.role.look()) is not None:
             return Places.unpacked(rows)
-        experts, others = (
-            self.role.model.config.experts,
-            zip(self.plans.parts[1:], self.plans.plans[1:], strict=True),
-        )
+        experts = self.role.model.config.experts
+        others = zip(self.plans.parts[1:], self.plans.plans[1:], strict=True)
         known = (Places.alike("s" if plan.resident else "?", part.layers, experts) for part, plan in others)
         return sum(known, Places([], []))
 

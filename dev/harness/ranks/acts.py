@@ -57,7 +57,7 @@ def interrupt(ranks: Ranks, chance: Random) -> Befallen:
 
 
 def interrupt_one(ranks: Ranks, chance: Random) -> Befallen:
-    """As somebody does in one of several terminals."""
+    """As a user does in one of several terminals."""
     victim = chance.randrange(ranks.size)
     return Befallen(INTERRUPT_ONE, victim, ranks.send(victim, signal.SIGINT))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from dev.harness.ranks.namespaces import Machines
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-PORT = 29477  # where nobody else can be, in a namespace
+PORT = 29477  # free, since a namespace has no other programs
 # Signals that torchrun sends to all of a rank's processes must not end the script before it has the status.
 SCRIPT = """cd {here}
 trap : INT TERM HUP QUIT
@@ -169,7 +169,7 @@ class Ranks:
         return bool(there)
 
     def wait(self, done: Callable[[], bool], seconds: float) -> bool:
-        """Wait until something is true. Returns whether it is within so many seconds."""
+        """Wait until something is true. Returns whether it became true within these seconds."""
         end = time.monotonic() + seconds
         while not (found := done()) and time.monotonic() < end:
             time.sleep(0.005)
